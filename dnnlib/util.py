@@ -1,0 +1,133 @@
+"""Attribute dictionaries, formatting for people, and files that appear whole or not at all."""
+
+import contextlib
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class EasyDict(dict):
+    """A dict whose items are also attributes: `d.lr = 1e-3` is `d['lr'] = 1e-3`.
+
+    Names that `dict` itself uses (`items`, `keys`, …) stay methods; reach such items with brackets.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"no item named {name!r}") from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
+    def __delattr__(self, name: str) -> None:
+        try:
+            del self[name]
+        except KeyError:
+            raise AttributeError(f"no item named {name!r}") from None
+
+
+def format_time(seconds: float) -> str:
+    """Duration for people: `7s`, `3m 05s`, `2h 04m 09s`, `1d 03h 20m`; rounded to whole seconds.
+
+    Raises:
+        ValueError: the duration is not finite or is negative beyond rounding.
+    """
+    s = _whole(seconds, "a duration")
+    if s < 60:
+        return f"{s}s"
+    if s < 3600:
+        return f"{s // 60}m {s % 60:02d}s"
+    if s < 86400:
+        return f"{s // 3600}h {s // 60 % 60:02d}m {s % 60:02d}s"
+    return f"{s // 86400}d {s // 3600 % 24:02d}h {s // 60 % 60:02d}m"
+
+
+def format_bytes(count: float) -> str:
+    """Number of bytes in binary units: `512 B`, `1.50 KiB`, `12.3 MiB`, `226 MiB`; three significant digits.
+
+    Raises:
+        ValueError: the number is not finite or is negative beyond rounding.
+    """
+    return _scaled(_whole(count, "a number of bytes"), 1024, (" B", " KiB", " MiB", " GiB", " TiB", " PiB"))
+
+
+def format_count(count: float) -> str:
+    """Number of things in decimal units: `950`, `20.2 k`, `55.7 M`, `1.20 G`; three significant digits.
+
+    Raises:
+        ValueError: the number is not finite or is negative beyond rounding.
+    """
+    return _scaled(_whole(count, "a count"), 1000, ("", " k", " M", " G", " T"))
+
+
+def format_kimg(nimg: int) -> str:
+    """Number of images in thousands, as run folders use it in file names: 123_456 → `000123`.
+
+    Raises:
+        ValueError: the number is negative.
+    """
+    if nimg < 0:
+        raise ValueError(f"a number of images cannot be negative, got {nimg}")
+    return f"{int(nimg) // 1000:06d}"
+
+
+def kimg_to_nimg(kimg: float) -> int:
+    """Thousands of images to images: 0.5 → 500, rounded to the nearest image."""
+    return round(kimg * 1000)
+
+
+def _whole(value: float, what: str) -> int:
+    if not -0.5 <= value < float("inf"):  # False for NaN as well
+        raise ValueError(f"{what} must be finite and not negative, got {value}")
+    return int(value + 0.5)
+
+
+def _scaled(value: int, base: int, units: tuple[str, ...]) -> str:
+    if value < base:
+        return f"{value}{units[0]}"
+    scaled = float(value)
+    for unit in units[1:]:
+        scaled /= base
+        text = f"{scaled:.2f}" if scaled < 9.995 else f"{scaled:.1f}" if scaled < 99.95 else f"{scaled:.0f}"
+        if float(text) < base:  # 1023.7 KiB would print as 1024 KiB: move on to 1.00 MiB
+            return text + unit
+    return text + units[-1]
+
+
+@contextlib.contextmanager
+def replaced_atomically(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; moves it there when the block ends well and removes it otherwise.
+
+    A reader of `path` sees the old file or the whole new one, also after a crash. A symbolic link is followed: the file
+    that it points to is replaced.
+
+    Raises:
+        OSError: the folder does not exist or cannot be written, or the disk is full.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name[:200]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # otherwise a power cut can leave the new name with no contents
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sha256_of_file(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's contents as 64 lower-case hexadecimal digits.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,735 @@
+"""StyleGAN2 generator and discriminator (Karras et al., arXiv 1912.04958), with NVIDIA's parameter names.
+
+All weights are stored with unit variance; the layers scale them at run time ("equalised learning rate"). Shapes in
+comments: N batch, I/O input/output channels, k kernel size, L number of w vectors (`num_ws`).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from torch_utils.ops.bias_act import ACTIVATIONS, bias_act
+from torch_utils.ops.conv2d_resample import conv2d_resample
+from torch_utils.ops.upfirdn2d import downsample2d, setup_filter, upsample2d
+
+NOISE_MODES = ("random", "const", "none")
+ARCHITECTURES = ("orig", "skip", "resnet")
+DEFAULT_FILTER = (1, 3, 3, 1)
+
+
+# Layers.
+
+
+def normalize_2nd_moment(x: torch.Tensor, dim: int = 1) -> torch.Tensor:
+    """Scale `x` to a mean square of 1 along `dim`."""
+    return x * (x.square().mean(dim=dim, keepdim=True) + 1e-8).rsqrt()
+
+
+class FullyConnectedLayer(nn.Module):
+    """Linear layer with bias and activation: (N, I) → (N, O)."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        activation: str = "linear",
+        lr_multiplier: float = 1.0,
+        bias_init: float = 0.0,
+    ):
+        super().__init__()
+        self.activation = activation
+        self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_multiplier)
+        self.bias = nn.Parameter(torch.full([out_features], float(bias_init))) if bias else None
+        self.weight_gain = lr_multiplier / math.sqrt(in_features)
+        self.bias_gain = lr_multiplier
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight.to(x.dtype) * self.weight_gain
+        bias = None if self.bias is None else self.bias.to(x.dtype) * self.bias_gain
+        if self.activation == "linear":
+            return F.linear(x, weight, bias)
+        return bias_act(F.linear(x, weight), bias, act=self.activation)
+
+
+class Conv2dLayer(nn.Module):
+    """Convolution with optional resampling, bias and activation: (N, I, H, W) → (N, O, H·up/down, W·up/down)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        bias: bool = True,
+        activation: str = "linear",
+        up: int = 1,
+        down: int = 1,
+        resample_filter: Sequence = DEFAULT_FILTER,
+        conv_clamp: float | None = None,
+        trainable: bool = True,
+    ):
+        super().__init__()
+        self.activation, self.up, self.down, self.conv_clamp = activation, up, down, conv_clamp
+        self.padding = kernel_size // 2
+        self.weight_gain = 1 / math.sqrt(in_channels * kernel_size**2)
+        self.act_gain = ACTIVATIONS[activation].gain
+        self.register_buffer("resample_filter", setup_filter(resample_filter))
+        # Frozen layers (Freeze-D) hold their tensors as buffers, under the same names.
+        register = self.register_parameter if trainable else self.register_buffer
+        wrap = nn.Parameter if trainable else (lambda tensor: tensor)
+        register("weight", wrap(torch.randn(out_channels, in_channels, kernel_size, kernel_size)))
+        register("bias", wrap(torch.zeros(out_channels)) if bias else None)
+
+    def forward(self, x: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
+        weight = (self.weight * self.weight_gain).to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        f, flip = self.resample_filter, self.up == 1  # layers that enlarge convolve with the reversed kernel
+        x = conv2d_resample(x, weight, f, up=self.up, down=self.down, padding=self.padding, flip_weight=flip)
+        clamp = None if self.conv_clamp is None else self.conv_clamp * gain
+        return bias_act(x, bias, act=self.activation, gain=self.act_gain * gain, clamp=clamp)
+
+
+def modulated_conv2d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    styles: torch.Tensor,
+    noise: torch.Tensor | None = None,
+    up: int = 1,
+    padding: int = 0,
+    resample_filter: torch.Tensor | None = None,
+    demodulate: bool = True,
+    fused: bool = False,
+) -> torch.Tensor:
+    """Convolve with a kernel that each sample scales per input channel (StyleGAN2, eqs. 1–3).
+
+    Args:
+        x: (N, I, H, W).
+        weight: (O, I, k, k), shared by the samples.
+        styles: (N, I) scales of the input channels.
+        noise: Added after demodulation, broadcastable to the output, or None.
+        up: Integer upsampling factor.
+        padding: Padding of the convolution.
+        resample_filter: Filter of the upsampling.
+        demodulate: Scale each output channel to unit expected variance.
+        fused: Build one kernel per sample and run them as a grouped convolution. The other form scales activations
+            before and after one shared convolution: the same numbers to 1e-6, and on a CPU about twice as fast.
+
+    Returns:
+        (N, O, H·up, W·up).
+    """
+    n, (o, i, k, _) = x.shape[0], weight.shape
+    if x.dtype == torch.float16 and demodulate:  # keep the half-precision products in range; demodulation undoes it
+        weight = weight * (weight.abs().amax(dim=[1, 2, 3], keepdim=True).reciprocal() / math.sqrt(i * k * k))
+        styles = styles / styles.abs().amax(dim=1, keepdim=True)
+    d = None
+    if demodulate:  # Σ over I and k of (w·s)² is a product of matrices                                          # [NO]
+        d = (styles.square() @ weight.square().sum(dim=[2, 3]).t() + 1e-8).rsqrt()
+    geometry = {"f": resample_filter, "up": up, "padding": padding, "flip_weight": up == 1}
+
+    if not fused:
+        x = conv2d_resample(x * styles.to(x.dtype)[:, :, None, None], weight.to(x.dtype), **geometry)
+        x = x if d is None else x * d.to(x.dtype)[:, :, None, None]
+    else:
+        w = weight[None] * styles[:, None, :, None, None]  # [NOIkk]
+        w = w if d is None else w * d[:, :, None, None, None]
+        # One sample with n·I channels has no useful channels_last form; its backward is wrong there (torch 2.13, CPU).
+        x = x.contiguous().reshape(1, n * i, *x.shape[2:])
+        w = w.contiguous().reshape(n * o, i, k, k)
+        x = conv2d_resample(x, w.to(x.dtype), groups=n, **geometry)
+        x = x.reshape(n, o, *x.shape[2:])
+    return x if noise is None else x + noise.to(x.dtype)
+
+
+class SynthesisLayer(nn.Module):
+    """Modulated convolution, noise, bias and activation: (N, I, r/up, r/up) and w (N, w_dim) → (N, O, r, r)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        w_dim: int,
+        resolution: int,
+        kernel_size: int = 3,
+        up: int = 1,
+        use_noise: bool = True,
+        activation: str = "lrelu",
+        resample_filter: Sequence = DEFAULT_FILTER,
+        conv_clamp: float | None = None,
+    ):
+        super().__init__()
+        self.resolution, self.up, self.use_noise = resolution, up, use_noise
+        self.activation, self.conv_clamp = activation, conv_clamp
+        self.padding = kernel_size // 2
+        self.act_gain = ACTIVATIONS[activation].gain
+        self.affine = FullyConnectedLayer(w_dim, in_channels, bias_init=1)
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
+        if use_noise:
+            self.register_buffer("noise_const", torch.randn(resolution, resolution))
+            self.noise_strength = nn.Parameter(torch.zeros([]))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.register_buffer("resample_filter", setup_filter(resample_filter))
+
+    def forward(self, x, w, noise_mode="random", fused_modconv=False, gain=1.0):
+        styles = self.affine(w)
+        noise = None
+        if self.use_noise and noise_mode == "random":
+            shape = [x.shape[0], 1, self.resolution, self.resolution]
+            noise = torch.randn(shape, device=x.device) * self.noise_strength
+        elif self.use_noise and noise_mode == "const":
+            noise = self.noise_const * self.noise_strength
+        x = modulated_conv2d(
+            x, self.weight, styles, noise, self.up, self.padding, self.resample_filter, fused=fused_modconv
+        )
+        clamp = None if self.conv_clamp is None else self.conv_clamp * gain
+        return bias_act(x, self.bias.to(x.dtype), act=self.activation, gain=self.act_gain * gain, clamp=clamp)
+
+
+class ToRGBLayer(nn.Module):
+    """1×1 modulated convolution to image channels, without demodulation: (N, I, r, r) → (N, img_channels, r, r)."""
+
+    def __init__(self, in_channels: int, out_channels: int, w_dim: int, kernel_size: int = 1, conv_clamp=None):
+        super().__init__()
+        self.conv_clamp = conv_clamp
+        self.affine = FullyConnectedLayer(w_dim, in_channels, bias_init=1)
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.weight_gain = 1 / math.sqrt(in_channels * kernel_size**2)
+
+    def forward(self, x, w, fused_modconv=False):
+        styles = self.affine(w) * self.weight_gain
+        x = modulated_conv2d(x, self.weight, styles, demodulate=False, fused=fused_modconv)
+        return bias_act(x, self.bias.to(x.dtype), clamp=self.conv_clamp)
+
+
+# Generator.
+
+
+class MappingNetwork(nn.Module):
+    """z (N, z_dim) and label vector c (N, c_dim) → w (N, num_ws, w_dim), or (N, w_dim) when num_ws is None.
+
+    Args:
+        z_dim: Latent size; 0 = labels only.
+        c_dim: Label size; 0 = unconditional.
+        w_dim: Size of an intermediate latent.
+        num_ws: How many copies of w to return. None = one, without its own axis.
+        num_layers: Fully connected layers; 0 = the normalised input itself.
+        embed_features: Size of the label embedding. None = w_dim.
+        layer_features: Width of the inner layers. None = w_dim.
+        activation: Of the layers, a key of `bias_act.ACTIVATIONS`.
+        lr_multiplier: Learning rate of the layers relative to the rest.
+        w_avg_beta: Decay of the running mean of w, used for truncation. None = not tracked.
+    """
+
+    def __init__(
+        self,
+        z_dim: int,
+        c_dim: int,
+        w_dim: int,
+        num_ws: int | None,
+        num_layers: int = 8,
+        embed_features: int | None = None,
+        layer_features: int | None = None,
+        activation: str = "lrelu",
+        lr_multiplier: float = 0.01,
+        w_avg_beta: float | None = 0.995,
+    ):
+        super().__init__()
+        self.z_dim, self.c_dim, self.w_dim, self.num_ws = z_dim, c_dim, w_dim, num_ws
+        self.num_layers, self.w_avg_beta = num_layers, w_avg_beta
+        embed_features = 0 if c_dim == 0 else (w_dim if embed_features is None else embed_features)
+        layer_features = w_dim if layer_features is None else layer_features
+        if c_dim > 0:
+            self.embed = FullyConnectedLayer(c_dim, embed_features)
+        widths = [z_dim + embed_features] + [layer_features] * (num_layers - 1) + [w_dim]
+        for index in range(num_layers):
+            layer = FullyConnectedLayer(widths[index], widths[index + 1], True, activation, lr_multiplier)
+            setattr(self, f"fc{index}", layer)
+        if num_ws is not None and w_avg_beta is not None:
+            self.register_buffer("w_avg", torch.zeros(w_dim))
+
+    def forward(
+        self,
+        z: torch.Tensor | None,
+        c: torch.Tensor | None,
+        truncation_psi: float = 1.0,
+        truncation_cutoff: int | None = None,
+        skip_w_avg_update: bool = False,
+    ) -> torch.Tensor:
+        """Map latents; in train() mode the running mean of w moves unless `skip_w_avg_update`.
+
+        Args:
+            z: (N, z_dim), any float dtype; None when z_dim is 0.
+            c: (N, c_dim), usually one-hot; None when c_dim is 0.
+            truncation_psi: 1 = off; w ← w_avg + psi·(w − w_avg).
+            truncation_cutoff: Truncate the first so many of the num_ws only. None = all.
+            skip_w_avg_update: Leave the running mean alone.
+
+        Raises:
+            ValueError: z or c has another shape, or truncation is asked of a network without w_avg.
+        """
+        x = None
+        if self.z_dim > 0:
+            _check_batch("z", z, self.z_dim)
+            x = normalize_2nd_moment(z.to(torch.float32))
+        if self.c_dim > 0:
+            _check_batch("c", c, self.c_dim)
+            y = normalize_2nd_moment(self.embed(c.to(torch.float32)))
+            x = y if x is None else torch.cat([x, y], dim=1)
+        for index in range(self.num_layers):
+            x = getattr(self, f"fc{index}")(x)
+        if self.training and self.w_avg_beta is not None and self.num_ws is not None and not skip_w_avg_update:
+            self.w_avg.copy_(x.detach().mean(dim=0).lerp(self.w_avg, self.w_avg_beta))
+        if self.num_ws is None:
+            return x
+        ws = x.unsqueeze(1).repeat(1, self.num_ws, 1)  # [NLw]
+        if truncation_psi != 1:
+            if self.w_avg_beta is None:
+                raise ValueError(f"truncation_psi is {truncation_psi}, but this network tracks no mean of w")
+            count = self.num_ws if truncation_cutoff is None else truncation_cutoff
+            ws = torch.cat([self.w_avg.lerp(ws[:, :count], truncation_psi), ws[:, count:]], dim=1)
+        return ws
+
+
+class SynthesisBlock(nn.Module):
+    """All layers of one resolution: activations (N, I, r/2, r/2) and an image → (N, O, r, r) and an image."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        w_dim: int,
+        resolution: int,
+        img_channels: int,
+        is_last: bool,
+        architecture: str = "skip",
+        resample_filter: Sequence = DEFAULT_FILTER,
+        conv_clamp: float | None = None,
+        use_fp16: bool = False,
+        fp16_channels_last: bool = False,
+        **layer_kwargs,
+    ):
+        super().__init__()
+        self.in_channels, self.architecture, self.use_fp16 = in_channels, architecture, use_fp16
+        self.memory_format = torch.channels_last if use_fp16 and fp16_channels_last else torch.contiguous_format
+        self.register_buffer("resample_filter", setup_filter(resample_filter))
+        self.num_conv = 1 if in_channels == 0 else 2
+        self.num_torgb = int(is_last or architecture == "skip")
+        layer_kwargs = {"conv_clamp": conv_clamp, **layer_kwargs}
+        if in_channels == 0:
+            self.const = nn.Parameter(torch.randn(out_channels, resolution, resolution))
+        else:
+            self.conv0 = SynthesisLayer(
+                in_channels, out_channels, w_dim, resolution, up=2, resample_filter=resample_filter, **layer_kwargs
+            )
+        self.conv1 = SynthesisLayer(out_channels, out_channels, w_dim, resolution, **layer_kwargs)
+        if self.num_torgb:
+            self.torgb = ToRGBLayer(out_channels, img_channels, w_dim, conv_clamp=conv_clamp)
+        if in_channels != 0 and architecture == "resnet":
+            self.skip = Conv2dLayer(in_channels, out_channels, 1, bias=False, up=2, resample_filter=resample_filter)
+
+    def forward(self, x, img, ws, force_fp32=False, fused_modconv=False, noise_mode="random"):
+        w_iter = iter(ws.unbind(dim=1))
+        layer = {"noise_mode": noise_mode, "fused_modconv": fused_modconv}
+        dtype = torch.float16 if self.use_fp16 and not force_fp32 else torch.float32
+        if self.in_channels == 0:
+            x = self.const.to(dtype).unsqueeze(0).repeat(ws.shape[0], 1, 1, 1)
+            x = self.conv1(x.to(memory_format=self._format(x)), next(w_iter), **layer)
+        else:
+            x = x.to(dtype=dtype, memory_format=self._format(x))
+            if self.architecture == "resnet":
+                y = self.skip(x, gain=math.sqrt(0.5))
+                x = self.conv0(x, next(w_iter), **layer)
+                x = y + self.conv1(x, next(w_iter), gain=math.sqrt(0.5), **layer)
+            else:
+                x = self.conv0(x, next(w_iter), **layer)
+                x = self.conv1(x, next(w_iter), **layer)
+        if img is not None:
+            img = upsample2d(img, self.resample_filter)
+        if self.num_torgb:
+            y = self.torgb(x, next(w_iter), fused_modconv=fused_modconv).to(torch.float32)
+            img = y if img is None else img + y
+        return x, img
+
+    def _format(self, x):
+        # A channels_last network (`.to(memory_format=…)` on its convolution weights) keeps its activations so, too.
+        if self.conv1.weight.is_contiguous() and x.dtype != torch.float16:
+            return torch.contiguous_format
+        return torch.channels_last if x.dtype != torch.float16 else self.memory_format
+
+
+class SynthesisNetwork(nn.Module):
+    """ws (N, num_ws, w_dim) → images (N, img_channels, R, R), float32.
+
+    Args:
+        w_dim: Size of an intermediate latent.
+        img_resolution: R, a power of two ≥ 4.
+        img_channels: Colour channels.
+        channel_base: Channels at resolution r are channel_base / r …
+        channel_max: … at most this many.
+        num_fp16_res: The so many highest resolutions compute in float16 (not below 8×8).
+        block_kwargs: Arguments of `SynthesisBlock` and `SynthesisLayer`.
+
+    Raises:
+        ValueError: The resolution is no power of two ≥ 4, or the architecture is unknown.
+    """
+
+    def __init__(
+        self,
+        w_dim: int,
+        img_resolution: int,
+        img_channels: int,
+        channel_base: int = 32768,
+        channel_max: int = 512,
+        num_fp16_res: int = 0,
+        **block_kwargs,
+    ):
+        super().__init__()
+        _check_geometry(img_resolution, block_kwargs.get("architecture", "skip"))
+        self.w_dim, self.img_resolution, self.img_channels = w_dim, img_resolution, img_channels
+        self.block_resolutions = _resolutions(img_resolution)
+        fp16_from = _fp16_resolution(img_resolution, num_fp16_res)
+        self.num_ws = 0
+        in_channels = 0
+        for res in self.block_resolutions:
+            out_channels = min(channel_base // res, channel_max)
+            block = SynthesisBlock(
+                in_channels,
+                out_channels,
+                w_dim,
+                res,
+                img_channels,
+                is_last=res == img_resolution,
+                use_fp16=res >= fp16_from,
+                **block_kwargs,
+            )
+            setattr(self, f"b{res}", block)
+            self.num_ws += block.num_conv + (block.num_torgb if res == img_resolution else 0)
+            in_channels = out_channels
+
+    def forward(
+        self,
+        ws: torch.Tensor,
+        noise_mode: str = "random",
+        force_fp32: bool | None = None,
+        fused_modconv: bool = False,
+    ) -> torch.Tensor:
+        """Images from ws.
+
+        Args:
+            ws: (N, num_ws, w_dim).
+            noise_mode: 'random' (fresh per sample and layer), 'const' (the stored noise) or 'none'.
+            force_fp32: Run float16 blocks in float32. None = on a CPU only, where half precision is slow.
+            fused_modconv: See `modulated_conv2d`.
+
+        Raises:
+            ValueError: ws has another shape, or the noise mode is unknown.
+        """
+        if ws.ndim != 3 or ws.shape[1:] != (self.num_ws, self.w_dim):
+            raise ValueError(f"ws has shape {tuple(ws.shape)}; expected (N, {self.num_ws}, {self.w_dim})")
+        if noise_mode not in NOISE_MODES:
+            raise ValueError(f"noise_mode is {noise_mode!r}; expected one of {', '.join(NOISE_MODES)}")
+        force_fp32 = ws.device.type == "cpu" if force_fp32 is None else force_fp32
+        ws = ws.to(torch.float32)
+        x = img = None
+        first = 0
+        for res in self.block_resolutions:
+            block = getattr(self, f"b{res}")
+            # The toRGB layer of a block shares its w with the first layer of the next one.
+            block_ws = ws.narrow(1, first, block.num_conv + block.num_torgb)
+            x, img = block(x, img, block_ws, force_fp32, fused_modconv, noise_mode)
+            first += block.num_conv
+        return img
+
+
+class Generator(nn.Module):
+    """StyleGAN2 generator: z and labels → images (N, img_channels, R, R), float32, about [−1, 1].
+
+    Args:
+        z_dim: Latent size.
+        c_dim: Label size; 0 = unconditional.
+        w_dim: Size of an intermediate latent.
+        img_resolution: R, a power of two ≥ 4.
+        img_channels: Colour channels.
+        mapping_kwargs: Arguments of `MappingNetwork`.
+        synthesis_kwargs: Arguments of `SynthesisNetwork`.
+    """
+
+    def __init__(
+        self,
+        z_dim: int,
+        c_dim: int,
+        w_dim: int,
+        img_resolution: int,
+        img_channels: int,
+        mapping_kwargs: dict | None = None,
+        synthesis_kwargs: dict | None = None,
+    ):
+        super().__init__()
+        mapping_kwargs, synthesis_kwargs = dict(mapping_kwargs or {}), dict(synthesis_kwargs or {})
+        self.init_kwargs = {
+            "z_dim": z_dim,
+            "c_dim": c_dim,
+            "w_dim": w_dim,
+            "img_resolution": img_resolution,
+            "img_channels": img_channels,
+            "mapping_kwargs": mapping_kwargs,
+            "synthesis_kwargs": synthesis_kwargs,
+        }
+        self.z_dim, self.c_dim, self.w_dim = z_dim, c_dim, w_dim
+        self.img_resolution, self.img_channels = img_resolution, img_channels
+        self.synthesis = SynthesisNetwork(w_dim, img_resolution, img_channels, **synthesis_kwargs)
+        self.num_ws = self.synthesis.num_ws
+        self.mapping = MappingNetwork(z_dim, c_dim, w_dim, self.num_ws, **mapping_kwargs)
+
+    def forward(
+        self,
+        z: torch.Tensor,
+        c: torch.Tensor | None = None,
+        truncation_psi: float = 1.0,
+        truncation_cutoff: int | None = None,
+        **synthesis_kwargs,
+    ) -> torch.Tensor:
+        """Images from latents; arguments as in `MappingNetwork.forward` and `SynthesisNetwork.forward`."""
+        return self.synthesis(self.mapping(z, c, truncation_psi, truncation_cutoff), **synthesis_kwargs)
+
+
+# Discriminator.
+
+
+class DiscriminatorBlock(nn.Module):
+    """Layers of one resolution: activations (N, tmp, r, r) and/or an image → (N, out, r/2, r/2)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        tmp_channels: int,
+        out_channels: int,
+        resolution: int,
+        img_channels: int,
+        first_layer_idx: int,
+        architecture: str,
+        activation: str = "lrelu",
+        resample_filter: Sequence = DEFAULT_FILTER,
+        conv_clamp: float | None = None,
+        use_fp16: bool = False,
+        fp16_channels_last: bool = False,
+        freeze_layers: int = 0,
+    ):
+        super().__init__()
+        self.architecture, self.use_fp16 = architecture, use_fp16
+        self.memory_format = torch.channels_last if use_fp16 and fp16_channels_last else torch.contiguous_format
+        self.register_buffer("resample_filter", setup_filter(resample_filter))
+        self.num_layers = 0
+
+        def conv(cin, cout, kernel_size, clamp=conv_clamp, **kwargs):
+            trainable = first_layer_idx + self.num_layers >= freeze_layers
+            self.num_layers += 1
+            return Conv2dLayer(cin, cout, kernel_size, conv_clamp=clamp, trainable=trainable, **kwargs)
+
+        down = {"down": 2, "resample_filter": resample_filter}
+        self.fromrgb = self.skip = None
+        if in_channels == 0 or architecture == "skip":
+            self.fromrgb = conv(img_channels, tmp_channels, 1, activation=activation)
+        self.conv0 = conv(tmp_channels, tmp_channels, 3, activation=activation)
+        self.conv1 = conv(tmp_channels, out_channels, 3, activation=activation, **down)
+        if architecture == "resnet":
+            self.skip = conv(tmp_channels, out_channels, 1, clamp=None, bias=False, **down)
+
+    def forward(self, x, img, force_fp32=False):
+        dtype = torch.float16 if self.use_fp16 and not force_fp32 else torch.float32
+        if x is not None:
+            x = x.to(dtype=dtype, memory_format=self.memory_format)
+        if self.fromrgb is not None:
+            img = img.to(dtype=dtype, memory_format=self.memory_format)
+            y = self.fromrgb(img)
+            x = y if x is None else x + y
+            img = downsample2d(img, self.resample_filter) if self.architecture == "skip" else None
+        if self.architecture == "resnet":
+            y = self.skip(x, gain=math.sqrt(0.5))
+            return y + self.conv1(self.conv0(x), gain=math.sqrt(0.5)), img
+        return self.conv1(self.conv0(x)), img
+
+
+class MinibatchStdLayer(nn.Module):
+    """Append the mean standard deviation within groups of samples as extra channels: (N, C, H, W) → (N, C+F, H, W).
+
+    Groups are strided: sample i belongs to group i mod (N / group_size).
+    """
+
+    def __init__(self, group_size: int | None, num_channels: int = 1):
+        super().__init__()
+        self.group_size, self.num_channels = group_size, num_channels
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, c, h, w = x.shape
+        group = n if self.group_size is None else min(self.group_size, n)
+        if n % group:
+            raise ValueError(f"the batch has {n} images; expected a multiple of the minibatch-std group size {group}")
+        y = x.reshape(group, n // group, self.num_channels, c // self.num_channels, h, w)
+        y = (y.var(dim=0, unbiased=False) + 1e-8).sqrt().mean(dim=[2, 3, 4])  # [N/g, F]
+        y = y.repeat(group, 1)[:, :, None, None].expand(-1, -1, h, w)
+        return torch.cat([x, y], dim=1)
+
+
+class DiscriminatorEpilogue(nn.Module):
+    """The 4×4 end of the discriminator, in float32: (N, C, 4, 4) and a label embedding → logits (N, 1)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        cmap_dim: int,
+        resolution: int,
+        img_channels: int,
+        architecture: str,
+        mbstd_group_size: int | None = 4,
+        mbstd_num_channels: int = 1,
+        activation: str = "lrelu",
+        conv_clamp: float | None = None,
+    ):
+        super().__init__()
+        self.cmap_dim = cmap_dim
+        self.fromrgb = Conv2dLayer(img_channels, in_channels, 1, activation=activation) if architecture == "skip" else None
+        self.mbstd = MinibatchStdLayer(mbstd_group_size, mbstd_num_channels) if mbstd_num_channels > 0 else None
+        self.conv = Conv2dLayer(
+            in_channels + mbstd_num_channels, in_channels, 3, activation=activation, conv_clamp=conv_clamp
+        )
+        self.fc = FullyConnectedLayer(in_channels * resolution**2, in_channels, activation=activation)
+        self.out = FullyConnectedLayer(in_channels, 1 if cmap_dim == 0 else cmap_dim)
+
+    def forward(self, x, img, cmap):
+        x = x.to(torch.float32)
+        if self.fromrgb is not None:
+            x = x + self.fromrgb(img.to(torch.float32))
+        if self.mbstd is not None:
+            x = self.mbstd(x)
+        x = self.out(self.fc(self.conv(x).flatten(1)))
+        if self.cmap_dim > 0:
+            x = (x * cmap).sum(dim=1, keepdim=True) / math.sqrt(self.cmap_dim)
+        return x
+
+
+class Discriminator(nn.Module):
+    """StyleGAN2 discriminator: images (N, img_channels, R, R) and labels → logits (N, 1).
+
+    Args:
+        c_dim: Label size; 0 = unconditional.
+        img_resolution: R, a power of two ≥ 4.
+        img_channels: Colour channels.
+        architecture: 'orig', 'skip' or 'resnet'.
+        channel_base: Channels at resolution r are channel_base / r …
+        channel_max: … at most this many.
+        num_fp16_res: The so many highest resolutions compute in float16 (not below 8×8).
+        conv_clamp: Limit of activations. None = off.
+        cmap_dim: Size of the label embedding. None = channels at 4×4.
+        block_kwargs: Arguments of `DiscriminatorBlock`.
+        mapping_kwargs: Arguments of `MappingNetwork`.
+        epilogue_kwargs: Arguments of `DiscriminatorEpilogue`.
+
+    Raises:
+        ValueError: The resolution is no power of two ≥ 4, or the architecture is unknown.
+    """
+
+    def __init__(
+        self,
+        c_dim: int,
+        img_resolution: int,
+        img_channels: int,
+        architecture: str = "resnet",
+        channel_base: int = 32768,
+        channel_max: int = 512,
+        num_fp16_res: int = 0,
+        conv_clamp: float | None = None,
+        cmap_dim: int | None = None,
+        block_kwargs: dict | None = None,
+        mapping_kwargs: dict | None = None,
+        epilogue_kwargs: dict | None = None,
+    ):
+        super().__init__()
+        _check_geometry(img_resolution, architecture)
+        self.init_kwargs = {
+            "c_dim": c_dim,
+            "img_resolution": img_resolution,
+            "img_channels": img_channels,
+            "architecture": architecture,
+            "channel_base": channel_base,
+            "channel_max": channel_max,
+            "num_fp16_res": num_fp16_res,
+            "conv_clamp": conv_clamp,
+            "cmap_dim": cmap_dim,
+            "block_kwargs": dict(block_kwargs or {}),
+            "mapping_kwargs": dict(mapping_kwargs or {}),
+            "epilogue_kwargs": dict(epilogue_kwargs or {}),
+        }
+        self.c_dim, self.img_resolution, self.img_channels = c_dim, img_resolution, img_channels
+        self.block_resolutions = _resolutions(img_resolution)[:0:-1]  # R … 8
+        fp16_from = _fp16_resolution(img_resolution, num_fp16_res)
+
+        def channels(res):
+            return min(channel_base // res, channel_max)
+
+        cmap_dim = 0 if c_dim == 0 else (channels(4) if cmap_dim is None else cmap_dim)
+        num_layers = 0
+        for res in self.block_resolutions:
+            block = DiscriminatorBlock(
+                channels(res) if res < img_resolution else 0,
+                channels(res),
+                channels(res // 2),
+                res,
+                img_channels,
+                first_layer_idx=num_layers,
+                architecture=architecture,
+                conv_clamp=conv_clamp,
+                use_fp16=res >= fp16_from,
+                **(block_kwargs or {}),
+            )
+            setattr(self, f"b{res}", block)
+            num_layers += block.num_layers
+        if c_dim > 0:
+            self.mapping = MappingNetwork(0, c_dim, cmap_dim, None, w_avg_beta=None, **(mapping_kwargs or {}))
+        self.b4 = DiscriminatorEpilogue(
+            channels(4), cmap_dim, 4, img_channels, architecture, conv_clamp=conv_clamp, **(epilogue_kwargs or {})
+        )
+
+    def forward(self, img: torch.Tensor, c: torch.Tensor | None = None, force_fp32: bool | None = None) -> torch.Tensor:
+        """Logits (N, 1), larger for more real; `force_fp32` as in `SynthesisNetwork.forward`.
+
+        Raises:
+            ValueError: img or c has another shape.
+        """
+        expected = (self.img_channels, self.img_resolution, self.img_resolution)
+        if img.ndim != 4 or img.shape[1:] != expected:
+            raise ValueError(f"img has shape {tuple(img.shape)}; expected (N, {', '.join(map(str, expected))})")
+        force_fp32 = img.device.type == "cpu" if force_fp32 is None else force_fp32
+        x = None
+        for res in self.block_resolutions:
+            x, img = getattr(self, f"b{res}")(x, img, force_fp32)
+        cmap = self.mapping(None, c) if self.c_dim > 0 else None
+        return self.b4(x, img, cmap)
+
+
+# Shared arithmetic.
+
+
+def _resolutions(img_resolution: int) -> list[int]:
+    return [2**i for i in range(2, img_resolution.bit_length())]
+
+
+def _fp16_resolution(img_resolution: int, num_fp16_res: int) -> int:
+    """The lowest resolution that computes in float16."""
+    return max(2 ** (img_resolution.bit_length() - num_fp16_res), 8)
+
+
+def _check_geometry(img_resolution: int, architecture: str) -> None:
+    if img_resolution < 4 or img_resolution & (img_resolution - 1):
+        raise ValueError(f"img_resolution is {img_resolution}; expected a power of two ≥ 4")
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture is {architecture!r}; expected one of {', '.join(ARCHITECTURES)}")
+
+
+def _check_batch(name: str, tensor: torch.Tensor | None, width: int) -> None:
+    if tensor is None or tensor.ndim != 2 or tensor.shape[1] != width:
+        found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
+        raise ValueError(f"{name} is {found}; expected (N, {width})")

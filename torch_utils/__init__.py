@@ -1,0 +1,1 @@
+"""Generic torch helpers; knows nothing of GANs or diffusion."""

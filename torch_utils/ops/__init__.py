@@ -1,0 +1,1 @@
+"""Image operations shared by the networks: upfirdn2d, bias_act, conv2d_resample."""
