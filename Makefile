@@ -1,0 +1,42 @@
+# Every target sets itself up first. PYTHON is the interpreter that .venv is made from (3.10 or newer):
+#     make setup PYTHON=python3.12             it counts only while there is no .venv yet
+#     make test  PYTHON=python3.12 VENV=.venv-3.12
+PYTHON ?= python3
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup demo test bench lint clean
+
+help:
+	@echo "make setup   create $(VENV) with everything that is needed"
+	@echo "make demo    refine the shipped digits GAN with the shipped teacher, show before and after"
+	@echo "make test    run the tests"
+	@echo "make bench   images per second of one iteration, and where its time goes"
+	@echo "make lint    ruff"
+	@echo "make clean   remove $(VENV) and caches"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; try make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,recipes]'
+	@touch $@
+
+demo: setup
+	$(BIN)/python -m refine.cli.demo
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+bench: setup
+	$(BIN)/python benchmarks/iteration.py
+
+lint: setup
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

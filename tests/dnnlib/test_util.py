@@ -1,0 +1,130 @@
+import copy
+import hashlib
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+import dnnlib
+
+
+def test_easy_dict_items_are_attributes():
+    d = dnnlib.EasyDict(lr=1e-3)
+    d.batch = 32
+    assert d == {"lr": 1e-3, "batch": 32} and d["batch"] == d.batch == 32
+    del d.lr
+    assert "lr" not in d and not hasattr(d, "lr")
+
+
+@pytest.mark.parametrize("action", [lambda d: d.missing, lambda d: delattr(d, "missing")])
+def test_easy_dict_missing_attribute(action):
+    with pytest.raises(AttributeError, match="missing"):
+        action(dnnlib.EasyDict())
+
+
+def test_easy_dict_copies():
+    d = dnnlib.EasyDict(a=[1])
+    for clone in (copy.deepcopy(d), pickle.loads(pickle.dumps(d))):
+        assert clone == d and type(clone) is dnnlib.EasyDict and clone.a is not d.a
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0s"),
+        (59.4, "59s"),
+        (59.5, "1m 00s"),
+        (185, "3m 05s"),
+        (3599.6, "1h 00m 00s"),
+        (7449, "2h 04m 09s"),
+        (86400 + 3 * 3600 + 20 * 60 + 59, "1d 03h 20m"),
+        (-0.2, "0s"),
+    ],
+)
+def test_format_time(seconds, text):
+    assert dnnlib.format_time(seconds) == text
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1])
+@pytest.mark.parametrize("function", [dnnlib.format_time, dnnlib.format_bytes, dnnlib.format_count])
+def test_formats_refuse_what_has_no_meaning(function, bad):
+    with pytest.raises(ValueError, match="finite and not negative"):
+        function(bad)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1536, "1.50 KiB"),
+        (1024 * 1024 - 1, "1.00 MiB"),
+        (12.3 * 2**20, "12.3 MiB"),
+        (226 * 2**20, "226 MiB"),
+        (5 * 2**60, "5120 PiB"),
+    ],
+)
+def test_format_bytes(count, text):
+    assert dnnlib.format_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(950, "950"), (20_215_315, "20.2 M"), (999_999, "1.00 M"), (1.2e9, "1.20 G")]
+)
+def test_format_count(count, text):
+    assert dnnlib.format_count(count) == text
+
+
+def test_kimg():
+    assert dnnlib.format_kimg(123_456) == "000123"
+    assert dnnlib.format_kimg(12_345_678_000) == "12345678"
+    assert dnnlib.kimg_to_nimg(0.1 + 0.2) == 300
+    with pytest.raises(ValueError, match="negative"):
+        dnnlib.format_kimg(-1)
+
+
+def test_replaced_atomically_replaces(tmp_path):
+    target = tmp_path / "file.txt"
+    target.write_text("old")
+    with dnnlib.replaced_atomically(target) as temporary:
+        temporary.write_text("new")
+        assert temporary.parent == tmp_path and target.read_text() == "old"
+    assert target.read_text() == "new" and os.listdir(tmp_path) == ["file.txt"]
+
+
+def test_replaced_atomically_keeps_the_old_file_on_failure(tmp_path):
+    target = tmp_path / "file.txt"
+    target.write_text("old")
+    with pytest.raises(RuntimeError, match="half way"), dnnlib.replaced_atomically(target) as temporary:
+        temporary.write_text("ne")
+        raise RuntimeError("half way")
+    assert target.read_text() == "old" and os.listdir(tmp_path) == ["file.txt"]
+
+
+def test_replaced_atomically_follows_links_and_honours_umask(tmp_path):
+    (tmp_path / "real.txt").write_text("old")
+    (tmp_path / "link.txt").symlink_to("real.txt")
+    with dnnlib.replaced_atomically(tmp_path / "link.txt") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "link.txt").is_symlink() and (tmp_path / "real.txt").read_text() == "new"
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / "real.txt").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_replaced_atomically_needs_the_folder(tmp_path):
+    with pytest.raises(FileNotFoundError), dnnlib.replaced_atomically(tmp_path / "no" / "file") as temporary:
+        temporary.write_text("x")
+
+
+def test_sha256(tmp_path):
+    data = bytes(range(256)) * 10_000
+    (tmp_path / "f").write_bytes(data)
+    assert dnnlib.sha256_of_file(tmp_path / "f") == hashlib.sha256(data).hexdigest()
+
+
+def test_dnnlib_never_imports_torch(root):
+    code = "import sys, dnnlib; print([m for m in ('torch', 'numpy', 'click') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=root, text=True).strip() == "[]"
