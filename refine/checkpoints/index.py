@@ -1,0 +1,130 @@
+"""Names for files: `pretrained/index.toml` says which file a short name means and what its bytes must be."""
+
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dnnlib
+from refine.checkpoints.sniff import check_readable_file
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+KINDS = ("generator", "teacher", "classifier", "reference")
+_FIELDS = {"kind": str, "file": str, "bytes": int, "sha256": str, "licence": str, "what": str, "made_by": str}
+
+
+@dataclass(frozen=True)
+class IndexEntry:
+    """One shipped file.
+
+    Attributes:
+        name: The short name that command lines and `load_*` take.
+        kind: One of `KINDS`.
+        file: File name beside the index.
+        bytes: Its size.
+        sha256: Its checksum.
+        licence: Licence of the file, SPDX.
+        what: What it is, and from what data.
+        made_by: The command that makes it again.
+    """
+
+    name: str
+    kind: str
+    file: str
+    bytes: int
+    sha256: str
+    licence: str
+    what: str
+    made_by: str
+
+
+def pretrained_dir() -> Path | None:
+    """The folder with index.toml, or None where there is none.
+
+    `$REFINE_PRETRAINED` where it is set; otherwise that of an installed wheel or of the source checkout.
+    """
+    package = Path(__file__).resolve().parents[1]
+    candidates = [package / "pretrained", package.parent / "pretrained"]
+    if os.environ.get("REFINE_PRETRAINED"):
+        candidates = [Path(os.environ["REFINE_PRETRAINED"])]
+    return next((folder for folder in candidates if (folder / "index.toml").is_file()), None)
+
+
+def read_index(folder: Path | None = None) -> dict[str, IndexEntry]:
+    """All entries of `folder/index.toml` by name; empty where there is no such folder.
+
+    Args:
+        folder: None = `pretrained_dir()`.
+
+    Raises:
+        ValueError: the index is not valid TOML, or an entry lacks a field or has an impossible one.
+    """
+    folder = folder or pretrained_dir()
+    if folder is None:
+        return {}
+    path = folder / "index.toml"
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from None
+    return {name: _entry(name, table, path) for name, table in tables.items()}
+
+
+def resolve(path_or_name: str | os.PathLike) -> Path:
+    """The file that a path or a name of the index means; a named one has been checked against its checksum.
+
+    A path that exists wins over a name. Only a plain word, without folder and suffix, can be a name.
+
+    Raises:
+        ValueError: neither an existing file nor a name of the index, or a shipped file is missing or was changed.
+    """
+    text = os.fspath(path_or_name)
+    if not text:
+        raise ValueError("an empty path; expected a file or a name of pretrained/index.toml")
+    if os.path.lexists(text) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", text):
+        check_readable_file(text)
+        return Path(text)
+    folder = pretrained_dir()
+    index = read_index(folder)
+    if text not in index:
+        known = f"the names known are {', '.join(index)}" if index else "no pretrained/index.toml was found"
+        raise ValueError(f"{text} is neither a file nor a known name ({known})")
+    return _verified(folder, index[text])
+
+
+def _verified(folder: Path, entry: IndexEntry) -> Path:
+    if not re.fullmatch(r"[0-9a-f]{64}", entry.sha256):
+        raise ValueError(f"{folder / 'index.toml'} has no sha256 of {entry.name!r}, so its file cannot be checked")
+    path = folder / entry.file
+    size = check_readable_file(path)
+    if size != entry.bytes:
+        raise ValueError(
+            f"{path} has {size} bytes, but {entry.bytes} were shipped as {entry.name!r}: the file was changed"
+        )
+    digest = dnnlib.sha256_of_file(path)
+    if digest != entry.sha256:
+        wanted = f"{entry.sha256[:12]}… was shipped as {entry.name!r}"
+        raise ValueError(f"{path} has sha256 {digest[:12]}…, but {wanted}: the file was changed")
+    return path
+
+
+def _entry(name: str, table: Any, path: Path) -> IndexEntry:
+    if not isinstance(table, dict):
+        raise ValueError(f"{path}: {name!r} is not a table")
+    for field, kind in _FIELDS.items():
+        if not isinstance(table.get(field), kind):
+            raise ValueError(f"{path}: [{name}] needs {field!r}, a {kind.__name__}")
+    unknown = table.keys() - _FIELDS.keys()
+    if unknown:
+        raise ValueError(f"{path}: [{name}] has the unknown field {min(unknown)!r}")
+    if table["kind"] not in KINDS:
+        raise ValueError(f"{path}: [{name}] has the kind {table['kind']!r}; expected one of {', '.join(KINDS)}")
+    if Path(table["file"]).name != table["file"]:
+        raise ValueError(f"{path}: [{name}] names the file {table['file']!r}; expected a name beside the index")
+    return IndexEntry(name=name, **table)

@@ -1,0 +1,260 @@
+"""The toolkit's own files: safetensors whose header says how to build the networks again.
+
+One JSON text under the metadata key 'gan-refine' makes a file one of ours:
+
+    {"format": "gan-refine", "version": 1, "kind": "networks",
+     "networks": {"G_ema": {"class": "stylegan2.Generator", "init_kwargs": {…}}, …},
+     "provenance": {…}}                                  # where it comes from: parents' sha256, options, …
+
+Tensors are called `<network>.<name in its state_dict>`. The second kind, "tensors", is a flat table of tensors with a
+JSON object beside it (`save_tensors`, `load_tensors`): training states, optimiser moments, statistics.
+
+Reading is strict (names, shapes and dtypes must be those of the rebuilt network), runs no code from the file, and finds
+out everything that can be wrong from header and file size before memory for a single weight is taken. Values are not
+judged: NaN and infinity are loaded as they are.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+import dnnlib
+from refine.checkpoints import registry
+from refine.checkpoints.sniff import HEADER_KEY, BrokenHeader, TensorInfo, read_safetensors_header, sniff
+
+FORMAT, VERSION = "gan-refine", 1
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def save_networks(
+    path: str | os.PathLike, networks: Mapping[str, torch.nn.Module], *, provenance: dict[str, Any]
+) -> None:
+    """Writes networks to one native file, all of it or nothing.
+
+    Args:
+        path: The file to write or replace; its folder must exist.
+        networks: Name in the file (`G_ema`, `G`, `ema`, …; no dots) → network of a class of the registry, which keeps
+            its constructor arguments in `init_kwargs`. Device, memory format and sharing of tensors do not matter.
+        provenance: JSON-able table: how the networks came about.
+
+    Raises:
+        ValueError: a network could not be rebuilt from what would be written, or something is not JSON-able.
+        OSError: the file cannot be written.
+    """
+    tensors, table = {}, {}
+    for name, network in networks.items():
+        if not name or "." in name:
+            raise ValueError(f"a network in a native file needs a name without dots, got {name!r}")
+        class_name = registry.registry_name(network)
+        init_kwargs = json.loads(_to_json(network.init_kwargs, f"init_kwargs of {name}"))
+        state = network.state_dict()
+        expected = registry.build_empty(class_name, init_kwargs).state_dict()
+        _check_state({key: (t.dtype, tuple(t.shape)) for key, t in state.items()}, expected, f"network {name}")
+        table[name] = {"class": class_name, "init_kwargs": init_kwargs}
+        tensors.update({f"{name}.{key}": value for key, value in state.items()})
+    if not table:
+        raise ValueError("there is no network to save")
+    _write(path, tensors, {"kind": "networks", "networks": table, "provenance": provenance})
+
+
+def load_networks(path: str | os.PathLike, names: Iterable[str] | None = None) -> dict[str, torch.nn.Module]:
+    """Reads networks from a native file.
+
+    Args:
+        path: The file.
+        names: Which networks to read; None = all. The tensors of others are not read.
+
+    Returns:
+        Name → network on the CPU, in the dtypes of its class, in train mode with gradients enabled, as if just
+        constructed. The random number generators are not touched.
+
+    Raises:
+        ValueError: the file is not a whole native file of networks, a wanted one is not in it, or the names, shapes or
+            dtypes of its tensors are not those that its class and init kwargs ask for.
+    """
+    metadata, infos = _read_header(path, kind="networks")
+    table = metadata["networks"]
+    names = list(table if names is None else names)
+    for name in names:
+        if name not in table:
+            raise ValueError(f"{path} holds {', '.join(table)}, but no network {name!r}")
+    strays = [key for key in infos if key.partition(".")[0] not in table]
+    if strays:
+        raise ValueError(f"{path}: the tensor {strays[0]!r} belongs to none of the networks {', '.join(table)}")
+    networks = {}
+    for name in names:
+        try:
+            network = registry.build_empty(table[name]["class"], table[name]["init_kwargs"])
+            mine = {key[len(name) + 1 :]: info for key, info in infos.items() if key.startswith(f"{name}.")}
+            found = {key: (_DTYPES.get(info.dtype), info.shape) for key, info in mine.items()}
+            _check_state(found, network.state_dict(), f"network {name}")
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        networks[name] = network
+    for name, network in networks.items():
+        keys = list(network.state_dict())
+        values = _read_tensors(path, [f"{name}.{key}" for key in keys])
+        # assign: the tensors read become the parameters, so no weight exists twice and none is initialised in vain
+        network.load_state_dict(dict(zip(keys, values, strict=True)), strict=True, assign=True)
+        homeless = [key for key, t in [*network.named_parameters(), *network.named_buffers()] if t.is_meta]
+        assert not homeless, (
+            f"{type(network).__name__} keeps {homeless[0]} out of its state_dict, so it cannot be loaded"
+        )
+    return networks
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
+    """The JSON of a native file, without reading a tensor.
+
+    Returns:
+        'format', 'version', 'kind' ('networks' or 'tensors'), and 'networks' (name → 'class', 'init_kwargs') with
+        'provenance', or 'metadata'.
+
+    Raises:
+        ValueError: the file is not a whole native file of a version that is known here.
+    """
+    return _read_header(path)[0]
+
+
+def save_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], metadata: dict[str, Any]) -> None:
+    """Writes a flat table of tensors and a JSON-able table beside it to one native file, all of it or nothing.
+
+    Raises:
+        ValueError: the metadata are not JSON-able, or a dtype has no place in the format.
+        OSError: the file cannot be written.
+    """
+    _write(path, tensors, {"kind": "tensors", "metadata": metadata})
+
+
+def load_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Reads what `save_tensors` wrote: (name → CPU tensor, metadata).
+
+    Raises:
+        ValueError: the file is not a whole native file of tensors.
+    """
+    metadata, infos = _read_header(path, kind="tensors")
+    for key, info in infos.items():
+        if info.dtype not in _DTYPES:
+            raise ValueError(f"{path}: the tensor {key!r} has dtype {info.dtype}; expected one of {', '.join(_DTYPES)}")
+    return dict(zip(infos, _read_tensors(path, infos), strict=True)), metadata["metadata"]
+
+
+def _write(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], metadata: dict[str, Any]) -> None:
+    for key, value in tensors.items():
+        if value.layout != torch.strided or value.dtype not in _DTYPES.values():
+            raise ValueError(f"the tensor {key!r} ({value.dtype}, {value.layout}) has no place in a native file")
+    # One metadata key only: safetensors keeps metadata in no order, and equal networks shall give equal bytes.
+    header = {HEADER_KEY: _to_json({"format": FORMAT, "version": VERSION, **metadata}, "the metadata")}
+    with dnnlib.replaced_atomically(path) as temporary:
+        safetensors.torch.save_file(_unshared(tensors), temporary, metadata=header)
+
+
+def _unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous CPU tensors, none of which shares memory with another: what the format can hold."""
+    result, seen = {}, set()
+    for key, value in tensors.items():
+        value = value.detach().cpu().contiguous()
+        storage = value.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != value.nbytes:
+            value = value.clone()
+        seen.add(storage.data_ptr())
+        result[key] = value
+    return result
+
+
+def _read_header(path: str | os.PathLike, kind: str | None = None) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    expected = {
+        "networks": "a file of networks written by this toolkit (safetensors)",
+        "tensors": "a file of tensors written by this toolkit (safetensors)",
+    }.get(kind, "a native file of this toolkit")
+    found = sniff(path)
+    if found.kind != "native":
+        raise ValueError(f"{path} is {found.description}; expected {expected}")
+    try:
+        infos, header = read_safetensors_header(path)
+        metadata = json.loads(header[HEADER_KEY])
+    except BrokenHeader as error:  # the file changed between two looks at it
+        raise ValueError(f"{path} is a safetensors file {error}") from None
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path}: its {HEADER_KEY} metadata are not valid JSON") from None
+    reason = _metadata_fault(metadata)
+    if reason:
+        raise ValueError(f"{path}: {reason}")
+    if kind and metadata["kind"] != kind:
+        raise ValueError(f"{path} is a native file of {metadata['kind']}; expected {expected}")
+    return metadata, infos
+
+
+def _metadata_fault(metadata: Any) -> str | None:
+    """What is wrong with the metadata's structure, or None. Class names and kwargs are judged where networks are
+    built."""
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        return f'its metadata do not say "format": "{FORMAT}"'
+    if metadata.get("version") != VERSION or isinstance(metadata["version"], bool):
+        return f"it has format version {str(metadata.get('version'))[:20]}; this release reads version {VERSION}"
+    tables = {"networks": ("networks", "provenance"), "tensors": ("metadata",)}.get(str(metadata.get("kind")))
+    if tables is None:
+        return f"its metadata name the unknown kind {str(metadata.get('kind'))[:20]!r}"
+    for key in tables:
+        if not isinstance(metadata.get(key), dict):
+            return f"its metadata lack the table {key!r}"
+    if metadata["kind"] == "networks":
+        if not metadata["networks"]:
+            return "it holds no network"
+        for name, entry in metadata["networks"].items():
+            if (
+                "." in name
+                or not isinstance(entry, dict)
+                or not isinstance(entry.get("class"), str)
+                or not isinstance(entry.get("init_kwargs"), dict)
+            ):
+                return f"its metadata lack class or init_kwargs of the network {name[:60]!r}"
+    return None
+
+
+def _check_state(
+    found: Mapping[str, tuple[torch.dtype | None, tuple[int, ...]]], expected: Mapping[str, torch.Tensor], what: str
+) -> None:
+    missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys()
+    if missing:
+        raise ValueError(f"{what} lacks {len(missing)} of {len(expected)} tensors of its class, such as {min(missing)}")
+    if extra:
+        raise ValueError(f"{what} has {len(extra)} tensors that its class does not have, such as {min(extra)[:80]}")
+    for key, tensor in expected.items():
+        dtype, shape = found[key]
+        if shape != tuple(tensor.shape):
+            raise ValueError(f"{what}: {key} has shape {list(shape)}; expected {list(tensor.shape)}")
+        if dtype != tensor.dtype:
+            raise ValueError(f"{what}: {key} has dtype {dtype}; expected {tensor.dtype}")
+
+
+def _read_tensors(path: str | os.PathLike, keys: Iterable[str]) -> list[torch.Tensor]:
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            # clone: what safe_open gives is a map of the file, and would change or die with it
+            return [file.get_tensor(key).clone() for key in keys]
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors ({error})") from None
+
+
+def _to_json(value: Any, what: str) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{what} cannot be written as JSON: {error}") from None

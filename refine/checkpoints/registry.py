@@ -1,0 +1,154 @@
+"""Which network classes a native file may name, and how one is built from its init kwargs without trusting them.
+
+A file names a class by a string of this table; nothing else can be imported through a file.
+"""
+
+import importlib
+import inspect
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+# Far above every published network, far below what would hang a build.
+_MAX = {"img_resolution": 4096, "num_layers": 32, "num_blocks": 32, "M": 10_000}
+_MAX_INT = 1 << 20  # any other size or count
+_MAX_VALUES = 1000  # numbers and strings in all init kwargs of one network
+_MAX_TENSORS = 3000  # parameters and buffers of one network; the largest published ones have about 1000
+
+_FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.randn, torch.rand}
+
+
+@dataclass(frozen=True)
+class NetworkClass:
+    """Where a class lives, and what its networks are: 'generator', 'discriminator', 'teacher' or 'classifier'."""
+
+    module: str
+    name: str
+    kind: str
+
+
+NETWORK_CLASSES: dict[str, NetworkClass] = {
+    "stylegan2.Generator": NetworkClass("refine.networks.stylegan2", "Generator", "generator"),
+    "stylegan2.Discriminator": NetworkClass("refine.networks.stylegan2", "Discriminator", "discriminator"),
+    "edm.EDMPrecond": NetworkClass("refine.networks.edm", "EDMPrecond", "teacher"),
+    "edm.VPPrecond": NetworkClass("refine.networks.edm", "VPPrecond", "teacher"),
+    "edm.VEPrecond": NetworkClass("refine.networks.edm", "VEPrecond", "teacher"),
+    "edm.iDDPMPrecond": NetworkClass("refine.networks.edm", "iDDPMPrecond", "teacher"),
+    # A name, not an import: this layer knows nothing of metrics until a file with a detector in it is opened.
+    "digits.DigitsDetector": NetworkClass("refine.metrics.digits", "DigitsDetector", "classifier"),
+}
+
+
+def kind_of(class_name: str) -> str:
+    """'generator', 'discriminator', 'teacher', 'classifier', or 'unknown'."""
+    return NETWORK_CLASSES[class_name].kind if class_name in NETWORK_CLASSES else "unknown"
+
+
+def registry_name(network: torch.nn.Module) -> str:
+    """The name under which the class of `network` is written to a file.
+
+    Raises:
+        ValueError: the class is not one of the table (subclasses are not: they could not be told apart when reading).
+    """
+    cls = type(network)
+    for name, entry in NETWORK_CLASSES.items():
+        if (cls.__module__, cls.__qualname__) == (entry.module, entry.name):
+            return name
+    raise ValueError(
+        f"networks of class {cls.__module__}.{cls.__qualname__} cannot be saved natively; "
+        f"expected one of {', '.join(NETWORK_CLASSES)}"
+    )
+
+
+def build_empty(class_name: str, init_kwargs: dict[str, Any]) -> torch.nn.Module:
+    """The network with its names, shapes and dtypes, but no memory for its weights: every large tensor is on 'meta'.
+
+    The random number generators are left as they were.
+
+    Args:
+        class_name: A key of `NETWORK_CLASSES`.
+        init_kwargs: Constructor arguments as plain JSON values; checked here.
+
+    Raises:
+        ValueError: unknown class, arguments of impossible type or size, or the constructor refuses them.
+    """
+    if class_name not in NETWORK_CLASSES:
+        raise ValueError(
+            f"unknown network class {str(class_name)[:60]!r}; expected one of {', '.join(NETWORK_CLASSES)}"
+        )
+    check_init_kwargs(init_kwargs)
+    entry = NETWORK_CLASSES[class_name]
+    cls = getattr(importlib.import_module(entry.module), entry.name)
+    try:
+        inspect.signature(cls).bind(**init_kwargs)
+        with torch.random.fork_rng(devices=[]), _LargeTensorsOnMeta():
+            return cls(**init_kwargs)
+    except (TypeError, ValueError, AssertionError, ArithmeticError, LookupError, AttributeError, RuntimeError) as error:
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        raise ValueError(f"{class_name} cannot be built from these init kwargs: {reason}") from None
+
+
+class _LargeTensorsOnMeta(TorchFunctionMode):
+    """Creates tensors of more than 4096 elements on the meta device, and no more than 3000 tensors.
+
+    Unlike under `torch.device('meta')`, a constructor can compute the few numbers it needs (filters, σ tables), and
+    what a hostile file can make it allocate is bounded all the same.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func in _FACTORIES:
+            self.count += 1
+            if self.count > _MAX_TENSORS:
+                raise ValueError(f"more than {_MAX_TENSORS} tensors")
+            size = kwargs.get("size", args[0] if args and isinstance(args[0], tuple | list) else args)
+            if math.prod(size if isinstance(size, tuple | list) else (size,)) > 4096:
+                kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def check_init_kwargs(init_kwargs: Any) -> None:
+    """Holds init kwargs to plain JSON of harmless size, before anything is built from them.
+
+    Raises:
+        ValueError: not a dict of JSON values, NaN, too many or too large values, resolution above 4096.
+    """
+    if not isinstance(init_kwargs, dict):
+        raise ValueError(f"init kwargs must be a table, got {type(init_kwargs).__name__}")
+    for count, (name, value) in enumerate(_leaves(init_kwargs, "init_kwargs", depth=0)):
+        if count >= _MAX_VALUES:
+            raise ValueError(f"init kwargs hold more than {_MAX_VALUES} values")
+        if value is None or isinstance(value, bool | str):
+            continue
+        if not isinstance(value, int | float):
+            raise ValueError(f"init kwarg {name!r} must be a plain JSON value, got {type(value).__name__}")
+        if isinstance(value, float) and math.isnan(value):
+            raise ValueError(f"init kwarg {name!r} is NaN")
+        limit = _MAX.get(name, _MAX_INT)
+        if isinstance(value, int) and abs(value) > limit:
+            raise ValueError(f"init kwarg {name!r} is {value}; expected at most {limit}")
+
+
+def _leaves(value: Any, name: str, depth: int) -> Iterator[tuple[str, Any]]:
+    """(name of the nearest key, value) for every value that is neither a table nor a list."""
+    if depth > 4:
+        raise ValueError("init kwargs are nested more than four levels deep")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"init kwargs must have names as keys, got {key!r}")
+            yield from _leaves(item, key, depth + 1)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _leaves(item, name, depth + 1)
+    else:
+        yield name, value
