@@ -1,7 +1,7 @@
 """Diffusion networks of EDM (Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", 2022).
 
-From the inside out: small layers → ``UNetBlock`` → a U-Net F (``SongUNet`` for DDPM++ and NCSN++, ``DhariwalUNet`` for ADM)
-→ a preconditioning, which wraps F into a denoiser D that works at every noise level (EDM, eq. 7):
+From the inside out: small layers → ``UNetBlock`` → a U-Net F (``SongUNet`` for DDPM++ and NCSN++, ``DhariwalUNet``
+for ADM) → a preconditioning, which wraps F into a denoiser D that works at every noise level (EDM, eq. 7):
 
     D(x; sigma) = c_skip(sigma) · x + c_out(sigma) · F(c_in(sigma) · x, c_noise(sigma))
 
@@ -66,7 +66,7 @@ class Linear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, init: Init = Init()):
         super().__init__()
-        fans = dict(fan_in=in_features, fan_out=out_features)
+        fans = {"fan_in": in_features, "fan_out": out_features}
         self.weight = init.weight([out_features, in_features], **fans)
         self.bias = init.bias([out_features], **fans) if bias else None
 
@@ -81,8 +81,8 @@ class Conv2d(nn.Module):
         kernel: Odd kernel size; 0 makes a weightless layer that only resamples.
         up, down: Resample by 2 (not both).
         resample_filter: Taps of the FIR filter; [1, 1] is nearest-neighbour up and 2×2 mean down.
-        fused_resample: Filter directly beside the convolution on shared padding, instead of resampling a padded image first.
-            Differs at the borders only.
+        fused_resample: Let filter and convolution share one padding, instead of padding for each. Differs at the
+            borders only.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Conv2d(nn.Module):
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
         self.up, self.down, self.fused_resample = up, down, fused_resample
-        fans = dict(fan_in=in_channels * kernel**2, fan_out=out_channels * kernel**2)
+        fans = {"fan_in": in_channels * kernel**2, "fan_out": out_channels * kernel**2}
         self.weight = init.weight([out_channels, in_channels, kernel, kernel], **fans) if kernel else None
         self.bias = init.bias([out_channels], **fans) if kernel and bias else None
         self.conv_pad = kernel // 2
@@ -140,8 +140,11 @@ class GroupNorm(nn.Module):
 
     def __init__(self, num_channels: int, eps: float = 1e-5):
         super().__init__()
-        self.num_groups = min(32, num_channels // 4)
-        self.eps = eps
+        self.num_groups, self.eps = min(32, num_channels // 4), eps
+        if self.num_groups == 0 or num_channels % self.num_groups:
+            raise ValueError(
+                f"{num_channels} channels cannot be normalised in groups: expected a multiple of 4 up to 124, of 32 from 128."
+            )
         self.weight = nn.Parameter(torch.ones(num_channels))
         self.bias = nn.Parameter(torch.zeros(num_channels))
 
@@ -150,7 +153,9 @@ class GroupNorm(nn.Module):
 
 
 class PositionalEmbedding(nn.Module):
-    """Noise level as cosines and sines of geometrically spaced frequencies 1 … 1/max_positions: (N,) → (N, num_channels).
+    """Noise level as cosines and sines of geometrically spaced frequencies, 1 to 1/max_positions.
+
+    (N,) → (N, num_channels), the cosines first.
 
     Args:
         endpoint: Whether the lowest frequency is reached exactly (DDPM++) or would be the next one (ADM).
@@ -190,8 +195,8 @@ class UNetBlock(nn.Module):
         in_channels, out_channels, emb_channels: Widths of input, output and embedding.
         up, down: Resample by 2 inside the first convolution and on the skip path.
         attention: Add a self-attention layer.
-        num_heads: Attention heads; None derives them from ``channels_per_head``. With 0 heads (out_channels narrower than
-            one head) the attention layers do not exist at all.
+        num_heads: Attention heads; None derives them from ``channels_per_head``. With 0 heads (out_channels narrower
+            than one head) the attention layers do not exist at all.
         skip_scale: Factor on every residual sum; √½ keeps the variance.
         eps: Of the group normalisations.
         resample_filter: See `Conv2d`.
@@ -226,7 +231,7 @@ class UNetBlock(nn.Module):
         if num_heads is None:
             num_heads = out_channels // channels_per_head
         self.num_heads = num_heads if attention else 0
-        resample = dict(up=up, down=down, resample_filter=resample_filter)
+        resample = {"up": up, "down": down, "resample_filter": resample_filter}
 
         self.norm0 = GroupNorm(in_channels, eps)
         self.conv0 = Conv2d(in_channels, out_channels, kernel=3, init=init, **resample)
@@ -277,7 +282,7 @@ def scaled_dot_product(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tor
 
 
 class _UNet(nn.Module):
-    """What SongUNet and DhariwalUNet share: the ladder of blocks. Their subclasses add embedding, auxiliary paths and output."""
+    """What the two U-Nets share: the ladder of blocks. They add embedding, auxiliary paths and output."""
 
     def __init__(self, img_resolution: int, label_dim: int, augment_dim: int, label_dropout: float):
         super().__init__()
@@ -403,7 +408,8 @@ class SongUNet(_UNet):
         )  # fmt: skip
 
         fourier = embedding_type == "fourier"
-        self.map_noise = FourierEmbedding(noise_channels) if fourier else PositionalEmbedding(noise_channels, endpoint=True)
+        embedding = FourierEmbedding(noise_channels) if fourier else PositionalEmbedding(noise_channels, endpoint=True)
+        self.map_noise = embedding
         self.map_label = Linear(label_dim, noise_channels, init=self.init) if label_dim else None
         self.map_augment = Linear(augment_dim, noise_channels, bias=False, init=self.init) if augment_dim else None
         self.map_layer0 = Linear(noise_channels, emb_channels, init=self.init)
@@ -418,7 +424,7 @@ class SongUNet(_UNet):
         )
 
     def _add_encoder_aux(self, prefix: str, width: int) -> None:
-        resample = dict(down=True, resample_filter=self.resample_filter, init=self.init)
+        resample = {"down": True, "resample_filter": self.resample_filter, "init": self.init}
         if self.encoder_type == "skip":
             self.enc[f"{prefix}_aux_down"] = Conv2d(self.aux_channels, self.aux_channels, kernel=0, **resample)
             self.enc[f"{prefix}_aux_skip"] = Conv2d(self.aux_channels, width, kernel=1, init=self.init)
@@ -430,7 +436,7 @@ class SongUNet(_UNet):
     def _add_decoder_aux(self, level: int, prefix: str, width: int) -> None:
         if level > 0 and self.decoder_type != "skip":
             return
-        if self.decoder_type == "skip" and len(self.dec) > 0 and f"{prefix}_in0" not in self.dec:
+        if f"{prefix}_in0" not in self.dec and self.decoder_type == "skip":  # the deepest level has no image to enlarge
             up = Conv2d(self.out_channels, self.out_channels, kernel=0, up=True, resample_filter=self.resample_filter)
             self.dec[f"{prefix}_aux_up"] = up
         self.dec[f"{prefix}_aux_norm"] = GroupNorm(width, eps=1e-6)
@@ -443,7 +449,7 @@ class SongUNet(_UNet):
         class_labels: torch.Tensor | None,
         augment_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The raw network F: images [N C R R], c_noise [N] (or [1]), labels [N L], augmentation labels [N A] → [N C_out R R]."""
+        """The raw network F: images [N C R R], c_noise [N] or [1], labels [N L], augmentation [N A] → [N C_out R R]."""
         emb = self._embed(noise_labels, class_labels, augment_labels)
         x, skips = self._encode(x, emb)
         return self._decode(x, skips, emb)
@@ -537,7 +543,7 @@ class DhariwalUNet(_UNet):
         class_labels: torch.Tensor | None,
         augment_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The raw network F: images [N C R R], c_noise [N] (or [1]), labels [N L], augmentation labels [N A] → [N C_out R R]."""
+        """The raw network F: images [N C R R], c_noise [N] or [1], labels [N L], augmentation [N A] → [N C_out R R]."""
         emb = self.map_noise(noise_labels)
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
@@ -626,12 +632,13 @@ class Preconditioner(nn.Module, ABC):
         """Denoise: the expected clean image behind each noisy one.
 
         Args:
-            x: Noisy images, clean ones in [-1, 1] plus sigma times unit noise: (N, img_channels, img_resolution, img_resolution).
+            x: Noisy images, (N, img_channels, img_resolution, img_resolution): clean ones in [-1, 1] plus sigma times
+                unit noise.
             sigma: Noise levels > 0: (N,) or anything that reshapes to it, or a single one for all.
             class_labels: One-hot rows (N, label_dim), never class indices; None or zeros mean "no label".
                 Ignored by unconditional networks.
             force_fp32: Run in float32 even if the network was made with use_fp16.
-            augment_labels: (N, augment_dim), for networks trained with augmentation; None or zeros mean "not augmented".
+            augment_labels: (N, augment_dim), for networks trained with augmentation; None or zeros mean "none".
 
         Returns:
             D_x, float32, the shape of x.
@@ -660,7 +667,7 @@ class Preconditioner(nn.Module, ABC):
             return None
         if class_labels is None:
             return x.new_zeros(1, self.label_dim)
-        if class_labels.ndim != 2 or class_labels.shape[1] != self.label_dim or class_labels.shape[0] not in (1, len(x)):
+        if tuple(class_labels.shape) not in ((1, self.label_dim), (len(x), self.label_dim)):
             raise ValueError(
                 f"class labels have shape {tuple(class_labels.shape)}, but this network takes one-hot rows "
                 f"({len(x)}, {self.label_dim})."
@@ -728,7 +735,8 @@ class VPPrecond(Preconditioner):
 def vp_sigma(t: torch.Tensor | float, beta_d: float = 19.9, beta_min: float = 0.1) -> torch.Tensor:
     """Noise level of variance-preserving diffusion at times t in (0, 1].
 
-    In float32 on the CPU for numbers, like the published networks' own sigma_min of 2^-10 (in exact arithmetic 0.0010005).
+    In float32, where cancellation makes the smallest one, t = 1e-5, exactly 2^-10 (0.0010005 without rounding): the
+    published networks carry that number as their sigma_min.
     """
     t = torch.as_tensor(t, dtype=torch.float32, device=t.device if isinstance(t, torch.Tensor) else "cpu")
     return ((beta_d * t**2 / 2 + beta_min * t).exp() - 1).sqrt()
@@ -772,7 +780,7 @@ class iDDPMPrecond(Preconditioner):
             model_type, model_kwargs, out_channels=2 * img_channels,
         )  # fmt: skip
         self.C_1, self.C_2, self.M = C_1, C_2, M
-        self.register_buffer("u", torch.tensor(levels, dtype=torch.float32))
+        self.register_buffer("u", torch.tensor(levels))
 
     def scalings(self, sigma):
         c_noise = (self.M - 1 - self.sigma_index(sigma)).to(torch.float32)
@@ -789,9 +797,13 @@ class iDDPMPrecond(Preconditioner):
 
 
 def iddpm_sigmas(C_1: float = 0.001, C_2: float = 0.008, M: int = 1000) -> np.ndarray:
-    """Noise levels of iDDPM, float64, (M + 1,), falling from u[0] ≈ 20291 to u[M] = 0 (EDM, table 1)."""
-    signal = np.sin(np.pi / 2 * np.arange(M + 1) / (M * (C_2 + 1))) ** 2
-    u = np.zeros(M + 1)
+    """Noise levels of iDDPM, float32, (M + 1,), falling from u[0] ≈ 20291 to u[M] = 0 (EDM, table 1).
+
+    In float32 like the published networks' own; float64 would move the smallest levels by 5e-4 of their size.
+    """
+    j = np.arange(M + 1, dtype=np.float32)
+    signal = np.sin(np.float32(0.5 * np.pi) * j / np.float32(M) / np.float32(C_2 + 1)) ** 2
+    u = np.zeros(M + 1, dtype=np.float32)
     for j in range(M, 0, -1):
-        u[j - 1] = np.sqrt((u[j] ** 2 + 1) / max(signal[j - 1] / signal[j], C_1) - 1)
+        u[j - 1] = np.sqrt((u[j] ** 2 + 1) / max(signal[j - 1] / signal[j], np.float32(C_1)) - 1)
     return u

@@ -1,7 +1,7 @@
-"""Denoising losses of EDM (Karras et al. 2022, table 1 "Training"): how sigma is drawn and how the squared error is weighted.
+"""Denoising losses of EDM (Karras et al. 2022, table 1 "Training"): how sigma is drawn, how the error is weighted.
 
 A loss is called as ``loss(net, images, class_labels)`` and returns the weighted squared error of each pixel, unreduced:
-float32 of the shape of the images. Random numbers come from torch's global generator: first the noise levels, then the noise.
+float32 of the shape of the images. Random numbers come from torch's global generator: noise levels first, then noise.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -49,7 +50,7 @@ def heun_sampler(
     Costs 2 · num_steps − 1 evaluations of the network (num_steps with Euler). Guidance is not included.
 
     Args:
-        net: Denoiser in eval mode, see `refine.networks.edm.Preconditioner`. Its own sigma range and rounding are respected.
+        net: Denoiser in eval mode, see `refine.networks.edm.Preconditioner`. Its sigma range and rounding are kept to.
         latents: Unit noise, (N, C, R, R).
         class_labels: One-hot rows (N, label_dim) or None.
         num_steps: Number of noise levels.
@@ -77,8 +78,8 @@ def heun_sampler(
 
     max_gamma = min(S_churn / num_steps, math.sqrt(2) - 1)
     x = latents.to(torch.float64) * t_steps[0]
-    for i, (t, t_next) in enumerate(zip(t_steps[:-1], t_steps[1:], strict=True)):
-        if S_churn > 0:  # noise is drawn at every step, used or not, so that S_min and S_max do not shift the random stream
+    for i, (t, t_next) in enumerate(itertools.pairwise(t_steps)):
+        if S_churn > 0:  # noise is drawn even where gamma is 0, so that S_min and S_max do not shift the random stream
             gamma = max_gamma if S_min <= t <= S_max else 0
             t_hat = net.round_sigma(t + gamma * t)
             x = x + (t_hat**2 - t**2).sqrt() * S_noise * randn_like(x)
