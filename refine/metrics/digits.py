@@ -1,0 +1,70 @@
+"""The digits detector: a small classifier whose embedding is the feature space of `fd_digits`."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import nn
+
+
+class DigitsDetector(nn.Module):
+    """Classifies 32×32 grey digits and embeds them for Fréchet and kernel distances.
+
+    Convolutions of stride 2, then a linear embedding and a linear read-out. The embedding is z-scored with the training
+    images' own mean and standard deviation (buffers of the network), so that each of its dimensions weighs the same
+    in a distance. Train it with `pretrained/recipes/train_classifier.py`.
+
+    Two trainings give two feature spaces whose distances differ by a factor: numbers are comparable only
+    when they come from the same weights, which is why every result carries their sha256.
+
+    Args:
+        num_classes: Number of classes.
+        channels: Output channels of the convolutions; each halves the resolution.
+        feature_dim: Size of the embedding.
+    """
+
+    img_resolution = 32
+    img_channels = 1
+    name = "digits"
+    space = "digits"
+
+    def __init__(self, num_classes: int = 10, channels: tuple[int, ...] = (16, 32, 64), feature_dim: int = 32):
+        super().__init__()
+        self.init_kwargs = {"num_classes": num_classes, "channels": list(channels), "feature_dim": feature_dim}
+        self.num_classes = num_classes
+        self.feature_dim = feature_dim
+        layers: list[nn.Module] = []
+        for c_in, c_out in itertools.pairwise([self.img_channels, *channels]):
+            layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
+        self.trunk = nn.Sequential(*layers, nn.Flatten())
+        self.embed = nn.Linear(channels[-1] * (self.img_resolution >> len(channels)) ** 2, feature_dim)
+        self.classifier = nn.Linear(feature_dim, num_classes)
+        self.register_buffer("feature_mean", torch.zeros(feature_dim))
+        self.register_buffer("feature_std", torch.ones(feature_dim))
+        self.sha256: str | None = None  # of the file the weights came from; set by load_detector
+
+    def embed_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Raw embedding [N, feature_dim] of floats [N, 1, 32, 32] in [-1, 1]; differentiable, for training."""
+        return self.embed(self.trunk(images))
+
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        """Class logits [N, num_classes] of floats [N, 1, 32, 32] in [-1, 1]; differentiable, for training."""
+        return self.classifier(torch.relu(self.embed_images(images)))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """z-scored features, float32 [N, feature_dim], of uint8 images [N, 1, 32, 32]."""
+        return (self.embed_images(self._from_uint8(images)) - self.feature_mean) / self.feature_std
+
+    def classify(self, images: torch.Tensor) -> torch.Tensor:
+        """Class probabilities, float32 [N, num_classes], of uint8 images [N, 1, 32, 32]."""
+        return self.logits(self._from_uint8(images)).softmax(dim=1)
+
+    def _from_uint8(self, images: torch.Tensor) -> torch.Tensor:
+        expected = (self.img_channels, self.img_resolution, self.img_resolution)
+        if images.dtype != torch.uint8 or images.shape[1:] != expected:
+            raise ValueError(
+                f"the digits detector got {str(images.dtype).removeprefix('torch.')} images of shape "
+                f"{list(images.shape)}, expected uint8 [N, {', '.join(map(str, expected))}]"
+            )
+        return images.to(torch.float32) / 127.5 - 1

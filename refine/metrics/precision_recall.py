@@ -1,0 +1,58 @@
+"""Precision and recall on k-nearest-neighbour manifolds.
+
+From Kynkäänniemi et al. 2019, "Improved precision and recall metric for assessing generative models". Precision: the
+part of the generated images that lie on the manifold of the real ones (quality). Recall: the part of the real ones
+that lie on the manifold of the generated (diversity). A mode-seeking method raises the first and lowers the second,
+which one distance alone does not show. The values depend on both numbers of images: compare equal ones.
+"""
+
+from __future__ import annotations
+
+import torch
+
+BLOCK_ELEMENTS = 1 << 20  # distances held at once: 8 MiB in float64
+
+
+def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3) -> tuple[float, float]:
+    """(precision, recall) of `fake` [M, D] against `real` [N, D].
+
+    A manifold is the union of balls around a set's features, each reaching to its k-th nearest neighbour in the set.
+
+    Raises:
+        ValueError: If a set has no k-th neighbour, i.e. fewer than k + 1 features, or dimensions differ.
+    """
+    if min(len(real), len(fake)) <= k or real.shape[1] != fake.shape[1]:
+        raise ValueError(
+            f"features have shapes {list(real.shape)} and {list(fake.shape)}, "
+            f"expected [N, D] and [M, D] with N and M at least {k + 1}"
+        )
+    centre = real.to(torch.float64).mean(dim=0)  # near the origin |x|² + |y|² − 2x·y loses least
+    real, fake = real.to(torch.float64) - centre, fake.to(torch.float64) - centre
+    return covered_fraction(fake, real, k), covered_fraction(real, fake, k)
+
+
+def covered_fraction(points: torch.Tensor, manifold: torch.Tensor, k: int) -> float:
+    """Part of `points` [M, D] that lie in at least one ball of the manifold of `manifold` [N, D]; both float64."""
+    norms = manifold.square().sum(dim=1)
+    # The tolerance is rounding of |x|² + |y|² − 2x·y: a ball of radius 0 still covers the points that coincide in it.
+    radii = kth_neighbour_distances(manifold, k) + 1e-12 * norms.max()
+    covered = [
+        torch.addmm(norms - radii, block, manifold.T, alpha=-2).amin(dim=1) <= -block.square().sum(dim=1)
+        for block in points.split(_rows(manifold))
+    ]
+    return torch.cat(covered).double().mean().item()
+
+
+def kth_neighbour_distances(points: torch.Tensor, k: int) -> torch.Tensor:
+    """Squared distance from each of `points` [N, D], float64, to its k-th nearest other point [N]."""
+    norms = points.square().sum(dim=1)
+    nearest = [  # the nearest of all is the point itself
+        torch.addmm(norms, block, points.T, alpha=-2).topk(k + 1, dim=1, largest=False).values[:, -1]
+        for block in points.split(_rows(points))
+    ]
+    return (torch.cat(nearest) + norms).clamp_(min=0)
+
+
+def _rows(points: torch.Tensor) -> int:
+    """Rows per block of distances to `points`; |x|² is the same along a row and added only where needed."""
+    return max(BLOCK_ELEMENTS // len(points), 1)

@@ -1,0 +1,143 @@
+"""Images by seed: the same seeds give two networks the same latents and labels, so that they compare in pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from refine.images import to_uint8
+from refine.networks.sampler import heun_sampler
+
+
+class Batch(NamedTuple):
+    """Generated images, uint8 [N, C, H, W], and the classes that were asked for, int64 [N], or None."""
+
+    images: torch.Tensor
+    classes: torch.Tensor | None
+
+
+def latents_of_seeds(
+    seeds: Sequence[int], shape: Sequence[int], num_classes: int = 0, classes: int | Sequence[int] | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Latents and classes that belong to seeds, one random stream per seed, independent of batches and devices.
+
+    Seed s gives `RandomState(s).randn(1, z_dim)`, as in NVIDIA's tools, so z agrees with theirs. Where there are
+    classes, one is then drawn uniformly from the same stream; asking for a class does not change z.
+
+    Args:
+        seeds: Integers in [0, 2³²).
+        shape: Shape of one latent, e.g. [z_dim].
+        num_classes: Number of classes; 0 = unconditional.
+        classes: The class of all images, or one per seed; None = drawn.
+
+    Returns:
+        Latents, float32 [N, *shape], and classes, int64 [N], or None if unconditional.
+
+    Raises:
+        ValueError: If a class does not exist.
+    """
+    asked = None if classes is None else np.broadcast_to(np.asarray(classes, dtype=np.int64), [len(seeds)])
+    if asked is not None and not (num_classes and asked.min() >= 0 and asked.max() < num_classes):
+        found = int(asked[(asked < 0) | (asked >= num_classes)][0])
+        has = f"has the classes 0 to {num_classes - 1}" if num_classes else "is unconditional"
+        raise ValueError(f"class {found} was asked for, but the network {has}")
+    latents = np.empty([len(seeds), *shape], dtype=np.float32)
+    drawn = np.zeros([len(seeds)], dtype=np.int64)
+    for row, seed in enumerate(seeds):
+        stream = np.random.RandomState(seed)
+        latents[row] = stream.randn(1, *shape)[0]
+        if num_classes:
+            drawn[row] = stream.randint(num_classes)
+    chosen = drawn if asked is None else asked.copy()
+    return torch.from_numpy(latents), torch.from_numpy(chosen) if num_classes else None
+
+
+@torch.no_grad()
+def sample_images(
+    G: torch.nn.Module,
+    seeds: Sequence[int],
+    *,
+    classes: int | Sequence[int] | None = None,
+    batch: int = 100,
+    device: torch.device | str = "cpu",
+    truncation_psi: float = 1.0,
+    noise_mode: str = "random",
+) -> Iterator[Batch]:
+    """Images of a generator for seeds, in batches.
+
+    Args:
+        G: Generator in eval mode on `device`. Truncation and noise mode are passed on to a StyleGAN2 only.
+        seeds: Integers in [0, 2³²), one per image.
+        classes: The class of all images, or one per seed; None = drawn per seed. See `latents_of_seeds`.
+        batch: Images per batch.
+        device: Where `G` is.
+        truncation_psi: 1 = no truncation, as for metrics in the literature.
+        noise_mode: 'random' as in the literature: seeded by the first seed of each batch, and the caller's random
+            state is left alone; 'const' makes an image depend on its seed only, not on the batch size.
+
+    Yields:
+        Batches, images on `device`, classes on the CPU.
+
+    Raises:
+        ValueError: If an image holds NaN or infinity, or a class does not exist.
+    """
+    options = {"truncation_psi": truncation_psi, "noise_mode": noise_mode} if hasattr(G, "synthesis") else {}
+    for part, part_classes in _split(seeds, classes, batch):
+        z, drawn = latents_of_seeds(part, [G.z_dim], G.c_dim, part_classes)
+        c = None if drawn is None else F.one_hot(drawn, G.c_dim).float().to(device)
+        with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
+            torch.manual_seed(part[0])
+            images = G(z.to(device), c, **options)
+        yield Batch(_quantised(images, part), drawn)
+
+
+@torch.no_grad()
+def sample_teacher(
+    teacher: torch.nn.Module,
+    seeds: Sequence[int],
+    *,
+    classes: int | Sequence[int] | None = None,
+    batch: int = 100,
+    device: torch.device | str = "cpu",
+    num_steps: int = 18,
+) -> Iterator[Batch]:
+    """Images of a diffusion model for seeds by the deterministic Heun sampler (Karras et al. 2022, algorithm 1).
+
+    Args:
+        teacher: Denoiser in eval mode on `device`.
+        seeds, classes, batch, device: As for `sample_images`; the latent of a seed is an image of unit noise.
+        num_steps: Steps of the sampler; 18 steps are 35 evaluations of the network.
+
+    Yields:
+        Batches, images on `device`, classes on the CPU.
+
+    Raises:
+        ValueError: If an image holds NaN or infinity, or a class does not exist.
+    """
+    shape = [teacher.img_channels, teacher.img_resolution, teacher.img_resolution]
+    for part, part_classes in _split(seeds, classes, batch):
+        noise, drawn = latents_of_seeds(part, shape, teacher.label_dim, part_classes)
+        labels = None if drawn is None else F.one_hot(drawn, teacher.label_dim).float().to(device)
+        images = heun_sampler(teacher, noise.to(device), labels, num_steps=num_steps)
+        yield Batch(_quantised(images, part), drawn)
+
+
+def _split(seeds: Sequence[int], classes: int | Sequence[int] | None, batch: int) -> Iterator[tuple]:
+    """(seeds, classes) of each batch."""
+    for start in range(0, len(seeds), batch):
+        part = slice(start, start + batch)
+        yield seeds[part], classes if classes is None or isinstance(classes, int) else classes[part]
+
+
+def _quantised(images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
+    broken = ~images.isfinite().flatten(1).all(dim=1)
+    if broken.any():  # one synchronisation per batch
+        seed = seeds[int(broken.nonzero()[0])]
+        raise ValueError(
+            f"the network gave NaN or infinity in {int(broken.sum())} of {len(seeds)} images, first for seed {seed}"
+        )
+    return to_uint8(images)

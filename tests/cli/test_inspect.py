@@ -1,0 +1,76 @@
+import hashlib
+import json
+
+import pytest
+
+from refine.checkpoints import native
+from refine.cli.main import run_command
+from refine.networks.edm import EDMPrecond
+from refine.networks.stylegan2 import Generator
+
+
+@pytest.fixture
+def file(tmp_path):
+    mapping, synthesis = {"num_layers": 1}, {"channel_base": 32, "channel_max": 4}
+    G = Generator(4, 3, 4, 8, 1, mapping_kwargs=mapping, synthesis_kwargs=synthesis)
+    G.mapping.w_avg[:2] = 3.0
+    T = EDMPrecond(
+        img_resolution=8, img_channels=2, model_channels=8, channel_mult=[1], num_blocks=1, model_type="SongUNet"
+    )
+    path = tmp_path / "net.safetensors"
+    native.save_networks(path, {"G_ema": G, "ema": T}, provenance={"recipe": "by hand"})
+    return path, G, T
+
+
+def run(capsys, *args) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as caught:
+        run_command("inspect", [str(arg) for arg in args])
+    return caught.value.code, *capsys.readouterr()
+
+
+def test_json(capsys, file):
+    path, G, T = file
+    code, out, err = run(capsys, path, "--json")
+    report = json.loads(out)
+    assert code == 0 and err == "" and report["kind"] == "native" and report["bytes"] == path.stat().st_size
+    assert report["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert report["provenance"] == {"recipe": "by hand"}
+    g, t = report["networks"]["G_ema"], report["networks"]["ema"]
+    assert (g["class"], g["kind"], g["img_resolution"], g["img_channels"], g["classes"]) == (
+        "stylegan2.Generator", "generator", 8, 1, 3,
+    )  # fmt: skip
+    assert (t["class"], t["kind"], t["img_channels"], t["classes"]) == ("edm.EDMPrecond", "teacher", 2, 0)
+    assert g["parameters"] == sum(p.numel() for p in G.parameters()) and g["init_kwargs"] == G.init_kwargs
+    assert t["buffers"] == sum(b.numel() for b in T.buffers()) and t["dtypes"] == ["float32"]
+    assert g["w_avg_norm"] == pytest.approx(18**0.5) and "w_avg_norm" not in t and g["non_finite"] == 0
+
+
+def test_text(capsys, file):
+    path, G, _ = file
+    code, out, _ = run(capsys, path)
+    assert code == 0 and "G_ema       generator, stylegan2.Generator 8×8×1, 3 classes" in out
+    assert "ema         teacher, edm.EDMPrecond 8×8×2\n" in out and "recipe=by hand" in out and "WARNING" not in out
+    G.mapping.w_avg[0] = float("nan")
+    native.save_networks(path, {"G": G}, provenance={})
+    assert "WARNING   1 values are NaN or infinite" in run(capsys, path)[1]
+
+
+def test_tensors(capsys, tmp_path):
+    native.save_tensors(tmp_path / "state", {}, {"nimg": 3})
+    assert "tensors     0\nmetadata    nimg=3\n" in run(capsys, tmp_path / "state")[1]
+
+
+def test_other_files(capsys, tmp_path):
+    (tmp_path / "x.pkl").write_text("<html></html>")
+    code, out, _ = run(capsys, tmp_path / "x.pkl")
+    assert code == 0 and "an HTML page" in out
+    assert json.loads(run(capsys, tmp_path / "x.pkl", "--json")[1])["kind"] == "html"
+
+
+def test_failures(capsys, file):
+    path = file[0]
+    code, out, err = run(capsys, "nothing.pkl")
+    assert (code, out, err) == (2, "", "Error: nothing.pkl: no such file\n")
+    path.write_bytes(path.read_bytes()[:-1])
+    code, out, _ = run(capsys, path)
+    assert code == 0 and "cut off" in out  # what it is can be told: a broken file

@@ -1,0 +1,142 @@
+"""How commands start (without torch) and fail (one line, a fitting exit code)."""
+
+import re
+import subprocess
+import sys
+
+import click
+import pytest
+
+from refine.cli import main as cli
+
+SCRIPTS = ["refine.py", "compare_fid.py", "generate.py"]
+HEAVY = {"torch", "numpy", "scipy", "matplotlib", "safetensors", "PIL", "tensorboard"}
+
+
+def imported(root, *args: str) -> tuple[set[str], subprocess.CompletedProcess]:
+    """Top-level modules that a Python process imported, and how it ended."""
+    command = [sys.executable, "-X", "importtime", *args]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    return {name.split(".")[0] for name in re.findall(r"\| +([\w.]+)$", result.stderr, re.MULTILINE)}, result
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "-m refine", *(f"-m refine {name}" for name in cli._COMMANDS)])
+def test_help_is_instant(root, script):
+    modules, result = imported(root, *script.split(), "--help")
+    assert result.returncode == 0 and "Usage:" in result.stdout
+    assert "click" in modules and not modules & HEAVY
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_unknown_option_is_told_at_once(root, script):
+    modules, result = imported(root, script, "--no-such-option=1")
+    assert result.returncode == 2 and not modules & HEAVY and result.stdout == ""
+    errors = [line for line in result.stderr.splitlines() if not line.startswith("import time:")]
+    assert len(errors) == 1 and errors[0].startswith("Error: No such option") and f"{script} --help" in errors[0]
+
+
+def test_group_lists_its_commands(root):
+    _, result = imported(root, "-m", "refine", "--help")
+    assert all(f"\n  {name} " in result.stdout for name in cli._COMMANDS)
+    assert "gan-refine " in imported(root, "-m", "refine", "--version")[1].stdout
+
+
+def run(capsys, command, *args) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as caught:
+        cli.run_command(command, args)
+    return caught.value.code, *capsys.readouterr()
+
+
+def raising(error: BaseException) -> click.Command:
+    @click.command()
+    def command():
+        raise error
+
+    return command
+
+
+class OutOfMemoryError(RuntimeError):
+    """What torch calls its own."""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (ValueError("--gan: x.pkl is a text file"), 2, "Error: --gan: x.pkl is a text file"),
+        (ValueError("two\n  lines"), 2, "Error: two lines"),
+        (ValueError(), 2, "Error: ValueError"),
+        (FileNotFoundError(2, "No such file or directory", "x.pkl"), 2, "Error: x.pkl: No such file or directory"),
+        (PermissionError(13, "Permission denied", "out"), 2, "Error: out: Permission denied"),
+        (OSError(28, "No space left on device"), 2, "Error: No space left on device"),
+        (OSError("odd"), 2, "Error: odd"),
+        (click.UsageError("missing --teacher."), 2, "Error: missing --teacher"),
+        (
+            click.BadParameter("-3 is negative", param_hint="--batch"),
+            2,
+            "Error: Invalid value for --batch: -3 is negative",
+        ),
+        (MemoryError(), 1, "Error: out of memory; try a smaller --batch-gpu or --batch (no details)"),
+        (OutOfMemoryError("2 GiB"), 1, "Error: out of memory; try a smaller --batch-gpu or --batch (2 GiB)"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "Error: out of memory"),
+        (KeyError("x"), 1, "Error: this should not have happened (KeyError: 'x'); REFINE_DEBUG=1 shows the traceback"),
+        (KeyboardInterrupt(), 130, "Interrupted."),
+        (click.Abort(), 130, "Interrupted."),
+    ],
+)
+def test_failures_are_one_line(capsys, error, code, text):
+    found, out, err = run(capsys, raising(error))
+    assert found == code and out == ""
+    assert err.strip().startswith(text) and len(err.strip().splitlines()) == 1
+
+
+def test_debug_shows_the_traceback(capsys, monkeypatch):
+    monkeypatch.setenv("REFINE_DEBUG", "1")
+    code, _, err = run(capsys, raising(ValueError("bad")))
+    assert code == 2 and "Traceback" in err and err.strip().endswith("Error: bad")
+
+
+def test_exit_codes_of_commands(capsys):
+    @click.command()
+    @click.option("--code", type=int)
+    @click.pass_context
+    def command(ctx, code):
+        if code is not None:
+            ctx.exit(code)
+        return True  # no exit code
+
+    assert run(capsys, command)[0] == 0
+    assert run(capsys, command, "--code=3")[0] == 3
+    assert run(capsys, command, "--help")[0] == 0
+    code, _, err = run(capsys, command, "--code=x")
+    assert code == 2 and err.startswith("Error: Invalid value for '--code'") and "--help lists the options)" in err
+
+
+def test_system_exit_passes(capsys):
+    assert run(capsys, raising(SystemExit(7)))[0] == 7
+
+
+def test_option_names_the_option():
+    for error, text in [
+        (ValueError("x is bad"), "--gan: x is bad"),
+        (ValueError("--teacher: y is bad"), "--teacher: y is bad"),
+        (IsADirectoryError(21, "Is a directory", "x"), "--gan: x: Is a directory"),
+    ]:
+        with pytest.raises(ValueError) as caught, cli.option("--gan"):
+            raise error
+        assert str(caught.value) == text and caught.value.__cause__ is error
+    with pytest.raises(KeyError), cli.option("--gan"):
+        raise KeyError("not for the user")
+
+
+def test_a_closed_pipe_is_no_failure(root):
+    """As with `| head`: the reader leaves, nothing is printed on stderr."""
+    code = (
+        "import click\nfrom refine.cli.main import run_command\n"
+        "@click.command()\ndef lines():\n    for i in range(200_000): click.echo(i)\n"
+        "run_command(lines, [])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"0\n"
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() in (0, 1)
+    process.stderr.close()

@@ -1,0 +1,135 @@
+"""`python refine.py`: what a user can get wrong, and a run from the first option to the last file."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from tests.test_trainer import make_student, make_teacher
+
+from refine import load_generator
+from refine.checkpoints.native import save_networks
+from refine.cli.main import run_command
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    save_networks(folder / "gan.safetensors", {"G_ema": make_student()}, provenance={})
+    save_networks(folder / "teacher.safetensors", {"ema": make_teacher()}, provenance={})
+    save_networks(folder / "teacher16.safetensors", {"ema": make_teacher(3, 16)}, provenance={})
+    save_networks(folder / "uncond.safetensors", {"G_ema": make_student(0)}, provenance={})
+    (folder / "text.pkl").write_text("these are not the weights you are looking for\n")
+    whole = (folder / "gan.safetensors").read_bytes()
+    (folder / "truncated.safetensors").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.pkl").touch()
+    (folder / "page.pkl").write_text("<!DOCTYPE html><html><body>404</body></html>")
+    return folder
+
+
+def call(capsys, *args):
+    """Exit code, stdout and stderr of a command run in this process."""
+    with pytest.raises(SystemExit) as stop:
+        run_command("refine", [str(arg) for arg in args])
+    captured = capsys.readouterr()
+    return stop.value.code, captured.out, captured.err
+
+
+FAULTS = {
+    "a wrong path": (["--gan=nowhere.pkl", "--teacher={}/teacher.safetensors"], "--gan"),
+    "a text file": (["--gan={}/text.pkl", "--teacher={}/teacher.safetensors"], "--gan"),
+    "a text file as teacher": (["--gan={}/gan.safetensors", "--teacher={}/text.pkl"], "--teacher"),
+    "a truncated file": (["--gan={}/truncated.safetensors", "--teacher={}/teacher.safetensors"], "--gan"),
+    "an empty file": (["--gan={}/empty.pkl", "--teacher={}/teacher.safetensors"], "--gan"),
+    "an error page": (["--gan={}/page.pkl", "--teacher={}/teacher.safetensors"], "HTML"),
+    "a folder": (["--gan={}", "--teacher={}/teacher.safetensors"], "--gan"),
+    "a teacher as the GAN": (["--gan={}/teacher.safetensors", "--teacher={}/teacher.safetensors"], "--gan"),
+    "a GAN as the teacher": (["--gan={}/gan.safetensors", "--teacher={}/gan.safetensors"], "--teacher"),
+    "another resolution": (["--gan={}/gan.safetensors", "--teacher={}/teacher16.safetensors"], "img_resolution 8"),
+    "another number of classes": (["--gan={}/uncond.safetensors", "--teacher={}/teacher.safetensors"], "classes 0"),
+    "an unknown option": (["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--magic=1"], "--magic"),
+    "a negative batch": (["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--batch=-4"], "--batch"),
+    "a word for a number": (["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--kimg=many"], "--kimg"),
+    "no teacher": (["--gan={}/gan.safetensors"], "--teacher is missing"),
+    "no GAN": (["--teacher={}/teacher.safetensors"], "--gan is missing"),
+    "an impossible law": (["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--sigma=cauchy"], "--sigma"),
+    "an impossible range": (
+        ["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--sigma-range=5,1"],
+        "--sigma",
+    ),
+    "an unknown weighting": (
+        ["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--weighting=x"],
+        "--weighting",
+    ),
+    "an unknown metric": (
+        ["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--metrics=is50k", "--ref=x.npz"],
+        "--metrics",
+    ),
+    "a missing reference": (
+        ["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--metrics=fd2k-digits"],
+        "--ref",
+    ),
+    "an absent device": (
+        ["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--device=cuda:77"],
+        "--device",
+    ),
+    "nothing to resume": (["--resume=latest"], "--resume"),
+    "resume with other options": (["--resume=latest", "--lr=1"], "--resume"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_one_line_and_leave_nothing(files, tmp_path, capsys, fault):
+    args, word = FAULTS[fault]
+    outdir = tmp_path / "out"
+    code, out, err = call(capsys, *(arg.format(files) for arg in args), f"--outdir={outdir}")
+    assert code != 0
+    assert len(err.strip().splitlines()) == 1 and err.startswith("Error: "), err
+    assert word in err and "Traceback" not in err
+    assert out == ""
+    assert not outdir.exists()
+
+
+@pytest.mark.parametrize("place", ["file", "below a file", "read-only"])
+def test_outdir_that_cannot_be_written(files, tmp_path, capsys, place):
+    (tmp_path / "file").touch()
+    outdir = {"file": tmp_path / "file", "below a file": tmp_path / "file" / "runs", "read-only": "/proc/runs"}[place]
+    pair = (f"--gan={files}/gan.safetensors", f"--teacher={files}/teacher.safetensors")
+    code, out, err = call(capsys, *pair, f"--outdir={outdir}")
+    assert code != 0 and out == ""
+    assert len(err.strip().splitlines()) == 1 and err.startswith("Error: ") and "--outdir" in err
+
+
+def test_dry_run_prints_the_options_and_writes_nothing(files, tmp_path, capsys):
+    pair = (f"--gan={files}/gan.safetensors", f"--teacher={files}/teacher.safetensors")
+    code, out, err = call(capsys, *pair, f"--outdir={tmp_path}/runs", "--batch=4", "-n")
+    assert code == 0 and err == ""
+    options = json.loads(out)
+    assert options["batch"] == 4 and options["run_dir"].endswith("00000-gan-teacher-batch4")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_and_going_on_with_it(files, tmp_path, capsys):
+    pair = (f"--gan={files}/gan.safetensors", f"--teacher={files}/teacher.safetensors")
+    options = ("--kimg=0.016", "--batch=4", "--tick=0.008", "--snap=1", "--lr=0.001", "--desc=try")
+    code, out, err = call(capsys, *pair, *options, f"--outdir={tmp_path}")
+    assert code == 0, err
+    assert "tick 1" in out and "ETA" in out and "done" in out
+    run = tmp_path / "00000-try"
+    options = json.loads((run / "training_options.json").read_text())
+    assert options["lr"] == 0.001 and set(options["files"]) == {"student", "teacher"}
+    assert (run / "log.txt").read_text() in out
+    G = load_generator(run / "network-snapshot-000000.safetensors")
+    assert (G.img_resolution, G.c_dim) == (8, 3)
+    # A finished run has nothing left to do, and says so without an error.
+    code, out, err = call(capsys, "--resume=latest", f"--outdir={tmp_path}")
+    assert code == 0, err
+    assert "going on at 0.0 of 0.016 kimg" in out
+
+
+def test_help_needs_no_torch():
+    code = "import sys, runpy\nsys.argv = ['refine.py', '--help']\ntry:\n    runpy.run_path('refine.py', run_name='__main__')\n"
+    code += "except SystemExit as stop:\n    assert not stop.code\nassert 'torch' not in sys.modules"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "--teacher" in result.stdout and "--gan" in result.stdout

@@ -1,0 +1,43 @@
+"""Small stand-ins for networks: what they draw depends on z and c in a way that tests can predict."""
+
+import torch
+from torch import nn
+
+
+class PlainGenerator(nn.Module):
+    """A generator that is no StyleGAN2: z is the image, up to 8×8 pixels; its class, where there is one, the top left pixel."""
+
+    def __init__(self, c_dim: int = 0, img_channels: int = 1, img_resolution: int = 8):
+        super().__init__()
+        self.c_dim, self.img_channels, self.img_resolution = c_dim, img_channels, img_resolution
+        self.z_dim = img_channels * img_resolution**2
+
+    def forward(self, z: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:
+        x = z.reshape(-1, self.img_channels, self.img_resolution, self.img_resolution).clone() / 3
+        if self.c_dim:
+            x[:, 0, 0, 0] = c.argmax(dim=1) / self.c_dim
+        return x
+
+
+class PixelDetector:
+    """Features: the means of the image's quadrants. Classes: how bright the top left pixel is."""
+
+    name = space = "pixels"
+    sha256 = "0" * 64
+    feature_dim = 4
+
+    def __init__(self, num_classes: int = 0):
+        self.num_classes = num_classes
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return nn.functional.adaptive_avg_pool2d(images.float().mean(dim=1, keepdim=True), 2).flatten(1) / 255
+
+    def classify(self, images: torch.Tensor) -> torch.Tensor | None:
+        if not self.num_classes:
+            return None
+        level = (images[:, 0, 0, 0].float() - 128) / 127.5 * self.num_classes
+        index = level.round().long().clamp(0, self.num_classes - 1)
+        return 0.9 * nn.functional.one_hot(index, self.num_classes) + 0.1 / self.num_classes
+
+    def to(self, device):
+        return self
