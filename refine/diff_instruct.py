@@ -1,0 +1,75 @@
+"""Diff-Instruct (Luo et al., NeurIPS 2023, arXiv 2305.18455): improve a generator with a diffusion model, without data.
+
+Three networks: the *student* x = G(z, c); the *teacher*, a diffusion model of the data; and *aux*, a diffusion model that
+follows the student's own distribution q. Diffused to noise level σ, q and the data's distribution p become q_σ and p_σ, and
+
+    D_IKL(q, p) = E_σ [ w(σ) KL(q_σ, p_σ) ]                                              (integral KL divergence)
+    ∂D_IKL/∂x   = E_σ [ w(σ) (∇ log q_σ(x_σ) − ∇ log p_σ(x_σ)) ],   x_σ = x + σ n
+
+A denoiser D gives a score: ∇ log p_σ(x_σ) = (D(x_σ; σ) − x_σ) / σ² (Karras et al. 2022, eq. 3). So the difference of the two
+scores is that of the two *denoisers* over σ², and the gradient on the student's images is w'(σ) (D_aux − D_teacher) with
+w' = w / σ². Algorithm 1 of the paper repeats the two functions below, each followed by a step of its own optimiser.
+The KL is the reverse one: it punishes images that the teacher finds unlikely, and hardly punishes modes that are missing.
+"""
+
+from contextlib import contextmanager
+
+import torch
+
+from refine.noise import Weighting
+
+
+def aux_loss(aux, x, c, sigma, sigma_data=0.5):
+    """Denoising score matching on the student's images: what makes aux follow the student (Algorithm 1, first step).
+
+    Args:
+        aux: Denoiser D(x, sigma, c), to be trained.
+        x: Images of the student (N, C, H, W), detached here.
+        c: Their labels (N, label_dim), or None.
+        sigma: Noise levels (N, 1, 1, 1).
+        sigma_data: Standard deviation of images, which balances the noise levels.
+
+    Returns:
+        Loss per sample (N,): λ(σ) ‖D(x + σn; σ) − x‖² with λ = (σ² + σ_data²) / (σ σ_data)² (Karras et al. 2022, eq. 8).
+    """
+    x = x.detach()
+    D_x = aux(x + sigma * torch.randn_like(x), sigma, c)
+    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+    return (weight * (D_x - x) ** 2).sum(dim=[1, 2, 3])
+
+
+@torch.no_grad()
+def student_gradient(teacher, aux, x, c, sigma, weighting: Weighting):
+    """The gradient of the integral KL on the student's images (Algorithm 1, second step).
+
+    No gradient flows through either denoiser: the caller goes on with `x.backward(gradient)`.
+
+    Args:
+        teacher, aux: Denoisers D(x, sigma, c); run in eval mode (no dropout) and left as they were.
+        x: Images of the student (N, C, H, W).
+        c: Their labels (N, label_dim), or None.
+        sigma: Noise levels (N, 1, 1, 1).
+        weighting: Gives w' from (sigma, x, D_teacher), see `noise.make_weighting`.
+
+    Returns:
+        gradient (N, C, H, W) = w' (D_aux − D_teacher), and the unweighted gap mean|D_aux − D_teacher| per sample (N,).
+    """
+    x_sigma = x + sigma * torch.randn_like(x)
+    with evaluating(teacher, aux):
+        D_teacher = teacher(x_sigma, sigma, c)
+        D_aux = aux(x_sigma, sigma, c)
+    gap = D_aux - D_teacher
+    return weighting(sigma, x, D_teacher) * gap, gap.abs().mean(dim=[1, 2, 3])
+
+
+@contextmanager
+def evaluating(*networks):
+    """Eval mode inside, the previous mode of every module afterwards."""
+    before = [(module, module.training) for network in networks for module in network.modules()]
+    try:
+        for network in networks:
+            network.eval()
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
