@@ -1,0 +1,19 @@
+"""`python -m refine inspect FILE`: what a checkpoint is and what is in it."""
+
+import json
+
+import click
+
+
+@click.command()
+@click.argument("file")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+def inspect(file: str, as_json: bool) -> None:
+    """Says what FILE is, and which networks it holds. FILE is a path, or a name of pretrained/index.toml."""
+    from refine.checkpoints import resolve
+
+    path = resolve(file)
+    from refine.checkpoints import describe  # imports torch
+
+    report = describe.inspect_file(path)
+    click.echo(json.dumps(report, indent=2) if as_json else describe.as_text(report))

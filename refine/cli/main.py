@@ -1,0 +1,138 @@
+"""`python -m refine …` and the console script `gan-refine`; and how every command here starts and fails.
+
+Command modules import click and the standard library only, and torch once their options are valid: `--help` and a
+mistyped option answer at once. They raise ValueError (or OSError) for what the user can put right; `run_command` makes
+one line of it.
+"""
+
+import contextlib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
+
+import click
+
+_COMMANDS = {  # name -> module, attribute
+    "refine": ("refine.cli.refine_cmd", "refine"),
+    "compare": ("refine.cli.compare", "command"),
+    "generate": ("refine.cli.generate", "command"),
+    "inspect": ("refine.cli.inspect_cmd", "inspect"),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return _load_command(cmd_name) if cmd_name in _COMMANDS else None
+
+
+def _print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        import refine
+
+        click.echo(f"gan-refine {refine.__version__}")
+        ctx.exit()
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version", is_flag=True, expose_value=False, is_eager=True, callback=_print_version, help="Print the version."
+)
+def cli() -> None:
+    """Refine a pretrained GAN with a pretrained diffusion model, data-free, by Diff-Instruct."""
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """Entry point of `python -m refine` and of the console script."""
+    run_command(cli, args)
+
+
+def run_command(command: click.Command | str, args: Sequence[str] | None = None) -> NoReturn:
+    """Runs a command as the whole program: ends the process, says failures in one line on stderr.
+
+    Exit codes: 0 done; 1 the program failed (out of memory, or a bug of ours); 2 something the user can put right (an
+    option, a file, a full disk); 130 interrupted. `REFINE_DEBUG=1` prints tracebacks as well.
+
+    Args:
+        command: A click command, or the name of one of the commands of `python -m refine`.
+        args: Command line without the program's name; None = that of the process.
+    """
+    code = 1
+    try:
+        command = _load_command(command) if isinstance(command, str) else command
+        result = command.main(args=None if args is None else list(args), standalone_mode=False)
+        code = result if type(result) is int else 0  # click hands the code of ctx.exit() back like this
+        sys.stdout.flush()  # here, where a closed pipe is still handled
+    except BrokenPipeError:  # the reader of our output (`| head`) has left: no message, and no second one at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last resort: everything is reported, nothing passed over
+        if os.environ.get("REFINE_DEBUG", "0") not in ("", "0"):
+            traceback.print_exc()
+        code, message = describe_failure(error)
+        print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def describe_failure(error: BaseException) -> tuple[int, str]:
+    """Exit code and one line for people, for whatever ended a command."""
+    if isinstance(error, KeyboardInterrupt | click.Abort):
+        return 130, "Interrupted."
+    if isinstance(error, click.ClickException):
+        hint = ""
+        if isinstance(error, click.UsageError) and error.ctx is not None:
+            hint = f" ({error.ctx.command_path} --help lists the options)"
+        return 2, f"Error: {_one_line(error.format_message()).rstrip('.')}{hint}"
+    if isinstance(error, OSError) and error.strerror:
+        return 2, f"Error: {describe_os_error(error)}"
+    if isinstance(error, ValueError | OSError):
+        return 2, f"Error: {_one_line(str(error)) or type(error).__name__}"
+    if _is_out_of_memory(error):
+        details = _one_line(str(error))[:200] or "no details"
+        return 1, f"Error: out of memory; try a smaller --batch-gpu or --batch ({details})"
+    details = f"{type(error).__name__}: {_one_line(str(error))[:300]}"
+    return 1, f"Error: this should not have happened ({details}); REFINE_DEBUG=1 shows the traceback"
+
+
+def describe_os_error(error: OSError) -> str:
+    """`path: reason`, without error numbers and Python's quoting."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{error.filename}: {reason}" if error.filename is not None else reason
+
+
+@contextlib.contextmanager
+def option(name: str) -> Iterator[None]:
+    """Puts the option's name before the message of a ValueError or OSError raised inside: `--gan: x.pkl is a text
+    file`.
+
+    A message that already begins with an option's name is left alone.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        message = describe_os_error(error) if isinstance(error, OSError) else str(error)
+        raise ValueError(message if message.startswith("--") else f"{name}: {message}") from error
+
+
+def _load_command(name: str) -> click.Command:
+    module, attribute = _COMMANDS[name]
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # told by name and text: torch may not have been imported
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,253 @@
+"""`python refine.py --gan=… --teacher=…`: refine a generator with a diffusion model."""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from refine.cli.main import option
+from refine.cli.options import check_outdir, choose_device
+from refine.config import NOISE_MODES, PRESETS, SCHEDULES, TRAINABLE, RefineConfig, SigmaOptions
+
+
+def _numbers(text: str, names: str, count: int) -> list[float]:
+    """'a,b' → [a, b]."""
+    try:
+        values = [float(part) for part in text.split(",")]
+        if len(values) != count:
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"found {text!r}; expected {names}") from None
+    return values
+
+
+def _betas(text: str) -> tuple[float, float]:
+    first, second = _numbers(text, "two numbers, such as 0.0,0.999", 2)
+    return first, second
+
+
+def _law(text: str) -> dict[str, Any]:
+    """'lognormal:-1.2,1.2', 'karras:7' or 'loguniform' → fields of SigmaOptions."""
+    name, _, numbers = text.partition(":")
+    if name == "lognormal":
+        mean, std = _numbers(numbers, "lognormal:P_mean,P_std", 2) if numbers else (-1.2, 1.2)
+        return {"name": name, "P_mean": mean, "P_std": std}
+    if name == "karras":
+        return {"name": name, "rho": _numbers(numbers, "karras:rho", 1)[0] if numbers else 7.0}
+    if name == "loguniform" and not numbers:
+        return {"name": name}
+    raise ValueError(f"found {text!r}; expected lognormal:P_mean,P_std, karras:rho or loguniform")
+
+
+def _range(text: str) -> dict[str, float]:
+    low, high = _numbers(text, "sigma_min,sigma_max", 2)
+    return {"sigma_min": low, "sigma_max": high}
+
+
+def _default(name: str) -> str:
+    """Default of an option, for --help, with the presets that differ."""
+
+    def show(value: Any) -> str:
+        if isinstance(value, SigmaOptions):
+            return f"lognormal:{value.P_mean:g},{value.P_std:g}"
+        return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+    default = next(f for f in dataclasses.fields(RefineConfig) if f.name == name)
+    value = default.default if default.default is not dataclasses.MISSING else default.default_factory()
+    others = [f"{preset} {show(values[name])}" for preset, values in PRESETS.items() if name in values]
+    return f"[default: {show(value) or 'none'}{'; ' + '; '.join(others) if others else ''}]"
+
+
+def _opt(flag: str, name: str, text: str, **kwargs: Any):
+    return click.option(flag, name, default=None, help=f"{text}  {_default(name)}", **kwargs)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.option("--gan", metavar="FILE|NAME", help="Generator to refine (the student).")
+@click.option("--teacher", metavar="FILE|NAME", help="EDM diffusion model of the same data (the teacher).")
+@click.option("--preset", type=click.Choice(list(PRESETS)), default=None, help="Defaults for a kind of run.")
+@_opt("--outdir", "outdir", "Where run folders are made.", metavar="DIR", type=click.Path(file_okay=False))
+@click.option("--desc", metavar="TEXT", help="Added to the run folder's name.")
+@_opt("--kimg", "kimg", "Length of the run: thousands of images through the student step.", type=float)
+@_opt("--batch", "batch", "Images per step.", type=int)
+@_opt("--batch-gpu", "batch_gpu", "At most so many at once; gradients are accumulated.", type=int)
+@_opt("--lr", "lr", "Learning rate of the student (Adam).", type=float)
+@_opt("--aux-lr", "aux_lr", "Learning rate of the auxiliary network (Adam).", type=float)
+@_opt("--betas", "betas", "Adam's betas, student.", metavar="B1,B2")
+@_opt("--aux-betas", "aux_betas", "Adam's betas, auxiliary network.", metavar="B1,B2")
+@_opt("--lr-schedule", "lr_schedule", "Of both rates over the run.", type=click.Choice(SCHEDULES))
+@_opt("--lr-rampup-kimg", "lr_rampup_kimg", "Both rates rise from zero over so many kimg.", type=float)
+@_opt("--sigma", "sigma", "Noise levels of the student step: lognormal:P_mean,P_std | karras:rho | loguniform.", metavar="LAW")
+@click.option("--sigma-range", metavar="MIN,MAX", help="Range of those noise levels.  [default: 0.002,80]")
+@_opt("--aux-sigma", "aux_sigma", "Noise levels of the auxiliary step.", metavar="LAW")
+@click.option("--aux-sigma-range", metavar="MIN,MAX", help="Range of those noise levels.  [default: 0.002,80]")
+@_opt("--weighting", "weighting", "Weight on D_aux − D_teacher: 1 | sigma^P | dmd.", metavar="W")
+@_opt("--aux-steps", "aux_steps", "Auxiliary steps per student step.", type=int)
+@_opt("--aux-warmup-kimg", "aux_warmup_kimg", "Images that the auxiliary network follows before the student moves.", type=float)
+@_opt("--ema-kimg", "ema_kimg", "Half-life of the student's moving average.", type=float)
+@_opt("--ema-rampup", "ema_rampup", "Half-life at most this share of the images so far.", type=float)
+@_opt("--noise-mode", "noise_mode", "Noise inputs of the student while training.", type=click.Choice(NOISE_MODES))
+@_opt("--train", "train", "Which part of the student moves.", type=click.Choice(TRAINABLE))
+@_opt("--dropout", "dropout", "Train the auxiliary network with the dropout of its file.", type=bool)
+@_opt("--seed", "seed", "Random seed.", type=int)
+@_opt("--tick", "tick", "Print progress every so many kimg.", type=float)
+@_opt("--snap", "snap", "Save a snapshot every so many ticks; 0 = at the end.", type=int)
+@_opt("--metrics", "metrics", "Measured at every snapshot: fd<N>-<detector>, comma-separated, or none.", metavar="LIST")
+@_opt("--ref", "ref", "Reference statistics of the metrics (.npz).", metavar="FILE|NAME")
+@_opt("--device", "device", "cpu, cuda or cuda:N; none = cuda where there is one.", metavar="DEVICE")
+@click.option("--resume", metavar="PATH|latest", help="Go on from a training-state-*.pt, a run folder, or the latest run of --outdir.")
+@click.option("-n", "--dry-run", is_flag=True, help="Check everything, print the options, and stop.")
+def refine(resume, dry_run, **given):
+    """Refine a pretrained GAN with a pretrained diffusion model, data-free, by Diff-Instruct.
+
+    \b
+    python refine.py --gan=digits-gan --teacher=digits-teacher --preset=demo
+    python refine.py --resume=latest
+    """
+    state_path = _find_state(resume, given) if resume else None
+    config = None if state_path else make_config(given)
+    run(config, state_path, dry_run)
+
+
+def make_config(given: dict[str, Any]) -> RefineConfig:
+    """Options as click gives them (None = not given) over the preset's over the defaults.
+
+    Raises:
+        ValueError: A missing or impossible option; one line that names it.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in ("gan", "teacher"):
+        if name not in given:
+            what = "the generator to refine" if name == "gan" else "the diffusion model to learn from"
+            raise ValueError(f"--{name} is missing; expected {what}, a file or a name of pretrained/index.toml")
+    preset = PRESETS[given.get("preset", "default")]
+    parsed = {**preset, **given}
+    for name in ("betas", "aux_betas"):
+        if name in given:
+            with option(f"--{name.replace('_', '-')}"):
+                parsed[name] = _betas(given[name])
+    for name in ("sigma", "aux_sigma"):
+        flag = f"--{name.replace('_', '-')}"
+        law = preset.get(name, SigmaOptions())
+        with option(flag):
+            law = dataclasses.replace(law, **_law(given[name])) if name in given else law
+        with option(f"{flag}-range"):
+            text = parsed.pop(f"{name}_range", None)
+            law = dataclasses.replace(law, **_range(text)) if text else law
+        parsed[name] = law
+    if "metrics" in given:
+        names = given["metrics"].split(",")
+        parsed["metrics"] = () if names == ["none"] else tuple(names)
+    return RefineConfig(**parsed)
+
+
+def _find_state(resume: str, given: dict[str, Any]) -> Path:
+    """The training state that --resume means. Other options come from the run itself."""
+    extra = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None and name != "outdir"]
+    if extra:
+        raise ValueError(f"--resume goes on with the options of the run, {extra[0]} cannot be changed")
+    from refine.run_dir import latest_training_state
+
+    with option("--resume"):
+        path = Path(given.get("outdir") or RefineConfig.outdir if resume == "latest" else resume)
+        return path if path.is_file() else latest_training_state(path)
+
+
+def run(config: RefineConfig | None, state_path: Path | None = None, dry_run: bool = False) -> Path | None:
+    """Refine by `config`, or go on from a training state; everything is checked before anything is written.
+
+    Returns:
+        The run folder, or None for a dry run.
+
+    Raises:
+        ValueError, OSError: Something the user can put right; the message names the option.
+    """
+    if config is not None:
+        with option("--outdir"):
+            check_outdir(config.outdir)
+    import torch  # from here on: the options are valid
+
+    from refine.checkpoints import load_generator, load_teacher, resolve
+    from refine.metrics.named import NamedMetric
+    from refine.noise import SigmaLaw, make_weighting
+    from refine.run_dir import RunDir, create_run_dir, next_run_dir
+    from refine.trainer import Trainer, check_pair, file_provenance, load_training_state, select_parameters
+
+    state = None
+    if state_path is not None:
+        with option("--resume"):
+            state = load_training_state(state_path)
+            config = RefineConfig.from_dict(json.loads(state["config"]))
+    for flag, law in (("--sigma", config.sigma), ("--aux-sigma", config.aux_sigma)):
+        with option(flag):
+            SigmaLaw(**vars(law)).sample(1)
+    with option("--weighting"):
+        make_weighting(config.weighting)
+    with option("--device"):
+        device = torch.device(choose_device(config.device))
+    with option("--gan"):
+        gan_path = resolve(config.gan)
+        student = load_generator(config.gan)
+    with option("--teacher"):
+        teacher_path = resolve(config.teacher)
+        teacher = load_teacher(config.teacher)
+    check_pair(student, teacher)
+    with option("--train"):
+        select_parameters(student, config.train)
+    with option("--metrics"):
+        metrics = [NamedMetric(name, config.ref) for name in config.metrics]
+
+    # Absolute paths, so that --resume works from any folder; names of the index stay names.
+    absolute = {k: os.path.abspath(v) for k in ("gan", "teacher", "ref") if (v := getattr(config, k)) and os.path.isfile(v)}
+    config = dataclasses.replace(config, **absolute)
+    desc = config.desc or f"{gan_path.stem}-{teacher_path.stem}-batch{config.batch}"
+    if dry_run:
+        click.echo(json.dumps({**config.as_dict(), "run_dir": str(next_run_dir(config.outdir, desc)), "device": str(device)}, indent=2))
+        return None
+
+    provenance = {"student": file_provenance(gan_path), "teacher": file_provenance(teacher_path)}
+    if state is not None:
+        run_dir = RunDir(state_path.parent)
+    else:
+        with option("--outdir"):
+            run_dir = RunDir(create_run_dir(config.outdir, desc))
+    try:
+        trainer = Trainer(config, student, teacher, run_dir, metrics, provenance, device)
+        if state is None:
+            versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
+            files = {"files": provenance, "versions": versions, "run_dir": str(run_dir.path)}
+            run_dir.write_json("training_options.json", {**config.as_dict(), "device": str(device), **files})
+        else:
+            with option("--resume"):
+                trainer.load_state_dict(state)
+            run_dir.trim_after(trainer.nimg / 1000)
+        _train(trainer, run_dir, resumed=state is not None)
+    except (ValueError, OSError):
+        if state is None and not any(run_dir.path.glob("training-state-*")):
+            run_dir.log("stopped before the first snapshot")
+        raise
+    return run_dir.path
+
+
+def _train(trainer, run_dir, resumed: bool) -> None:
+    from refine.monitor import Monitor
+
+    count = sum(p.numel() for p in trainer.student_parameters)
+    run_dir.log(f"run folder  {run_dir.path}")
+    run_dir.log(f"student     {trainer.config.gan}, {count:,} parameters to train, on {trainer.device}")
+    run_dir.log(f"teacher     {trainer.config.teacher}, {sum(p.numel() for p in trainer.teacher.parameters()):,} parameters")
+    if resumed:
+        run_dir.log(f"going on at {trainer.nimg / 1000:.1f} of {trainer.config.kimg:g} kimg")
+    monitor = Monitor(run_dir.path)
+    try:
+        trainer.run(monitor)
+    finally:
+        monitor.close()
+    if trainer.best is not None:
+        best = trainer.best
+        run_dir.log(f"best        {best['snapshot']}: {best['metric']} {best['value']:.4g} at {best['kimg']:.1f} kimg")
+    run_dir.log(f"done; watch it with  tensorboard --logdir={run_dir.path}")

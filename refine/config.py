@@ -1,0 +1,157 @@
+"""What a refinement run is told: one frozen dataclass that checks itself, and presets that hold the defaults."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+SCHEDULES = ("constant", "cosine", "linear")
+TRAINABLE = ("all", "synthesis", "mapping")
+NOISE_MODES = ("random", "const", "none")
+
+
+@dataclass(frozen=True)
+class SigmaOptions:
+    """The law of noise levels of one step; see `refine.noise.SigmaLaw`, which this turns into without importing torch here."""
+
+    name: str = "lognormal"
+    P_mean: float = -1.2
+    P_std: float = 1.2
+    rho: float = 7.0
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+
+
+@dataclass(frozen=True)
+class RefineConfig:
+    """All options of a run; `training_options.json` is this, written out.
+
+    Raises:
+        ValueError: A number out of range or an unknown word; the message names the command line option.
+    """
+
+    gan: str  # file, or name in pretrained/index.toml
+    teacher: str
+    outdir: str = "runs"  # run folders are made here
+    desc: str | None = None  # added to the run folder's name
+    preset: str = "default"
+
+    kimg: float = 200.0  # images through the student step, in thousands
+    batch: int = 64  # images per student step
+    batch_gpu: int | None = None  # at most so many at once, gradients accumulated. None = batch
+    lr: float = 1e-4  # of the student
+    aux_lr: float = 1e-4
+    betas: tuple[float, float] = (0.0, 0.999)  # Adam, student
+    aux_betas: tuple[float, float] = (0.0, 0.999)  # Adam, auxiliary network
+    lr_schedule: str = "constant"  # of both, over the run's kimg; 'cosine' and 'linear' go to zero
+    lr_rampup_kimg: float = 0.0  # both rise linearly from zero
+
+    sigma: SigmaOptions = field(default_factory=SigmaOptions)  # noise levels of the student step
+    aux_sigma: SigmaOptions = field(default_factory=SigmaOptions)  # noise levels of the auxiliary step
+    weighting: str = "1"  # on D_aux − D_teacher; see refine.noise.make_weighting
+    aux_steps: int = 1  # auxiliary steps per student step
+    aux_warmup_kimg: float = 0.0  # images that aux follows before the student first moves
+    ema_kimg: float = 50.0  # half-life of the student's moving average
+    ema_rampup: float | None = 0.05  # half-life at most this share of the images so far. None = no limit
+
+    noise_mode: str = "random"  # of the student while training
+    train: str = "all"  # which part of the student moves
+    dropout: bool = False  # aux trains with the dropout that its file asks for
+
+    seed: int = 0
+    tick: float = 4.0  # kimg between progress lines
+    snap: int = 10  # ticks between snapshots. 0 = at the end only
+    metrics: tuple[str, ...] = ()  # at every snapshot, e.g. fd2k-digits
+    ref: str | None = None  # reference statistics of the metrics
+    device: str | None = None  # None = cuda if there is one, else cpu
+
+    def __post_init__(self):
+        self._expect(self.kimg > 0 and math.isfinite(self.kimg), "--kimg", self.kimg, "a number > 0")
+        self._expect(self.batch >= 1, "--batch", self.batch, "at least 1")
+        self._expect(self.batch_gpu is None or self.batch_gpu >= 1, "--batch-gpu", self.batch_gpu, "at least 1")
+        for name in ("lr", "aux_lr", "lr_rampup_kimg", "aux_warmup_kimg", "ema_kimg"):
+            value = getattr(self, name)
+            self._expect(value >= 0 and math.isfinite(value), _flag(name), value, "a number ≥ 0")
+        for name in ("betas", "aux_betas"):
+            ok = len(getattr(self, name)) == 2 and all(0 <= b < 1 for b in getattr(self, name))
+            self._expect(ok, _flag(name), getattr(self, name), "two numbers in [0, 1)")
+        self._expect(self.aux_steps >= 1, "--aux-steps", self.aux_steps, "at least 1")
+        self._expect(self.ema_rampup is None or self.ema_rampup > 0, "--ema-rampup", self.ema_rampup, "a number > 0")
+        self._expect(self.tick > 0 and math.isfinite(self.tick), "--tick", self.tick, "a number > 0")
+        self._expect(self.snap >= 0, "--snap", self.snap, "at least 0")
+        self._expect(0 <= self.seed < 2**31, "--seed", self.seed, "0 to 2147483647")
+        for name, words in (("lr_schedule", SCHEDULES), ("train", TRAINABLE), ("noise_mode", NOISE_MODES)):
+            self._expect(getattr(self, name) in words, _flag(name), getattr(self, name), f"one of {', '.join(words)}")
+        if self.metrics and self.ref is None:
+            raise ValueError(f"--metrics={','.join(self.metrics)} needs reference statistics: add --ref=FILE.npz")
+
+    @staticmethod
+    def _expect(condition: bool, flag: str, found: Any, expected: str) -> None:
+        if not condition:
+            raise ValueError(f"{flag} is {found}; expected {expected}")
+
+    @property
+    def num_steps(self) -> int:
+        """Student steps of the whole run."""
+        return math.ceil(round(self.kimg * 1000) / self.batch)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Auxiliary steps before the first student step."""
+        return math.ceil(round(self.aux_warmup_kimg * 1000) / self.batch)
+
+    def lr_factor(self, nimg: int) -> float:
+        """What the learning rates are multiplied with after nimg images."""
+        progress = min(nimg / (self.kimg * 1000), 1.0)
+        factor = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+        rampup = min((nimg + self.batch) / (self.lr_rampup_kimg * 1000), 1.0) if self.lr_rampup_kimg > 0 else 1.0
+        return factor[self.lr_schedule] * rampup
+
+    def as_dict(self) -> dict:
+        """Plain values, for training_options.json."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "RefineConfig":
+        """The inverse of `as_dict`, also after a trip through JSON. Raises ValueError for unknown names."""
+        unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(f"training options hold {', '.join(sorted(unknown))}, which this version does not know")
+        values = dict(values)
+        for name in ("betas", "aux_betas", "metrics"):
+            if name in values:
+                values[name] = tuple(values[name])
+        for name in ("sigma", "aux_sigma"):
+            if isinstance(values.get(name), dict):
+                values[name] = SigmaOptions(**values[name])
+        return cls(**values)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+# Defaults of --preset; an option that is given wins. Numbers that differ from the dataclass have their reason beside them.
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    # The published distillation settings, the nearest known proxy for refinement at 32×32 (paper.md): Adam (0, 0.999),
+    # lr 1e-5 for both networks, batch 128, EMA half-life 500 kimg with 5 % ramp-up, ln σ ~ N(−1.2, 1.2²).
+    "cifar10": {"kimg": 5000.0, "batch": 128, "lr": 1e-5, "aux_lr": 1e-5, "ema_kimg": 500.0, "tick": 50.0, "snap": 10},
+    # The shipped digits pair: a student of 0.3 M parameters needs larger rates; digits want coarser noise than photographs.
+    "demo": {
+        "kimg": 9.6,
+        "batch": 32,
+        "lr": 6e-4,
+        "aux_lr": 1.5e-3,
+        "aux_betas": (0.9, 0.999),
+        "lr_schedule": "cosine",
+        "sigma": SigmaOptions(P_mean=-0.4),
+        "aux_sigma": SigmaOptions(P_mean=-0.4),
+        "aux_warmup_kimg": 3.2,
+        "ema_kimg": 2.0,
+        "tick": 0.96,
+        "snap": 5,
+        "metrics": ("fd2k-digits",),
+        "ref": "digits-reference",
+    },
+}

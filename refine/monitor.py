@@ -1,0 +1,50 @@
+"""TensorBoard: scalars, pictures, texts and hparams of a run, with whole kimg on the x axis."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+
+class Monitor:
+    """Writes the TensorBoard events of one run folder."""
+
+    def __init__(self, path: str | Path):
+        self._writer = SummaryWriter(str(path), flush_secs=20)
+
+    def options(self, options: dict[str, Any]) -> None:
+        """The options as text and as hparams, in this run itself: `add_hparams` would make a second one."""
+        self._writer.add_text("options", "    " + json.dumps(options, indent=2).replace("\n", "\n    "), 0)
+        flat = {}
+        for key, value in options.items():
+            items = value.items() if isinstance(value, dict) else [("", value)]
+            flat |= {f"{key}.{name}".rstrip("."): _plain(item) for name, item in items if item is not None}
+        for summary in hparams(flat, {"Loss/aux": None}):
+            self._writer.file_writer.add_summary(summary)
+
+    def scalars(self, values: dict[str, float], kimg: float) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, round(kimg))
+
+    def image(self, name: str, image: torch.Tensor, kimg: float) -> None:
+        """uint8 (C, H, W)."""
+        self._writer.add_image(name, image, round(kimg))
+
+    def class_histogram(self, counts: list[float], kimg: float) -> None:
+        """Share of each class, as one histogram over class numbers and one scalar for the rarest."""
+        classes = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts).mul(1000).round().long())
+        self._writer.add_histogram("Classes/histogram", classes, round(kimg), bins=len(counts))
+        self._writer.add_scalar("Classes/rarest_share", min(counts), round(kimg))
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _plain(value: Any) -> bool | str | float | int:
+    return value if isinstance(value, bool | str | float | int) else json.dumps(value)

@@ -1,0 +1,195 @@
+"""The training loop on tiny networks."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from refine.config import RefineConfig
+from refine.monitor import Monitor
+from refine.networks.edm import EDMPrecond
+from refine.networks.stylegan2 import Generator
+from refine.run_dir import RunDir
+from refine.trainer import GAP_NAMES, SIGMA_EDGES, Trainer, check_pair, load_training_state, select_parameters
+
+
+def make_student(c_dim=3, seed=0):
+    torch.manual_seed(seed)
+    return Generator(8, c_dim, 8, 8, 1, {"num_layers": 2}, {"channel_base": 64, "channel_max": 8}).eval()
+
+
+def make_teacher(label_dim=3, resolution=8, dropout=0.3, seed=1):
+    torch.manual_seed(seed)
+    kwargs = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "dropout": dropout}
+    net = EDMPrecond(resolution, 1, label_dim, **kwargs)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return net.eval()
+
+
+def make_trainer(path, student=None, teacher=None, **options):
+    defaults = {"kimg": 0.024, "batch": 4, "tick": 0.008, "snap": 1, "lr": 1e-3, "aux_lr": 1e-3, "aux_warmup_kimg": 0.008}
+    config = RefineConfig("g", "t", **{**defaults, **options})
+    path.mkdir(parents=True, exist_ok=True)
+    return Trainer(config, student or make_student(), teacher or make_teacher(), RunDir(path, quiet=True))
+
+
+def run(trainer):
+    monitor = Monitor(trainer.run_dir.path)
+    trainer.run(monitor)
+    monitor.close()
+    return trainer
+
+
+def equal_states(a, b):
+    return all(torch.equal(value, b.state_dict()[key]) for key, value in a.state_dict().items())
+
+
+def test_a_run_leaves_what_users_know(tmp_path):
+    trainer = run(make_trainer(tmp_path))
+    names = {path.name for path in tmp_path.iterdir() if not path.name.startswith("events.")}
+    assert names == {
+        "fakes_init.png",
+        "fakes000000.png",
+        "log.txt",
+        "network-snapshot-000000.safetensors",
+        "stats.jsonl",
+        "training-state-000000.pt",
+    }
+    lines = [json.loads(line) for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
+    assert [line["kimg"] for line in lines] == [0.008, 0.016, 0.024]
+    for key in ("Loss/aux", "Loss/student_gradient", "Grad/student", "Grad/aux", "Diversity/batch_spread"):
+        assert all(line[key] > 0 for line in lines), key
+    assert trainer.nimg == 24
+
+
+def test_student_and_aux_move_and_the_teacher_does_not(tmp_path):
+    student, teacher = make_student(), make_teacher()
+    before = copy.deepcopy((student, teacher))
+    trainer = run(make_trainer(tmp_path, student, teacher))
+    assert equal_states(student, before[0]) and equal_states(teacher, before[1])  # the caller's networks
+    assert equal_states(trainer.teacher, teacher)
+    assert not equal_states(trainer.G, student)
+    assert not equal_states(trainer.G_ema, student)
+    assert not equal_states(trainer.aux, teacher)
+    assert not torch.equal(trainer.G_ema.mapping.w_avg, student.mapping.w_avg)  # buffers follow, too
+
+
+def test_learning_rate_zero_changes_no_parameter(tmp_path):
+    student = make_student()
+    trainer = run(make_trainer(tmp_path, student, lr=0.0))
+    for G in (trainer.G, trainer.G_ema):
+        assert all(torch.equal(p, dict(student.named_parameters())[n]) for n, p in G.named_parameters())
+
+
+@pytest.mark.parametrize("train", ["synthesis", "mapping"])
+def test_only_the_chosen_part_moves(tmp_path, train):
+    student = make_student()
+    trainer = run(make_trainer(tmp_path, student, train=train))
+    moved = {n.split(".")[0] for n, p in trainer.G.named_parameters() if not torch.equal(p, student.get_parameter(n))}
+    assert moved == {train}
+    with pytest.raises(ValueError, match="--train is synthesis"):
+        select_parameters(torch.nn.Linear(1, 1), "synthesis")
+
+
+def test_equal_seeds_give_equal_snapshots(tmp_path):
+    files = []
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        run(make_trainer(tmp_path / name, seed=seed))
+        files.append((tmp_path / name / "network-snapshot-000000.safetensors").read_bytes())
+    assert files[0] == files[1] != files[2]
+
+
+def test_micro_batches_give_the_same_gradients(tmp_path):
+    grads = []
+    for index, batch_gpu in enumerate((None, 2)):
+        trainer = make_trainer(tmp_path / str(index), batch=6, batch_gpu=batch_gpu, noise_mode="const")
+        # The same noise for both: by image, not by call.
+        trainer.sigma = trainer.aux_sigma = FixedSigma()
+        z, c = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), torch.eye(3)[[0, 1, 2, 0, 1, 2]]
+        size = batch_gpu or 6
+        trainer._latents = lambda z=z, c=c, size=size: [(z[i : i + size], c[i : i + size]) for i in range(0, 6, size)]
+        torch.randn_like, original = (lambda x: torch.zeros_like(x)), torch.randn_like
+        try:
+            trainer.aux_step(0.0)
+            trainer.student_step(0.0)
+        finally:
+            torch.randn_like = original
+        grads.append([p.grad.clone() for p in (*trainer.G.parameters(), *trainer.aux.parameters()) if p.grad is not None])
+    assert len(grads[0]) == len(grads[1]) > 0
+    for a, b in zip(*grads, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * a.abs().max().item() + 1e-9)
+
+
+class FixedSigma:
+    def sample(self, n, device):
+        return torch.full([n, 1, 1, 1], 0.5)
+
+
+@pytest.mark.parametrize("c_dim", [0, 3])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, c_dim):
+    networks = make_student(c_dim), make_teacher(c_dim)
+    whole = run(make_trainer(tmp_path / "whole", *networks, dropout=True))
+    first = make_trainer(tmp_path / "part", *networks, dropout=True)
+    stop_after(first, 16)
+    state = load_training_state(tmp_path / "part" / "training-state-000000.pt")
+    assert state["nimg"] == 16
+    second = make_trainer(tmp_path / "part", *networks, dropout=True)
+    torch.randn(100)  # whatever a new process did before
+    second.load_state_dict(state)
+    run(second)
+    for name in ("G", "G_ema", "aux"):
+        assert equal_states(getattr(whole, name), getattr(second, name)), name
+    snapshots = [tmp_path / name / "network-snapshot-000000.safetensors" for name in ("whole", "part")]
+    assert snapshots[0].read_bytes() == snapshots[1].read_bytes()
+
+
+def stop_after(trainer, nimg):
+    """Run until so many images are done, as a kill right after a snapshot would."""
+    step = trainer.step
+
+    def limited():
+        if trainer.nimg >= nimg:
+            raise KeyboardInterrupt
+        step()
+
+    trainer.step = limited
+    with pytest.raises(KeyboardInterrupt):
+        run(trainer)
+
+
+def test_a_state_of_other_networks_is_refused(tmp_path):
+    state = run(make_trainer(tmp_path / "a")).state_dict()
+    other = make_trainer(tmp_path / "b", make_student(0), make_teacher(0))
+    with pytest.raises(ValueError, match="does not fit"):
+        other.load_state_dict(state)
+    (tmp_path / "text.pt").write_text("no state")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_training_state(tmp_path / "text.pt")
+    torch.save({"a": 1}, tmp_path / "dict.pt")
+    with pytest.raises(ValueError, match="something else"):
+        load_training_state(tmp_path / "dict.pt")
+
+
+def test_diverged_runs_stop_with_a_hint(tmp_path):
+    trainer = make_trainer(tmp_path, aux_warmup_kimg=0.0)
+    with torch.no_grad():
+        next(trainer.aux.parameters()).fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        run(trainer)
+    assert not list(tmp_path.glob("network-snapshot-*"))
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "word"),
+    [((3,), (3, 16), "img_resolution 8"), ((3,), (2,), "classes 3"), ((0,), (3,), "classes 0")],
+)
+def test_pairs_that_disagree_are_refused(student, teacher, word):
+    with pytest.raises(ValueError, match=word):
+        check_pair(make_student(*student), make_teacher(*teacher))
+
+
+def test_gap_bins_cover_all_noise_levels():
+    assert len(GAP_NAMES) == len(SIGMA_EDGES) + 1
+    assert GAP_NAMES[0] == "Gap/sigma_0-0.03" and GAP_NAMES[-1] == "Gap/sigma_10-inf"
