@@ -249,7 +249,8 @@ class Trainer:
         kimg = self.nimg / 1000
         for index, metric in enumerate(self.metrics):
             try:
-                results = metric.measure(self.G_ema, self.device)
+                with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                    results = metric.measure(self.G_ema, self.device)
             except (ValueError, RuntimeError) as error:
                 self.run_dir.log(f"metric {metric.name} failed: {' '.join(str(error).split())}")
                 continue

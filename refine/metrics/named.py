@@ -1,11 +1,10 @@
-"""Metrics by name, as training runs ask for them: `fd2k-digits` is evaluated on 2,000 images in the space of `digits`."""
+"""Metrics by name, as training runs ask for them: `fd2k-digits` takes 2,000 images and the space of `digits`."""
 
 import re
 from typing import Any
 
 import torch
 
-from refine.checkpoints import resolve
 from refine.metrics.detectors import load_detector, metric_names
 from refine.metrics.evaluate import evaluate
 from refine.metrics.references import load_reference
@@ -32,7 +31,7 @@ class NamedMetric:
         if self.num < 2:
             raise ValueError(f"{name} measures {self.num} image; expected at least 2")
         self._detector = load_detector(match[3])
-        self._reference = load_reference(resolve(reference))
+        self._reference = load_reference(reference)
         self._reference.check_detector(self._detector)
         self.key = metric_names(self._detector)[0]  # of the distance in the results; smaller is better
 
