@@ -99,6 +99,10 @@ def _scaled(value: int, base: int, units: tuple[str, ...]) -> str:
     return text + units[-1]
 
 
+_UMASK = os.umask(0o022)  # can only be read by setting it; once, before there are threads
+os.umask(_UMASK)
+
+
 @contextlib.contextmanager
 def replaced_atomically(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path beside `path`; moves it there when the block ends well and removes it otherwise.
@@ -113,6 +117,7 @@ def replaced_atomically(path: str | os.PathLike) -> Iterator[Path]:
     temporary = target.with_name(f".{target.name[:200]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
+        temporary.chmod(0o666 & ~_UMASK)  # some writers make private files
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())  # otherwise a power cut can leave the new name with no contents
         os.replace(temporary, target)

@@ -165,7 +165,7 @@ def _html_facts(results: dict[str, Any]) -> str:
         "after": _html_network(results["after"]),
         "images": f"{results['num']} per seed range, seeds {', '.join(results['seeds'])}; the same for both networks",
         "detector": f"{detector['name']} (sha256 {detector['sha256'][:16]}…)",
-        "reference": f"{reference['name']} (sha256 {reference['sha256'][:16]}…), {reference['num'] or 'unknown'} images",
+        "reference": f"{reference['name']} (sha256 {reference['sha256'][:16]}…), {reference['num'] or '?'} images",
         "quantisation": results["quantisation"],
         "versions": ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
         "time": f"{results['seconds']:.0f} s on {results['device']}",

@@ -9,7 +9,9 @@ from refine.images import image_grid, png_bytes, save_image_grid, save_png, to_u
 
 
 def test_to_uint8_truncates_and_clamps():
-    x = torch.tensor([-1.0, 1.0, 0.0, -5.0, 5.0, -128 / 127.5, -127 / 127.5, (1.99 - 128) / 127.5, (127.6 - 128) / 127.5])
+    x = torch.tensor(
+        [-1.0, 1.0, 0.0, -5.0, 5.0, -128 / 127.5, -127 / 127.5, (1.99 - 128) / 127.5, (127.6 - 128) / 127.5]
+    )
     assert to_uint8(x).tolist() == [0, 255, 128, 0, 255, 0, 1, 1, 127]
 
 

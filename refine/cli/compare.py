@@ -7,7 +7,6 @@ range gives one paired difference per metric; Student's interval of their mean d
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from refine.cli.main import option
-from refine.cli.options import check_outdir, choose_device
+from refine.cli.options import check_outdir, choose_device, parse_ints
 
 if TYPE_CHECKING:
     import torch
@@ -157,31 +156,6 @@ def check_same_images(before: Side, after: Side) -> None:
     """Raises ValueError if the two networks do not make the same kind of images."""
     if before.image_shape != after.image_shape:
         raise ValueError(f"--after: its images are {after.image_shape}, but those of --before are {before.image_shape}")
-    if before.num_classes != after.num_classes:
-        raise ValueError(f"--after: it has {after.num_classes} classes, but --before has {before.num_classes}")
-
-
-def paired_difference(before: Sequence[float], after: Sequence[float], lower_is_better: bool) -> dict[str, Any]:
-    """Mean, standard deviation, values, 95 % interval (Student, paired) and verdict of after − before.
-
-    The verdict is 'not distinguishable' unless the interval leaves out 0.
-    """
-    from scipy.special import stdtrit  # quantile of Student's t; scipy.stats takes a second to import
-
-    result = mean_and_std([b - a for a, b in zip(before, after, strict=True)])
-    count = len(result["values"])
-    half_width = float(stdtrit(count - 1, 0.975)) * result["std"] / math.sqrt(count)
-    low, high = result["mean"] - half_width, result["mean"] + half_width
-    better, worse = (high < 0, low > 0) if lower_is_better else (low > 0, high < 0)
-    verdict = "better" if better else "worse" if worse else "not distinguishable"
-    return {**result, "interval": [low, high], "verdict": verdict}
-
-
-def mean_and_std(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, sample standard deviation (N − 1) and the values themselves."""
-    mean = math.fsum(values) / len(values)
-    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return {"mean": mean, "std": math.sqrt(variance), "values": list(values)}
 
 
 def _load_space(detector: str | os.PathLike, ref: str | os.PathLike, device: str) -> tuple[Detector, Reference]:
@@ -223,6 +197,7 @@ def _measure(
 
     from refine.metrics.detectors import metric_names
     from refine.metrics.evaluate import evaluate
+    from refine.metrics.paired import paired_difference
 
     runs: dict[str, list[dict[str, Any]]] = {"before": [], "after": []}
     with tqdm(total=2 * num * len(seed_ranges), unit="img", desc="compare", disable=not progress) as bar:
@@ -256,6 +231,8 @@ def _counted(batches: Iterator[Batch], update: Callable[[int], Any]) -> Iterator
 
 def _summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean, std and values of each number over the runs, and the mean class histogram."""
+    from refine.metrics.paired import mean_and_std
+
     numbers = [key for key, value in runs[0].items() if isinstance(value, float) and key != "seconds"]
     summary: dict[str, Any] = {key: mean_and_std([run[key] for run in runs]) for key in numbers}
     if "class_histogram" in runs[0]:
@@ -273,7 +250,7 @@ def _summary(results: dict[str, Any]) -> str:
     opening = {
         "better": f"The second network is better: {metric} fell from {before:.3g} to {after:.3g}",
         "worse": f"The second network is worse: {metric} rose from {before:.3g} to {after:.3g}",
-        "not distinguishable": f"The two are not distinguishable: {metric} is {before:.3g} before and {after:.3g} after",
+        "not distinguishable": f"They are not distinguishable: {metric} is {before:.3g} before and {after:.3g} after",
     }[results["verdict"]]
     parts = [f"{opening} (difference {difference[metric]['mean']:+.3g}, 95 % interval {low:+.3g} to {high:+.3g})."]
     for key, meaning in (("precision", "quality"), ("recall", "diversity"), ("label_accuracy", "obedience to labels")):
@@ -305,7 +282,8 @@ def _grids(sides: dict[str, Side]) -> tuple[list[torch.Tensor], int]:
     """Images of both networks from the same latents with constant noise; where there are classes, a column for each."""
     import torch
 
-    num_classes = sides["before"].num_classes
+    counts = {side.num_classes for side in sides.values()}
+    num_classes = counts.pop() if len(counts) == 1 else 0
     room = min(max(1600 // sides["before"].image_shape[-1], 2), 10)
     columns = min(num_classes, room) if num_classes > 1 else min(room, 8)
     seeds = range(columns * min(columns, 8))
@@ -318,10 +296,10 @@ def _grids(sides: dict[str, Side]) -> tuple[list[torch.Tensor], int]:
 
 
 def _parse_ranges(_ctx: click.Context, _param: click.Parameter, value: str) -> list[int]:
-    try:
-        return [int(part) for part in value.split(",")]
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is no list of seed ranges; expected e.g. 0,1,2") from None
+    with option("--seeds"):
+        if len(set(value.split(","))) < len(value.split(",")):
+            raise ValueError(f"--seeds is {value}; expected at least {MIN_RANGES} different seed ranges")
+        return parse_ints(value)
 
 
 @click.command("compare", context_settings={"help_option_names": ["-h", "--help"]})

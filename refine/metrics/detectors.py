@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import Protocol
 
@@ -22,12 +23,10 @@ from refine.metrics.digits import DigitsDetector
 INCEPTION_SPACE = "inception-2015-12-05"
 
 #: Weight files that are known by content: sha256 → feature space. Only these make a distance a FID.
-KNOWN_TORCHSCRIPT = {
-    "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4": INCEPTION_SPACE,  # inception-2015-12-05.pt
-}
+#: Empty until a checksum of inception-2015-12-05.pt is established: until then it gives `fd_inception_2015_12_05`.
+KNOWN_TORCHSCRIPT: dict[str, str] = {}
 
-_PRETRAINED = Path(__file__).parents[2] / "pretrained"
-_NAMES = {"digits": _PRETRAINED / "digits-classifier.safetensors"}
+_NAMES = {"digits": "digits-classifier"}  # of detectors → of the index
 
 
 class Detector(Protocol):
@@ -67,7 +66,9 @@ class TorchScriptDetector:
 
     def __init__(self, path: str | os.PathLike):
         try:
-            self._module = torch.jit.load(str(path), map_location="cpu").eval()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # the format that published detectors come in
+                self._module = torch.jit.load(str(path), map_location="cpu").eval()
         except RuntimeError:
             raise ValueError(
                 f"{path} is not a detector: expected a native digits detector or a TorchScript file"

@@ -11,6 +11,7 @@ import hashlib
 import io
 import os
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,19 +79,13 @@ def load_reference(path_or_name: str | os.PathLike) -> Reference:
         hint = " (images, not statistics)" if "arr_0" in arrays else ""
         raise ValueError(f"reference {path} holds {found}{hint}, expected mu and sigma")
     mu, sigma, features = (_floats(path, arrays, key) for key in ("mu", "sigma", "features"))
-    if mu.ndim != 1 or len(mu) == 0 or sigma.shape != (len(mu), len(mu)):
-        raise ValueError(
-            f"reference {path} has mu of shape {list(mu.shape)} and sigma of shape {list(sigma.shape)}, "
-            "expected [D] and [D, D]"
-        )
-    if features is not None and (features.ndim != 2 or features.shape[1] != len(mu)):
-        raise ValueError(f"reference {path} has features of shape {list(features.shape)}, expected [N, {len(mu)}]")
+    _check_shapes(path, mu, sigma, features)
     return Reference(
         name=path.name,
         sha256=hashlib.sha256(data).hexdigest(),
         mu=mu.double(),
         sigma=sigma.double(),
-        num=int(arrays["num"]) if "num" in arrays else None if features is None else len(features),
+        num=_count(path, arrays, features),
         features=None if features is None else features.float(),
         detector=str(arrays["detector"]) if "detector" in arrays else None,
         detector_sha256=str(arrays["detector_sha256"]) if "detector_sha256" in arrays else None,
@@ -115,8 +110,11 @@ def save_reference(path: str | os.PathLike, statistics: FeatureStatistics, detec
 def _read_npz(path: Path, data: bytes) -> dict[str, np.ndarray]:
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
-    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile):
+            arrays = {key: archive[key] for key in archive.files}
+        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+            raise TypeError("numpy gives members that are no arrays as bytes")
+        return arrays
+    except (ValueError, OSError, EOFError, AttributeError, TypeError, RuntimeError, zlib.error, zipfile.BadZipFile):
         raise ValueError(
             f"reference {path} is not a whole .npz file of plain arrays, expected one with mu and sigma"
         ) from None
@@ -126,9 +124,28 @@ def _floats(path: Path, arrays: dict[str, np.ndarray], key: str) -> torch.Tensor
     if key not in arrays:
         return None
     array = arrays[key]
-    if array.dtype.kind != "f" or not np.isfinite(array).all():
-        raise ValueError(
-            f"reference {path} has {key} of dtype {array.dtype} with NaN, infinity or no floats at all, "
-            "expected finite floats"
-        )
+    if array.dtype.kind != "f":
+        raise ValueError(f"reference {path} has {key} of dtype {array.dtype}, expected floats")
+    if not np.isfinite(array).all():
+        raise ValueError(f"reference {path} has NaN or infinity in {key}, expected finite numbers")
     return torch.from_numpy(array)
+
+
+def _count(path: Path, arrays: dict[str, np.ndarray], features: torch.Tensor | None) -> int | None:
+    if "num" not in arrays:
+        return None if features is None else len(features)
+    if arrays["num"].ndim or arrays["num"].dtype.kind not in "iu":
+        raise ValueError(f"reference {path} has a num that is no integer, expected the number of images")
+    return int(arrays["num"])
+
+
+def _check_shapes(path: Path, mu: torch.Tensor, sigma: torch.Tensor, features: torch.Tensor | None) -> None:
+    if mu.ndim != 1 or len(mu) == 0 or sigma.shape != (len(mu), len(mu)):
+        raise ValueError(
+            f"reference {path} has mu of shape {list(mu.shape)} and sigma of shape {list(sigma.shape)}, "
+            "expected [D] and [D, D]"
+        )
+    if not torch.allclose(sigma, sigma.T, rtol=1e-4, atol=1e-6 * sigma.abs().max().item()):
+        raise ValueError(f"reference {path} has a sigma that is not symmetric, expected a covariance matrix")
+    if features is not None and (features.ndim != 2 or features.shape[1] != len(mu)):
+        raise ValueError(f"reference {path} has features of shape {list(features.shape)}, expected [N, {len(mu)}]")

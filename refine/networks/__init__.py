@@ -1,1 +1,1 @@
-"""Network definitions: the students (StyleGAN2) and the denoisers (EDM), with the parameter names of the published checkpoints."""
+"""Network definitions, students (StyleGAN2) and denoisers (EDM), with the parameter names of the published files."""

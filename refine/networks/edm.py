@@ -143,7 +143,7 @@ class GroupNorm(nn.Module):
         self.num_groups, self.eps = min(32, num_channels // 4), eps
         if self.num_groups == 0 or num_channels % self.num_groups:
             raise ValueError(
-                f"{num_channels} channels cannot be normalised in groups: expected a multiple of 4 up to 124, of 32 from 128."
+                f"{num_channels} channels cannot be normalised in groups, expected a multiple of 4 (of 32 from 128 on)."
             )
         self.weight = nn.Parameter(torch.ones(num_channels))
         self.bias = nn.Parameter(torch.zeros(num_channels))
@@ -294,6 +294,8 @@ class _UNet(nn.Module):
         attn_resolutions: Sequence[int], block: Callable[..., UNetBlock], init: Init,
     ) -> list[int]:  # fmt: skip
         """Make ``self.enc``; returns the widths of the feature maps that it hands to the decoder, in order."""
+        if self.img_resolution % (divisor := 1 << len(widths) - 1):
+            raise ValueError(f"img_resolution is {self.img_resolution}, expected a multiple of {divisor}.")
         self.enc = nn.ModuleDict()
         width, skips = stem_channels, []
         for level, level_width in enumerate(widths):

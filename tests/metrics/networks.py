@@ -5,7 +5,7 @@ from torch import nn
 
 
 class PlainGenerator(nn.Module):
-    """A generator that is no StyleGAN2: z is the image, up to 8×8 pixels; its class, where there is one, the top left pixel."""
+    """A generator that is no StyleGAN2: z is the image; with classes, its top left pixel tells the class."""
 
     def __init__(self, c_dim: int = 0, img_channels: int = 1, img_resolution: int = 8):
         super().__init__()

@@ -9,6 +9,9 @@ from refine.metrics.detectors import TorchScriptDetector, load_detector, metric_
 from refine.metrics.digits import DigitsDetector
 from tests.metrics.networks import PixelDetector
 
+# torch has deprecated the format that published detectors come in
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
 
 class MeanColour(torch.nn.Module):
     def forward(self, images):

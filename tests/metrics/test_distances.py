@@ -7,12 +7,11 @@ import pytest
 import scipy.linalg
 import torch
 
-from refine.metrics.frechet import frechet_distance
-from refine.metrics.kernel import kernel_distance
-from refine.metrics.precision_recall import precision_recall
 from refine.metrics import kernel as kernel_module
 from refine.metrics import precision_recall as precision_recall_module
-from refine.metrics.frechet import trace_of_sqrt
+from refine.metrics.frechet import frechet_distance, trace_of_sqrt
+from refine.metrics.kernel import kernel_distance
+from refine.metrics.precision_recall import precision_recall
 
 
 def covariance(rng, d, rank=None):
@@ -95,7 +94,9 @@ def test_kernel_distance_is_unbiased():
 
 
 def grid(*offset):
-    return torch.stack(torch.meshgrid(*[torch.arange(4.0)] * 2, indexing="ij"), dim=-1).reshape(-1, 2) + torch.tensor(offset)
+    return torch.stack(torch.meshgrid(*[torch.arange(4.0)] * 2, indexing="ij"), dim=-1).reshape(-1, 2) + torch.tensor(
+        offset
+    )
 
 
 def test_precision_recall_of_known_layouts():

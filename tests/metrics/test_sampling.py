@@ -48,7 +48,9 @@ def test_drawn_labels_are_uniform():
     assert ((counts - 400) ** 2 / 400).sum() < 27.9  # chi-square, 9 degrees of freedom, 0.1 %
 
 
-@pytest.mark.parametrize("num_classes, classes, match", [(10, 10, "class 10 .*0 to 9"), (10, [1, -1], "class -1"), (0, 0, "unconditional")])
+@pytest.mark.parametrize(
+    "num_classes, classes, match", [(10, 10, "class 10 .*0 to 9"), (10, [1, -1], "class -1"), (0, 0, "unconditional")]
+)
 def test_impossible_classes_are_told(num_classes, classes, match):
     with pytest.raises(ValueError, match=match):
         latents_of_seeds([0, 1], [4], num_classes, classes)
@@ -75,12 +77,16 @@ def test_stylegan_noise_is_reproducible_and_leaves_the_random_state_alone():
 
 def test_truncation_reaches_the_generator():
     G = small_stylegan()
-    untruncated, mean_image = (gather(sample_images(G, range(4), noise_mode="const", truncation_psi=psi, classes=1))[0] for psi in (1, 0))
+    untruncated, mean_image = (
+        gather(sample_images(G, range(4), noise_mode="const", truncation_psi=psi, classes=1))[0] for psi in (1, 0)
+    )
     assert not torch.equal(untruncated, mean_image) and (mean_image == mean_image[0]).all()
 
 
 def test_teacher_is_sampled_by_heun():
-    teacher = EDMPrecond(8, 1, label_dim=3, model_type="SongUNet", model_channels=16, channel_mult=[1], num_blocks=1).eval()
+    teacher = EDMPrecond(
+        8, 1, label_dim=3, model_type="SongUNet", model_channels=16, channel_mult=[1], num_blocks=1
+    ).eval()
     images, classes = gather(sample_teacher(teacher, range(3), batch=2, num_steps=3))
     noise, drawn = latents_of_seeds(range(3), [1, 8, 8], 3)
     with torch.no_grad():
