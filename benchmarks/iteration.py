@@ -2,9 +2,9 @@
 
     python benchmarks/iteration.py [--batch-demo=32] [--batch-cifar=2] [--json=FILE]
 
-Two pairs: the size of the shipped digits pair, and CIFAR-10's official sizes (StyleGAN2-ADA cond, EDM DDPM++ cond) with random
-weights. The whole iteration is `Trainer.step`; the parts are timed alone, best of several repeats, so that their sum may
-differ from the whole by what surrounds them (drawing noise, optimisers, statistics, moving average).
+Two pairs: the shipped digits pair, and CIFAR-10's official sizes (StyleGAN2-ADA cond, EDM DDPM++ cond) with random
+weights. The whole iteration is `Trainer.step`; the parts are timed alone, best of several repeats, so that their sum
+differs from the whole by what surrounds them (drawing noise, optimisers, statistics, moving average).
 """
 
 import json
@@ -20,13 +20,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from refine.checkpoints import load_generator, load_teacher  # noqa: E402
-from refine.config import RefineConfig  # noqa: E402
-from refine.diff_instruct import aux_loss  # noqa: E402
-from refine.networks.edm import EDMPrecond  # noqa: E402
-from refine.networks.stylegan2 import Generator  # noqa: E402
-from refine.run_dir import RunDir  # noqa: E402
-from refine.trainer import Trainer  # noqa: E402
+from refine.checkpoints import load_generator, load_teacher
+from refine.config import RefineConfig
+from refine.diff_instruct import aux_loss
+from refine.networks.edm import EDMPrecond
+from refine.networks.stylegan2 import Generator
+from refine.run_dir import RunDir
+from refine.trainer import Trainer
 
 
 def demo_pair():

@@ -12,7 +12,7 @@ NOISE_MODES = ("random", "const", "none")
 
 @dataclass(frozen=True)
 class SigmaOptions:
-    """The law of noise levels of one step; see `refine.noise.SigmaLaw`, which this turns into without importing torch here."""
+    """The law of noise levels of one step; the fields of `refine.noise.SigmaLaw`, without importing torch."""
 
     name: str = "lognormal"
     P_mean: float = -1.2
@@ -131,13 +131,13 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-# Defaults of --preset; an option that is given wins. Numbers that differ from the dataclass have their reason beside them.
+# Defaults of --preset; an option that is given wins. What differs from the dataclass has its reason beside it.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    # The published distillation settings, the nearest known proxy for refinement at 32×32 (paper.md): Adam (0, 0.999),
-    # lr 1e-5 for both networks, batch 128, EMA half-life 500 kimg with 5 % ramp-up, ln σ ~ N(−1.2, 1.2²).
+    # The published distillation settings, the nearest known proxy for refinement at 32×32 (Luo et al. 2023): Adam
+    # (0, 0.999), lr 1e-5 for both, batch 128, EMA half-life 500 kimg with 5 % ramp-up, ln σ ~ N(−1.2, 1.2²).
     "cifar10": {"kimg": 5000.0, "batch": 128, "lr": 1e-5, "aux_lr": 1e-5, "ema_kimg": 500.0, "tick": 50.0, "snap": 10},
-    # The shipped digits pair: a student of 0.3 M parameters needs larger rates; digits want coarser noise than photographs.
+    # The shipped digits pair: a small student needs larger rates; digits want coarser noise than photographs.
     "demo": {
         "kimg": 9.6,
         "batch": 32,

@@ -1,15 +1,15 @@
 """Diff-Instruct (Luo et al., NeurIPS 2023, arXiv 2305.18455): improve a generator with a diffusion model, without data.
 
-Three networks: the *student* x = G(z, c); the *teacher*, a diffusion model of the data; and *aux*, a diffusion model that
-follows the student's own distribution q. Diffused to noise level σ, q and the data's distribution p become q_σ and p_σ, and
+Three networks: the *student* x = G(z, c); the *teacher*, a diffusion model of the data; and *aux*, a diffusion model
+that follows the student's own distribution q. Diffused to noise level σ, q and the data's p become q_σ and p_σ, and
 
     D_IKL(q, p) = E_σ [ w(σ) KL(q_σ, p_σ) ]                                              (integral KL divergence)
     ∂D_IKL/∂x   = E_σ [ w(σ) (∇ log q_σ(x_σ) − ∇ log p_σ(x_σ)) ],   x_σ = x + σ n
 
-A denoiser D gives a score: ∇ log p_σ(x_σ) = (D(x_σ; σ) − x_σ) / σ² (Karras et al. 2022, eq. 3). So the difference of the two
-scores is that of the two *denoisers* over σ², and the gradient on the student's images is w'(σ) (D_aux − D_teacher) with
-w' = w / σ². Algorithm 1 of the paper repeats the two functions below, each followed by a step of its own optimiser.
-The KL is the reverse one: it punishes images that the teacher finds unlikely, and hardly punishes modes that are missing.
+A denoiser D gives a score: ∇ log p_σ(x_σ) = (D(x_σ; σ) − x_σ) / σ² (Karras et al. 2022, eq. 3). So the difference of the
+two scores is that of the two *denoisers* over σ², and the gradient on the student's images is w'(σ) (D_aux − D_teacher)
+with w' = w / σ². Algorithm 1 of the paper repeats the two functions below, each followed by a step of its own optimiser.
+The KL is the reverse one: it punishes images that the teacher finds unlikely, and hardly punishes missing modes.
 """
 
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from refine.noise import Weighting
 
 
 def aux_loss(aux, x, c, sigma, sigma_data=0.5):
-    """Denoising score matching on the student's images: what makes aux follow the student (Algorithm 1, first step).
+    """Denoising score matching on the student's images, which makes aux follow the student (Algorithm 1, first step).
 
     Args:
         aux: Denoiser D(x, sigma, c), to be trained.

@@ -19,7 +19,7 @@ def ema_beta(batch: int, nimg: int, halflife_kimg: float, rampup: float | None) 
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, network: nn.Module, beta: float) -> None:
-    """ema ← beta · ema + (1 − beta) · network for parameters; buffers (such as w_avg, which truncation needs) are copied."""
+    """ema ← beta · ema + (1 − beta) · network for parameters; buffers (such as truncation's w_avg) are copied."""
     averaged, current = list(ema.parameters()), list(network.parameters())
     torch._foreach_lerp_(averaged, current, 1 - beta)
     for target, source in zip(ema.buffers(), network.buffers(), strict=True):

@@ -16,8 +16,8 @@ class SigmaLaw:
 
     Attributes:
         name: 'lognormal': ln σ ~ N(P_mean, P_std²), truncated to the range (Karras et al. 2022, table 1);
-            'loguniform': ln σ uniform over the range; 'karras': σ^(1/ρ) uniform over the range, the density of the steps
-            of the EDM sampler (Karras et al. 2022, eq. 5), which favours coarse scales.
+            'loguniform': ln σ uniform over the range; 'karras': σ^(1/ρ) uniform over the range, the density of the
+            EDM sampler's steps (Karras et al. 2022, eq. 5), which favours coarse scales.
         P_mean, P_std: Of 'lognormal'.
         rho: Of 'karras'.
         sigma_min, sigma_max: The range, in units of [-1, 1] images.
@@ -39,7 +39,9 @@ class SigmaLaw:
         if not 0 < self.sigma_min < self.sigma_max < math.inf:
             raise ValueError(f"sigma range is {self.sigma_min:g} to {self.sigma_max:g}; expected 0 < min < max")
         if not (self.P_std > 0 and self.rho > 0 and math.isfinite(self.P_mean)):
-            raise ValueError(f"P_mean {self.P_mean:g}, P_std {self.P_std:g}, rho {self.rho:g}; P_std and rho must be > 0")
+            raise ValueError(
+                f"P_mean {self.P_mean:g}, P_std {self.P_std:g}, rho {self.rho:g}; P_std and rho must be > 0"
+            )
 
     def sample(self, n: int, device: torch.device | str = "cpu") -> torch.Tensor:
         """Draw n noise levels, float32 (n, 1, 1, 1), from the default random generator of `device`."""

@@ -1,15 +1,15 @@
 """The folder of one run, as users of NVIDIA's tools know it.
 
-    00003-desc/
-        training_options.json               everything that was used
-        log.txt                             what was printed
-        stats.jsonl                         one line per tick
-        metric-<name>.jsonl                 one line per snapshot
-        fakes_init.png, fakes000123.png     fixed latents, before and at 123 kimg
-        network-snapshot-000123.safetensors G_ema and G
-        network-snapshot-best.safetensors   a copy of the best one by the first metric
-        training-state-000123.pt            what --resume needs
-        events.out.tfevents…                TensorBoard
+00003-desc/
+    training_options.json               everything that was used
+    log.txt                             what was printed
+    stats.jsonl                         one line per tick
+    metric-<name>.jsonl                 one line per snapshot
+    fakes_init.png, fakes000123.png     fixed latents, before and at 123 kimg
+    network-snapshot-000123.safetensors G_ema and G
+    network-snapshot-best.safetensors   a copy of the best one by the first metric
+    training-state-000123.pt            what --resume needs
+    events.out.tfevents…                TensorBoard
 """
 
 import json
@@ -62,7 +62,7 @@ def latest_training_state(path: str | os.PathLike) -> Path:
 
 
 class RunDir:
-    """Writes the files of a run folder that exists. Text is flushed line by line, other files are replaced atomically."""
+    """Writes the files of a run folder that exists. Text grows line by line, other files are replaced atomically."""
 
     def __init__(self, path: str | os.PathLike, quiet: bool = False):
         self.path = Path(path)

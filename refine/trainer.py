@@ -29,7 +29,9 @@ from torch_utils.misc import RunningMeans, gradient_norm, peak_memory
 
 # Where the gap between aux and teacher is reported: bins of the noise level.
 SIGMA_EDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-GAP_NAMES = [f"Gap/sigma_{low:g}-{high:g}" for low, high in zip((0, *SIGMA_EDGES), (*SIGMA_EDGES, math.inf), strict=True)]
+GAP_NAMES = [
+    f"Gap/sigma_{low:g}-{high:g}" for low, high in zip((0, *SIGMA_EDGES), (*SIGMA_EDGES, math.inf), strict=True)
+]
 GRID = (8, 8)  # rows and columns of the fixed-latent pictures
 
 
@@ -67,10 +69,11 @@ class Trainer:
         self.weighting = make_weighting(config.weighting)
 
         torch.manual_seed(config.seed)
-        self.teacher = copy.deepcopy(teacher).to(self.device).eval().requires_grad_(False)
-        self.aux = copy.deepcopy(teacher).to(self.device).train(config.dropout).requires_grad_(True)
-        # channels_last: 1.2 to 1.5 times faster convolutions in the student on a CPU (benchmarks/iteration.py).
-        self.G = copy.deepcopy(student).to(self.device, memory_format=torch.channels_last).train()
+        # channels_last is faster on a CPU: a 32×32 student 1.3 to 2 times, a U-Net's forward 1.1 to 1.2 times.
+        place = {"device": self.device, "memory_format": torch.channels_last}
+        self.teacher = copy.deepcopy(teacher).to(**place).eval().requires_grad_(False)
+        self.aux = copy.deepcopy(teacher).to(**place).train(config.dropout).requires_grad_(True)
+        self.G = copy.deepcopy(student).to(**place).train()
         self.G_ema = copy.deepcopy(self.G).eval().requires_grad_(False)
         self.student_parameters = select_parameters(self.G, config.train)
         # eps as published; lr is set before every step.
@@ -192,14 +195,18 @@ class Trainer:
 
     def _progress_bar(self) -> tqdm:
         total = self.config.num_steps * self.config.batch
-        return tqdm(total=total, initial=self.nimg, unit="img", disable=None, desc="refine", smoothing=0.05)  # terminals only
+        return tqdm(
+            total=total, initial=self.nimg, unit="img", disable=None, desc="refine", smoothing=0.05
+        )  # terminals only
 
     def _report(self, monitor: Monitor, tick: int, images: int, seconds: float) -> None:
         config, kimg = self.config, self.nimg / 1000
         stats = self.means.drain()
         broken = [name for name, value in stats.items() if not math.isfinite(value)]
         if broken:
-            raise ValueError(f"{', '.join(broken)} became NaN or infinite at {kimg:.1f} kimg; try a smaller --lr or --aux-lr")
+            raise ValueError(
+                f"{', '.join(broken)} became NaN or infinite at {kimg:.1f} kimg; try a smaller --lr or --aux-lr"
+            )
         rate = images / max(seconds, 1e-9)
         remaining = (config.num_steps * config.batch - self.nimg) / rate
         memory = peak_memory(self.device)

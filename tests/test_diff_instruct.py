@@ -82,7 +82,7 @@ def test_gradient_of_two_gaussians_is_the_closed_form(sigma):
 
 
 def test_gradient_is_minus_sigma_squared_times_the_derivative_of_the_kl():
-    """For N(m_q, s²) and N(m_p, s²), dKL(q_sigma, p_sigma)/dm_q = (m_q − m_p) / (s² + σ²): weight 1 is w = σ² on scores."""
+    """For N(m_q, s²) and N(m_p, s²), dKL(q_σ, p_σ)/dm_q = (m_q − m_p) / (s² + σ²); weight 1 is w = σ² on scores."""
     s, sigma, m_q = 0.5, 0.8, torch.tensor([0.3, 0.1], requires_grad=True)
     m_p = torch.tensor([-0.4, 0.9])
     kl = (m_q - m_p).square().sum() / (2 * (s**2 + sigma**2))

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tests.test_trainer import make_trainer
 
 from refine.metrics.named import NamedMetric
 from refine.monitor import Monitor
+from tests.test_trainer import make_trainer
 
 
 def read(path):
@@ -35,7 +35,14 @@ def test_everything_that_is_promised_is_there(tmp_path):
     monitor.close()
     events = read(tmp_path)
     scalars = set(events.Tags()["scalars"])
-    assert {"Loss/aux", "Loss/student_gradient", "Grad/aux", "Grad/student", "Progress/lr", "Progress/aux_lr"} <= scalars
+    assert {
+        "Loss/aux",
+        "Loss/student_gradient",
+        "Grad/aux",
+        "Grad/student",
+        "Progress/lr",
+        "Progress/aux_lr",
+    } <= scalars
     assert {"Diversity/batch_spread", "Diversity/class_spread", "Timing/img_per_sec"} <= scalars
     assert {"Resources/peak_cpumem_gb", "Metrics/fd10-fake/fd_fake", "Metrics/fd10-fake/recall"} <= scalars
     assert any(name.startswith("Gap/sigma_") for name in scalars)

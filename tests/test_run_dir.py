@@ -51,7 +51,11 @@ def test_a_resumed_run_drops_the_lines_that_it_writes_again(tmp_path):
 def test_the_latest_state_is_found_in_a_run_and_in_a_folder_of_runs(tmp_path):
     with pytest.raises(ValueError, match="no training-state"):
         latest_training_state(tmp_path)
-    for name in ("00000-a/training-state-000009.pt", "00001-b/training-state-000002.pt", "00001-b/training-state-000001.pt"):
+    for name in (
+        "00000-a/training-state-000009.pt",
+        "00001-b/training-state-000002.pt",
+        "00001-b/training-state-000001.pt",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert latest_training_state(tmp_path / "00000-a").name == "training-state-000009.pt"

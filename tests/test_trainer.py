@@ -29,7 +29,15 @@ def make_teacher(label_dim=3, resolution=8, dropout=0.3, seed=1):
 
 
 def make_trainer(path, student=None, teacher=None, **options):
-    defaults = {"kimg": 0.024, "batch": 4, "tick": 0.008, "snap": 1, "lr": 1e-3, "aux_lr": 1e-3, "aux_warmup_kimg": 0.008}
+    defaults = {
+        "kimg": 0.024,
+        "batch": 4,
+        "tick": 0.008,
+        "snap": 1,
+        "lr": 1e-3,
+        "aux_lr": 1e-3,
+        "aux_warmup_kimg": 0.008,
+    }
     config = RefineConfig("g", "t", **{**defaults, **options})
     path.mkdir(parents=True, exist_ok=True)
     return Trainer(config, student or make_student(), teacher or make_teacher(), RunDir(path, quiet=True))
@@ -116,7 +124,9 @@ def test_micro_batches_give_the_same_gradients(tmp_path):
             trainer.student_step(0.0)
         finally:
             torch.randn_like = original
-        grads.append([p.grad.clone() for p in (*trainer.G.parameters(), *trainer.aux.parameters()) if p.grad is not None])
+        grads.append(
+            [p.grad.clone() for p in (*trainer.G.parameters(), *trainer.aux.parameters()) if p.grad is not None]
+        )
     assert len(grads[0]) == len(grads[1]) > 0
     for a, b in zip(*grads, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * a.abs().max().item() + 1e-9)

@@ -14,7 +14,9 @@ class RunningMeans:
 
     def __init__(self, device: torch.device | str):
         self._device = device
-        self._sums: dict[str, torch.Tensor] = {}  # name → [sum, count], float64 on the CPU, float32 on devices without it
+        self._sums: dict[
+            str, torch.Tensor
+        ] = {}  # name → [sum, count], float64 on the CPU, float32 on devices without it
 
     def add(self, name: str, values: torch.Tensor | float) -> None:
         """Count every element of `values` (any shape)."""

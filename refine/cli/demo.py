@@ -1,7 +1,6 @@
 """`make demo`: refine the shipped digits GAN with the shipped teacher on this machine, and show before and after."""
 
 import time
-from pathlib import Path
 
 import click
 
@@ -14,15 +13,27 @@ STUDENT, TEACHER, REFERENCE = "digits-gan", "digits-teacher", "digits-reference"
 @click.option("--outdir", default="demo-out", show_default=True, metavar="DIR", help="Run folder and report go here.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed of the refinement.")
 @click.option("--gan", default=STUDENT, show_default=True, metavar="FILE|NAME", help="Another digits generator.")
+@click.option("--teacher", default=TEACHER, show_default=True, metavar="FILE|NAME", help="Another digits teacher.")
+@click.option(
+    "--kimg", type=click.FloatRange(min=0, min_open=True), help="Length of the refinement.  [default: preset demo]"
+)
+@click.option("--lr", type=click.FloatRange(min=0), help="Learning rate of the student.  [default: preset demo]")
+@click.option(
+    "--aux-lr", type=click.FloatRange(min=0), help="Learning rate of the auxiliary network.  [default: preset demo]"
+)
 @click.option("--num", type=click.IntRange(min=100), default=2000, show_default=True, help="Images per seed range.")
-def demo(outdir: str, seed: int, gan: str, num: int) -> None:
-    """Refine the shipped digits GAN, compare it with what it was, and write a report."""
+def demo(outdir: str, gan: str, num: int, seed: int, **given: str | float | None) -> None:
+    """Refine the shipped digits GAN, compare it with what it was, and write a report.
+
+    Controls: --lr=0 (the student rests), --aux-lr=0 (aux stays the teacher, so there is no gradient).
+    """
     from refine.cli.compare import compare
     from refine.cli.refine_cmd import make_config, run
+    from refine.report import text_table
 
     start = time.monotonic()
-    config = make_config({"gan": gan, "teacher": TEACHER, "preset": "demo", "outdir": outdir, "seed": seed, "desc": f"demo-seed{seed}"})
-    run_path = run(config)
+    own = {"gan": gan, "preset": "demo", "outdir": outdir, "seed": seed, "desc": f"demo-seed{seed}"}
+    run_path = run(make_config({**given, **own}))
     refine_seconds = time.monotonic() - start
     after = sorted(run_path.glob("network-snapshot-0*.safetensors"))[-1]
     with option("--outdir"):
@@ -32,8 +43,7 @@ def demo(outdir: str, seed: int, gan: str, num: int) -> None:
     before, now = results["before"], results["after"]
     click.echo(f"report: {report_dir / 'report.html'}")
     click.echo(f"refined generator: {after} (refinement {refine_seconds:.0f} s, all {seconds:.0f} s)")
-    for name in ("precision", "label_accuracy", "spread"):
-        click.echo(f"{name}: {before[name]['mean']:.3f} -> {now[name]['mean']:.3f}")
+    click.echo(text_table(results))
     click.echo(demo_line(before, now))
 
 

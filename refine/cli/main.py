@@ -20,6 +20,7 @@ _COMMANDS = {  # name -> module, attribute
     "compare": ("refine.cli.compare", "command"),
     "generate": ("refine.cli.generate", "command"),
     "inspect": ("refine.cli.inspect_cmd", "inspect"),
+    "export": ("refine.cli.export_cmd", "export"),
 }
 
 

@@ -67,8 +67,8 @@ def _opt(flag: str, name: str, text: str, **kwargs: Any):
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
-@click.option("--gan", metavar="FILE|NAME", help="Generator to refine (the student).")
-@click.option("--teacher", metavar="FILE|NAME", help="EDM diffusion model of the same data (the teacher).")
+@click.option("--gan", metavar="FILE|URL|NAME", help="Generator to refine (the student).")
+@click.option("--teacher", metavar="FILE|URL|NAME", help="EDM diffusion model of the same data (the teacher).")
 @click.option("--preset", type=click.Choice(list(PRESETS)), default=None, help="Defaults for a kind of run.")
 @_opt("--outdir", "outdir", "Where run folders are made.", metavar="DIR", type=click.Path(file_okay=False))
 @click.option("--desc", metavar="TEXT", help="Added to the run folder's name.")
@@ -81,13 +81,23 @@ def _opt(flag: str, name: str, text: str, **kwargs: Any):
 @_opt("--aux-betas", "aux_betas", "Adam's betas, auxiliary network.", metavar="B1,B2")
 @_opt("--lr-schedule", "lr_schedule", "Of both rates over the run.", type=click.Choice(SCHEDULES))
 @_opt("--lr-rampup-kimg", "lr_rampup_kimg", "Both rates rise from zero over so many kimg.", type=float)
-@_opt("--sigma", "sigma", "Noise levels of the student step: lognormal:P_mean,P_std | karras:rho | loguniform.", metavar="LAW")
+@_opt(
+    "--sigma",
+    "sigma",
+    "Noise levels of the student step: lognormal:P_mean,P_std | karras:rho | loguniform.",
+    metavar="LAW",
+)
 @click.option("--sigma-range", metavar="MIN,MAX", help="Range of those noise levels.  [default: 0.002,80]")
 @_opt("--aux-sigma", "aux_sigma", "Noise levels of the auxiliary step.", metavar="LAW")
 @click.option("--aux-sigma-range", metavar="MIN,MAX", help="Range of those noise levels.  [default: 0.002,80]")
 @_opt("--weighting", "weighting", "Weight on D_aux − D_teacher: 1 | sigma^P | dmd.", metavar="W")
 @_opt("--aux-steps", "aux_steps", "Auxiliary steps per student step.", type=int)
-@_opt("--aux-warmup-kimg", "aux_warmup_kimg", "Images that the auxiliary network follows before the student moves.", type=float)
+@_opt(
+    "--aux-warmup-kimg",
+    "aux_warmup_kimg",
+    "Images that the auxiliary network follows before the student moves.",
+    type=float,
+)
 @_opt("--ema-kimg", "ema_kimg", "Half-life of the student's moving average.", type=float)
 @_opt("--ema-rampup", "ema_rampup", "Half-life at most this share of the images so far.", type=float)
 @_opt("--noise-mode", "noise_mode", "Noise inputs of the student while training.", type=click.Choice(NOISE_MODES))
@@ -99,7 +109,11 @@ def _opt(flag: str, name: str, text: str, **kwargs: Any):
 @_opt("--metrics", "metrics", "Measured at every snapshot: fd<N>-<detector>, comma-separated, or none.", metavar="LIST")
 @_opt("--ref", "ref", "Reference statistics of the metrics (.npz).", metavar="FILE|NAME")
 @_opt("--device", "device", "cpu, cuda or cuda:N; none = cuda where there is one.", metavar="DEVICE")
-@click.option("--resume", metavar="PATH|latest", help="Go on from a training-state-*.pt, a run folder, or the latest run of --outdir.")
+@click.option(
+    "--resume",
+    metavar="PATH|latest",
+    help="Go on from a training-state-*.pt, a run folder, or the latest run of --outdir.",
+)
 @click.option("-n", "--dry-run", is_flag=True, help="Check everything, print the options, and stop.")
 def refine(resume, dry_run, **given):
     """Refine a pretrained GAN with a pretrained diffusion model, data-free, by Diff-Instruct.
@@ -172,6 +186,7 @@ def run(config: RefineConfig | None, state_path: Path | None = None, dry_run: bo
     import torch  # from here on: the options are valid
 
     from refine.checkpoints import load_generator, load_teacher, resolve
+    from refine.checkpoints.fetch import is_url
     from refine.metrics.named import NamedMetric
     from refine.noise import SigmaLaw, make_weighting
     from refine.run_dir import RunDir, create_run_dir, next_run_dir
@@ -190,10 +205,10 @@ def run(config: RefineConfig | None, state_path: Path | None = None, dry_run: bo
     with option("--device"):
         device = torch.device(choose_device(config.device))
     with option("--gan"):
-        gan_path = resolve(config.gan)
+        gan_path = resolve(config.gan, "generator")
         student = load_generator(config.gan)
     with option("--teacher"):
-        teacher_path = resolve(config.teacher)
+        teacher_path = resolve(config.teacher, "teacher")
         teacher = load_teacher(config.teacher)
     check_pair(student, teacher)
     with option("--train"):
@@ -201,12 +216,18 @@ def run(config: RefineConfig | None, state_path: Path | None = None, dry_run: bo
     with option("--metrics"):
         metrics = [NamedMetric(name, config.ref) for name in config.metrics]
 
-    # Absolute paths, so that --resume works from any folder; names of the index stay names.
-    absolute = {k: os.path.abspath(v) for k in ("gan", "teacher", "ref") if (v := getattr(config, k)) and os.path.isfile(v)}
+    # Absolute paths, so that --resume works from any folder; names of the index stay names. Of a URL, which may hold a
+    # password, the file in the cache is kept.
+    given = {k: v for k in ("gan", "teacher", "ref") if (v := getattr(config, k))}
+    absolute = {k: os.path.abspath(resolve(v)) for k, v in given.items() if is_url(v) or os.path.isfile(v)}
     config = dataclasses.replace(config, **absolute)
     desc = config.desc or f"{gan_path.stem}-{teacher_path.stem}-batch{config.batch}"
     if dry_run:
-        click.echo(json.dumps({**config.as_dict(), "run_dir": str(next_run_dir(config.outdir, desc)), "device": str(device)}, indent=2))
+        click.echo(
+            json.dumps(
+                {**config.as_dict(), "run_dir": str(next_run_dir(config.outdir, desc)), "device": str(device)}, indent=2
+            )
+        )
         return None
 
     provenance = {"student": file_provenance(gan_path), "teacher": file_provenance(teacher_path)}
@@ -239,7 +260,9 @@ def _train(trainer, run_dir, resumed: bool) -> None:
     count = sum(p.numel() for p in trainer.student_parameters)
     run_dir.log(f"run folder  {run_dir.path}")
     run_dir.log(f"student     {trainer.config.gan}, {count:,} parameters to train, on {trainer.device}")
-    run_dir.log(f"teacher     {trainer.config.teacher}, {sum(p.numel() for p in trainer.teacher.parameters()):,} parameters")
+    run_dir.log(
+        f"teacher     {trainer.config.teacher}, {sum(p.numel() for p in trainer.teacher.parameters()):,} parameters"
+    )
     if resumed:
         run_dir.log(f"going on at {trainer.nimg / 1000:.1f} of {trainer.config.kimg:g} kimg")
     monitor = Monitor(run_dir.path)

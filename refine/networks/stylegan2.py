@@ -591,7 +591,9 @@ class DiscriminatorEpilogue(nn.Module):
     ):
         super().__init__()
         self.cmap_dim = cmap_dim
-        self.fromrgb = Conv2dLayer(img_channels, in_channels, 1, activation=activation) if architecture == "skip" else None
+        self.fromrgb = (
+            Conv2dLayer(img_channels, in_channels, 1, activation=activation) if architecture == "skip" else None
+        )
         self.mbstd = MinibatchStdLayer(mbstd_group_size, mbstd_num_channels) if mbstd_num_channels > 0 else None
         self.conv = Conv2dLayer(
             in_channels + mbstd_num_channels, in_channels, 3, activation=activation, conv_clamp=conv_clamp

@@ -5,11 +5,11 @@ import subprocess
 import sys
 
 import pytest
-from tests.test_trainer import make_student, make_teacher
 
 from refine import load_generator
 from refine.checkpoints.native import save_networks
 from refine.cli.main import run_command
+from tests.test_trainer import make_student, make_teacher
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,10 @@ FAULTS = {
     "a word for a number": (["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--kimg=many"], "--kimg"),
     "no teacher": (["--gan={}/gan.safetensors"], "--teacher is missing"),
     "no GAN": (["--teacher={}/teacher.safetensors"], "--gan is missing"),
-    "an impossible law": (["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--sigma=cauchy"], "--sigma"),
+    "an impossible law": (
+        ["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--sigma=cauchy"],
+        "--sigma",
+    ),
     "an impossible range": (
         ["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--sigma-range=5,1"],
         "--sigma",
@@ -128,7 +131,8 @@ def test_a_run_and_going_on_with_it(files, tmp_path, capsys):
 
 
 def test_help_needs_no_torch():
-    code = "import sys, runpy\nsys.argv = ['refine.py', '--help']\ntry:\n    runpy.run_path('refine.py', run_name='__main__')\n"
+    code = "import sys, runpy\nsys.argv = ['refine.py', '--help']\n"
+    code += "try:\n    runpy.run_path('refine.py', run_name='__main__')\n"
     code += "except SystemExit as stop:\n    assert not stop.code\nassert 'torch' not in sys.modules"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

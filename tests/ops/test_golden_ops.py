@@ -45,7 +45,9 @@ def test_upfirdn2d(arrays, case):
 
 @pytest.mark.parametrize("case", CONV2D["cases"], ids=case_id)
 def test_conv2d_resample(arrays, case):
-    data = {key.split("/")[1]: value for key, value in arrays["conv2d_resample"].items() if key.startswith(f"{case['id']}/")}
+    data = {
+        key.split("/")[1]: value for key, value in arrays["conv2d_resample"].items() if key.startswith(f"{case['id']}/")
+    }
     f = arrays["upfirdn2d"].get(f"filter/{case['filter']}")
     x, w = data["x"].requires_grad_(), data["w"].requires_grad_()
     options = {key: case[key] for key in ("up", "down", "padding", "groups", "flip_weight")}

@@ -1,0 +1,75 @@
+"""`python -m refine export`: a network in the format that another tool reads."""
+
+import click
+
+
+@click.command("export")
+@click.option("--network", required=True, metavar="FILE", help="Networks to export: any file that this toolkit reads.")
+@click.option("--like", metavar="FILE", help="Write this pickle again, with the networks in place of its own.")
+@click.option("--out", required=True, metavar="FILE", help="The file to write.")
+@click.option(
+    "--format",
+    "format_name",
+    type=click.Choice(["native", "plain", "rosinality"]),
+    help="Without --like. Default: rosinality for .pt, native for .safetensors; plain is safetensors with the "
+    "network's own tensor names.",
+)
+def export(network: str, like: str | None, out: str, format_name: str | None) -> None:
+    """Writes networks for other tools.
+
+    With --like=original.pkl the result is that pickle with refined numbers in it: whatever loads the original loads it.
+    """
+    from refine.checkpoints import resolve
+    from refine.cli.main import option
+    from refine.cli.options import check_outdir
+
+    suffix = out.rpartition(".")[2].lower()
+    defaults = {"pt": "rosinality", "safetensors": "native"}
+    if like is not None and format_name is not None:
+        raise ValueError(f"--format={format_name} goes without --like, which already says the format")
+    if like is None and format_name is None and suffix not in defaults:
+        hint = "give the pickle that the student came from as --like" if suffix == "pkl" else "or give --format"
+        raise ValueError(f"--out: found {out}; expected .pt or .safetensors, {hint}")
+    with option("--out"):
+        check_outdir(click.format_filename(out).rpartition("/")[0] or ".")
+    with option("--network"):
+        source = resolve(network)
+    with option("--like"):
+        original = None if like is None else resolve(like)
+
+    from refine.checkpoints import export as formats  # imports torch
+
+    if original is not None:
+        with option("--like"):
+            reason = formats.can_write_like(original)
+            if reason:
+                raise ValueError(reason)
+    with option("--network"):
+        networks = formats.load_all(source)
+    notes = []
+    if original is not None:
+        kept = _write_like(original, out, networks)
+        notes += [f"{name} is the original's" for name in kept]
+    elif (format_name or defaults[suffix]) == "rosinality":
+        with option("--network"):
+            notes += formats.write_rosinality(out, networks)
+    elif (format_name or defaults[suffix]) == "plain":
+        formats.write_plain(out, networks)
+    else:
+        formats.write_native(out, networks, source)
+    click.echo(f"Wrote {out}" + "".join(f"\n  {note}" for note in notes))
+
+
+def _write_like(original, out: str, networks: dict) -> list[str]:
+    """Puts those networks into the container that it has names for."""
+    from refine.checkpoints.containers import open_container
+    from refine.checkpoints.export import write_like
+    from refine.cli.main import option
+
+    with option("--like"), open_container(original) as container:
+        wanted = {name: network for name, network in networks.items() if name in container.members}
+        if not wanted:
+            held = ", ".join(container.members)
+            raise ValueError(f"{original} holds {held}; --network holds {', '.join(networks)}, none of these")
+    with option("--like"):
+        return write_like(original, out, wanted)
