@@ -10,6 +10,7 @@ import torch
 
 import dnnlib
 from refine.checkpoints import native, registry
+from refine.checkpoints.containers import open_container
 from refine.checkpoints.sniff import sniff
 
 
@@ -24,12 +25,12 @@ def contents(networks: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def inspect_file(path: str | os.PathLike) -> dict[str, Any]:
-    """Everything that can be told about a file; a native file of networks is read in full, so it is known to load.
+    """Everything that can be told about a file; files of networks are read in full, so they are known to load.
 
     Returns:
         JSON-able: 'path', 'bytes', 'sha256', 'kind' and 'description' (what the file is), and for native files
         'format_version', 'contents', 'provenance' or 'metadata', 'networks' (name → see `inspect_network`) or 'tensors'
-        (name → dtype and shape).
+        (name → dtype and shape). For files of other programs 'networks', or 'problem' where nothing in it can be used.
 
     Raises:
         ValueError: there is no such file, or it is a native file that cannot be used.
@@ -42,6 +43,8 @@ def inspect_file(path: str | os.PathLike) -> dict[str, Any]:
         "kind": found.kind,
         "description": found.description,
     }
+    if found.kind in _CONTAINERS:
+        return report | _inspect_container(path)
     if found.kind != "native":
         return report
     metadata = native.read_metadata(path)
@@ -55,10 +58,44 @@ def inspect_file(path: str | os.PathLike) -> dict[str, Any]:
     return report | {"provenance": metadata["provenance"], "networks": table}
 
 
+_CONTAINERS = ("pickle", "torch", "npz", "safetensors")
+
+
+def _inspect_container(path: str | os.PathLike) -> dict[str, Any]:
+    try:
+        with open_container(path) as container:
+            table = {name: _inspect_member(container, name) for name in container.members}
+            return {"description": container.family, "written_back": container.writable, "networks": table}
+    except ValueError as error:
+        return {"problem": str(error)}
+
+
+def _inspect_member(container: Any, name: str) -> dict[str, Any]:
+    try:
+        network, found = container.load(name), container.network(name)
+    except ValueError as error:  # such as a discriminator of another kind beside a generator that can be read
+        return {"kind": container.members[name], "problem": str(error)}
+    entry = {"class": found.class_name, "init_kwargs": network.init_kwargs}
+    report = inspect_network(network, entry)
+    report["dtypes"] = sorted({str(ref.storage.dtype).removeprefix("torch.") for ref in found.tensors.values()})
+    return report | ({"notes": found.notes} if found.notes else {})
+
+
+def role(report: Mapping[str, Any]) -> str | None:
+    """What a network can serve as, and with which partner."""
+    partner = {"generator": "teacher", "teacher": "student"}.get(report["kind"])
+    if partner is None:
+        return None
+    size = f"{report['img_resolution']}×{report['img_resolution']}×{report['img_channels']}"
+    classes = f"{report['classes']} classes" if report["classes"] else "no classes"
+    own = "student" if partner == "teacher" else "teacher"
+    return f"{own}, with a {partner} for {size} images and {classes}"
+
+
 def inspect_network(network: torch.nn.Module, entry: Mapping[str, Any]) -> dict[str, Any]:
     """One network: 'class', 'kind', 'init_kwargs', 'img_resolution', 'img_channels', 'classes' (0 = unconditional),
-    'parameters' and 'buffers' (numbers of elements), 'dtypes', 'non_finite' (number of elements), and 'w_avg_norm'
-    where it tracks w_avg."""
+    'parameters' and 'buffers' (numbers of elements), 'dtypes', 'non_finite' (number of elements), 'serves_as' (see
+    `role`), and 'w_avg_norm' where it tracks w_avg."""
     parameters, buffers = list(network.parameters()), list(network.buffers())
     w_avg = getattr(getattr(network, "mapping", None), "w_avg", None)
     report = {
@@ -73,6 +110,7 @@ def inspect_network(network: torch.nn.Module, entry: Mapping[str, Any]) -> dict[
         "dtypes": sorted({_dtype(t) for t in parameters + buffers}),
         "non_finite": sum(int((~torch.isfinite(t)).sum()) for t in parameters + buffers),
     }
+    report["serves_as"] = role(report)
     return report if w_avg is None else report | {"w_avg_norm": float(w_avg.double().norm())}
 
 
@@ -84,13 +122,19 @@ def as_text(report: Mapping[str, Any]) -> str:
         f"size        {dnnlib.format_bytes(report['bytes'])}",
         f"sha256      {report['sha256']}",
     ]
+    lines += [f"problem     {report['problem']}"] if "problem" in report else []
     for name, network in report.get("networks", {}).items():
+        if "problem" in network:
+            lines += [f"{name:<11} {network['kind']}", f"  problem   {network['problem']}"]
+            continue
         size, dtypes = _size(network["init_kwargs"]), ", ".join(network["dtypes"])
         lines += [
             f"{name:<11} {network['kind']}, {network['class']}{size}",
             f"  weights   {network['parameters']:,} parameters, {network['buffers']:,} in buffers, {dtypes}",
             f"  kwargs    {_pairs(network['init_kwargs'])}",
         ]
+        lines += [f"  serves    as {network['serves_as']}"] if network["serves_as"] else []
+        lines += [f"  note      {note}" for note in network.get("notes", [])]
         lines += [f"  |w_avg|   {network['w_avg_norm']:.4g}"] if "w_avg_norm" in network else []
         lines += [f"  WARNING   {network['non_finite']:,} values are NaN or infinite"] if network["non_finite"] else []
     lines += [f"tensors     {len(report['tensors'])}"] if "tensors" in report else []

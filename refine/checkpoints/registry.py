@@ -20,6 +20,7 @@ _MAX_VALUES = 1000  # numbers and strings in all init kwargs of one network
 _MAX_TENSORS = 3000  # parameters and buffers of one network; the largest published ones have about 1000
 
 _FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.randn, torch.rand}
+_SCALINGS = {torch.Tensor.mul, torch.Tensor.div, torch.Tensor.add, torch.Tensor.sub}
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,8 @@ class _LargeTensorsOnMeta(TorchFunctionMode):
             size = kwargs.get("size", args[0] if args and isinstance(args[0], tuple | list) else args)
             if math.prod(size if isinstance(size, tuple | list) else (size,)) > 4096:
                 kwargs["device"] = "meta"
+        elif func in _SCALINGS and len(args) == 2 and args[0].is_meta and isinstance(args[1], int | float):
+            return args[0]  # has no values to scale; the first arithmetic on meta would import torch's compiler (5 s)
         return func(*args, **kwargs)
 
 

@@ -94,7 +94,7 @@ class Side:
 
         self.network, self.is_teacher = load_any(path, device)
         file = resolve(path)
-        self.path, self.name, self.sha256 = str(path), file.name, sha256_of_file(file)
+        self.path, self.name, self.sha256 = str(file), file.name, sha256_of_file(file)
         self.image_shape = [self.network.img_channels, self.network.img_resolution, self.network.img_resolution]
         self._common = {"device": device, "batch": batch}
         self._stylegan = {"noise_mode": noise_mode, "truncation_psi": truncation_psi}

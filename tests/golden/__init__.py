@@ -16,7 +16,11 @@ ROOT = Path(__file__).parent
 def read_json(name: str):
     """The JSON beside the arrays, `name` relative to this folder, without its suffix."""
     path = ROOT / f"{name}.json"
-    return json.loads(path.read_text()) if path.is_file() else json.loads(gzip.decompress((ROOT / f"{name}.json.gz").read_bytes()))
+    return (
+        json.loads(path.read_text())
+        if path.is_file()
+        else json.loads(gzip.decompress((ROOT / f"{name}.json.gz").read_bytes()))
+    )
 
 
 def read_arrays(name: str) -> dict[str, torch.Tensor]:

@@ -1,0 +1,57 @@
+"""Opens a raw pickle: NVIDIA's snapshots, legacy TensorFlow tuples, `.pt` files from before torch 1.6."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from refine.checkpoints import nvidia_pickle, rosinality, tf_pickle
+from refine.checkpoints.containers import EXPECTED, Container, saying
+from refine.checkpoints.restricted_unpickler import Machine, Refused
+
+_LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a pickle of torch.save's old magic number
+
+
+def open_pickle(path: Path, stream: BinaryIO) -> Container:
+    """The networks of a raw pickle.
+
+    Raises:
+        ValueError: it is broken, holds what is not allowed, or is of another family.
+    """
+    if stream.read(len(_LEGACY_TORCH)) == _LEGACY_TORCH:
+        return rosinality.open_legacy(path, stream)
+    stream.seek(0)
+    seen: list[str] = []
+    rules = nvidia_pickle.rules(seen) | tf_pickle.RULES
+    machine = Machine(stream, os.fstat(stream.fileno()).st_size, rules)
+    try:
+        value = machine.load()
+    except Refused as error:
+        # Files of other families often hold globals of their own: then the family is the more helpful answer.
+        named = nvidia_pickle.family(None, seen, machine.globals)
+        if named is not None and "has no place" in str(error):
+            raise ValueError(f"{path} is {named}; expected {EXPECTED}") from None
+        raise ValueError(f"{path}: {error}") from None
+    with saying(str(path)):
+        found = _members(value)
+    if found is None:
+        named = tf_pickle.family(value) or nvidia_pickle.family(value, seen) or _plainly(value)
+        raise ValueError(f"{path} is {named}; expected {EXPECTED}")
+    resizable = machine.protocol == 2 and not machine.framed
+    return Container(path, stream, *found, resizable=resizable, writable=True)
+
+
+def _members(value: Any):
+    if isinstance(value, dict):
+        return nvidia_pickle.members(value)
+    if isinstance(value, tuple):
+        return tf_pickle.members(value)
+    return None
+
+
+def _plainly(value: Any) -> str:
+    if isinstance(value, dict):
+        keys = ", ".join(repr(str(key)[:20]) for key in list(value)[:4])
+        return f"a pickle of a table with the keys {keys}" if keys else "a pickle of an empty table"
+    return f"a pickle of a {type(value).__name__}"

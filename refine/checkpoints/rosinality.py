@@ -1,0 +1,480 @@
+"""`.pt` files of the rosinality/stylegan2-pytorch family: state dicts of the same networks under other names.
+
+Between the two there is only renaming, leading axes of size 1, a factor 4 on the upsampling filters and the learning
+rate multiplier folded into the mapping's weights. Reading goes through the same machine as all pickles; files in
+torch.save's zip format and in the older stream format are read alike.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from refine.checkpoints import nvidia_pickle
+from refine.checkpoints.containers import EXPECTED, Container, FileNetwork, saying
+from refine.checkpoints.restricted_unpickler import Blob, Buildable, Machine, Refused, Stub, shown
+from refine.checkpoints.tensors import STORAGE_RULES, Array, Storage, TensorRef, storage_id
+
+LR_MULTIPLIER = 0.01  # of the mapping network in all of their scripts; the file does not tell
+_MAX_PICKLE_BYTES = 32 << 20  # of the pickle inside a zip; a generator's has about 30 kB
+FAMILY = "a rosinality-style .pt"
+
+
+class Namespace(Buildable):
+    """`argparse.Namespace`: the training script's options, which are not needed."""
+
+    __slots__ = ()
+
+    def build(self, state: Any) -> None:
+        if not isinstance(state, dict):
+            raise Refused("it gives a Namespace an unusual state")
+
+
+def _rules(seen: list[str]) -> dict[str, Stub]:
+    return nvidia_pickle.rules(seen) | STORAGE_RULES | {"argparse.Namespace": Stub("argparse.Namespace", new=Namespace)}
+
+
+# The two containers of torch.save.
+
+
+def open_zip(path: Path, stream: BinaryIO) -> Container:
+    """The networks of a `.pt` in torch.save's zip format.
+
+    Raises:
+        ValueError: it is broken, holds what is not allowed, or is of another family.
+    """
+    size = os.fstat(stream.fileno()).st_size
+    try:
+        with zipfile.ZipFile(stream) as archive:
+            entries = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
+            pickled = entries["data.pkl"]
+            if any(info.compress_type != zipfile.ZIP_STORED for info in entries.values()):
+                raise Refused("its zip is compressed, which torch.save never does")
+            if pickled.file_size > min(size, _MAX_PICKLE_BYTES):
+                raise Refused(f"its pickle claims {pickled.file_size} bytes")
+            data = archive.read(pickled)
+    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError, KeyError, EOFError):
+        raise ValueError(f"{path} is a broken or cut-off zip archive; expected {EXPECTED}") from None
+    except Refused as error:
+        raise ValueError(f"{path}: {error}") from None
+    blobs: dict[str, Blob] = {}
+
+    def persistent_load(value: Any) -> Storage:
+        dtype, key, numel = storage_id(value)
+        if f"data/{key}" not in entries:
+            raise Refused(f"it refers to the storage {shown(key)}, which is not in the file")
+        if key not in blobs:
+            blobs[key] = _zip_entry(stream, entries[f"data/{key}"], size)
+        return _storage(blobs[key], dtype, numel)
+
+    seen: list[str] = []
+    value = _unpickle(path, Machine(BytesIO(data), len(data), _rules(seen), persistent_load), seen)
+    return _container(path, stream, value, seen)
+
+
+def _zip_entry(stream: BinaryIO, info: zipfile.ZipInfo, size: int) -> Blob:
+    """The bytes of an entry that is not compressed, found behind its local header."""
+    stream.seek(info.header_offset)
+    header = stream.read(30)
+    if header[:4] != b"PK\x03\x04":
+        raise Refused("its zip is broken")
+    start = info.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    if start + info.file_size > size:
+        raise Refused("its zip is cut off")
+    return Blob(stream, start, info.file_size)
+
+
+def open_legacy(path: Path, stream: BinaryIO) -> Container:
+    """The networks of a `.pt` in the stream format of torch.save before torch 1.6.
+
+    Raises:
+        ValueError: it is broken, holds what is not allowed, or is of another family.
+    """
+    stream.seek(0)
+    size, seen = os.fstat(stream.fileno()).st_size, []
+    blobs: dict[str, Blob] = {}
+    ids: dict[str, tuple[torch.dtype, int]] = {}
+
+    def persistent_load(value: Any) -> Storage:
+        dtype, key, numel = storage_id(value)
+        if len(value) == 6 and value[5] is not None:
+            raise Refused("it holds a storage that is a view of another one")
+        if ids.setdefault(key, (dtype, numel)) != (dtype, numel):
+            raise Refused("it describes a storage in two ways")
+        # Where the storage lies is known only at the end of the file.
+        blob = blobs.setdefault(key, Blob(stream, 0, numel * dtype.itemsize))
+        return _storage(blob, dtype, numel)
+
+    values = []
+    for index in range(5):
+        rules, load = (_rules(seen), persistent_load) if index == 3 else ({}, None)
+        values.append(_unpickle(path, Machine(stream, size, rules, load), seen))
+    with saying(str(path)):
+        system, keys = values[2], values[4]
+        if values[1] != 1001 or not isinstance(system, dict) or system.get("little_endian") is not True:
+            raise Refused("it is no little-endian stream of torch.save")
+        if not isinstance(keys, list) or len(keys) != len(ids) or not all(isinstance(key, str) for key in keys):
+            raise Refused("its list of storages is not that of its tensors")
+        for key in keys:
+            if key not in ids or blobs[key].offset:
+                raise Refused("its list of storages is not that of its tensors")
+            if int.from_bytes(stream.read(8), "little") != ids[key][1]:
+                raise Refused("it is cut off, or a storage has another size than its tensors say")
+            blobs[key].offset = stream.tell()
+            if blobs[key].offset + blobs[key].length > size:
+                raise Refused("it is cut off")
+            stream.seek(blobs[key].offset + blobs[key].length)
+    return _container(path, stream, values[3], seen)
+
+
+def _storage(blob: Blob, dtype: torch.dtype, numel: int) -> Storage:
+    if blob.length != numel * dtype.itemsize:
+        raise Refused(f"it holds a storage that does not have the {numel} numbers it claims")
+    blob.storage = blob.storage or Storage(dtype, numel, blob, 0)
+    if blob.storage.dtype != dtype:
+        raise Refused("it describes a storage in two ways")
+    return blob.storage
+
+
+def _unpickle(path: Path, machine: Machine, seen: list[str]) -> Any:
+    try:
+        return machine.load()
+    except Refused as error:
+        if seen and "has no place" in str(error):
+            raise ValueError(f"{path} is {_family(None, seen)}; expected {EXPECTED}") from None
+        raise ValueError(f"{path}: {error}") from None
+
+
+# What is in it.
+
+
+def _container(path: Path, stream: BinaryIO, value: Any, seen: list[str]) -> Container:
+    table = value if isinstance(value, dict) else {}
+    tables = {name: table[name] for name in ("g_ema", "g", "d") if isinstance(table.get(name), dict)}
+    if not tables and "conv1.conv.weight" in table:  # a state dict without anything around it
+        tables = {"g_ema": table}
+    if not ({"g_ema", "g"} & set(tables)) or not any("conv1.conv.modulation.weight" in t for t in tables.values()):
+        raise ValueError(f"{path} is {_family(value, seen)}; expected {EXPECTED}")
+    w_avg = table.get("latent_avg")
+    names = {"g_ema": "G_ema", "g": "G", "d": "D"}
+    members: dict[str, tuple[str, Callable[[], FileNetwork]]] = {}
+    for theirs, state in tables.items():
+        if theirs == "d":
+            members["D"] = ("discriminator", lambda state=state: describe_discriminator(state))
+        else:
+            members[names[theirs]] = ("generator", lambda state=state: describe_generator(state, w_avg))
+    return Container(path, stream, FAMILY, members)
+
+
+def _family(value: Any, seen: list[str]) -> str:
+    table = value if isinstance(value, dict) else {}
+    keys = [str(key) for key in list(table)[:2000] if isinstance(key, str)]
+    if "optimizer_state" in table and "net" in table:
+        return "a training state of EDM"
+    if {"gan_state", "optimizer_state", "state_dict"} & set(keys) and any("decoder." in key for key in keys):
+        return "a pSp/e4e checkpoint"
+    if {"optimizer", "optimizer_state_dict", "optim", "optimizers"} & set(keys):
+        return "a training state"
+    named = nvidia_pickle.family(value, seen)
+    if named is not None:
+        return named
+    if table and all(isinstance(item, TensorRef | Array) for item in table.values()):
+        return f"a PyTorch state dict of another network (with {shown(keys[0]) if keys else 'numbers'} in it)"
+    held = f" of a table with the keys {', '.join(repr(shown(key)) for key in keys[:5])}" if keys else ""
+    return f"a PyTorch file{held}"
+
+
+# Names. Theirs, with {j} for the index of a block: b8 is block 0.
+
+
+def _mapped_name(name: str) -> tuple[str, Callable[[TensorRef], TensorRef]] | None:
+    """Our name for a tensor of their generator, and our view of it."""
+    if match := re.fullmatch(r"style\.(\d{1,3})\.(weight|bias)", name):
+        return f"mapping.fc{int(match[1]) - 1}.{match[2]}", _same
+    if name == "input.input":
+        return "synthesis.b4.const", _drop(1)
+    if match := re.fullmatch(r"noises\.noise_(\d{1,2})", name):
+        k = int(match[1])
+        return f"synthesis.b{2 ** ((k + 5) // 2)}.conv{(k + 1) % 2}.noise_const", _drop(2)
+    if match := re.fullmatch(r"(conv1|to_rgb1|convs\.\d{1,2}|to_rgbs\.\d{1,2})\.(.+)", name):
+        block, layer = _block(match[1])
+        if layer == "torgb":
+            leaf = {**_SHARED, "bias": ("bias", TensorRef.squeezed)}.get(match[2])
+            if match[2] == "upsample.kernel":
+                return f"synthesis.{block}.resample_filter", _quarter
+        else:
+            leaf = {**_SHARED, **_CONV}.get(match[2])
+            if match[2] == "conv.blur.kernel":
+                leaf = ("resample_filter", _quarter)
+        return leaf and (f"synthesis.{block}.{layer}.{leaf[0]}", leaf[1])
+    return None
+
+
+def _block(theirs: str) -> tuple[str, str]:
+    """'convs.3' -> ('b16', 'conv1')."""
+    if theirs in ("conv1", "to_rgb1"):
+        return "b4", "conv1" if theirs == "conv1" else "torgb"
+    kind, _, index = theirs.partition(".")
+    k = int(index)
+    return (f"b{2 ** (3 + k // 2)}", f"conv{k % 2}") if kind == "convs" else (f"b{2 ** (3 + k)}", "torgb")
+
+
+def _same(ref: TensorRef) -> TensorRef:
+    return ref
+
+
+def _drop(count: int) -> Callable[[TensorRef], TensorRef]:
+    return lambda ref: ref.without_leading(count)
+
+
+def _quarter(ref: TensorRef) -> TensorRef:
+    return ref.affine(scale=0.25)
+
+
+_SHARED = {
+    "conv.weight": ("weight", _drop(1)),
+    "conv.modulation.weight": ("affine.weight", _same),
+    "conv.modulation.bias": ("affine.bias", _same),
+}
+_CONV = {"noise.weight": ("noise_strength", _drop(1)), "activate.bias": ("bias", _same)}
+
+
+def channels(resolution: int, multiplier: int) -> int:
+    """Channels of their networks."""
+    return 512 if resolution <= 32 else 16384 * multiplier // resolution
+
+
+# Reading.
+
+
+def describe_generator(state: Mapping[Any, Any], w_avg: Any = None) -> FileNetwork:
+    """Arguments, inferred from names and shapes, and tensors of a generator."""
+    refs = _refs(state)
+    if any(".iwt." in name or ".dwt." in name for name in refs) or _shape(refs, "to_rgb1.bias")[1:2] == (12,):
+        raise Refused("it is a SWAGAN generator (wavelets); expected one of StyleGAN2")
+    size = 4 << sum(re.fullmatch(r"to_rgbs\.\d{1,2}\.bias", name) is not None for name in refs)
+    if not 4 <= size <= 1024:
+        raise Refused(f"it has toRGB layers for images of {size}×{size}; expected 4 to 1024")
+    layers = sum(re.fullmatch(r"style\.\d{1,3}\.weight", name) is not None for name in refs)
+    dim = _shape(refs, "conv1.conv.modulation.weight")[1:2]
+    if not dim:
+        raise Refused("its modulation has no weights")
+    last = f"convs.{2 * size.bit_length() - 7}.conv.weight" if size > 4 else "conv1.conv.weight"
+    width = _shape(refs, last)[1:2]
+    multiplier = 2 if size <= 32 or not width else max(width[0] * size // 16384, 1)
+    notes = [f"the learning rate multiplier of the mapping is taken as {LR_MULTIPLIER}: the file does not tell"]
+    tensors: dict[str, TensorRef] = {}
+    for name, ref in refs.items():
+        ours = _mapped_name(name)
+        if ours is None or ours[0] in tensors:
+            raise Refused(f"it has the tensor {shown(name)}, which is not one of StyleGAN2's")
+        tensors[ours[0]] = ours[1](ref)
+    computed = {name for name in (f"synthesis.b{4 << i}.conv1.resample_filter" for i in range(9))}
+    computed.add("synthesis.b4.resample_filter")
+    filters = {ref.shape for name, ref in tensors.items() if name.endswith("resample_filter")}
+    if len(filters) > 1:
+        raise Refused("its filters have different sizes, which our network cannot express")
+    taps = filters.pop()[0] if filters and len(next(iter(filters))) == 2 else 4
+    if isinstance(w_avg, TensorRef):
+        tensors["mapping.w_avg"] = w_avg.squeezed()
+    else:
+        computed.add("mapping.w_avg")
+        notes.append("no mean of w is stored: truncation (psi below 1) needs one, and it is zero here")
+    if not any(name.startswith("noises.") for name in refs):
+        computed |= {f"synthesis.b{4 << i}.conv{k}.noise_const" for i in range(9) for k in (0, 1)}
+        notes.append("no constant noise is stored (files before 2020): it was drawn anew")
+    synthesis = {"channel_base": 16384 * multiplier, "channel_max": 512, "architecture": "skip"}
+    init_kwargs = {"z_dim": dim[0], "c_dim": 0, "w_dim": dim[0], "img_resolution": size, "img_channels": 3}
+    init_kwargs["mapping_kwargs"] = {"num_layers": layers, "lr_multiplier": LR_MULTIPLIER}
+    init_kwargs["synthesis_kwargs"] = {**synthesis, "resample_filter": _taps(taps)}
+    return FileNetwork("stylegan2.Generator", init_kwargs, tensors, computed=computed.__contains__, notes=notes)
+
+
+def _taps(count: int) -> list[int]:
+    """A filter of so many taps, to be overwritten by the file's."""
+    return [math.comb(count - 1, i) for i in range(count)] if 1 <= count <= 7 else [1, 3, 3, 1]
+
+
+def describe_discriminator(state: Mapping[Any, Any]) -> FileNetwork:
+    """Arguments, inferred from names and shapes, and tensors of a discriminator."""
+    refs = _refs(state)
+    blocks = sum(re.fullmatch(r"convs\.\d{1,2}\.skip\.1\.weight", name) is not None for name in refs)
+    if not 1 <= blocks <= 8:
+        raise Refused("it is no discriminator of StyleGAN2")
+    size = 4 << blocks
+    width = _shape(refs, "convs.0.0.weight")[0:1]
+    multiplier = 2 if size <= 32 or not width else max(width[0] * size // 16384, 1)
+    tensors: dict[str, TensorRef] = {}
+    for name, ref in refs.items():
+        ours = _mapped_discriminator(name, size)
+        if ours is None or ours in tensors:
+            raise Refused(f"it has the tensor {shown(name)}, which is not one of StyleGAN2's discriminator")
+        tensors[ours] = ref
+    init_kwargs = {"c_dim": 0, "img_resolution": size, "img_channels": 3, "architecture": "resnet"}
+    init_kwargs |= {"channel_base": 16384 * multiplier, "channel_max": 512}
+    init_kwargs["epilogue_kwargs"] = {"mbstd_group_size": 4, "mbstd_num_channels": 1}
+    return FileNetwork(
+        "stylegan2.Discriminator", init_kwargs, tensors, computed=lambda name: name.endswith("resample_filter")
+    )
+
+
+_D_LEAVES = {
+    "conv1.0.weight": "conv0.weight",
+    "conv1.1.bias": "conv0.bias",
+    "conv2.0.kernel": "conv1.resample_filter",
+    "conv2.1.weight": "conv1.weight",
+    "conv2.2.bias": "conv1.bias",
+    "skip.0.kernel": "skip.resample_filter",
+    "skip.1.weight": "skip.weight",
+}
+_D_END = {
+    "final_conv.0.weight": "b4.conv.weight",
+    "final_conv.1.bias": "b4.conv.bias",
+    "final_linear.0.weight": "b4.fc.weight",
+    "final_linear.0.bias": "b4.fc.bias",
+    "final_linear.1.weight": "b4.out.weight",
+    "final_linear.1.bias": "b4.out.bias",
+}
+
+
+def _mapped_discriminator(name: str, size: int) -> str | None:
+    if name in ("convs.0.0.weight", "convs.0.1.bias"):
+        return f"b{size}.fromrgb.{name.rpartition('.')[2]}"
+    if match := re.fullmatch(r"convs\.([1-9]\d?)\.(.+)", name):
+        leaf = _D_LEAVES.get(match[2])
+        return leaf and f"b{size >> (int(match[1]) - 1)}.{leaf}"
+    return _D_END.get(name)
+
+
+def _refs(state: Mapping[Any, Any]) -> dict[str, TensorRef]:
+    refs = {}
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, TensorRef):
+            raise Refused(f"{shown(str(name))} in it is no tensor")
+        refs[str(name)] = value
+    return refs
+
+
+def _shape(refs: Mapping[str, TensorRef], name: str) -> tuple[int, ...]:
+    return refs[name].shape if name in refs else ()
+
+
+# Writing.
+
+
+def generator_state(network: torch.nn.Module) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Our generator under their names, and the mean of w.
+
+    Raises:
+        ValueError: it is something that their class cannot express; says what.
+    """
+    reason = _inexpressible(network)
+    if reason:
+        raise ValueError(f"this generator cannot be written as {FAMILY}: {reason}")
+    ours = network.state_dict()
+    size = network.img_resolution
+    lr = network.init_kwargs["mapping_kwargs"].get("lr_multiplier", 0.01) / LR_MULTIPLIER
+    state: dict[str, torch.Tensor] = {}
+    for i in range(network.mapping.num_layers):
+        for leaf in ("weight", "bias"):
+            state[f"style.{i + 1}.{leaf}"] = ours[f"mapping.fc{i}.{leaf}"] * lr
+    state["input.input"] = ours["synthesis.b4.const"][None]
+    layers = [("conv1", "b4", "conv1"), ("to_rgb1", "b4", "torgb")]
+    levels = range(size.bit_length() - 3)
+    layers += [(f"convs.{2 * j + k}", f"b{8 << j}", f"conv{k}") for j in levels for k in (0, 1)]
+    layers += [(f"to_rgbs.{j}", f"b{8 << j}", "torgb") for j in levels]
+    for theirs, block, layer in layers:
+        state.update(_layer_state(theirs, ours, f"synthesis.{block}", layer))
+    for k in range(2 * size.bit_length() - 5):
+        noise = ours.get(f"synthesis.b{2 ** ((k + 5) // 2)}.conv{(k + 1) % 2}.noise_const")
+        side = 2 ** ((k + 5) // 2)
+        state[f"noises.noise_{k}"] = (torch.zeros(side, side) if noise is None else noise)[None, None]
+    state = {name: value.detach().to("cpu", torch.float32).contiguous().clone() for name, value in state.items()}
+    return state, ours["mapping.w_avg"].detach().to("cpu", torch.float32).clone()
+
+
+def _layer_state(theirs: str, ours: Mapping[str, torch.Tensor], block: str, layer: str) -> dict[str, torch.Tensor]:
+    prefix = f"{block}.{layer}"
+    state = {
+        f"{theirs}.conv.weight": ours[f"{prefix}.weight"][None],
+        f"{theirs}.conv.modulation.weight": ours[f"{prefix}.affine.weight"],
+        f"{theirs}.conv.modulation.bias": ours[f"{prefix}.affine.bias"],
+    }
+    if layer == "torgb":
+        state[f"{theirs}.bias"] = ours[f"{prefix}.bias"][None, :, None, None]
+        if block != "synthesis.b4":
+            state[f"{theirs}.upsample.kernel"] = ours[f"{block}.resample_filter"] * 4
+        return state
+    strength = ours.get(f"{prefix}.noise_strength")
+    state[f"{theirs}.noise.weight"] = (torch.zeros([]) if strength is None else strength).reshape(1)
+    state[f"{theirs}.activate.bias"] = ours[f"{prefix}.bias"]
+    if layer == "conv0":
+        state[f"{theirs}.conv.blur.kernel"] = ours[f"{prefix}.resample_filter"] * 4
+    return state
+
+
+def _inexpressible(network: torch.nn.Module) -> str | None:
+    kwargs = getattr(network, "init_kwargs", {})
+    mapping, synthesis = kwargs.get("mapping_kwargs", {}), kwargs.get("synthesis_kwargs", {})
+    size, dim = network.img_resolution, network.w_dim
+    base, most = synthesis.get("channel_base", 32768), synthesis.get("channel_max", 512)
+    sizes = [4 << i for i in range(size.bit_length() - 2)]
+    wide = [all(min(base // r, most) == channels(r, m) for r in sizes) for m in (1, 2)]
+    checks = [
+        (network.c_dim == 0, f"it has {network.c_dim} classes, and theirs have none"),
+        (network.z_dim == dim, f"z has {network.z_dim} and w {dim} numbers, and theirs have equally many"),
+        (network.img_channels == 3, f"it has {network.img_channels} image channels, and theirs have 3"),
+        (mapping.get("layer_features") in (None, dim), "the mapping's inner layers have another width than w"),
+        (mapping.get("activation", "lrelu") == "lrelu", "its mapping has another activation than leaky ReLU"),
+        (mapping.get("w_avg_beta", 0.995) is not None, "it tracks no mean of w"),
+        (synthesis.get("architecture", "skip") == "skip", f"its architecture is {synthesis.get('architecture')}"),
+        (synthesis.get("activation", "lrelu") == "lrelu", "it has another activation than leaky ReLU"),
+        (synthesis.get("kernel_size", 3) == 3, "its kernels are not 3×3"),
+        (any(wide), "its numbers of channels are not those of theirs (512 up to 32×32, then halving)"),
+        (size <= 1024, "it is larger than 1024×1024"),
+        (tuple(network.synthesis.b4.resample_filter.shape) == (4, 4), "its filters are not 4×4"),
+    ]
+    return next((reason for fine, reason in checks if not fine), None)
+
+
+def discriminator_state(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Our discriminator under their names; it must be one that theirs can express."""
+    ours, size = network.state_dict(), network.img_resolution
+    state = {}
+    names = ["convs.0.0.weight", "convs.0.1.bias"]
+    names += [f"convs.{i}.{leaf}" for i in range(1, size.bit_length() - 2) for leaf in _D_LEAVES]
+    for name in [*names, *_D_END]:
+        state[name] = ours[_mapped_discriminator(name, size)].detach().to("cpu", torch.float32).contiguous().clone()
+    return state
+
+
+def inexpressible_discriminator(network: torch.nn.Module) -> str | None:
+    """Why their class cannot be this discriminator, or None."""
+    kwargs, size = network.init_kwargs, network.img_resolution
+    epilogue, block = kwargs["epilogue_kwargs"], kwargs["block_kwargs"]
+    sizes = [4 << i for i in range(size.bit_length() - 2)]
+    base, most = kwargs["channel_base"], kwargs["channel_max"]
+    checks = [
+        (kwargs["architecture"] == "resnet", f"its architecture is {kwargs['architecture']}, and theirs resnet"),
+        (kwargs["c_dim"] == 0, f"it has {kwargs['c_dim']} classes, and theirs have none"),
+        (kwargs["img_channels"] == 3, f"it has {kwargs['img_channels']} image channels, and theirs have 3"),
+        (kwargs["conv_clamp"] is None, f"it clamps activations at {kwargs['conv_clamp']}, and theirs do not"),
+        (epilogue.get("mbstd_group_size", 4) == 4, "its minibatch standard deviation is not over groups of 4"),
+        (epilogue.get("mbstd_num_channels", 1) == 1, "its minibatch standard deviation has not one channel"),
+        (block.get("activation", "lrelu") == "lrelu", "it has another activation than leaky ReLU"),
+        (size >= 8, "it has no blocks"),
+        (
+            any(all(min(base // r, most) == channels(r, m) for r in sizes) for m in (1, 2)),
+            "its numbers of channels are not those of theirs",
+        ),
+        (tuple(network.b4.conv.resample_filter.shape) == (4, 4), "its filters are not 4×4"),
+    ]
+    return next((reason for fine, reason in checks if not fine), None)
