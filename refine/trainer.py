@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from dnnlib import format_kimg, format_time, replaced_atomically, sha256_of_file
+from refine.checkpoints.export import members, write_like
 from refine.checkpoints.native import save_networks
 from refine.config import RefineConfig
 from refine.diff_instruct import aux_loss, student_gradient
@@ -45,6 +46,7 @@ class Trainer:
         run_dir: Where everything is written.
         metrics: Measured at every snapshot; the first one decides which snapshot is the best.
         provenance: What student and teacher were made from, written into every snapshot.
+        container: The pickle that the student came in; snapshots are then written into copies of it, too. None = not.
         device: Where the networks run.
 
     Raises:
@@ -59,11 +61,12 @@ class Trainer:
         run_dir: RunDir,
         metrics: list[NamedMetric] | None = None,
         provenance: dict[str, Any] | None = None,
+        container: Path | None = None,
         device: torch.device | str = "cpu",
     ):
         check_pair(student, teacher)
         self.config, self.run_dir, self.device = config, run_dir, torch.device(device)
-        self.metrics, self.provenance = metrics or [], provenance or {}
+        self.metrics, self.provenance, self.container = metrics or [], provenance or {}, container
         self.sigma = SigmaLaw(**vars(config.sigma))
         self.aux_sigma = SigmaLaw(**vars(config.aux_sigma))
         self.weighting = make_weighting(config.weighting)
@@ -241,7 +244,11 @@ class Trainer:
         kimg = self.nimg / 1000
         name = f"network-snapshot-{format_kimg(self.nimg)}.safetensors"
         provenance = {**self.provenance, "options": _portable(self.config), "kimg": kimg}
-        save_networks(self.run_dir.path / name, {"G_ema": self.G_ema, "G": self.G}, provenance=provenance)
+        networks = {"G_ema": self.G_ema, "G": self.G}
+        save_networks(self.run_dir.path / name, networks, provenance=provenance)
+        if self.container is not None:
+            theirs = {key: networks[key] for key in members(self.container) if key in networks}
+            write_like(self.container, (self.run_dir.path / name).with_suffix(".pkl"), theirs)
         grid = self._grid(self.G_ema)
         save_png(self.run_dir.path / f"fakes{format_kimg(self.nimg)}.png", grid)
         gap = torch.full([grid.shape[0], grid.shape[1], 8], 255, dtype=torch.uint8)
@@ -275,8 +282,9 @@ class Trainer:
     def _keep_best(self, metric: NamedMetric, value: float, snapshot: str) -> None:
         if self.best is None or value < self.best["value"]:
             self.best = {"metric": metric.name, "value": value, "snapshot": snapshot, "kimg": self.nimg / 1000}
-            with replaced_atomically(self.run_dir.path / "network-snapshot-best.safetensors") as temporary:
-                shutil.copyfile(self.run_dir.path / snapshot, temporary)
+            for path in self.run_dir.path.glob(f"{Path(snapshot).stem}.*"):
+                with replaced_atomically(path.with_stem("network-snapshot-best")) as temporary:
+                    shutil.copyfile(path, temporary)
 
     @torch.no_grad()
     def _fixed_latents(self) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -35,6 +35,12 @@ def can_write_like(source_path: str | os.PathLike) -> str | None:
         return None if container.writable else f"{source_path} is {container.family}, which is not written back"
 
 
+def members(source_path: str | os.PathLike) -> list[str]:
+    """Names of the networks in a pickle that can be written back, such as G, D and G_ema."""
+    with open_container(source_path) as container:
+        return list(container.members)
+
+
 def write_like(
     source_path: str | os.PathLike, out_path: str | os.PathLike, networks: Mapping[str, torch.nn.Module]
 ) -> list[str]:

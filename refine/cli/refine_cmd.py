@@ -185,27 +185,40 @@ def run(config: RefineConfig | None, state_path: Path | None = None, dry_run: bo
             check_outdir(config.outdir)
     import torch  # from here on: the options are valid
 
-    from refine.checkpoints import load_generator, load_teacher, resolve
-    from refine.checkpoints.fetch import is_url
-    from refine.metrics.named import NamedMetric
-    from refine.noise import SigmaLaw, make_weighting
-    from refine.run_dir import RunDir, create_run_dir, next_run_dir
-    from refine.trainer import Trainer, check_pair, file_provenance, load_training_state, select_parameters
+    from refine.run_dir import next_run_dir
+    from refine.trainer import load_training_state
 
     state = None
     if state_path is not None:
         with option("--resume"):
             state = load_training_state(state_path)
             config = RefineConfig.from_dict(json.loads(state["config"]))
+    with option("--device"):
+        device = torch.device(choose_device(config.device))
+    inputs = _load_inputs(config)
+    config = _with_absolute_paths(config)
+    desc = config.desc or f"{inputs['student_path'].stem}-{inputs['teacher_path'].stem}-batch{config.batch}"
+    if dry_run:
+        place = {"run_dir": str(next_run_dir(config.outdir, desc)), "device": str(device)}
+        click.echo(json.dumps({**config.as_dict(), **place}, indent=2))
+        return None
+    return _start(config, inputs, device, desc, state, state_path)
+
+
+def _load_inputs(config: RefineConfig) -> dict[str, Any]:
+    """Student, teacher, their files and the metrics, checked against each other and the options."""
+    from refine.checkpoints import load_generator, load_teacher, resolve
+    from refine.metrics.named import NamedMetric
+    from refine.noise import SigmaLaw, make_weighting
+    from refine.trainer import check_pair, select_parameters
+
     for flag, law in (("--sigma", config.sigma), ("--aux-sigma", config.aux_sigma)):
         with option(flag):
             SigmaLaw(**vars(law)).sample(1)
     with option("--weighting"):
         make_weighting(config.weighting)
-    with option("--device"):
-        device = torch.device(choose_device(config.device))
     with option("--gan"):
-        gan_path = resolve(config.gan, "generator")
+        student_path = resolve(config.gan, "generator")
         student = load_generator(config.gan)
     with option("--teacher"):
         teacher_path = resolve(config.teacher, "teacher")
@@ -215,50 +228,70 @@ def run(config: RefineConfig | None, state_path: Path | None = None, dry_run: bo
         select_parameters(student, config.train)
     with option("--metrics"):
         metrics = [NamedMetric(name, config.ref) for name in config.metrics]
+    paths = {"student_path": student_path, "teacher_path": teacher_path}
+    return {**paths, "student": student, "teacher": teacher, "metrics": metrics}
 
-    # Absolute paths, so that --resume works from any folder; names of the index stay names. Of a URL, which may hold a
-    # password, the file in the cache is kept.
+
+def _with_absolute_paths(config: RefineConfig) -> RefineConfig:
+    """For --resume from any folder; names stay names. A URL, which may hold a password, becomes its file."""
+    from refine.checkpoints import resolve
+    from refine.checkpoints.fetch import is_url
+
     given = {k: v for k in ("gan", "teacher", "ref") if (v := getattr(config, k))}
     absolute = {k: os.path.abspath(resolve(v)) for k, v in given.items() if is_url(v) or os.path.isfile(v)}
-    config = dataclasses.replace(config, **absolute)
-    desc = config.desc or f"{gan_path.stem}-{teacher_path.stem}-batch{config.batch}"
-    if dry_run:
-        click.echo(
-            json.dumps(
-                {**config.as_dict(), "run_dir": str(next_run_dir(config.outdir, desc)), "device": str(device)}, indent=2
-            )
-        )
-        return None
+    return dataclasses.replace(config, **absolute)
 
-    provenance = {"student": file_provenance(gan_path), "teacher": file_provenance(teacher_path)}
-    if state is not None:
-        run_dir = RunDir(state_path.parent)
-    else:
+
+def _start(config, inputs, device, desc: str, state: dict | None, state_path: Path | None) -> Path:
+    """Make or reopen the run folder and train in it."""
+    from refine.checkpoints.export import can_write_like
+    from refine.run_dir import RunDir, create_run_dir
+    from refine.trainer import Trainer, file_provenance
+
+    files = {name: file_provenance(inputs[f"{name}_path"]) for name in ("student", "teacher")}
+    if state is None:
         with option("--outdir"):
             run_dir = RunDir(create_run_dir(config.outdir, desc))
-    try:
-        trainer = Trainer(config, student, teacher, run_dir, metrics, provenance, device)
-        if state is None:
-            versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
-            files = {"files": provenance, "versions": versions, "run_dir": str(run_dir.path)}
-            run_dir.write_json("training_options.json", {**config.as_dict(), "device": str(device), **files})
-        else:
-            with option("--resume"):
-                trainer.load_state_dict(state)
-            run_dir.trim_after(trainer.nimg / 1000)
-        _train(trainer, run_dir, resumed=state is not None)
-    except (ValueError, OSError):
-        if state is None and not any(run_dir.path.glob("training-state-*")):
-            run_dir.log("stopped before the first snapshot")
-        raise
+    else:
+        run_dir = RunDir(state_path.parent)
+    reason = can_write_like(inputs["student_path"])
+    trainer = Trainer(
+        config,
+        inputs["student"],
+        inputs["teacher"],
+        run_dir,
+        inputs["metrics"],
+        provenance=files,
+        container=None if reason else inputs["student_path"],
+        device=device,
+    )
+    if state is None:
+        machine = {"device": str(device), "versions": _versions(), "run_dir": str(run_dir.path)}
+        run_dir.write_json("training_options.json", {**config.as_dict(), **machine, "files": files})
+    else:
+        with option("--resume"):
+            trainer.load_state_dict(state)
+        run_dir.trim_after(trainer.nimg / 1000)
+    run_dir.log(f"run folder  {run_dir.path}")
+    run_dir.log(
+        f"snapshots   .safetensors{f' only: {reason}' if reason else ' and .pkl, the container that the GAN came in'}"
+    )
+    _train(trainer, run_dir, resumed=state is not None)
     return run_dir.path
+
+
+def _versions() -> dict[str, str]:
+    import torch
+
+    import refine as package
+
+    return {"gan-refine": package.__version__, "torch": torch.__version__, "python": sys.version.split()[0]}
 
 
 def _train(trainer, run_dir, resumed: bool) -> None:
     from refine.monitor import Monitor
 
     count = sum(p.numel() for p in trainer.student_parameters)
-    run_dir.log(f"run folder  {run_dir.path}")
     run_dir.log(f"student     {trainer.config.gan}, {count:,} parameters to train, on {trainer.device}")
     run_dir.log(
         f"teacher     {trainer.config.teacher}, {sum(p.numel() for p in trainer.teacher.parameters()):,} parameters"
