@@ -165,18 +165,14 @@ class Trainer:
         Raises:
             ValueError: The losses became NaN or infinite.
         """
-        config, log = self.config, self.run_dir.log
+        config = self.config
         start = time.time() - self.elapsed
         if self.nimg == 0:
             save_png(self.run_dir.path / "fakes_init.png", self._init_grid)
             monitor.image("Fakes/before", self._init_grid, 0)
             monitor.options(config.as_dict())
             self._measure(monitor, snapshot=None)
-        if self.warmup_steps_done < config.warmup_steps:
-            log(f"auxiliary warm-up: {config.warmup_steps} steps, the student rests")
-        while self.warmup_steps_done < config.warmup_steps:
-            self.aux_step(config.aux_lr)
-            self.warmup_steps_done += 1
+        self._warm_up()
         with self._progress_bar() as bar:
             tick, since, tick_start = self._tick_index(), self.nimg, time.time()
             while self.nimg < config.num_steps * config.batch:
@@ -192,6 +188,21 @@ class Trainer:
                     self.elapsed = time.time() - start
                     since, tick_start = self.nimg, time.time()
         monitor.flush()
+
+    def _warm_up(self) -> None:
+        """Auxiliary steps before the student moves."""
+        steps, start = self.config.warmup_steps, time.time()
+        if self.warmup_steps_done >= steps:
+            return
+        self.run_dir.log(f"auxiliary warm-up: {steps} steps, the student rests")
+        with tqdm(total=steps, initial=self.warmup_steps_done, unit="step", disable=None, desc="warm-up") as bar:
+            while self.warmup_steps_done < steps:
+                self.aux_step(self.config.aux_lr)
+                self.warmup_steps_done += 1
+                bar.update()
+        loss = self.means.drain()["Loss/aux"]
+        with tqdm.external_write_mode():
+            self.run_dir.log(f"auxiliary warm-up: done in {format_time(time.time() - start)}, mean loss {loss:.1f}")
 
     def _tick_index(self) -> int:
         return int(self.nimg / (self.config.tick * 1000) + 1e-9)

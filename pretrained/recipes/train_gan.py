@@ -206,13 +206,13 @@ class Run:
 @click.option("--out", type=click.Path(dir_okay=False), required=True, help="Where the averaged generator goes.")
 @click.option("--workdir", type=click.Path(file_okay=False), help="Checkpoints and pictures.  [default: OUT.work]")
 @click.option("--kimg", type=click.FloatRange(min=0, min_open=True), default=400, show_default=True)
-@click.option("--stop-kimg", type=click.FloatRange(min=0, min_open=True), help="Stop earlier, at the rates of --kimg.")
+@click.option("--stop-kimg", type=float, default=80, show_default=True, help="Stop here, at the rates of --kimg.")
 @click.option("--batch", type=click.IntRange(min=4), default=32, show_default=True)
 @click.option("--glr", type=float, default=3e-3, show_default=True, help="Learning rate of the generator.")
 @click.option("--dlr", type=float, default=1e-3, show_default=True, help="Learning rate of the critic.")
 @click.option("--vae-kimg", type=float, default=50, show_default=True, help="Length of the autoencoder's start.")
-@click.option("--kl", type=float, default=1.0, show_default=True, help="Weight of the KL term against 500 · MSE.")
-@click.option("--rec", type=float, default=10.0, show_default=True, help="Weight of the reconstruction afterwards.")
+@click.option("--kl", type=float, default=0.2, show_default=True, help="Weight of the KL term against 500 MSE.")
+@click.option("--rec", type=float, default=5.0, show_default=True, help="Weight of the reconstruction afterwards.")
 @click.option("--gamma", type=float, default=1.0, show_default=True, help="Weight of the gradient penalties.")
 @click.option("--augment", type=click.FloatRange(0, 1), default=0.3, show_default=True, help="Probability of a shift.")
 @click.option("--ema-kimg", type=float, default=10, show_default=True, help="Half-life of the moving average.")
@@ -227,7 +227,7 @@ def main(out, workdir, stop_kimg, snap_kimg, **options):
     if checkpoint.is_file():
         run.load_state_dict(torch.load(checkpoint, weights_only=True))
         print(f"going on at {run.nimg / 1000:.1f} kimg", file=sys.stderr)
-    end = min(stop_kimg or options["kimg"], options["kimg"]) * 1000
+    end = min(stop_kimg, options["kimg"]) * 1000
     start, since, seconds, cpu = time.time(), run.nimg, run.seconds, time.process_time()
     next_report = next_save = 0.0
     while run.nimg < end:

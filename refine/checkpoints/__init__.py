@@ -7,10 +7,11 @@
     registry.py   which classes a native file may name, and how they are built safely
 
     containers.py files of other programs, opened: which networks are in them, the way in and out
-    pickles.py    tells raw pickles apart, for the three readers of pickles:
-      nvidia_pickle.py  StyleGAN2-ADA and EDM     tf_pickle.py  legacy TensorFlow     rosinality.py  .pt state dicts
+    pickles.py    tells raw pickles apart, for the readers of pickles:
+      nvidia_pickle.py  StyleGAN2-ADA and EDM     tf_pickle.py  legacy TensorFlow
+    pt_files.py         what torch.save writes;  rosinality.py  the names in such files
     state_dicts.py      one network in plain safetensors or .npz
-    restricted_unpickler.py  reads a pickle without running it;  tensors.py  tensors in a file, not read yet
+    restricted_unpickler.py  reads a pickle without running it;  inert.py, tensors.py  its values, not read yet
     export.py     gives networks back in the formats they came in
 
     describe.py   what is in a file, for `python -m refine inspect`

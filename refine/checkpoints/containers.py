@@ -7,6 +7,7 @@ network is built, or are replaced there when a refined one is given back.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -20,11 +21,11 @@ import torch
 
 import dnnlib
 from refine.checkpoints import registry
-from refine.checkpoints.restricted_unpickler import Refused
+from refine.checkpoints.inert import Refused
 from refine.checkpoints.tensors import TensorRef, total_bytes
 
 MAX_VALUES = 4000  # numbers, texts and tables in the arguments of one network
-_SPARE_BYTES = 64 << 20  # tensors of a network may take so much more memory than the file is long
+_SPARE_BYTES = 1 << 20  # tensors of a network may take so much more memory than the file is long
 
 
 @dataclass
@@ -70,7 +71,8 @@ class FileNetwork:
         missing = [name for name in expected if name not in self.tensors and not self.computed(name)]
         extra = [name for name in self.tensors if name not in expected]
         if missing:
-            raise Refused(f"it lacks {len(missing)} of {len(expected)} tensors of a {self._class()}, such as {missing[0]}")
+            count = f"{len(missing)} of {len(expected)}"
+            raise Refused(f"it lacks {count} tensors of a {self._class()}, such as {missing[0]}")
         if extra:
             raise Refused(f"it has {len(extra)} tensors that a {self._class()} does not have, such as {extra[0][:80]}")
         for name, ref in self.tensors.items():
@@ -96,6 +98,7 @@ class Container:
         members: Name → kind ('generator', 'discriminator', 'teacher') of the networks that can be asked for.
         resizable: Whether bytes written as text (protocol 2) can change their length.
         writable: Whether networks can be put back into the file's own structure.
+        nbytes: Of its contents, where they are compressed.
     """
 
     def __init__(
@@ -106,6 +109,7 @@ class Container:
         members: Mapping[str, tuple[str, Callable[[], FileNetwork]]],
         resizable: bool = False,
         writable: bool = False,
+        nbytes: int = 0,
     ):
         self.path, self.stream, self.family = Path(path), stream, family
         self.members = {name: kind for name, (kind, _) in members.items()}
@@ -113,6 +117,7 @@ class Container:
         self._describe = {name: describe for name, (_, describe) in members.items()}
         self._networks: dict[str, FileNetwork] = {}
         self.size = os.fstat(stream.fileno()).st_size
+        self._limit = max(self.size, nbytes) + _SPARE_BYTES
 
     def network(self, name: str) -> FileNetwork:
         """The description of one network.
@@ -135,7 +140,7 @@ class Container:
         """
         network = self.network(name)
         with saying(f"{self.path}: {name}"):
-            return network.build(self.size + _SPARE_BYTES)
+            return network.build(self._limit)
 
 
 @contextmanager
@@ -159,13 +164,13 @@ def open_container(path: str | os.PathLike, **options: Any) -> Iterator[Containe
     Raises:
         ValueError: the file is broken or none of those; one sentence says what it is and what was expected.
     """
-    from refine.checkpoints import pickles, rosinality, state_dicts
+    from refine.checkpoints import pickles, pt_files, state_dicts
     from refine.checkpoints.sniff import sniff
 
     found = sniff(path)
     openers = {
         "pickle": pickles.open_pickle,
-        "torch": rosinality.open_zip,
+        "torch": pt_files.open_zip,
         "npz": state_dicts.open_npz,
         "safetensors": state_dicts.open_safetensors,
     }
@@ -242,7 +247,7 @@ def write_back(container: Container, out: str | os.PathLike, networks: Mapping[s
                 if patches.setdefault(patch.offset, patch) != patch:
                     raise Refused("two networks of the file share their numbers, so only equal ones can be written")
     ordered = sorted(patches.values(), key=lambda patch: patch.offset)
-    for one, two in zip(ordered, ordered[1:], strict=False):
+    for one, two in itertools.pairwise(ordered):
         if one.offset + one.length > two.offset:
             raise ValueError(f"{container.path}: tensors of the file share their numbers, so they cannot be replaced")
     with dnnlib.replaced_atomically(out) as temporary, open(temporary, "wb") as target:
@@ -257,10 +262,14 @@ def write_back(container: Container, out: str | os.PathLike, networks: Mapping[s
 def _patches(described: FileNetwork, network: torch.nn.Module, resizable: bool) -> Iterator[_Patch]:
     if registry.registry_name(network) != described.class_name:
         raise Refused(f"it is a {described.class_name}; got a {registry.registry_name(network)}")
-    if not same_kwargs(_complete(described), _complete_of(network)):
+    fresh = registry.build_empty(described.class_name, described.init_kwargs)
+    if not same_kwargs(fresh.init_kwargs, network.init_kwargs):
         raise Refused("its constructor arguments are not those of the network to be written")
     state = network.state_dict()
     described._check(state, limit=1 << 62)
+    for name, value in fresh.state_dict().items():
+        if name not in described.tensors and not torch.equal(value, state[name].detach().cpu()):
+            raise Refused(f"{name} is another than the constructor makes, and has no place in the file")
     for name, ref in described.tensors.items():
         (blob, start), data = ref.place(), ref.encoded(state[name])
         if blob.text_length is None:
@@ -279,14 +288,6 @@ def _text_patch(blob: Any, start: int, data: bytes, resizable: bool) -> _Patch:
     text = (head + data + tail).decode("latin-1").encode("utf-8")
     replacement = b"X" + len(text).to_bytes(4, "little") + text
     return _Patch(blob.offset - 5, blob.text_length + 5, replacement)
-
-
-def _complete(described: FileNetwork) -> dict[str, Any]:
-    return _complete_of(registry.build_empty(described.class_name, described.init_kwargs))
-
-
-def _complete_of(network: torch.nn.Module) -> dict[str, Any]:
-    return json.loads(json.dumps(network.init_kwargs))
 
 
 def _copy(source: BinaryIO, target: BinaryIO, start: int, end: int) -> None:

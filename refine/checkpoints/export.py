@@ -1,13 +1,14 @@
 """Gives networks back in the formats that other tools read.
 
-    write_like        the file that a network came from, with refined numbers in it and every other byte as it was
-    write_rosinality  a `.pt` with state dicts under the names of rosinality/stylegan2-pytorch
-    write_plain       safetensors with the network's own tensor names
-    write_native      this toolkit's own format
+write_like        the file that a network came from, with refined numbers in it and every other byte as it was
+write_rosinality  a `.pt` with state dicts under the names of rosinality/stylegan2-pytorch
+write_plain       safetensors with the network's own tensor names
+write_native      this toolkit's own format
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 
@@ -69,7 +70,9 @@ def write_like(
         return [name for name in container.members if name not in networks]
 
 
-def write_native(out_path: str | os.PathLike, networks: Mapping[str, torch.nn.Module], source: str | os.PathLike) -> None:
+def write_native(
+    out_path: str | os.PathLike, networks: Mapping[str, torch.nn.Module], source: str | os.PathLike
+) -> None:
     """Writes this toolkit's own format; the file that the networks came from is told by name and sha256."""
     provenance = {"converted_from": {"file": os.path.basename(source), "sha256": dnnlib.sha256_of_file(source)}}
     native.save_networks(out_path, networks, provenance=provenance)
@@ -119,7 +122,7 @@ def write_rosinality(out_path: str | os.PathLike, networks: Mapping[str, torch.n
 
 
 def load_all(path: str | os.PathLike) -> dict[str, torch.nn.Module]:
-    """Every generator, discriminator and teacher of a file that can be read, by name; not the auxiliary network of runs.
+    """Every generator, discriminator and teacher of a file that can be read, by name; not the aux network of a run.
 
     Raises:
         ValueError: there is none.
@@ -133,11 +136,10 @@ def load_all(path: str | os.PathLike) -> dict[str, torch.nn.Module]:
         return native.load_networks(path, names)
     networks = {}
     with open_container(path) as container:
-        preferred = next(iter(container.members))
         for name, kind in container.members.items():
-            try:
+            if kind != "discriminator":
                 networks[name] = container.load(name)
-            except ValueError:
-                if name == preferred or kind != "discriminator":
-                    raise  # D alone may be of a kind that is not known here
+        if "D" in container.members:  # it may be of a kind that is not known here, which is no reason to fail
+            with contextlib.suppress(ValueError):
+                networks["D"] = container.load("D")
     return networks

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from refine.checkpoints.containers import FileNetwork, plain
-from refine.checkpoints.restricted_unpickler import COMMON_RULES, Buildable, Refused, Stub, shown
+from refine.checkpoints.inert import Buildable, Refused, Stub, shown
+from refine.checkpoints.restricted_unpickler import COMMON_RULES
 from refine.checkpoints.tensors import NUMPY_RULES, TENSOR_RULES, TensorRef
 from refine.networks import edm, stylegan2
 
@@ -93,7 +94,8 @@ def family(value: Any, seen: list[str], named: Iterable[str] = ()) -> str | None
     names = set(seen)
     table = value if isinstance(value, dict) else {}
     if "SynthesisInput" in names:
-        xl = {"SuperresGenerator", "ProjectedDiscriminator"} & names or any(name.startswith(_XL_MODULES) for name in named)
+        xl = {"SuperresGenerator", "ProjectedDiscriminator"} & names
+        xl = xl or any(name.startswith(_XL_MODULES) for name in named)
         return "a StyleGAN-XL generator" if xl else "a StyleGAN3 generator"
     if {"ProjectedDiscriminator", "FastganSynthesis"} & names:
         return "a Projected GAN or StyleGAN-XL checkpoint"
@@ -106,7 +108,8 @@ def family(value: Any, seen: list[str], named: Iterable[str] = ()) -> str | None
     if isinstance(value, Persistent):
         return f"a pickled object of the class {shown(value.class_name)}"
     if any(isinstance(item, Persistent) for item in table.values()):
-        held = ", ".join(f"{shown(str(k))} ({shown(v.class_name)})" for k, v in table.items() if isinstance(v, Persistent))
+        objects = {shown(str(key)): item for key, item in table.items() if isinstance(item, Persistent)}
+        held = ", ".join(f"{key} ({shown(item.class_name)})" for key, item in objects.items())
         return f"a pickle of NVIDIA's programs that holds {held[:160]}"
     if {"raw_mean", "raw_cov"} <= set(table):
         return "a file of cached statistics of StyleGAN's metrics"
@@ -165,6 +168,9 @@ def describe_discriminator(item: Persistent) -> FileNetwork:
 
 # EDM.
 
+# Arguments that are used only later, so that the constructor would take anything for them.
+_NUMBERS = {"dropout", "label_dropout", "sigma_min", "sigma_max", "sigma_data", "beta_d", "beta_min", "epsilon_t"}
+
 
 def describe_teacher(item: Persistent) -> FileNetwork:
     """Arguments and tensors of a preconditioned denoiser; attributes win over the arguments that once set them."""
@@ -177,6 +183,9 @@ def describe_teacher(item: Persistent) -> FileNetwork:
             value = plain(live, name)
             if name in kwargs or value != inspect.signature(cls).parameters[name].default:
                 kwargs[name] = value
+    for name in _NUMBERS & kwargs.keys():
+        if isinstance(kwargs[name], bool) or not isinstance(kwargs[name], int | float):
+            raise Refused(f"its {name} is no number")
     attributes = {}
     for name in ("sigma_min", "sigma_max"):
         if name not in names and name in item.state:

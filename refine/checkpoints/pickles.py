@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from refine.checkpoints import nvidia_pickle, rosinality, tf_pickle
+from refine.checkpoints import nvidia_pickle, pt_files, tf_pickle
 from refine.checkpoints.containers import EXPECTED, Container, saying
-from refine.checkpoints.restricted_unpickler import Machine, Refused
+from refine.checkpoints.inert import Refused
+from refine.checkpoints.restricted_unpickler import Machine
 
 _LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a pickle of torch.save's old magic number
 
@@ -20,7 +21,7 @@ def open_pickle(path: Path, stream: BinaryIO) -> Container:
         ValueError: it is broken, holds what is not allowed, or is of another family.
     """
     if stream.read(len(_LEGACY_TORCH)) == _LEGACY_TORCH:
-        return rosinality.open_legacy(path, stream)
+        return pt_files.open_legacy(path, stream)
     stream.seek(0)
     seen: list[str] = []
     rules = nvidia_pickle.rules(seen) | tf_pickle.RULES

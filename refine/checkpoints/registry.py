@@ -90,7 +90,7 @@ def build_empty(class_name: str, init_kwargs: dict[str, Any]) -> torch.nn.Module
             return cls(**init_kwargs)
     except (TypeError, ValueError, AssertionError, ArithmeticError, LookupError, AttributeError, RuntimeError) as error:
         lines = str(error).strip().splitlines()
-        reason = lines[0] if lines else type(error).__name__
+        reason = lines[0][:200] if lines else type(error).__name__
         raise ValueError(f"{class_name} cannot be built from these init kwargs: {reason}") from None
 
 

@@ -4,149 +4,35 @@ A pickle is a program; Python's unpickler runs it. This one never does. Its glob
 which build nothing but the inert values below; whatever else a file names ends the reading. What is large (tensor
 bytes, embedded source text) stays in the file: the machine notes where it lies and steps over it.
 
-Values: None, bool, int, float, str, list, tuple, set, dict (with str or int keys) and
-
-    Text      long text, its place in the file; never decoded
-    Blob      bytes, their place in the file
-    Stub      an allowed global
-    and what the stubs make, see `tensors.py` and the readers.
+Values: None, bool, int, float, str, list, tuple, set, dict (with str or int keys), those of `inert.py`, and what the
+stubs make, see `tensors.py` and the readers.
 
 Limits (opcodes, text, memo, keys) bound time and memory by the file's size; nothing here recurses. No torch.
 """
 
 from __future__ import annotations
 
-import codecs
 import io
 import struct
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
-MAX_OPCODES = 1_000_000  # the largest published files of these families have about 150,000
+from refine.checkpoints.inert import (
+    Blob,
+    Buildable,
+    OrderedTable,
+    PlacedText,
+    Refused,
+    Stub,
+    Text,
+    latin1_chunks,
+    shown,
+)
+
+MAX_OPCODES = 500_000  # the largest published files of these families have about 100,000
 MAX_TEXT = 200  # bytes; longer text stays in the file. The smallest storage written as text (protocol 2) is longer.
 _MAX_NAME = 200
 _KEY_TYPES = (str, int)
-
-
-class Refused(ValueError):
-    """Something in the file that has no place in a checkpoint; the message is ready to follow 'path: '."""
-
-
-class Text:
-    """Long text, left in the file: embedded source, or bytes written as text (protocol 2)."""
-
-    __slots__ = ("blob", "length", "offset", "stream")
-
-    def __init__(self, stream: BinaryIO, offset: int, length: int):
-        self.stream, self.offset, self.length = stream, offset, length
-        self.blob: Blob | None = None  # made by `encode_latin1`, once
-
-
-class PlacedText(str):
-    """Short text of a protocol 2 file, with its place, because bytes are written as text there."""
-
-    __slots__ = ("place",)
-
-
-class Blob:
-    """Bytes of a file: `length` of them from `offset`, or, where `text_length` is set, hidden in that many bytes of
-    UTF-8 from `offset`, one character each."""
-
-    __slots__ = ("length", "offset", "storage", "stream", "text_length")
-
-    def __init__(self, stream: BinaryIO, offset: int, length: int, text_length: int | None = None):
-        self.stream, self.offset, self.length, self.text_length = stream, offset, length, text_length
-        self.storage: Any = None  # what has been found in these bytes, so that they are looked at once
-
-    def read(self, start: int, length: int) -> bytes:
-        """`length` bytes from `start`.
-
-        Raises:
-            Refused: the file ends before them.
-        """
-        if start < 0 or length < 0 or start + length > self.length:
-            raise Refused("data end before they should")
-        if self.text_length is not None:
-            data = bytearray(length)
-            self.read_into(start, memoryview(data))
-            return bytes(data)
-        self.stream.seek(self.offset + start)
-        data = self.stream.read(length)
-        if len(data) != length:
-            raise Refused("the file is cut off")
-        return data
-
-    def read_into(self, start: int, view: memoryview) -> None:
-        """Fills a writable view of bytes from `start`, without a copy in between where that is possible.
-
-        Raises:
-            Refused: the file ends before them.
-        """
-        if start < 0 or start + len(view) > self.length:
-            raise Refused("data end before they should")
-        if self.text_length is None:
-            self.stream.seek(self.offset + start)
-            if self.stream.readinto(view) != len(view):
-                raise Refused("the file is cut off")
-            return
-        position = 0  # of the chunk among the decoded bytes
-        for chunk in _latin1_chunks(self.stream, self.offset, self.text_length):
-            low, high = max(start, position), min(start + len(view), position + len(chunk))
-            if low < high:
-                view[low - start : high - start] = chunk[low - position : high - position]
-            position += len(chunk)
-            if position >= start + len(view):
-                return
-
-
-def _latin1_chunks(stream: BinaryIO, offset: int, length: int) -> Iterator[bytes]:
-    """Bytes that were written as text, one character each; a piece at a time, so that memory stays small."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    stream.seek(offset)
-    while length:
-        data = stream.read(min(length, 1 << 20))
-        if not data:
-            raise Refused("the file is cut off")
-        length -= len(data)
-        try:
-            yield decoder.decode(data, final=length == 0).encode("latin-1")
-        except UnicodeError:
-            raise Refused("it holds text where there should be bytes") from None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Stub:
-    """An allowed global. Inert: the file can use it in these two ways only, and can change nothing about it.
-
-    Attributes:
-        name: 'module.name', as the file spells it.
-        call: What calling it (REDUCE) with a tuple of arguments gives.
-        new: What `cls.__new__(cls)` (NEWOBJ, without arguments) gives.
-    """
-
-    name: str
-    call: Callable[..., Any] | None = None
-    new: Callable[[], Any] | None = None
-
-
-class Buildable:
-    """Base of values whose state a file may set once they exist (BUILD)."""
-
-    __slots__ = ()
-
-    def build(self, state: Any) -> None:
-        raise Refused(f"it sets the state of a {type(self).__name__}")
-
-
-class OrderedTable(dict, Buildable):
-    """A dict that a file may give attributes, which are dropped (`state_dict()._metadata`)."""
-
-    __slots__ = ()
-
-    def build(self, state: Any) -> None:
-        if not isinstance(state, dict):
-            raise Refused("it sets the state of an OrderedDict")
 
 
 class Machine:
@@ -259,7 +145,7 @@ class Machine:
     def reduce(self) -> None:
         args, function = self.stack.pop(), self.stack.pop()
         if not isinstance(function, Stub) or function.call is None:
-            raise Refused(f"it calls {_what(function)}")
+            raise Refused(f"it calls {_what(function)}, which no checkpoint does")
         if not isinstance(args, tuple):
             raise Refused(f"it calls {function.name} with something that is no tuple")
         try:
@@ -270,7 +156,7 @@ class Machine:
     def new(self) -> None:
         args, cls = self.stack.pop(), self.stack.pop()
         if not isinstance(cls, Stub) or cls.new is None or args != ():
-            raise Refused(f"it makes an object of {_what(cls)}")
+            raise Refused(f"it makes an object of {_what(cls)}, which no checkpoint does")
         self.stack.append(cls.new())
 
     def build(self) -> None:
@@ -306,12 +192,6 @@ class Machine:
         self.stack.append(self.persistent_load(self.stack.pop()))
 
 
-def shown(text: str) -> str:
-    """Text from a file, fit for a message: printable, short."""
-    text = "".join(char if char.isprintable() else "?" for char in text[:100])
-    return text if len(text) <= 80 else text[:77] + "…"
-
-
 def _what(value: Any) -> str:
     return value.name if isinstance(value, Stub) else f"a {type(value).__name__}"
 
@@ -325,7 +205,7 @@ def encode_latin1(text: Any, encoding: Any) -> Blob:
         return Blob(stream, offset, len(str(text).encode("latin-1")), text_length=length)
     if text.blob is None:  # decoded once, to know the number of bytes; a file cannot make us do it again
         behind = text.stream.tell()
-        length = sum(len(chunk) for chunk in _latin1_chunks(text.stream, text.offset, text.length))
+        length = sum(len(chunk) for chunk in latin1_chunks(text.stream, text.offset, text.length))
         text.stream.seek(behind)
         text.blob = Blob(text.stream, text.offset, length, text_length=text.length)
     return text.blob

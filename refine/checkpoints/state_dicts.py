@@ -26,8 +26,8 @@ import torch
 
 from refine.checkpoints import registry
 from refine.checkpoints.containers import Container, FileNetwork, plain, saying
+from refine.checkpoints.inert import Blob, Refused, shown
 from refine.checkpoints.native import _DTYPES
-from refine.checkpoints.restricted_unpickler import Blob, Refused, shown
 from refine.checkpoints.sniff import BrokenHeader, read_safetensors_header
 from refine.checkpoints.tensors import Storage, TensorRef
 
@@ -65,7 +65,8 @@ def open_npz(path: Path, stream: BinaryIO, **given: Any) -> Container:
     refs, metadata = {}, {}
     try:
         with zipfile.ZipFile(stream) as archive, saying(str(path)):
-            if sum(info.file_size for info in archive.infolist()) > _MAX_INFLATION * size + _SPARE_BYTES:
+            inflated = sum(info.file_size for info in archive.infolist())
+            if inflated > _MAX_INFLATION * size + _SPARE_BYTES:
                 raise Refused("its arrays claim many times the memory that the file is long")
             for info in archive.infolist():
                 name = info.filename.removesuffix(".npy")
@@ -79,7 +80,7 @@ def open_npz(path: Path, stream: BinaryIO, **given: Any) -> Container:
     except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError, EOFError, KeyError, zlib.error):
         raise ValueError(f"{path} is a broken or cut-off NumPy archive") from None
     with saying(str(path)):
-        return _container(path, stream, refs, metadata, "a NumPy archive of one network", given)
+        return _container(path, stream, refs, metadata, "a NumPy archive of one network", given, inflated)
 
 
 def _npy_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[str, tuple[int, ...], bool, int]:
@@ -142,7 +143,13 @@ def _ref(stream, dtype, shape, start, length=None, fortran=False, limit=None) ->
 
 
 def _container(
-    path: Path, stream: BinaryIO, refs: dict[str, TensorRef], metadata: Mapping[str, str], family: str, given: dict
+    path: Path,
+    stream: BinaryIO,
+    refs: dict[str, TensorRef],
+    metadata: Mapping[str, str],
+    family: str,
+    given: dict,
+    nbytes: int = 0,
 ) -> Container:
     class_name, init_kwargs = _arguments(path, metadata, **given)
     kind = registry.kind_of(class_name)
@@ -150,7 +157,7 @@ def _container(
     if name is None:
         raise Refused(f"it names the class {shown(class_name)}; expected a generator, discriminator or teacher")
     network = FileNetwork(class_name, init_kwargs, refs)
-    return Container(path, stream, family, {name: (kind, lambda: network)})
+    return Container(path, stream, family, {name: (kind, lambda: network)}, nbytes=nbytes)
 
 
 def _arguments(

@@ -1,7 +1,7 @@
 """Tensors of a file that have not been read yet, and the globals by which pickles make them.
 
-A `TensorRef` knows where the numbers lie, in which dtype and layout, and how the network's own numbers follow from them.
-It can therefore be read into memory exactly once, straight into its tensor, and written back to the same place.
+A `TensorRef` knows where the numbers lie, in which dtype and layout, and how the network's own numbers follow from
+them. It can therefore be read into memory exactly once, straight into its tensor, and written back to the same place.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from refine.checkpoints.restricted_unpickler import Blob, Buildable, Refused, Stub, load_bytes, make_ordered
+from refine.checkpoints.inert import Blob, Buildable, Refused, Stub
+from refine.checkpoints.restricted_unpickler import load_bytes, make_ordered
 
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001  # of torch.save before torch 1.6
 _HEADER_BYTES = 1024  # of a legacy stream of one storage; about 244 are used
@@ -224,7 +225,8 @@ def _parse_storage(blob: Blob) -> Storage:
         values.append(value)
         position += used
     magic, version, system, (dtype, key, numel), keys = values
-    if magic != _MAGIC or version != _VERSION or not isinstance(system, dict) or system.get("little_endian") is not True:
+    little_endian = isinstance(system, dict) and system.get("little_endian") is True
+    if magic != _MAGIC or version != _VERSION or not little_endian or not isinstance(dtype, torch.dtype):
         raise Refused("it holds a storage that is not a little-endian stream of torch.save")
     if keys != [key] or blob.length != position + 8 + numel * dtype.itemsize:
         raise Refused(f"it holds a storage that does not have the {numel} numbers it claims")
@@ -319,7 +321,8 @@ def _array_ref(data: Any, dtype: Any, shape: Any, order: Any) -> TensorRef:
         raise Refused("it holds an array of impossible shape")
     numel, itemsize = math.prod(shape), dtype.dtype.itemsize
     if data.length != numel * itemsize:
-        raise Refused(f"it holds an array of shape {list(shape)} with {data.length} bytes instead of {numel * itemsize}")
+        found = f"{data.length} bytes instead of {numel * itemsize}"
+        raise Refused(f"it holds an array of shape {list(shape)} with {found}")
     steps, step = [], 1
     for size in shape if order == "F" else reversed(shape):
         steps.append(step)

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 from refine.checkpoints.containers import FileNetwork, plain
-from refine.checkpoints.restricted_unpickler import COMMON_RULES, Buildable, Refused, Stub, shown
+from refine.checkpoints.inert import Buildable, Refused, Stub, shown
+from refine.checkpoints.restricted_unpickler import COMMON_RULES
 from refine.checkpoints.tensors import NUMPY_RULES, Array, TensorRef
 
 ORIGINAL, ADA = 4, 5  # versions of their networks
@@ -288,9 +289,7 @@ def _arguments(network: Network, table: dict[str, tuple[str, Any]]) -> dict[str,
     return result
 
 
-def _translated(
-    name: str, ref: TensorRef, table: list[tuple[str, Callable[[re.Match], str]]]
-) -> tuple[str, TensorRef]:
+def _translated(name: str, ref: TensorRef, table: list[tuple[str, Callable[[re.Match], str]]]) -> tuple[str, TensorRef]:
     """Our name and view of one of their variables."""
     for pattern, ours in table:
         match = re.fullmatch(pattern, name)

@@ -1,5 +1,7 @@
 """`python -m refine export`: a network in the format that another tool reads."""
 
+from pathlib import Path
+
 import click
 
 
@@ -21,7 +23,6 @@ def export(network: str, like: str | None, out: str, format_name: str | None) ->
     """
     from refine.checkpoints import resolve
     from refine.cli.main import option
-    from refine.cli.options import check_outdir
 
     suffix = out.rpartition(".")[2].lower()
     defaults = {"pt": "rosinality", "safetensors": "native"}
@@ -30,8 +31,8 @@ def export(network: str, like: str | None, out: str, format_name: str | None) ->
     if like is None and format_name is None and suffix not in defaults:
         hint = "give the pickle that the student came from as --like" if suffix == "pkl" else "or give --format"
         raise ValueError(f"--out: found {out}; expected .pt or .safetensors, {hint}")
-    with option("--out"):
-        check_outdir(click.format_filename(out).rpartition("/")[0] or ".")
+    if not Path(out).absolute().parent.is_dir():
+        raise ValueError(f"--out: {Path(out).parent} is no folder")
     with option("--network"):
         source = resolve(network)
     with option("--like"):

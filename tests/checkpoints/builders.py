@@ -1,13 +1,14 @@
 """Files as other programs write them, built from plain data: no source of theirs is here, nor in the files.
 
-A `Global` is pickled as the bare name of a global, a `Call` as a call of one, a `New` as `cls.__new__(cls)` with a state.
-So a test can write any pickle, also hostile ones, without the modules it names.
+A `Global` is pickled as the bare name of a global, a `Call` as a call of one, a `New` as `cls.__new__(cls)` with a
+state. So a test can write any pickle, also hostile ones, without the modules it names.
 """
 
 import io
 import pickle
 from collections import OrderedDict
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ class PersistentId:
 class Pickler(pickle._Pickler):
     """Python's own pickler in Python, with three more things it can write."""
 
-    dispatch = dict(pickle._Pickler.dispatch)
+    dispatch: ClassVar[dict] = dict(pickle._Pickler.dispatch)
 
     def persistent_id(self, obj):
         return obj.value if isinstance(obj, PersistentId) else None
@@ -143,11 +144,19 @@ class Format:
 
     def module(self, module, init_kwargs=None, init_args=(), attributes=None):
         """One of our modules, and those below it, as a persistent object of the same class name."""
-        hooks = ["_backward_hooks", "_forward_hooks", "_forward_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks"]
+        hooks = [
+            "_backward_hooks",
+            "_forward_hooks",
+            "_forward_pre_hooks",
+            "_state_dict_hooks",
+            "_load_state_dict_pre_hooks",
+        ]
         if self.torch_style == 2:
             hooks += ["_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_load_state_dict_post_hooks"]
         state = {"training": False}
-        state["_parameters"] = self.table((n, None if p is None else self.parameter(p)) for n, p in module._parameters.items())
+        state["_parameters"] = self.table(
+            (n, None if p is None else self.parameter(p)) for n, p in module._parameters.items()
+        )
         state["_buffers"] = self.table((n, None if b is None else self.tensor(b)) for n, b in module._buffers.items())
         state["_non_persistent_buffers_set"] = set()
         state |= {name: OrderedDict() for name in hooks}
@@ -170,7 +179,12 @@ def stylegan2_kwargs(kwargs, style, form):
     kwargs = {**kwargs}
     mapping, synthesis = dict(kwargs.pop("mapping_kwargs", {})), dict(kwargs.pop("synthesis_kwargs", {}))
     if style == 2:
-        mapping = {"embed_features": None, "layer_features": None, "activation": "lrelu", "lr_multiplier": 0.01} | mapping
+        mapping = {
+            "embed_features": None,
+            "layer_features": None,
+            "activation": "lrelu",
+            "lr_multiplier": 0.01,
+        } | mapping
         synthesis = {"architecture": "skip", "resample_filter": [1, 3, 3, 1], "use_noise": True} | synthesis
     if style == 3:
         synthesis = {"num_fp16_res": 0, "conv_clamp": None} | synthesis
@@ -178,7 +192,12 @@ def stylegan2_kwargs(kwargs, style, form):
     return {**kwargs, "mapping_kwargs": form.easy(mapping), "synthesis_kwargs": form.easy(synthesis)}
 
 
-DATA_SET = {"class_name": "training.dataset.ImageFolderDataset", "path": "/data/x.zip", "use_labels": True, "max_size": 10}
+DATA_SET = {
+    "class_name": "training.dataset.ImageFolderDataset",
+    "path": "/data/x.zip",
+    "use_labels": True,
+    "max_size": 10,
+}
 
 
 def augment_pipe(form):
@@ -229,7 +248,8 @@ def tf_network(form, table, arrays, net, path="", changes=None):
     """A network from golden JSON and arrays ('<net>|<component path>|<variable>')."""
     state = {"version": table["version"], "name": table["name"], "static_kwargs": dict(table["static_kwargs"])}
     state["components"] = {
-        name: tf_network(form, part, arrays, net, f"{path}/{name}".lstrip("/")) for name, part in table["components"].items()
+        name: tf_network(form, part, arrays, net, f"{path}/{name}".lstrip("/"))
+        for name, part in table["components"].items()
     }
     state |= {"build_module_src": SOURCE, "build_func_name": table["build_func_name"]}
     state["variables"] = [(name, tf_array(form, arrays[f"{net}|{path}|{name}"])) for name, *_ in table["variables"]]

@@ -69,8 +69,11 @@ def _fir(x, kernel, up, pad):
 
 def _modulated(state, name, x, w, demodulate, up):
     weight = state[f"{name}.conv.weight"]
-    _, o, i, k, _ = weight.shape
-    style = w @ (state[f"{name}.conv.modulation.weight"] / math.sqrt(w.shape[1])).t() + state[f"{name}.conv.modulation.bias"]
+    _, _, i, k, _ = weight.shape
+    style = (
+        w @ (state[f"{name}.conv.modulation.weight"] / math.sqrt(w.shape[1])).t()
+        + state[f"{name}.conv.modulation.bias"]
+    )
     kernel = weight / math.sqrt(i * k * k) * style[:, None, :, None, None]
     if demodulate:
         kernel = kernel * (kernel.square().sum(dim=[2, 3, 4], keepdim=True) + 1e-8).rsqrt()
@@ -98,7 +101,10 @@ def generate(state, z, psi=1.0, latent_avg=None):
     """Images of the state dict's generator with its constant noise."""
     x = z * (z.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
     for i in range(sum(name.startswith("style.") for name in state) // 2):
-        weight, bias = state[f"style.{i + 1}.weight"] * 0.01 / math.sqrt(z.shape[1]), state[f"style.{i + 1}.bias"] * 0.01
+        weight, bias = (
+            state[f"style.{i + 1}.weight"] * 0.01 / math.sqrt(z.shape[1]),
+            state[f"style.{i + 1}.bias"] * 0.01,
+        )
         x = F.leaky_relu(x @ weight.t() + bias, 0.2) * math.sqrt(2)
     w = x if psi == 1 else latent_avg + psi * (x - latent_avg)
     h = state["input.input"].repeat(len(z), 1, 1, 1)

@@ -115,7 +115,6 @@ def test_bad_originals_are_refused(name, reason):
 # Built files: every golden network, in every way of writing.
 
 
-
 @each_with_a_format(GENERATORS)
 def test_generators(name, form, tmp_path):
     G, data = golden_network(name)
@@ -158,7 +157,9 @@ def test_positional_arguments(tmp_path):
     assert_generator(load_generator(path), data)
 
 
-@pytest.mark.parametrize("channels_last, dtype", list(itertools.product([False, True], [torch.float32, torch.float64, torch.float16])))
+@pytest.mark.parametrize(
+    "channels_last, dtype", list(itertools.product([False, True], [torch.float32, torch.float64, torch.float16]))
+)
 def test_memory_formats_and_dtypes(channels_last, dtype, tmp_path):
     G, data = golden_network("g03_resnet_uncond")
     form = Format(channels_last=channels_last, dtype=dtype)
@@ -242,7 +243,7 @@ def test_live_attributes_of_a_teacher_win(tmp_path):
 def test_wrong_kind(tmp_path):
     G, _ = golden_network("g01_skip_uncond")
     path = write(tmp_path / "g.pkl", stylegan2_file(Format(), G))
-    with pytest.raises(ValueError, match="g.pkl is a StyleGAN2 pickle; expected a teacher: an EDM pickle"):
+    with pytest.raises(ValueError, match=r"g.pkl is a StyleGAN2 pickle; expected a teacher: an EDM pickle"):
         load_teacher(path)
     net, _ = golden_teacher("song_ddpmpp_edm_uncond")
     with pytest.raises(ValueError, match="is an EDM pickle; expected a generator"):

@@ -25,15 +25,16 @@ def save(path, table, legacy=False):
     return path
 
 
-@pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("size, multiplier, layers, dim", [(4, 2, 1, 16), (8, 2, 8, 16), (64, 1, 2, 8)])
+@pytest.mark.parametrize(
+    "size, multiplier, layers, dim, legacy", [(4, 2, 1, 16, True), (8, 2, 8, 16, False), (64, 1, 2, 8, False)]
+)
 def test_images(size, multiplier, layers, dim, legacy, tmp_path):
     state = random_generator(size, multiplier, layers, dim)
     latent_avg = torch.randn(dim)
     path = save(tmp_path / "x.pt", {"g_ema": OrderedDict(state), "latent_avg": latent_avg}, legacy)
     G = load_generator(path)
     assert (G.z_dim, G.w_dim, G.c_dim, G.img_resolution, G.mapping.num_layers) == (dim, dim, 0, size, layers)
-    z = torch.randn(2, dim)
+    z = torch.randn(1 if size == 64 else 2, dim)
     for psi in (1.0, 0.7):
         image = G(z, None, truncation_psi=psi, noise_mode="const")
         assert max_error(image, generate(state, z, psi, latent_avg)) < TOLERANCE
@@ -125,7 +126,7 @@ def test_refused(state, changes, reason, tmp_path):
 )
 def test_other_files_are_named(table, family, tmp_path):
     for legacy in (False, True):
-        with pytest.raises(ValueError, match=f"x.pt is {family}.*; expected"):
+        with pytest.raises(ValueError, match=f"x.pt is .*{family}.*; expected"):
             load_generator(save(tmp_path / "x.pt", table, legacy))
 
 
@@ -139,15 +140,16 @@ def ours(**changes):
         part, _, key = name.rpartition("__")
         (kwargs[part] if part else kwargs)[key] = value
     G = Generator(**kwargs)
-    for name, p in G.named_parameters():
+    for p in G.parameters():
         if p.ndim <= 1:
             p.data.add_(0.3 * torch.randn_like(p))
     G.mapping.w_avg.copy_(torch.randn(16))
-    return G.requires_grad_(False)
+    return G.eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize(
-    "changes, error", [({}, 0), ({"mapping_kwargs__lr_multiplier": 0.1}, 1e-6), ({"synthesis_kwargs__use_noise": False}, 0)]
+    "changes, error",
+    [({}, 0), ({"mapping_kwargs__lr_multiplier": 0.1}, 1e-6), ({"synthesis_kwargs__use_noise": False}, 0)],
 )
 def test_written_files(changes, error, tmp_path):
     G = ours(**changes)
@@ -161,7 +163,8 @@ def test_written_files(changes, error, tmp_path):
     assert max_error(loaded(z, None, 0.7, noise_mode="const"), expected) <= max(error * 10, 1e-6)
     for name, value in G.state_dict().items():
         if "conv1.resample_filter" not in name and "b4.resample" not in name:
-            torch.testing.assert_close(loaded.state_dict()[name], value * (10 if "fc" in name and error else 1), rtol=error, atol=0)
+            factor = 10 if "fc" in name and error else 1
+            torch.testing.assert_close(loaded.state_dict()[name], value * factor, rtol=error, atol=0)
 
 
 def test_there_and_back_again(state, tmp_path):

@@ -10,7 +10,13 @@ import torch
 from refine.checkpoints import load_generator, load_teacher
 from refine.checkpoints.containers import open_container
 from refine.checkpoints.state_dicts import save_plain
-from tests.checkpoints.test_nvidia_pickle import assert_generator, assert_same, assert_teacher, golden_network, golden_teacher
+from tests.checkpoints.test_nvidia_pickle import (
+    assert_generator,
+    assert_same,
+    assert_teacher,
+    golden_network,
+    golden_teacher,
+)
 
 
 def write(path, net, kwargs=None):
@@ -59,7 +65,7 @@ def test_save_plain(tmp_path):
 
 def test_compressed_and_fortran_order(tmp_path):
     G, _ = golden_network("g01_skip_uncond")
-    arrays = {name: np.asfortranarray(value.numpy()) for name, value in G.state_dict().items()}
+    arrays = {name: value.numpy().copy(order="F") for name, value in G.state_dict().items()}
     np.savez_compressed(tmp_path / "x.npz", init_kwargs=np.array(json.dumps(G.init_kwargs)), **arrays)
     assert_same(load_generator(tmp_path / "x.npz"), G)
 

@@ -20,7 +20,8 @@ def numpy_arrays(name):
 
 def build(tmp_path, name, options=None, table=None, changes=None):
     table = table or read_json(f"stylegan2/tf/{name}")
-    return write(tmp_path / "x.pkl", tf_file(Format(**(options or {"protocol": 3})), table, numpy_arrays(name), changes))
+    form = Format(**(options or {"protocol": 3}))
+    return write(tmp_path / "x.pkl", tf_file(form, table, numpy_arrays(name), changes))
 
 
 def assert_numbers(path, name, with_d=True):
