@@ -114,6 +114,8 @@ class _LargeTensorsOnMeta(TorchFunctionMode):
             size = kwargs.get("size", args[0] if args and isinstance(args[0], tuple | list) else args)
             if math.prod(size if isinstance(size, tuple | list) else (size,)) > 4096:
                 kwargs["device"] = "meta"
+                if func in (torch.randn, torch.rand):  # on meta these two import torch's symbolic shapes (1 s)
+                    func = torch.empty
         elif func in _SCALINGS and len(args) == 2 and args[0].is_meta and isinstance(args[1], int | float):
             return args[0]  # has no values to scale; the first arithmetic on meta would import torch's compiler (5 s)
         return func(*args, **kwargs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -200,7 +201,9 @@ def _measure(
     from refine.metrics.paired import paired_difference
 
     runs: dict[str, list[dict[str, Any]]] = {"before": [], "after": []}
-    with tqdm(total=2 * num * len(seed_ranges), unit="img", desc="compare", disable=not progress) as bar:
+    interval = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file wants few lines
+    total = 2 * num * len(seed_ranges)
+    with tqdm(total=total, unit="img", desc="compare", disable=not progress, mininterval=interval) as bar:
         for index in seed_ranges:
             seeds = range(index * num, (index + 1) * num)
             for name, side in sides.items():
