@@ -43,8 +43,8 @@ class RefineConfig:
     aux_lr: float = 1e-4
     betas: tuple[float, float] = (0.0, 0.999)  # Adam, student
     aux_betas: tuple[float, float] = (0.0, 0.999)  # Adam, auxiliary network
-    lr_schedule: str = "constant"  # of both, over the run's kimg; 'cosine' and 'linear' go to zero
-    lr_rampup_kimg: float = 0.0  # both rise linearly from zero
+    lr_schedule: str = "constant"  # of the student, over the run's kimg; aux must keep up and keeps its rate
+    lr_rampup_kimg: float = 0.0  # the student's rate rises linearly from zero
 
     sigma: SigmaOptions = field(default_factory=SigmaOptions)  # noise levels of the student step
     aux_sigma: SigmaOptions = field(default_factory=SigmaOptions)  # noise levels of the auxiliary step
@@ -101,7 +101,7 @@ class RefineConfig:
         return math.ceil(round(self.aux_warmup_kimg * 1000) / self.batch)
 
     def lr_factor(self, nimg: int) -> float:
-        """What the learning rates are multiplied with after nimg images."""
+        """What the student's learning rate is multiplied with after nimg images."""
         progress = min(nimg / (self.kimg * 1000), 1.0)
         factor = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
         rampup = min((nimg + self.batch) / (self.lr_rampup_kimg * 1000), 1.0) if self.lr_rampup_kimg > 0 else 1.0
@@ -148,7 +148,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sigma": SigmaOptions(P_mean=-0.4),
         "aux_sigma": SigmaOptions(P_mean=-0.4),
         "aux_warmup_kimg": 3.2,
-        "ema_kimg": 2.0,
+        "ema_kimg": 1.5,
+        "ema_rampup": None,  # in so short a run the ramp-up would leave next to no averaging
         "tick": 0.96,
         "snap": 5,
         "metrics": ("fd2k-digits",),

@@ -95,10 +95,9 @@ class Trainer:
 
     def step(self) -> None:
         """The auxiliary steps and the student step of one iteration, and the moving average."""
-        factor = self.config.lr_factor(self.nimg)
         for _ in range(self.config.aux_steps):
-            self.aux_step(self.config.aux_lr * factor)
-        self.student_step(self.config.lr * factor)
+            self.aux_step(self.config.aux_lr)
+        self.student_step(self.config.lr * self.config.lr_factor(self.nimg))
         beta = ema_beta(self.config.batch, self.nimg, self.config.ema_kimg, self.config.ema_rampup)
         update_ema(self.G_ema, self.G, beta)
         self.nimg += self.config.batch
@@ -224,7 +223,6 @@ class Trainer:
         rate = images / max(seconds, 1e-9)
         remaining = (config.num_steps * config.batch - self.nimg) / rate
         memory = peak_memory(self.device)
-        factor = config.lr_factor(max(self.nimg - config.batch, 0))
         fields = [
             f"tick {tick:<5d}",
             f"kimg {kimg:<8.1f}",
@@ -239,8 +237,8 @@ class Trainer:
         with tqdm.external_write_mode():
             self.run_dir.log(" ".join(fields))
         stats |= {
-            "Progress/lr": config.lr * factor,
-            "Progress/aux_lr": config.aux_lr * factor,
+            "Progress/lr": config.lr * config.lr_factor(max(self.nimg - config.batch, 0)),
+            "Progress/aux_lr": config.aux_lr,
             "Timing/img_per_sec": rate,
             "Timing/sec_per_tick": seconds,
             "Timing/total_hours": self.elapsed / 3600,

@@ -114,7 +114,7 @@ def test_files_that_cannot_be_used(function, tmp_path):
     for data, what in [
         (b"", "an empty file"),
         (b"<html></html>", "an HTML page"),
-        (b"\x80\x04}.", "a Python pickle (protocol 4)"),
+        (b"\x80\x04}.", "a pickle of an empty table"),
         (safetensors.torch.save({"a": torch.zeros(1)}), "a safetensors file of another program"),
     ]:
         path.write_bytes(data)

@@ -98,7 +98,7 @@ def _read_native(path: Path, kind: str, preferred: str) -> torch.nn.Module:
 def _read_container(path: Path, kind: str, preferred: str) -> torch.nn.Module:
     from refine.checkpoints.containers import open_container
 
-    with open_container(path) as container:
+    with open_container(path, expected=_EXPECTED[kind]) as container:
         of_kind = [name for name, found in container.members.items() if found == kind]
         if not of_kind:
             raise ValueError(f"{path} is {container.family}; expected {_EXPECTED[kind]}")

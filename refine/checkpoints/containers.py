@@ -36,7 +36,8 @@ class FileNetwork:
         class_name: Key of `registry.NETWORK_CLASSES`.
         init_kwargs: Constructor arguments, plain values.
         tensors: Name in the state_dict → where its numbers are.
-        computed: Names that the file does not hold, because the constructor computes them (filters).
+        computed: Names that the file does not hold: the constructor computes them (filters), or they are drawn (noise).
+        finish: What is left to do once the network is built; None = nothing.
         attributes: Numbers to set on the network once it is built.
         notes: What a person should know about this reading.
     """
@@ -45,6 +46,7 @@ class FileNetwork:
     init_kwargs: dict[str, Any]
     tensors: dict[str, TensorRef]
     computed: Callable[[str], bool] = lambda name: False
+    finish: Callable[[torch.nn.Module], None] | None = None
     attributes: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -61,10 +63,17 @@ class FileNetwork:
         network = registry.build_empty(self.class_name, self.init_kwargs)
         expected = network.state_dict()
         self._check(expected, limit)
-        state = {name: self.tensors[name].read() if name in self.tensors else expected[name] for name in expected}
+        state, rng = {}, torch.Generator().manual_seed(0)
+        for name, made in expected.items():
+            if name in self.tensors:
+                state[name] = self.tensors[name].read()
+            else:  # constant noise that a file lacks is the same at every loading
+                state[name] = torch.randn(made.shape, generator=rng) if name.endswith("noise_const") else made
         network.load_state_dict(state, strict=True, assign=True)
         for name, value in self.attributes.items():
             setattr(network, name, value)
+        if self.finish is not None:
+            self.finish(network)
         return network
 
     def _check(self, expected: Mapping[str, torch.Tensor], limit: int) -> None:
@@ -145,21 +154,22 @@ class Container:
 
 @contextmanager
 def saying(what: str) -> Iterator[None]:
-    """Puts the file before what is wrong with it."""
+    """Puts the file before what is wrong with it; names from the file cannot break the line or the terminal."""
     try:
         yield
     except ValueError as error:
-        text = str(error)
+        text = "".join(char if char.isprintable() else "?" for char in str(error))
         raise ValueError(text if text.startswith(what) else f"{what}: {text}") from None
 
 
 @contextmanager
-def open_container(path: str | os.PathLike, **options: Any) -> Iterator[Container]:
+def open_container(path: str | os.PathLike, expected: str | None = None, **options: Any) -> Iterator[Container]:
     """Opens a pickle, a `.pt`, `.npz` or safetensors file of another program, for as long as the block lasts.
 
     Args:
         path: The file.
-        **options: For `state_dicts.open_state_dict`.
+        expected: What a refusal says was expected instead. None = every kind of file that can be read.
+        **options: `init_kwargs` and `class_name` of a plain state dict, see `state_dicts`.
 
     Raises:
         ValueError: the file is broken or none of those; one sentence says what it is and what was expected.
@@ -167,7 +177,7 @@ def open_container(path: str | os.PathLike, **options: Any) -> Iterator[Containe
     from refine.checkpoints import pickles, pt_files, state_dicts
     from refine.checkpoints.sniff import sniff
 
-    found = sniff(path)
+    found, expected = sniff(path), expected or EXPECTED
     openers = {
         "pickle": pickles.open_pickle,
         "torch": pt_files.open_zip,
@@ -175,9 +185,10 @@ def open_container(path: str | os.PathLike, **options: Any) -> Iterator[Containe
         "safetensors": state_dicts.open_safetensors,
     }
     if found.kind not in openers:
-        raise ValueError(f"{path} is {found.description}; expected {EXPECTED}")
+        raise ValueError(f"{path} is {found.description}; expected {expected}")
     with open(path, "rb") as stream:
-        yield openers[found.kind](Path(path), stream, **(options if found.kind in ("npz", "safetensors") else {}))
+        given = options if found.kind in ("npz", "safetensors") else {}
+        yield openers[found.kind](Path(path), stream, expected, **given)
 
 
 EXPECTED = (

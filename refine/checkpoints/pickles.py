@@ -7,21 +7,21 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from refine.checkpoints import nvidia_pickle, pt_files, tf_pickle
-from refine.checkpoints.containers import EXPECTED, Container, saying
+from refine.checkpoints.containers import Container, saying
 from refine.checkpoints.inert import Refused
 from refine.checkpoints.restricted_unpickler import Machine
 
 _LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a pickle of torch.save's old magic number
 
 
-def open_pickle(path: Path, stream: BinaryIO) -> Container:
+def open_pickle(path: Path, stream: BinaryIO, expected: str) -> Container:
     """The networks of a raw pickle.
 
     Raises:
         ValueError: it is broken, holds what is not allowed, or is of another family.
     """
     if stream.read(len(_LEGACY_TORCH)) == _LEGACY_TORCH:
-        return pt_files.open_legacy(path, stream)
+        return pt_files.open_legacy(path, stream, expected)
     stream.seek(0)
     seen: list[str] = []
     rules = nvidia_pickle.rules(seen) | tf_pickle.RULES
@@ -32,13 +32,13 @@ def open_pickle(path: Path, stream: BinaryIO) -> Container:
         # Files of other families often hold globals of their own: then the family is the more helpful answer.
         named = nvidia_pickle.family(None, seen, machine.globals)
         if named is not None and "has no place" in str(error):
-            raise ValueError(f"{path} is {named}; expected {EXPECTED}") from None
+            raise ValueError(f"{path} is {named}; expected {expected}") from None
         raise ValueError(f"{path}: {error}") from None
     with saying(str(path)):
         found = _members(value)
     if found is None:
         named = tf_pickle.family(value) or nvidia_pickle.family(value, seen) or _plainly(value)
-        raise ValueError(f"{path} is {named}; expected {EXPECTED}")
+        raise ValueError(f"{path} is {named}; expected {expected}")
     resizable = machine.protocol == 2 and not machine.framed
     return Container(path, stream, *found, resizable=resizable, writable=True)
 

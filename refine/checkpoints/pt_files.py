@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import torch
 
 from refine.checkpoints import nvidia_pickle, rosinality
-from refine.checkpoints.containers import EXPECTED, Container, saying
+from refine.checkpoints.containers import Container, saying
 from refine.checkpoints.inert import Blob, Buildable, Refused, Stub, shown
 from refine.checkpoints.restricted_unpickler import Machine
 from refine.checkpoints.tensors import STORAGE_RULES, Array, Storage, TensorRef, storage_id
@@ -40,7 +40,7 @@ def _rules(seen: list[str]) -> dict[str, Stub]:
 # The two containers of torch.save.
 
 
-def open_zip(path: Path, stream: BinaryIO) -> Container:
+def open_zip(path: Path, stream: BinaryIO, expected: str) -> Container:
     """The networks of a `.pt` in torch.save's zip format.
 
     Raises:
@@ -57,7 +57,7 @@ def open_zip(path: Path, stream: BinaryIO) -> Container:
                 raise Refused(f"its pickle claims {pickled.file_size} bytes")
             data = archive.read(pickled)
     except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError, KeyError, EOFError):
-        raise ValueError(f"{path} is a broken or cut-off zip archive; expected {EXPECTED}") from None
+        raise ValueError(f"{path} is a broken or cut-off zip archive; expected {expected}") from None
     except Refused as error:
         raise ValueError(f"{path}: {error}") from None
     blobs: dict[str, Blob] = {}
@@ -71,8 +71,8 @@ def open_zip(path: Path, stream: BinaryIO) -> Container:
         return _storage(blobs[key], dtype, numel)
 
     seen: list[str] = []
-    value = _unpickle(path, Machine(BytesIO(data), len(data), _rules(seen), persistent_load), seen)
-    return _container(path, stream, value, seen)
+    value = _unpickle(path, Machine(BytesIO(data), len(data), _rules(seen), persistent_load), seen, expected)
+    return _container(path, stream, value, seen, expected)
 
 
 def _zip_entry(stream: BinaryIO, info: zipfile.ZipInfo, size: int) -> Blob:
@@ -87,7 +87,7 @@ def _zip_entry(stream: BinaryIO, info: zipfile.ZipInfo, size: int) -> Blob:
     return Blob(stream, start, info.file_size)
 
 
-def open_legacy(path: Path, stream: BinaryIO) -> Container:
+def open_legacy(path: Path, stream: BinaryIO, expected: str) -> Container:
     """The networks of a `.pt` in the stream format of torch.save before torch 1.6.
 
     Raises:
@@ -111,7 +111,7 @@ def open_legacy(path: Path, stream: BinaryIO) -> Container:
     values = []
     for index in range(5):
         rules, load = (_rules(seen), persistent_load) if index == 3 else ({}, None)
-        values.append(_unpickle(path, Machine(stream, size, rules, load), seen))
+        values.append(_unpickle(path, Machine(stream, size, rules, load), seen, expected))
     with saying(str(path)):
         system, keys = values[2], values[4]
         if values[1] != 1001 or not isinstance(system, dict) or system.get("little_endian") is not True:
@@ -127,7 +127,7 @@ def open_legacy(path: Path, stream: BinaryIO) -> Container:
             if blobs[key].offset + blobs[key].length > size:
                 raise Refused("it is cut off")
             stream.seek(blobs[key].offset + blobs[key].length)
-    return _container(path, stream, values[3], seen)
+    return _container(path, stream, values[3], seen, expected)
 
 
 def _storage(blob: Blob, dtype: torch.dtype, numel: int) -> Storage:
@@ -139,23 +139,23 @@ def _storage(blob: Blob, dtype: torch.dtype, numel: int) -> Storage:
     return blob.storage
 
 
-def _unpickle(path: Path, machine: Machine, seen: list[str]) -> Any:
+def _unpickle(path: Path, machine: Machine, seen: list[str], expected: str) -> Any:
     try:
         return machine.load()
     except Refused as error:
         if seen and "has no place" in str(error):
-            raise ValueError(f"{path} is {_family(None, seen)}; expected {EXPECTED}") from None
+            raise ValueError(f"{path} is {_family(None, seen)}; expected {expected}") from None
         raise ValueError(f"{path}: {error}") from None
 
 
 # What is in it.
 
 
-def _container(path: Path, stream: BinaryIO, value: Any, seen: list[str]) -> Container:
+def _container(path: Path, stream: BinaryIO, value: Any, seen: list[str], expected: str) -> Container:
     with saying(str(path)):
         members = rosinality.members(value)
     if members is None:
-        raise ValueError(f"{path} is {_family(value, seen)}; expected {EXPECTED}")
+        raise ValueError(f"{path} is {_family(value, seen)}; expected {expected}")
     return Container(path, stream, rosinality.FAMILY, members)
 
 

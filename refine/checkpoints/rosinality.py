@@ -19,6 +19,7 @@ from refine.checkpoints.tensors import TensorRef
 
 LR_MULTIPLIER = 0.01  # of the mapping network in all of their scripts; the file does not tell
 FAMILY = "a rosinality-style .pt"
+_MEAN_OF = 10_000  # z from which a missing mean of w is estimated
 
 
 def members(value: Any) -> dict[str, tuple[str, Callable[[], FileNetwork]]] | None:
@@ -135,15 +136,26 @@ def describe_generator(state: Mapping[Any, Any], w_avg: Any = None) -> FileNetwo
         tensors["mapping.w_avg"] = w_avg.squeezed()
     else:
         computed.add("mapping.w_avg")
-        notes.append("no mean of w is stored: truncation (psi below 1) needs one, and it is zero here")
+        notes.append(f"no mean of w is stored, which truncation needs: it is estimated from {_MEAN_OF:,} draws")
     if not any(name.startswith("noises.") for name in refs):
         computed |= {f"synthesis.b{4 << i}.conv{k}.noise_const" for i in range(9) for k in (0, 1)}
-        notes.append("no constant noise is stored (files before 2020): it was drawn anew")
+        notes.append("no constant noise is stored (files before 2020): it is drawn with a fixed seed")
     synthesis = {"channel_base": 16384 * multiplier, "channel_max": 512, "architecture": "skip"}
     init_kwargs = {"z_dim": dim[0], "c_dim": 0, "w_dim": dim[0], "img_resolution": size, "img_channels": 3}
     init_kwargs["mapping_kwargs"] = {"num_layers": layers, "lr_multiplier": LR_MULTIPLIER}
     init_kwargs["synthesis_kwargs"] = {**synthesis, "resample_filter": _taps(taps)}
-    return FileNetwork("stylegan2.Generator", init_kwargs, tensors, computed=computed.__contains__, notes=notes)
+    finish = estimate_w_avg if "mapping.w_avg" in computed else None
+    return FileNetwork("stylegan2.Generator", init_kwargs, tensors, computed.__contains__, finish, notes=notes)
+
+
+@torch.no_grad()
+def estimate_w_avg(network: torch.nn.Module) -> None:
+    """Sets w_avg to the mean of w over a fixed set of random z."""
+    rng, total = torch.Generator().manual_seed(0), torch.zeros(network.w_dim, dtype=torch.float64)
+    for _ in range(10):
+        z = torch.randn(_MEAN_OF // 10, network.z_dim, generator=rng)
+        total += network.mapping(z, None, skip_w_avg_update=True)[:, 0].double().sum(dim=0)
+    network.mapping.w_avg.copy_(total / _MEAN_OF)
 
 
 def _taps(count: int) -> list[int]:

@@ -36,7 +36,7 @@ _MAX_INFLATION, _SPARE_BYTES = 4, 64 << 20  # compressed weights: 1.1 times, or 
 _NPY_DTYPES = {"f2": torch.float16, "f4": torch.float32, "f8": torch.float64}
 
 
-def open_safetensors(path: Path, stream: BinaryIO, **given: Any) -> Container:
+def open_safetensors(path: Path, stream: BinaryIO, expected: str, **given: Any) -> Container:
     """The network of a plain safetensors file.
 
     Raises:
@@ -46,6 +46,7 @@ def open_safetensors(path: Path, stream: BinaryIO, **given: Any) -> Container:
         infos, metadata = read_safetensors_header(path)
     except BrokenHeader as error:
         raise ValueError(f"{path} is a safetensors file {error}") from None
+    _check_arguments(path, metadata, given, "a safetensors file of another program", expected)
     with saying(str(path)):
         refs = {}
         for name, info in infos.items():
@@ -55,7 +56,7 @@ def open_safetensors(path: Path, stream: BinaryIO, **given: Any) -> Container:
         return _container(path, stream, refs, dict(metadata), "a plain safetensors file", given)
 
 
-def open_npz(path: Path, stream: BinaryIO, **given: Any) -> Container:
+def open_npz(path: Path, stream: BinaryIO, expected: str, **given: Any) -> Container:
     """The network of a NumPy archive.
 
     Raises:
@@ -78,7 +79,8 @@ def open_npz(path: Path, stream: BinaryIO, **given: Any) -> Container:
                     raise Refused(f"{shown(name)} has dtype {shown(dtype)}; expected floating point numbers")
                 refs[name] = _npy_ref(archive, stream, info, _NPY_DTYPES[dtype], shape, fortran, start, size)
     except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError, EOFError, KeyError, zlib.error):
-        raise ValueError(f"{path} is a broken or cut-off NumPy archive") from None
+        raise ValueError(f"{path} is a broken or cut-off NumPy archive; expected {expected}") from None
+    _check_arguments(path, metadata, given, "a NumPy archive (.npz)", expected)
     with saying(str(path)):
         return _container(path, stream, refs, metadata, "a NumPy archive of one network", given, inflated)
 
@@ -160,6 +162,15 @@ def _container(
     return Container(path, stream, family, {name: (kind, lambda: network)}, nbytes=nbytes)
 
 
+def _check_arguments(path: Path, metadata: Mapping[str, str], given: dict, what: str, expected: str) -> None:
+    """Whether anything tells how the network is built; otherwise the file could be of any program."""
+    if given.get("init_kwargs") is None and "init_kwargs" not in metadata and not path.with_suffix(".json").is_file():
+        raise ValueError(
+            f"{path} is {what}, and nothing tells how its network is built (init kwargs in its metadata, or in "
+            f"{path.stem}.json beside it); expected {expected}"
+        )
+
+
 def _arguments(
     path: Path, metadata: Mapping[str, str], init_kwargs: dict | None = None, class_name: str | None = None
 ) -> tuple[str, dict[str, Any]]:
@@ -168,15 +179,11 @@ def _arguments(
         table = init_kwargs
     elif "init_kwargs" in metadata:
         table = {"init_kwargs": _json(metadata["init_kwargs"]), "class": metadata.get("class")}
-    elif path.with_suffix(".json").is_file():
+    else:
         beside = path.with_suffix(".json")
         if beside.stat().st_size > _MAX_JSON_BYTES:
             raise Refused(f"{beside.name} beside it is too long")
         table = _json(beside.read_text(encoding="utf-8"))
-    else:
-        raise Refused(
-            f"nothing tells how its network is built; expected init kwargs as metadata or in {path.stem}.json beside it"
-        )
     if isinstance(table, dict) and "init_kwargs" in table:
         class_name, table = class_name or table.get("class"), table["init_kwargs"]
     if not isinstance(table, dict):

@@ -79,8 +79,8 @@ def _opt(flag: str, name: str, text: str, **kwargs: Any):
 @_opt("--aux-lr", "aux_lr", "Learning rate of the auxiliary network (Adam).", type=float)
 @_opt("--betas", "betas", "Adam's betas, student.", metavar="B1,B2")
 @_opt("--aux-betas", "aux_betas", "Adam's betas, auxiliary network.", metavar="B1,B2")
-@_opt("--lr-schedule", "lr_schedule", "Of both rates over the run.", type=click.Choice(SCHEDULES))
-@_opt("--lr-rampup-kimg", "lr_rampup_kimg", "Both rates rise from zero over so many kimg.", type=float)
+@_opt("--lr-schedule", "lr_schedule", "Of the student's rate over the run; the auxiliary network keeps its own.", type=click.Choice(SCHEDULES))
+@_opt("--lr-rampup-kimg", "lr_rampup_kimg", "The student's rate rises from zero over so many kimg.", type=float)
 @_opt(
     "--sigma",
     "sigma",
@@ -99,7 +99,7 @@ def _opt(flag: str, name: str, text: str, **kwargs: Any):
     type=float,
 )
 @_opt("--ema-kimg", "ema_kimg", "Half-life of the student's moving average.", type=float)
-@_opt("--ema-rampup", "ema_rampup", "Half-life at most this share of the images so far.", type=float)
+@_opt("--ema-rampup", "ema_rampup", "Half-life at most this share of the images so far; 0 = no limit.", type=float)
 @_opt("--noise-mode", "noise_mode", "Noise inputs of the student while training.", type=click.Choice(NOISE_MODES))
 @_opt("--train", "train", "Which part of the student moves.", type=click.Choice(TRAINABLE))
 @_opt("--dropout", "dropout", "Train the auxiliary network with the dropout of its file.", type=bool)
@@ -153,6 +153,7 @@ def make_config(given: dict[str, Any]) -> RefineConfig:
             text = parsed.pop(f"{name}_range", None)
             law = dataclasses.replace(law, **_range(text)) if text else law
         parsed[name] = law
+    parsed["ema_rampup"] = parsed.get("ema_rampup", RefineConfig.ema_rampup) or None
     if "metrics" in given:
         names = given["metrics"].split(",")
         parsed["metrics"] = () if names == ["none"] else tuple(names)

@@ -1,5 +1,6 @@
 """What was read is given back: the same container with other numbers, other formats, the command."""
 
+import copy
 import pickletools
 
 import pytest
@@ -10,6 +11,7 @@ from refine.checkpoints.containers import open_container
 from refine.cli.main import run_command
 from tests.checkpoints import test_tf_pickle as tf
 from tests.checkpoints.builders import Format, edm_file, stylegan2_file, write
+from tests.checkpoints.rosinality_reference import random_generator
 from tests.checkpoints.test_nvidia_pickle import (
     FORMATS,
     PICKLES,
@@ -85,14 +87,14 @@ def test_every_way_of_writing(kind, options, tmp_path):
         name = "tf06_ada_boxfilter_none"
         data = tf.tf_file(form, tf.read_json(f"stylegan2/tf/{name}"), tf.numpy_arrays(name))
         write(source, data)
-    export.write_like(source, out, load_members(source))
+    before = load_members(source)
+    export.write_like(source, out, before)
     assert out.read_bytes() == source.read_bytes()
-    refined = {key: perturbed(net) for key, net in load_members(source).items() if key in ("G_ema", "ema")}
+    refined = {key: perturbed(copy.deepcopy(net)) for key, net in before.items() if key in ("G_ema", "ema")}
     export.write_like(source, out, refined)
     for key, net in load_members(out).items():
-        for a, b in zip(
-            refined.get(key, load_members(source)[key]).state_dict().values(), net.state_dict().values(), strict=True
-        ):
+        expected = refined.get(key, before[key]).state_dict()
+        for a, b in zip(expected.values(), net.state_dict().values(), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-7 if kind == "tf" else 0)
     assert globals_of(out) == globals_of(source)
 
@@ -186,6 +188,21 @@ def test_command_between_formats(capsys, tmp_path):
     for path in files.values():
         assert_same(load_teacher(path), load_teacher(source))
     assert native.read_metadata(files["native"])["provenance"]["converted_from"]["file"] == source.name
+
+
+def test_command_to_rosinality_and_back(capsys, tmp_path):
+    G = golden_rosinality(tmp_path / "a.pt")
+    assert run(capsys, f"--network={tmp_path / 'a.pt'}", f"--out={tmp_path / 'n.safetensors'}")[0] == 0
+    code, text, _ = run(capsys, f"--network={tmp_path / 'n.safetensors'}", f"--out={tmp_path / 'b.pt'}")
+    assert code == 0 and text == f"Wrote {tmp_path / 'b.pt'}\n"
+    assert_same(load_generator(tmp_path / "b.pt"), G)
+    code, _, err = run(capsys, f"--network={tmp_path / 'a.pt'}", f"--like={tmp_path / 'a.pt'}", "--out=x.pt")
+    assert code == 2 and err.startswith("Error: --like") and "only pickles are written back" in err
+
+
+def golden_rosinality(path):
+    torch.save({"g_ema": random_generator(4, 2, 1, 8), "latent_avg": torch.randn(8)}, path)
+    return load_generator(path)
 
 
 def test_command_failures(capsys, tmp_path):

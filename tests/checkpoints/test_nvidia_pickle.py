@@ -277,6 +277,6 @@ def other_families(form):
 def test_other_families_are_named(family, tmp_path):
     form = Format()
     path = write(tmp_path / "x.pkl", form.dumps(other_families(form)[family]))
-    with pytest.raises(ValueError, match=f"x.pkl is .*{family}.*; expected a StyleGAN2 or EDM pickle") as caught:
+    with pytest.raises(ValueError, match=f"x.pkl is .*{family}.*; expected a generator: a StyleGAN2 pickle") as caught:
         load_generator(path)
     assert "\n" not in str(caught.value)

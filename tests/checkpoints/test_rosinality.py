@@ -62,7 +62,26 @@ def test_bare_state_dict_and_no_noises(state, tmp_path):
     path = save(tmp_path / "x.pt", bare)
     with open_container(path) as container:
         assert any("noise" in note for note in container.network("G_ema").notes)
+        again = container.load("G_ema")
+    torch.manual_seed(5)
+    assert torch.equal(load_generator(path).synthesis.b8.conv0.noise_const, again.synthesis.b8.conv0.noise_const)
     assert torch.equal(load_generator(path).synthesis.b8.conv0.weight, state["convs.0.conv.weight"][0])
+
+
+def test_missing_mean_of_w_is_estimated(state, tmp_path):
+    G = load_generator(save(tmp_path / "x.pt", {"g_ema": state}))
+    w = G.mapping(torch.randn(20_000, 32), None)[:, 0]
+    error = (G.mapping.w_avg - w.mean(dim=0)).abs().max()
+    assert 0 < error < 6 * w.std(dim=0).max() / 10_000**0.5
+
+
+def test_large_constant_noise_that_is_missing(tmp_path):
+    """Above 64×64 the empty network has no memory for it."""
+    state = random_generator(128, 1, 1, 4)
+    bare = {name: value for name, value in state.items() if not name.startswith("noises.")}
+    G = load_generator(save(tmp_path / "x.pt", {"g_ema": bare}))
+    assert not any(tensor.is_meta for tensor in G.state_dict().values())
+    assert 0.9 < G.synthesis.b128.conv1.noise_const.std() < 1.1
 
 
 def test_strided_tensors_and_aliased_storages(state, tmp_path):
