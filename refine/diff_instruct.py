@@ -6,9 +6,10 @@ that follows the student's own distribution q. Diffused to noise level σ, q and
     D_IKL(q, p) = E_σ [ w(σ) KL(q_σ, p_σ) ]                                              (integral KL divergence)
     ∂D_IKL/∂x   = E_σ [ w(σ) (∇ log q_σ(x_σ) − ∇ log p_σ(x_σ)) ],   x_σ = x + σ n
 
-A denoiser D gives a score: ∇ log p_σ(x_σ) = (D(x_σ; σ) − x_σ) / σ² (Karras et al. 2022, eq. 3). So the difference of the
-two scores is that of the two *denoisers* over σ², and the gradient on the student's images is w'(σ) (D_aux − D_teacher)
-with w' = w / σ². Algorithm 1 of the paper repeats the two functions below, each followed by a step of its own optimiser.
+A denoiser D gives a score: ∇ log p_σ(x_σ) = (D(x_σ; σ) − x_σ) / σ² (Karras et al. 2022, eq. 3). So the difference of
+the two scores is that of the two *denoisers* over σ², and the gradient on the student's images is
+w'(σ) (D_aux − D_teacher) with w' = w / σ². Algorithm 1 of the paper repeats the two functions below, each followed by a
+step of its own optimiser.
 The KL is the reverse one: it punishes images that the teacher finds unlikely, and hardly punishes missing modes.
 """
 
@@ -30,7 +31,7 @@ def aux_loss(aux, x, c, sigma, sigma_data=0.5):
         sigma_data: Standard deviation of images, which balances the noise levels.
 
     Returns:
-        Loss per sample (N,): λ(σ) ‖D(x + σn; σ) − x‖² with λ = (σ² + σ_data²) / (σ σ_data)² (Karras et al. 2022, eq. 8).
+        Loss per sample (N,): λ(σ) ‖D(x + σn; σ) − x‖², λ = (σ² + σ_data²) / (σ σ_data)² (Karras et al. 2022, eq. 8).
     """
     x = x.detach()
     D_x = aux(x + sigma * torch.randn_like(x), sigma, c)

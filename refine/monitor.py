@@ -1,6 +1,7 @@
-"""TensorBoard: scalars, pictures, texts and hparams of a run, with whole kimg on the x axis."""
+"""TensorBoard: scalars, pictures, texts and hparams of a run, with kimg on the x axis."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,16 @@ from torch.utils.tensorboard.summary import hparams
 
 
 class Monitor:
-    """Writes the TensorBoard events of one run folder."""
+    """Writes the TensorBoard events of one run folder.
 
-    def __init__(self, path: str | Path):
+    Args:
+        path: The run folder.
+        total_kimg: Length of the run. TensorBoard counts in whole steps: they are kimg, or single images in runs of
+            less than 50 kimg, which would be a handful of points otherwise.
+    """
+
+    def __init__(self, path: str | Path, total_kimg: float = math.inf):
+        self._images_per_step = 1000 if total_kimg >= 50 else 1
         self._writer = SummaryWriter(str(path), flush_secs=20)
 
     def options(self, options: dict[str, Any]) -> None:
@@ -27,17 +35,20 @@ class Monitor:
 
     def scalars(self, values: dict[str, float], kimg: float) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(name, value, round(kimg))
+            self._writer.add_scalar(name, value, self._step(kimg))
 
     def image(self, name: str, image: torch.Tensor, kimg: float) -> None:
         """uint8 (C, H, W)."""
-        self._writer.add_image(name, image, round(kimg))
+        self._writer.add_image(name, image, self._step(kimg))
 
     def class_histogram(self, counts: list[float], kimg: float) -> None:
         """Share of each class, as one histogram over class numbers and one scalar for the rarest."""
         classes = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts).mul(1000).round().long())
-        self._writer.add_histogram("Classes/histogram", classes, round(kimg), bins=len(counts))
-        self._writer.add_scalar("Classes/rarest_share", min(counts), round(kimg))
+        self._writer.add_histogram("Classes/histogram", classes, self._step(kimg), bins=len(counts))
+        self._writer.add_scalar("Classes/rarest_share", min(counts), self._step(kimg))
+
+    def _step(self, kimg: float) -> int:
+        return round(kimg * 1000 / self._images_per_step)
 
     def flush(self) -> None:
         self._writer.flush()

@@ -79,7 +79,12 @@ def _opt(flag: str, name: str, text: str, **kwargs: Any):
 @_opt("--aux-lr", "aux_lr", "Learning rate of the auxiliary network (Adam).", type=float)
 @_opt("--betas", "betas", "Adam's betas, student.", metavar="B1,B2")
 @_opt("--aux-betas", "aux_betas", "Adam's betas, auxiliary network.", metavar="B1,B2")
-@_opt("--lr-schedule", "lr_schedule", "Of the student's rate over the run; the auxiliary network keeps its own.", type=click.Choice(SCHEDULES))
+@_opt(
+    "--lr-schedule",
+    "lr_schedule",
+    "Of the student's rate; the auxiliary network keeps its own.",
+    type=click.Choice(SCHEDULES),
+)
 @_opt("--lr-rampup-kimg", "lr_rampup_kimg", "The student's rate rises from zero over so many kimg.", type=float)
 @_opt(
     "--sigma",
@@ -299,7 +304,7 @@ def _train(trainer, run_dir, resumed: bool) -> None:
     )
     if resumed:
         run_dir.log(f"going on at {trainer.nimg / 1000:.1f} of {trainer.config.kimg:g} kimg")
-    monitor = Monitor(run_dir.path)
+    monitor = Monitor(run_dir.path, trainer.config.kimg)
     try:
         trainer.run(monitor)
     finally:
