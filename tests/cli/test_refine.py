@@ -5,10 +5,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from refine import load_generator
 from refine.checkpoints.native import save_networks
 from refine.cli.main import run_command
+from refine.networks.edm import EDMPrecond
 from tests.test_trainer import make_student, make_teacher
 
 
@@ -128,6 +130,24 @@ def test_a_run_and_going_on_with_it(files, tmp_path, capsys):
     code, out, err = call(capsys, "--resume=latest", f"--outdir={tmp_path}")
     assert code == 0, err
     assert "going on at 0.0 of 0.016 kimg" in out
+
+
+def test_a_gan_from_a_pickle_goes_back_into_a_copy_of_it(root, tmp_path, capsys):
+    source = root / "tests" / "golden" / "pickles" / "plain_t213_p4.pkl"
+    G = load_generator(source)
+    kwargs = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1}
+    teacher = EDMPrecond(G.img_resolution, G.img_channels, G.c_dim, **kwargs)
+    save_networks(tmp_path / "teacher.safetensors", {"ema": teacher}, provenance={})
+    pair = (f"--gan={source}", f"--teacher={tmp_path}/teacher.safetensors", f"--outdir={tmp_path}/runs")
+    code, out, err = call(capsys, *pair, "--kimg=0.004", "--batch=2", "--lr=0.001")
+    assert code == 0, err
+    run = next((tmp_path / "runs").iterdir())
+    native = load_generator(run / "network-snapshot-000000.safetensors").state_dict()
+    pickled = load_generator(run / "network-snapshot-000000.pkl").state_dict()
+    assert all(torch.equal(value, pickled[name]) for name, value in native.items())
+    moved = [name for name, value in G.state_dict().items() if not torch.equal(value, pickled[name])]
+    assert "synthesis.b4.conv1.weight" in moved and "synthesis.b4.conv1.noise_const" not in moved
+    assert "container that the GAN came in" in out
 
 
 def test_help_needs_no_torch():
