@@ -140,18 +140,18 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The shipped digits pair: a small student needs larger rates than a CIFAR-10 one, digits want coarser noise than
     # photographs, and the run is short because precision falls again afterwards (README, "When it does not help").
     "demo": {
-        "kimg": 6.4,
-        "batch": 64,
-        "lr": 7.5e-4,
+        "kimg": 1.6,
+        "batch": 32,
+        "lr": 1.5e-3,
         "aux_lr": 1.5e-3,
         "aux_betas": (0.9, 0.999),
         "lr_schedule": "cosine",
         "sigma": SigmaOptions(P_mean=0.4),
         "aux_sigma": SigmaOptions(P_mean=-0.4),
-        "aux_warmup_kimg": 6.4,
-        "ema_kimg": 1.5,
+        "aux_warmup_kimg": 3.2,
+        "ema_kimg": 0.4,
         "ema_rampup": None,  # in so short a run the ramp-up would leave next to no averaging
-        "tick": 0.64,
+        "tick": 0.32,
         "snap": 5,
         "metrics": ("fd2k-digits",),
         "ref": "digits-reference",

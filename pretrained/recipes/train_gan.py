@@ -206,7 +206,7 @@ class Run:
 @click.option("--out", type=click.Path(dir_okay=False), required=True, help="Where the averaged generator goes.")
 @click.option("--workdir", type=click.Path(file_okay=False), help="Checkpoints and pictures.  [default: OUT.work]")
 @click.option("--kimg", type=click.FloatRange(min=0, min_open=True), default=400, show_default=True)
-@click.option("--stop-kimg", type=float, default=80, show_default=True, help="Stop here, at the rates of --kimg.")
+@click.option("--stop-kimg", type=float, default=70, show_default=True, help="Stop here, at the rates of --kimg.")
 @click.option("--batch", type=click.IntRange(min=4), default=32, show_default=True)
 @click.option("--glr", type=float, default=3e-3, show_default=True, help="Learning rate of the generator.")
 @click.option("--dlr", type=float, default=1e-3, show_default=True, help="Learning rate of the critic.")
