@@ -140,7 +140,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The shipped digits pair: a small student needs larger rates than a CIFAR-10 one, digits want coarser noise than
     # photographs, and the run is short because precision falls again afterwards (README, "When it does not help").
     "demo": {
-        "kimg": 1.6,
+        "kimg": 2.56,
         "batch": 32,
         "lr": 1.5e-3,
         "aux_lr": 1.5e-3,
@@ -149,7 +149,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sigma": SigmaOptions(P_mean=0.4),
         "aux_sigma": SigmaOptions(P_mean=-0.4),
         "aux_warmup_kimg": 3.2,
-        "ema_kimg": 0.4,
+        "ema_kimg": 0.6,
         "ema_rampup": None,  # in so short a run the ramp-up would leave next to no averaging
         "tick": 0.32,
         "snap": 5,
