@@ -43,7 +43,8 @@ def test_the_public_interface_of_the_pair():
     c = torch.eye(G.c_dim)[classes]
     x = G(z, c, truncation_psi=1.0, noise_mode="const")
     assert x.shape == (4, G.img_channels, G.img_resolution, G.img_resolution) == (4, 1, 32, 32)
-    assert x.dtype == torch.float32 and not x.requires_grad and x.abs().max() < 2
+    assert x.dtype == torch.float32 and not x.requires_grad
+    assert (x.abs() < 1.5).float().mean() > 0.98  # about [-1, 1], not clipped
     D_x = T(x + 0.1 * torch.randn_like(x), torch.full([4], 0.1), class_labels=c)
     assert D_x.shape == x.shape and D_x.dtype == torch.float32
     assert (D_x - x).square().mean() < 0.1**2  # it takes noise away
