@@ -3,8 +3,8 @@
     python pretrained/recipes/train_gan.py --out=pretrained/digits-gan.safetensors
 
 The generator is an ordinary small, class-conditional StyleGAN2. On so few images and so little time StyleGAN2's own
-recipe tends to collapse to one image per class, so this one begins as a variational autoencoder (an encoder and the generator
-as its decoder), which draws all digits, roughly; then a critic joins and plays the relativistic game with gradient
+recipe tends to collapse to one image per class, so this one begins as a variational autoencoder (an encoder, and the
+generator as its decoder), which draws all digits, roughly; then a critic joins and plays the game with gradient
 penalties on real and generated images (R3GAN: Huang et al. 2024, arXiv 2501.05441), while the reconstruction term stays
 as an anchor (VAE-GAN: Larsen et al. 2016, arXiv 1512.09300). The same command goes on where a killed run stopped.
 """
