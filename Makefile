@@ -29,7 +29,7 @@ demo: setup
 	$(BIN)/python -m refine.cli.demo
 
 test: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses=8 --dist=worksteal
 
 bench: setup
 	$(BIN)/python benchmarks/iteration.py
