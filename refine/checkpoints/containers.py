@@ -60,7 +60,8 @@ class FileNetwork:
             Refused: names, shapes or dtypes are not those of the class, or too much memory is asked for.
             ValueError: the class cannot be built from these arguments.
         """
-        network = registry.build_empty(self.class_name, self.init_kwargs)
+        held = len(self.tensors), sum(ref.numel for ref in self.tensors.values())
+        network = registry.build_empty(self.class_name, self.init_kwargs, held)
         expected = network.state_dict()
         self._check(expected, limit)
         state, rng = {}, torch.Generator().manual_seed(0)

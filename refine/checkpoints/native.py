@@ -100,8 +100,9 @@ def load_networks(path: str | os.PathLike, names: Iterable[str] | None = None) -
     networks = {}
     for name in names:
         try:
-            network = registry.build_empty(table[name]["class"], table[name]["init_kwargs"])
             mine = {key[len(name) + 1 :]: info for key, info in infos.items() if key.startswith(f"{name}.")}
+            held = len(mine), sum(info.numel for info in mine.values())
+            network = registry.build_empty(table[name]["class"], table[name]["init_kwargs"], held)
             found = {key: (_DTYPES.get(info.dtype), info.shape) for key, info in mine.items()}
             _check_state(found, network.state_dict(), f"network {name}")
         except ValueError as error:

@@ -17,7 +17,9 @@ from torch.overrides import TorchFunctionMode
 _MAX = {"img_resolution": 4096, "num_layers": 32, "num_blocks": 32, "M": 10_000}
 _MAX_INT = 1 << 20  # any other size or count
 _MAX_VALUES = 1000  # numbers and strings in all init kwargs of one network
+_MAX_TAPS = 144  # of a filter: every layer that resamples has one of its own, squared where it is separable
 _MAX_TENSORS = 3000  # parameters and buffers of one network; the largest published ones have about 1000
+_SPARE_TENSORS, _SPARE_ELEMENTS = 256, 1 << 23  # what a constructor may make beyond a file's: filters, noise, scratch
 
 _FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.randn, torch.rand}
 _SCALINGS = {torch.Tensor.mul, torch.Tensor.div, torch.Tensor.add, torch.Tensor.sub}
@@ -65,7 +67,9 @@ def registry_name(network: torch.nn.Module) -> str:
     )
 
 
-def build_empty(class_name: str, init_kwargs: dict[str, Any]) -> torch.nn.Module:
+def build_empty(
+    class_name: str, init_kwargs: dict[str, Any], held: tuple[int, int] | None = None
+) -> torch.nn.Module:
     """The network with its names, shapes and dtypes, but no memory for its weights: every large tensor is on 'meta'.
 
     The random number generators are left as they were.
@@ -73,6 +77,8 @@ def build_empty(class_name: str, init_kwargs: dict[str, Any]) -> torch.nn.Module
     Args:
         class_name: A key of `NETWORK_CLASSES`.
         init_kwargs: Constructor arguments as plain JSON values; checked here.
+        held: How many tensors, and numbers in all of them, the file has for it. Building ends as soon as the network
+            asks for clearly more, so that small files cannot keep us busy with large ones. None = not known.
 
     Raises:
         ValueError: unknown class, arguments of impossible type or size, or the constructor refuses them.
@@ -86,7 +92,7 @@ def build_empty(class_name: str, init_kwargs: dict[str, Any]) -> torch.nn.Module
     cls = getattr(importlib.import_module(entry.module), entry.name)
     try:
         inspect.signature(cls).bind(**init_kwargs)
-        with torch.random.fork_rng(devices=[]), _LargeTensorsOnMeta():
+        with torch.random.fork_rng(devices=[]), _LargeTensorsOnMeta(held):
             return cls(**init_kwargs)
     except (TypeError, ValueError, AssertionError, ArithmeticError, LookupError, AttributeError, RuntimeError) as error:
         lines = str(error).strip().splitlines()
@@ -95,24 +101,30 @@ def build_empty(class_name: str, init_kwargs: dict[str, Any]) -> torch.nn.Module
 
 
 class _LargeTensorsOnMeta(TorchFunctionMode):
-    """Creates tensors of more than 4096 elements on the meta device, and no more than 3000 tensors.
+    """Creates tensors of more than 4096 elements on the meta device, and no more tensors than a file can fill.
 
     Unlike under `torch.device('meta')`, a constructor can compute the few numbers it needs (filters, σ tables), and
     what a hostile file can make it allocate is bounded all the same.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, held: tuple[int, int] | None):
         super().__init__()
-        self.count = 0
+        tensors, elements = held or (_MAX_TENSORS, math.inf)
+        self.most_tensors = min(2 * tensors + _SPARE_TENSORS, _MAX_TENSORS)
+        self.most_elements = elements + _SPARE_ELEMENTS
+        self.tensors = self.elements = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         if func in _FACTORIES:
-            self.count += 1
-            if self.count > _MAX_TENSORS:
-                raise ValueError(f"more than {_MAX_TENSORS} tensors")
             size = kwargs.get("size", args[0] if args and isinstance(args[0], tuple | list) else args)
-            if math.prod(size if isinstance(size, tuple | list) else (size,)) > 4096:
+            elements = math.prod(size if isinstance(size, tuple | list) else (size,))
+            self.tensors, self.elements = self.tensors + 1, self.elements + max(elements, 0)
+            if self.tensors > self.most_tensors:
+                raise ValueError(f"more than {self.most_tensors} tensors, which the file cannot fill")
+            if self.elements > self.most_elements:
+                raise ValueError("they ask for many more numbers than the file has")
+            if elements > 4096:
                 kwargs["device"] = "meta"
                 if func in (torch.randn, torch.rand):  # on meta these two import torch's symbolic shapes (1 s)
                     func = torch.empty
@@ -129,6 +141,7 @@ def check_init_kwargs(init_kwargs: Any) -> None:
     """
     if not isinstance(init_kwargs, dict):
         raise ValueError(f"init kwargs must be a table, got {type(init_kwargs).__name__}")
+    taps = 0
     for count, (name, value) in enumerate(_leaves(init_kwargs, "init_kwargs", depth=0)):
         if count >= _MAX_VALUES:
             raise ValueError(f"init kwargs hold more than {_MAX_VALUES} values")
@@ -141,6 +154,9 @@ def check_init_kwargs(init_kwargs: Any) -> None:
         limit = _MAX.get(name, _MAX_INT)
         if isinstance(value, int) and abs(value) > limit:
             raise ValueError(f"init kwarg {name!r} is {value}; expected at most {limit}")
+        taps += name == "resample_filter"
+        if taps > _MAX_TAPS:
+            raise ValueError(f"init kwarg {name!r} has more than {_MAX_TAPS} values")
 
 
 def _leaves(value: Any, name: str, depth: int) -> Iterator[tuple[str, Any]]:

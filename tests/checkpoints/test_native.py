@@ -15,7 +15,7 @@ import torch
 
 from refine.checkpoints import native, registry, sniff
 from refine.checkpoints.sniff import HEADER_KEY, read_safetensors_header
-from refine.networks.edm import EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond
+from refine.networks.edm import EDMPrecond, Init, VEPrecond, VPPrecond, iDDPMPrecond
 from refine.networks.stylegan2 import Discriminator, Generator
 
 UNET = {
@@ -355,13 +355,13 @@ def test_spoilt_native_files(file, name):
         ({"img_resolution": 8192}, "'img_resolution' is 8192; expected at most 4096"),
         (
             {"img_resolution": 4096, "synthesis_kwargs": {"channel_base": 32768}},
-            "lacks",
+            "more numbers than the file has",
         ),  # legal in itself, but the file has no such tensors; nothing big is allocated
         ({"img_resolution": 7}, ""),
         ({"img_resolution": "8"}, ""),
         ({"img_resolution": None}, ""),
         ({"w_dim": 2**40}, "expected at most"),
-        ({"w_dim": 2**20, "z_dim": 2**20}, "shape"),  # 4 TiB of weights: only compared, never built
+        ({"w_dim": 2**20, "z_dim": 2**20}, "more numbers than the file has"),  # 4 TiB of weights, never built
         ({"w_dim": -5}, ""),
         ({"w_dim": 5.5}, ""),
         ({"w_dim": float("nan")}, "NaN"),
@@ -372,6 +372,7 @@ def test_spoilt_native_files(file, name):
         ({"bogus": 1}, "bogus"),
         ({"synthesis_kwargs": {"bogus": 1}}, "bogus"),
         ({"synthesis_kwargs": {"channel_base": 0}}, ""),
+        ({"synthesis_kwargs": {"resample_filter": [1] * 145}}, "more than 144 values"),
     ],
 )
 def test_impossible_init_kwargs(file, kwargs, what):
@@ -386,7 +387,26 @@ def test_a_network_of_endless_layers_is_not_built(tmp_path, blocks):
     native.save_networks(path, {"ema": EDMPrecond(**UNET)}, provenance={})
     rewrite(path, lambda t, m: m["networks"]["ema"]["init_kwargs"].update(num_blocks=blocks, channel_mult=[1] * 900))
     message = refusal(native.load_networks, path)
-    assert any(text in message for text in ("more than 3000 tensors", "expected at most 32", "expected a multiple"))
+    assert any(text in message for text in ("tensors, which the file cannot", "expected at most 32", "expected a multiple"))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "what"),
+    [
+        ({"img_resolution": 4096, "channel_mult": [1] * 13, "num_blocks": 32}, "tensors, which the file cannot fill"),
+        ({"model_channels": 1 << 16, "label_dim": 1 << 20, "augment_dim": 1 << 20}, "more numbers than the file has"),
+        ({"resample_filter": [1] * 900}, "more than 144 values"),
+    ],
+)
+def test_building_ends_where_the_network_is_larger_than_its_file(tmp_path, kwargs, what, monkeypatch):
+    """Not after thousands of tensors: what a small file can make us do is small."""
+    path, net = tmp_path / "net", EDMPrecond(**UNET)
+    native.save_networks(path, {"ema": net}, provenance={})
+    rewrite(path, lambda t, m: m["networks"]["ema"]["init_kwargs"].update(kwargs))
+    made, draw = [], Init._draw
+    monkeypatch.setattr(Init, "_draw", lambda *args: made.append(0) or draw(*args))
+    assert what in refusal(native.load_networks, path)
+    assert len(made) <= 2 * len(net.state_dict()) + 256
 
 
 # -- headers written by hand -------------------------------------------------------------------------------------------
