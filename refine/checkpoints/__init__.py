@@ -22,8 +22,9 @@ Importing this package does not import torch.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from refine.checkpoints.index import resolve
 from refine.checkpoints.sniff import sniff
@@ -31,7 +32,32 @@ from refine.checkpoints.sniff import sniff
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["load_generator", "load_teacher", "resolve", "sniff"]
+__all__ = ["NetworkInfo", "load_generator", "load_teacher", "peek", "resolve", "sniff"]
+
+
+@dataclass(frozen=True)
+class NetworkInfo:
+    """What a file says of one network, before it is built.
+
+    Attributes:
+        kind: 'generator' or 'teacher'.
+        img_resolution, img_channels: Of its images.
+        classes: Number of classes, 0 = unconditional; also as `c_dim` and `label_dim`, the names that generators and
+            teachers have for it, so that this can stand in for either.
+    """
+
+    kind: str
+    img_resolution: int
+    img_channels: int
+    classes: int
+
+    @property
+    def c_dim(self) -> int:
+        return self.classes
+
+    @property
+    def label_dim(self) -> int:
+        return self.classes
 
 
 def load_generator(path_or_name: str | os.PathLike) -> torch.nn.Module:
@@ -48,7 +74,7 @@ def load_generator(path_or_name: str | os.PathLike) -> torch.nn.Module:
     Raises:
         ValueError: the file cannot be used; one sentence says what it is and what was expected.
     """
-    return _load(path_or_name, kind="generator", preferred="G_ema")
+    return _load(path_or_name, kind="generator")
 
 
 def load_teacher(path_or_name: str | os.PathLike) -> torch.nn.Module:
@@ -64,25 +90,52 @@ def load_teacher(path_or_name: str | os.PathLike) -> torch.nn.Module:
     Raises:
         ValueError: the file cannot be used; one sentence says what it is and what was expected.
     """
-    return _load(path_or_name, kind="teacher", preferred="ema")
+    return _load(path_or_name, kind="teacher")
 
 
-def _load(path_or_name: str | os.PathLike, kind: str, preferred: str) -> torch.nn.Module:
+def peek(path_or_name: str | os.PathLike, kind: str) -> NetworkInfo:
+    """What `load_generator` or `load_teacher` would give, told from the file's header or pickle: nothing is built.
+
+    Args:
+        path_or_name: A file, a URL, or a name of `pretrained/index.toml`.
+        kind: 'generator' or 'teacher'.
+
+    Raises:
+        ValueError: as `load_generator` and `load_teacher`, except for faults that only show once weights are read.
+    """
     path = resolve(path_or_name, kind)
-    found = sniff(path)
-    if found.kind not in _READERS:
-        raise ValueError(f"{path} is {found.description}; expected {_EXPECTED[kind]}")
-    network = _READERS[found.kind](path, kind, preferred)
+    init_kwargs = _reader(path, kind)(path, kind, build=False)
+    size = {name: init_kwargs.get(name) for name in ("img_resolution", "img_channels")}
+    size["classes"] = init_kwargs.get("c_dim" if kind == "generator" else "label_dim", 0)
+    for name, value in size.items():
+        if type(value) is not int:
+            raise ValueError(f"{path}: its {name} is {str(value)[:40]!r}; expected a whole number")
+    return NetworkInfo(kind, **size)
+
+
+def _load(path_or_name: str | os.PathLike, kind: str) -> torch.nn.Module:
+    path = resolve(path_or_name, kind)
+    network = _reader(path, kind)(path, kind, build=True)
     return network.cpu().float().eval().requires_grad_(False)
 
 
-def _read_native(path: Path, kind: str, preferred: str) -> torch.nn.Module:
+def _reader(path: Path, kind: str) -> Any:
+    """reader(path, kind, build) of such files: gives the network, or only its init kwargs where not to be built."""
+    found = sniff(path)
+    if found.kind == "native":
+        return _read_native
+    if found.kind in ("pickle", "torch", "npz", "safetensors"):
+        return _read_container
+    raise ValueError(f"{path} is {found.description}; expected {_EXPECTED[kind]}")
+
+
+def _read_native(path: Path, kind: str, build: bool) -> Any:
     from refine.checkpoints import describe, native, registry
 
     metadata = native.read_metadata(path)
     if metadata["kind"] != "networks":
         raise ValueError(f"{path} is a native file of {metadata['kind']}; expected a {kind}")
-    networks = metadata["networks"]
+    networks, preferred = metadata["networks"], _PREFERRED[kind]
     # aux: the auxiliary network of a run follows that run's student, so it is no teacher
     of_kind = [name for name, entry in networks.items() if registry.kind_of(entry["class"]) == kind and name != "aux"]
     if not of_kind:
@@ -92,24 +145,22 @@ def _read_native(path: Path, kind: str, preferred: str) -> torch.nn.Module:
             f"{path} holds the {kind}s {', '.join(of_kind)}; expected one of them to be called {preferred}"
         )
     name = preferred if preferred in of_kind else of_kind[0]
-    return native.load_networks(path, [name])[name]
+    return native.load_networks(path, [name])[name] if build else networks[name]["init_kwargs"]
 
 
-def _read_container(path: Path, kind: str, preferred: str) -> torch.nn.Module:
+def _read_container(path: Path, kind: str, build: bool) -> Any:
     from refine.checkpoints.containers import open_container
 
     with open_container(path, expected=_EXPECTED[kind]) as container:
         of_kind = [name for name, found in container.members.items() if found == kind]
         if not of_kind:
             raise ValueError(f"{path} is {container.family}; expected {_EXPECTED[kind]}")
-        return container.load(preferred if preferred in of_kind else of_kind[0])
+        name = _PREFERRED[kind] if _PREFERRED[kind] in of_kind else of_kind[0]
+        return container.load(name) if build else container.network(name).init_kwargs
 
 
+_PREFERRED = {"generator": "G_ema", "teacher": "ema"}
 _EXPECTED = {
     "generator": "a generator: a StyleGAN2 pickle (PyTorch or TensorFlow), a rosinality .pt, or a file of this toolkit",
     "teacher": "a teacher: an EDM pickle, or a file of this toolkit",
 }
-
-# Kind of file, as `sniff` tells it -> reader(path, kind of network, its preferred name) -> network.
-_READERS = {"native": _read_native}
-_READERS |= dict.fromkeys(("pickle", "torch", "npz", "safetensors"), _read_container)

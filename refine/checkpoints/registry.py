@@ -67,9 +67,7 @@ def registry_name(network: torch.nn.Module) -> str:
     )
 
 
-def build_empty(
-    class_name: str, init_kwargs: dict[str, Any], held: tuple[int, int] | None = None
-) -> torch.nn.Module:
+def build_empty(class_name: str, init_kwargs: dict[str, Any], held: tuple[int, int] | None = None) -> torch.nn.Module:
     """The network with its names, shapes and dtypes, but no memory for its weights: every large tensor is on 'meta'.
 
     The random number generators are left as they were.

@@ -213,7 +213,7 @@ def run(config: RefineConfig | None, state_path: Path | None = None, dry_run: bo
 
 def _load_inputs(config: RefineConfig) -> dict[str, Any]:
     """Student, teacher, their files and the metrics, checked against each other and the options."""
-    from refine.checkpoints import load_generator, load_teacher, resolve
+    from refine.checkpoints import load_generator, load_teacher, peek, resolve
     from refine.metrics.named import NamedMetric
     from refine.noise import SigmaLaw, make_weighting
     from refine.trainer import check_pair, select_parameters
@@ -225,11 +225,15 @@ def _load_inputs(config: RefineConfig) -> dict[str, Any]:
         make_weighting(config.weighting)
     with option("--gan"):
         student_path = resolve(config.gan, "generator")
-        student = load_generator(config.gan)
+        student_info = peek(student_path, "generator")
     with option("--teacher"):
         teacher_path = resolve(config.teacher, "teacher")
-        teacher = load_teacher(config.teacher)
-    check_pair(student, teacher)
+        teacher_info = peek(teacher_path, "teacher")
+    check_pair(student_info, teacher_info)  # before either is built
+    with option("--gan"):
+        student = load_generator(student_path)
+    with option("--teacher"):
+        teacher = load_teacher(teacher_path)
     with option("--train"):
         select_parameters(student, config.train)
     with option("--metrics"):

@@ -387,7 +387,9 @@ def test_a_network_of_endless_layers_is_not_built(tmp_path, blocks):
     native.save_networks(path, {"ema": EDMPrecond(**UNET)}, provenance={})
     rewrite(path, lambda t, m: m["networks"]["ema"]["init_kwargs"].update(num_blocks=blocks, channel_mult=[1] * 900))
     message = refusal(native.load_networks, path)
-    assert any(text in message for text in ("tensors, which the file cannot", "expected at most 32", "expected a multiple"))
+    assert any(
+        text in message for text in ("tensors, which the file cannot", "expected at most 32", "expected a multiple")
+    )
 
 
 @pytest.mark.parametrize(

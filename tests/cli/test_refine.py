@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from refine import load_generator
+from refine.checkpoints import registry
 from refine.checkpoints.native import save_networks
 from refine.cli.main import run_command
 from refine.networks.edm import EDMPrecond
@@ -93,6 +94,20 @@ def test_faults_are_one_line_and_leave_nothing(files, tmp_path, capsys, fault):
     assert word in err and "Traceback" not in err
     assert out == ""
     assert not outdir.exists()
+
+
+@pytest.mark.parametrize(
+    "fault", ["a teacher as the GAN", "a GAN as the teacher", "another resolution", "another number of classes"]
+)
+def test_a_pair_that_does_not_fit_is_refused_before_a_network_is_built(files, tmp_path, capsys, fault, monkeypatch):
+    built, build = [], registry.build_empty
+    monkeypatch.setattr(registry, "build_empty", lambda *args: built.append(args[0]) or build(*args))
+    args, word = FAULTS[fault]
+    code, _, err = call(capsys, *(arg.format(files) for arg in args), f"--outdir={tmp_path / 'out'}")
+    assert code != 0 and word in err and built == []
+    pair = (f"--gan={files}/gan.safetensors", f"--teacher={files}/teacher.safetensors")
+    assert call(capsys, *pair, "--dry-run", f"--outdir={tmp_path / 'out'}")[0] == 0
+    assert built == ["stylegan2.Generator", "edm.EDMPrecond"]  # so the count counts
 
 
 @pytest.mark.parametrize("place", ["file", "below a file", "read-only"])
