@@ -3,12 +3,14 @@
     $REFINE_CACHE (else the platform's cache folder, ~/.cache/gan-refine on Linux)
         host/path/of/the/url/net.pkl          as `wget -x` would lay it out, so files can be put there by hand
         host/path/of/the/url/net.pkl.json     sha256 and size at first sight; what comes later must agree
+        host/path/of/the/url/.net.pkl.part/   a download under way; left by a killed process, it goes at the next use
         .locks/                               one process downloads a file, others wait for it
 
 pooch does the caching: a temporary file, a checksum, a move. What is added here: broken transfers are resumed, silent
 servers are left, and an HTML page or half a file is refused before it gets into the cache.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -108,6 +110,7 @@ def fetch(url: str, sha256: str | None = None) -> Path:
         OSError: the cache folder cannot be written, or the disk is full.
     """
     target = cache_path(url)
+    _remove_leftovers()
     if not target.exists():
         with _locked(target):
             if not target.exists():  # another process may just have put it there
@@ -136,8 +139,12 @@ def _split(url: str) -> SplitResult:
 
 
 @contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """Keeps other processes from downloading the same file; the system frees the lock of a process that died."""
+def _locked(target: Path, wait: bool = True) -> Iterator[None]:
+    """Keeps other processes from downloading the same file; the system frees the lock of a process that died.
+
+    Raises:
+        filelock.Timeout: another process has the lock, and `wait` is False.
+    """
     import filelock
 
     folder = cache_dir() / ".locks"
@@ -146,12 +153,29 @@ def _locked(target: Path) -> Iterator[None]:
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout:
+        if not wait:
+            raise
         _note(f"waiting for another process that downloads {target.name}")
         lock.acquire()
     try:
         yield
     finally:
         lock.release()
+
+
+def _part_folder(target: Path) -> Path:
+    """Where a file is downloaded to, by whoever has its lock."""
+    return target.with_name(f".{target.name}.part")
+
+
+def _remove_leftovers() -> None:
+    """Removes what killed processes had downloaded of files; what a living one downloads is under its lock."""
+    import filelock
+
+    for folder in list(cache_dir().rglob(".?*.part")):
+        target = folder.with_name(folder.name[1:].removesuffix(".part"))
+        with contextlib.suppress(filelock.Timeout, OSError), _locked(target, wait=False):
+            shutil.rmtree(folder)
 
 
 def _download(url: str, target: Path, sha256: str | None) -> None:
@@ -161,15 +185,19 @@ def _download(url: str, target: Path, sha256: str | None) -> None:
     shown = without_secrets(url)
     record = _read_record(target)
     known = sha256 or (record["sha256"] if record else None)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    part = _part_folder(target)
+    part.mkdir(parents=True, exist_ok=True)
     _note(f"downloading {shown} to {target}")
     try:
-        pooch.retrieve(url, known, fname=target.name, path=target.parent, downloader=_Downloader(shown, target))
+        file = pooch.retrieve(url, known, fname=target.name, path=part, downloader=_Downloader(shown, target))
+        os.replace(file, target)
     except DownloadError as error:
         raise DownloadError(f"{error}; a file fetched by other means belongs at {target}") from None
     except ValueError:  # pooch: not the checksum
         origin = "pretrained/index.toml" if sha256 else f"recorded at first sight in {_record_path(target)}"
         raise ValueError(f"{shown} now sends a file without the sha256 {known[:12]}… ({origin}): it changed") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _verify(url: str, target: Path, sha256: str | None) -> None:

@@ -97,6 +97,11 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
         self.server.over.wait(20)
 
+    def hanging(self, count):
+        self.answer(NET[:100_000], length=len(NET))
+        self.wfile.flush()
+        self.server.over.wait(20)
+
     def silent(self, count):
         self.server.over.wait(20)
 
@@ -331,6 +336,22 @@ def test_https_is_not_left(monkeypatch):
     answer = type("", (), {"status_code": 200, "reason": "OK", "url": "http://h/n.pkl"})
     downloader = fetching._Downloader("https://h/n.pkl", Path("n.pkl"))
     assert "redirects from https to http" in refusal(lambda: downloader._check_answer(answer))
+
+
+def test_what_a_killed_download_leaves_goes_at_the_next_use(url, tmp_path):
+    """But not while the process lives that writes it."""
+    command = [sys.executable, "-c", f"from refine.checkpoints.fetch import fetch; fetch({url('hanging')!r})"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    part, end = fetching._part_folder(cache_path(url("hanging"))), time.monotonic() + 30
+    while not any(path.stat().st_size for path in part.glob("*")) and time.monotonic() < end:
+        time.sleep(0.02)
+    fetch(url("good"))
+    assert process.poll() is None and any(path.stat().st_size for path in part.iterdir())
+    process.kill()
+    process.wait()
+    assert part.is_dir()
+    fetch(url("good"))  # which is in the cache already
+    assert not part.exists() and files(tmp_path) == ["good.pkl", "good.pkl.json"]
 
 
 def test_two_processes_at_once(url, server, tmp_path):
