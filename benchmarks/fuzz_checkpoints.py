@@ -1,10 +1,11 @@
-"""Coverage-guided fuzzing of the checkpoint readers: mutates good files until something else than an answer comes.
+"""Coverage-guided fuzzing of the checkpoint readers with atheris (pip install atheris), Google's libFuzzer for Python.
 
     python benchmarks/fuzz_checkpoints.py --minutes=10 [--seed=0] [--out=FOLDER]
 
 An answer is a loaded network, or a ValueError of one line. Anything else (another exception, more than 2 seconds of
-processor time, 1 GB of memory, a payload that ran) is a finding: it is printed and the file kept. Files that reach a
-line, or a transition between lines, of `refine.checkpoints` that none before reached become seeds themselves.
+processor time, 1 GB of memory, a payload that ran) is a finding: it is printed, the file is kept in FOLDER, and the
+fuzzing ends. libFuzzer chooses what to mutate by the lines of `refine.checkpoints` that a file reaches; what it would
+hardly find by chance is helped along: changes of whole opcodes, of files inside a zip, of the header of safetensors.
 """
 
 import argparse
@@ -18,19 +19,28 @@ import sys
 import tempfile
 import time
 import traceback
+import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+try:
+    import atheris
+except ImportError:
+    sys.exit("Error: fuzzing needs the package atheris (Linux and macOS): pip install atheris")
+
 import numpy as np
 import torch
 
-import refine.checkpoints
-from refine.checkpoints import containers, load_generator, load_teacher, state_dicts
 from refine.networks.edm import EDMPrecond
 from refine.networks.stylegan2 import Discriminator, Generator
 from tests.checkpoints.builders import Call, Format, Global, dumps, edm_file, stylegan2_file
+from tests.checkpoints.rosinality_reference import random_generator
+
+with atheris.instrument_imports(include=["refine.checkpoints"]):
+    import refine.checkpoints.pickles  # noqa: F401 - some modules are imported when needed, and then not instrumented
+    from refine.checkpoints import describe, load_generator, load_teacher, peek, state_dicts
 
 TRAP = "REFINE_FUZZ_TRAP"
 SECONDS, BYTES = 2.0, 1 << 30
@@ -91,8 +101,8 @@ def seeds() -> list[bytes]:
         edm_file(Format(protocol=2, numpy=1), T),
     ]
     golden = Path(__file__).resolve().parents[1] / "tests/golden/pickles"
-    files += [path.read_bytes() for path in golden.glob("tf0*.pkl")]
-    state = {name: torch.zeros(1) for name in ("conv1.conv.modulation.weight", "to_rgb1.bias", "style.1.weight")}
+    files += [path.read_bytes() for path in sorted(golden.glob("*.pkl")) if path.stat().st_size < 1 << 20]
+    state = {name: torch.ones([1] * value.ndim) for name, value in random_generator(8, layers=1, dim=2).items()}
     for table in (
         {"g_ema": state, "latent_avg": torch.zeros(2)},
         {"g": state, "d": state, "g_optim": {"state": {0: {}}}},
@@ -120,8 +130,43 @@ def opcode_bounds(data: bytes) -> list[int]:
     return bounds
 
 
-def mutate(data: bytes, pool: list[bytes], rng: random.Random) -> bytes:
-    """The file with one to four changes of bytes, opcodes, numbers or parts."""
+def mutate(data: bytes, most: int, seed: int) -> bytes:
+    """libFuzzer's hook: the file with something changed, whole opcodes or bytes, also inside of what it contains."""
+    rng = random.Random(seed)
+    if data.startswith(b"PK") and rng.random() < 0.7:
+        return mutate_zip(data, most, rng)
+    if data[8:9] == b"{" and rng.random() < 0.7:
+        return mutate_header(data, most, rng)
+    if rng.random() < 0.4:
+        return atheris.Mutate(data, most)
+    return mutate_opcodes(data, rng)[:most]
+
+
+def mutate_zip(data: bytes, most: int, rng: random.Random) -> bytes:
+    """The archive with one of its files changed, and checksums that are right."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            files = {info.filename: archive.read(info) for info in archive.infolist() if info.file_size < 1 << 20}
+    except Exception:  # noqa: BLE001 - a mutated archive breaks zipfile in many ways
+        return atheris.Mutate(data, most)
+    name = rng.choice([*files, "x"])
+    changed, result = files.pop(name, b"x"), io.BytesIO()
+    small = atheris.Mutate(changed, 2 * len(changed) + 16) if rng.random() < 0.5 else mutate_opcodes(changed, rng)
+    with zipfile.ZipFile(result, "w") as archive:
+        for key, value in {**files, name: small}.items():
+            archive.writestr(key, value)
+    return result.getvalue()[:most]
+
+
+def mutate_header(data: bytes, most: int, rng: random.Random) -> bytes:
+    """The safetensors file with another header, and a length that is right."""
+    length = min(int.from_bytes(data[:8], "little"), len(data) - 8)
+    header = atheris.Mutate(data[8 : 8 + length], length + 16)
+    return (len(header).to_bytes(8, "little") + header + data[8 + length :])[:most]
+
+
+def mutate_opcodes(data: bytes, rng: random.Random) -> bytes:
+    """One to four changes of bytes, opcodes, numbers or parts."""
     for _ in range(rng.choice([1, 1, 1, 2, 4])):
         kind = rng.randrange(8)
         if kind == 0 or len(data) < 4:
@@ -135,7 +180,7 @@ def mutate(data: bytes, pool: list[bytes], rng: random.Random) -> bytes:
             low, high = sorted(rng.randrange(len(data)) for _ in range(2))
             data = data[:low] + data[high:] if high - low < 4000 else data[:high]
         elif kind == 3:
-            other = rng.choice(pool)
+            other = rng.choice(SEEDS)
             data = data[: rng.randrange(len(data))] + other[rng.randrange(len(other)) :]
         else:
             bounds = opcode_bounds(data) or [0]
@@ -154,45 +199,47 @@ def mutate(data: bytes, pool: list[bytes], rng: random.Random) -> bytes:
     return data
 
 
-class Coverage:
-    """Pairs of consecutive lines of the readers that have been run."""
-
-    def __init__(self) -> None:
-        self.folder = str(Path(refine.checkpoints.__file__).parent)
-        self.seen: set[tuple] = set()
-        self.new = 0
-        self.last: tuple | None = None
-
-    def trace(self, frame, event, _arg):
-        if not frame.f_code.co_filename.startswith(self.folder):
-            return None
-        here = (frame.f_code, frame.f_lineno)
-        if (self.last, here) not in self.seen:
-            self.seen.add((self.last, here))
-            self.new += 1
-        self.last = here
-        return self.trace
-
-
 def attempt(path: Path) -> str | None:
     """None for an answer; otherwise what happened instead."""
     try:
-        try:
-            load_generator(path)
-        except ValueError as error:
-            text = str(error)
-            if "\n" in text or len(text) > 1000:
-                return f"a message of {len(text)} characters or several lines: {text[:300]!r}"
-            if "expected a generator" in text:
-                load_teacher(path)
-        with containers.open_container(path) as container:
-            for name in container.members:
-                container.load(name)
-    except ValueError as error:
-        return None if "\n" not in str(error) else f"a message of several lines: {str(error)[:300]!r}"
+        for kind, load in (("generator", load_generator), ("teacher", load_teacher)):
+            network = answer(load, path)
+            if network is not None:
+                info = peek(path, kind)
+                if (info.img_resolution, info.img_channels) != (network.img_resolution, network.img_channels):
+                    return f"peek says {info}"
+        answer(describe.inspect_file, path)
     except Exception:  # noqa: BLE001 - that is what is looked for
         return traceback.format_exc()
     return None
+
+
+def answer(function, path: Path):
+    """What the function returns, or None for a refusal of one line."""
+    try:
+        return function(path)
+    except ValueError as error:
+        text = str(error)
+        if "\n" in text or len(text) > 1000 or not text.isprintable():
+            raise RuntimeError(f"a message of {len(text)} characters or several lines: {text[:300]!r}") from None
+        return None
+
+
+def test_one_input(data: bytes) -> None:
+    """libFuzzer's other hook; an exception is a finding."""
+    PATH.write_bytes(data)
+    cpu = time.process_time()
+    problem = attempt(PATH)
+    seconds = time.process_time() - cpu
+    if problem is None and seconds > SECONDS:
+        problem = f"{seconds:.1f} s of processor time"
+    if problem is None and TRAP in os.environ:
+        problem = "a payload ran"
+    if problem is None and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10 > 2 * BYTES:
+        problem = "more than 2 GB of memory in all"
+    if problem is not None:
+        print(f"FINDING: {problem}", flush=True)
+        raise RuntimeError(problem)
 
 
 def main() -> None:
@@ -202,41 +249,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("fuzz-findings"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rng, pool, coverage = random.Random(options.seed), seeds(), Coverage()
-    for data in pool:
-        assert data
-    start, count, loaded, findings = time.monotonic(), 0, len(pool), 0
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "x"
-        while time.monotonic() - start < 60 * options.minutes:
-            data = pool[count] if count < loaded else mutate(rng.choice(pool), pool, rng)
-            path.write_bytes(data)
-            coverage.new, coverage.last = 0, None
-            guided = count < loaded or count % 4 == 0  # tracing is slow; three of four run without
-            cpu = time.process_time()
-            sys.settrace(coverage.trace if guided else None)
-            problem = attempt(path)
-            sys.settrace(None)
-            seconds = time.process_time() - cpu
-            if problem is None and seconds > SECONDS * (10 if guided else 1):
-                problem = f"{seconds:.1f} s of processor time"
-            if problem is None and TRAP in os.environ:
-                problem = "a payload ran"
-            if problem is None and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10 > 2 * BYTES:
-                problem = "more than 2 GB of memory in all"
-            if problem is not None:
-                options.out.mkdir(exist_ok=True)
-                (options.out / f"{options.seed}-{count}.bin").write_bytes(data)
-                print(f"FINDING {count}: {problem}", flush=True)
-                findings += 1
-            elif coverage.new and 4 <= len(data) < 1 << 20:
-                pool.append(data)
-            count += 1
-    print(
-        f"{count} inputs, {len(pool) - loaded} of them new seeds, {len(coverage.seen)} transitions, {findings} findings"
-    )
-    sys.exit(1 if findings else 0)
+    options.out.mkdir(parents=True, exist_ok=True)
+    corpus = Path(FOLDER) / "corpus"
+    corpus.mkdir()
+    for index, data in enumerate(SEEDS):
+        (corpus / str(index)).write_bytes(data)
+    longest = 2 * max(map(len, SEEDS))
+    flags = [f"-max_total_time={60 * options.minutes:.0f}", f"-max_len={longest}", f"-seed={options.seed + 1}"]
+    flags += [f"-artifact_prefix={options.out}/", "-rss_limit_mb=4096", "-timeout=60", "-print_final_stats=1"]
+    atheris.Setup([sys.argv[0], *flags, str(corpus)], test_one_input, custom_mutator=mutate)
+    print(f"{len(SEEDS)} seeds; `cov` is the number of branches reached, `Done` the number of inputs", flush=True)
+    atheris.Fuzz()  # ends the process: 0, or 77 after a finding
 
+
+SEEDS = seeds()
+FOLDER = tempfile.mkdtemp(prefix="fuzz-checkpoints-")
+PATH = Path(FOLDER) / "x"
 
 if __name__ == "__main__":
     main()

@@ -39,6 +39,7 @@ GENERATOR = {
 }
 PENALTY_EVERY = 4  # critic steps between two gradient penalties, which then weigh four times as much
 RAMPUP_KIMG, ENCODER_LR = 5, 1e-3
+SAVE_SECONDS = 30  # what a kill costs at most; a checkpoint is 6 MB
 
 
 class Critic(nn.Module):
@@ -113,9 +114,12 @@ class Run:
     def state_dict(self) -> dict:
         numbers = {"nimg": self.nimg, "critic_steps": self.critic_steps, "seconds": self.seconds}
         random = {"rng": self.rng.get_state(), "torch_rng": torch.get_rng_state()}
-        return {**{part: getattr(self, part).state_dict() for part in self.PARTS}, **random, **numbers}
+        parts = {part: getattr(self, part).state_dict() for part in self.PARTS}
+        return {**parts, **random, **numbers, "options": self.options}
 
     def load_state_dict(self, state: dict) -> None:
+        if state["options"] != self.options:
+            raise ValueError(f"the checkpoint was made with {state['options']}, but this run asks for {self.options}")
         for part in self.PARTS:
             getattr(self, part).load_state_dict(state[part])
         self.rng.set_state(state["rng"])
@@ -225,7 +229,10 @@ def main(out, workdir, stop_kimg, snap_kimg, **options):
     images, labels = torch.from_numpy(images).float() / 127.5 - 1, torch.from_numpy(labels)
     run, checkpoint = Run(options), workdir / "checkpoint.pt"
     if checkpoint.is_file():
-        run.load_state_dict(torch.load(checkpoint, weights_only=True))
+        try:
+            run.load_state_dict(torch.load(checkpoint, weights_only=True))
+        except ValueError as error:
+            raise click.ClickException(f"{checkpoint}: {error}") from error
         print(f"going on at {run.nimg / 1000:.1f} kimg", file=sys.stderr)
     end = min(stop_kimg, options["kimg"]) * 1000
     start, since, seconds, cpu = time.time(), run.nimg, run.seconds, time.process_time()
@@ -243,7 +250,7 @@ def main(out, workdir, stop_kimg, snap_kimg, **options):
         snap = run.nimg // (snap_kimg * 1000) > (run.nimg - options["batch"]) // (snap_kimg * 1000)
         if now > next_save or snap:
             _save(checkpoint, run.state_dict())
-            next_save = now + 120
+            next_save = now + SAVE_SECONDS
         if snap:
             _picture(run.G_ema, workdir / f"fakes{int(kimg):06d}.png")
             _export(run, workdir / f"gan-{int(kimg):06d}.safetensors", options)

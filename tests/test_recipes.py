@@ -1,0 +1,81 @@
+"""The recipes of the shipped networks: killed (SIGKILL) and started again, each ends with the very same network."""
+
+import importlib
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from refine.checkpoints.native import load_networks
+
+# Recipe → the method that a step is, the step in which it is killed, and options that make it short.
+RECIPES = {
+    "train_gan": ("Run.step", 9, ["--kimg=0.06", "--batch=4", "--vae-kimg=0.03", "--snap-kimg=0.02"]),
+    "train_teacher": ("Training.step", 4, ["--kimg=0.1", "--batch=20", "--snap-minutes=0"]),
+    "train_classifier": ("Training.run_epoch", 3, ["--epochs=4", "--batch=20"]),
+}
+
+# In another process, because it does not survive.
+KILLED = """
+import json, os, signal, sys
+sys.path[:0] = json.loads(sys.argv[1])
+from tests.test_recipes import RECIPES, shortened
+name, args = sys.argv[2], sys.argv[3:]
+recipe = shortened(name, setattr)
+method, last, _ = RECIPES[name]
+cls, method = getattr(recipe, method.split(".")[0]), method.split(".")[1]
+step, count = getattr(cls, method), []
+def counted(*given):
+    count.append(0)
+    return os.kill(os.getpid(), signal.SIGKILL) if len(count) == last else step(*given)
+setattr(cls, method, counted)
+recipe.main(args)
+"""
+
+
+def shortened(name, setattr):
+    """The module of a recipe with 110 random images of each class in place of the digits, and without pictures."""
+    recipe = importlib.import_module(name)
+    images = np.random.RandomState(0).randint(0, 256, (1100, 1, 32, 32)).astype(np.uint8)
+    setattr(recipe, "load_digits", lambda: (images, np.arange(1100) % 10))
+    torch.set_num_threads(1)
+    if name == "train_teacher":
+        setattr(recipe, "sample", lambda net: torch.zeros(10, 1, 32, 32))
+    return recipe
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_killed_run_goes_on_to_the_same_network(name, root, tmp_path, monkeypatch):
+    paths = [str(root), str(root / "pretrained" / "recipes")]
+    for path in reversed(paths):
+        monkeypatch.syspath_prepend(path)
+    recipe, options = shortened(name, monkeypatch.setattr), RECIPES[name][2]
+    command = [sys.executable, "-c", KILLED, json.dumps(paths), name, *options, f"--out={tmp_path / 'killed'}"]
+    assert subprocess.run(command, stderr=subprocess.DEVNULL).returncode == -9
+    assert not (tmp_path / "killed").exists()
+    for out in ("killed", "straight"):
+        result = CliRunner().invoke(recipe.main, [*options, f"--out={tmp_path / out}"])
+        assert result.exit_code == 0, result.output
+        assert ("going on" in result.output or "resuming" in result.output) == (out == "killed")
+    for a, b in zip(*(load_networks(tmp_path / out).values() for out in ("killed", "straight")), strict=True):
+        for key, value in a.state_dict().items():
+            assert torch.equal(value, b.state_dict()[key]), key
+
+    other = ["--seed=7", *options, f"--out={tmp_path / 'killed'}"]  # into the same folder
+    result = CliRunner().invoke(recipe.main, other)
+    assert result.exit_code != 0 and "but this run asks for" in result.output
+
+
+def test_a_step_is_not_the_identity(root, monkeypatch, tmp_path):
+    """So equality above means something: another seed gives another network."""
+    monkeypatch.syspath_prepend(str(root / "pretrained" / "recipes"))
+    recipe, networks = shortened("train_classifier", monkeypatch.setattr), []
+    for seed in ("--seed=0", "--seed=1"):
+        out = tmp_path / seed
+        assert CliRunner().invoke(recipe.main, ["--epochs=1", "--batch=20", seed, f"--out={out}"]).exit_code == 0
+        networks.append(load_networks(out)["detector"])
+    assert not torch.equal(networks[0].embed.weight, networks[1].embed.weight)
