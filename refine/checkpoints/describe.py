@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -112,6 +114,19 @@ def inspect_network(network: torch.nn.Module, entry: Mapping[str, Any]) -> dict[
     }
     report["serves_as"] = role(report)
     return report if w_avg is None else report | {"w_avg_norm": float(w_avg.double().norm())}
+
+
+def as_json(report: Mapping[str, Any]) -> str:
+    """The report of `inspect_file` as JSON that every program reads: NaN and infinity, which JSON lacks, as text."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, float) and not math.isfinite(value):
+            return str(value)
+        if isinstance(value, dict):
+            return {key: convert(item) for key, item in value.items()}
+        return [convert(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return json.dumps(convert(report), indent=2, allow_nan=False)
 
 
 def as_text(report: Mapping[str, Any]) -> str:

@@ -39,8 +39,8 @@ MAX_REDIRECTS = 10
 MAX_BYTES = 16 << 30  # a server that never stops must not fill the disk
 
 # Kinds of `sniff` that are never a network or statistics: error pages, archives, pictures, halves of files.
-_REFUSED = {"empty", "html", "text", "lfs", "image", "gzip", "bzip2", "xz", "hdf5", "npy", "zip", "binary"}
-_REFUSED |= {"broken-safetensors", "broken-zip"}
+_REFUSED = {"empty", "html", "text", "lfs", "image", "hdf5", "gguf", "pdf", "npy", "binary"}
+_REFUSED |= {"gzip", "bzip2", "xz", "zstd", "7z", "rar", "tar", "zip", "broken-safetensors", "broken-zip"}
 
 
 class DownloadError(ValueError):

@@ -15,7 +15,7 @@ from typing import Any
 from refine.checkpoints.containers import FileNetwork, plain
 from refine.checkpoints.inert import Buildable, Refused, Stub, shown
 from refine.checkpoints.restricted_unpickler import COMMON_RULES
-from refine.checkpoints.tensors import NUMPY_RULES, TENSOR_RULES, TensorRef
+from refine.checkpoints.tensors import NUMPY_RULES, TENSOR_RULES, VALUE_RULES, TensorRef
 from refine.networks import edm, stylegan2
 
 PERSISTENCE_VERSION = 6  # of every public file
@@ -67,7 +67,7 @@ def rules(seen: list[str]) -> dict[str, Stub]:
         Stub("dnnlib.util.EasyDict", new=dict),
         Stub("torch.nn.modules.container.ModuleDict", new=ModuleDict),
     )
-    return {**COMMON_RULES, **TENSOR_RULES, **NUMPY_RULES, **{stub.name: stub for stub in stubs}}
+    return {**COMMON_RULES, **TENSOR_RULES, **NUMPY_RULES, **VALUE_RULES, **{stub.name: stub for stub in stubs}}
 
 
 def members(value: Mapping[Any, Any]) -> tuple[str, dict[str, tuple[str, Callable[[], FileNetwork]]]] | None:

@@ -56,6 +56,8 @@ def open_zip(path: Path, stream: BinaryIO, expected: str) -> Container:
             if pickled.file_size > min(size, _MAX_PICKLE_BYTES):
                 raise Refused(f"its pickle claims {pickled.file_size} bytes")
             data = archive.read(pickled)
+            if "byteorder" in entries and archive.read(entries["byteorder"])[:6] != b"little":
+                raise Refused("its numbers are big-endian")
     except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError, KeyError, EOFError):
         raise ValueError(f"{path} is a broken or cut-off zip archive; expected {expected}") from None
     except Refused as error:
@@ -164,8 +166,9 @@ def _family(value: Any, seen: list[str]) -> str:
     keys = [str(key) for key in list(table)[:2000] if isinstance(key, str)]
     if "optimizer_state" in table and "net" in table:
         return "a training state of EDM"
-    if {"gan_state", "optimizer_state", "state_dict"} & set(keys) and any("decoder." in key for key in keys):
-        return "a pSp/e4e checkpoint"
+    state = table.get("state_dict") if isinstance(table.get("state_dict"), dict) else table
+    if any(isinstance(key, str) and key.startswith("decoder.conv1.conv.") for key in state):
+        return "a pSp/e4e checkpoint (an encoder, with a rosinality generator in it)"
     if {"optimizer", "optimizer_state_dict", "optim", "optimizers"} & set(keys):
         return "a training state"
     named = nvidia_pickle.family(value, seen)

@@ -19,13 +19,14 @@ from refine.checkpoints.tensors import TensorRef
 
 LR_MULTIPLIER = 0.01  # of the mapping network in all of their scripts; the file does not tell
 FAMILY = "a rosinality-style .pt"
+_WRAPPER = "module."
 _MEAN_OF = 10_000  # z from which a missing mean of w is estimated
 
 
 def members(value: Any) -> dict[str, tuple[str, Callable[[], FileNetwork]]] | None:
     """What a file's table holds: name → (kind, how to describe the network); None = no such table."""
-    table = value if isinstance(value, dict) else {}
-    tables = {name: table[name] for name in ("g_ema", "g", "d") if isinstance(table.get(name), dict)}
+    table = _unwrapped(value) if isinstance(value, dict) else {}
+    tables = {name: _unwrapped(table[name]) for name in ("g_ema", "g", "d") if isinstance(table.get(name), dict)}
     if not tables and "conv1.conv.weight" in table:  # a state dict without anything around it
         tables = {"g_ema": table}
     if not ({"g_ema", "g"} & set(tables)) or not any("conv1.conv.modulation.weight" in t for t in tables.values()):
@@ -39,6 +40,13 @@ def members(value: Any) -> dict[str, tuple[str, Callable[[], FileNetwork]]] | No
             ours = {"g_ema": "G_ema", "g": "G"}[theirs]
             found[ours] = ("generator", lambda state=state: describe_generator(state, w_avg))
     return found
+
+
+def _unwrapped(state: dict) -> dict:
+    """A state dict without the prefix of DataParallel."""
+    if state and all(isinstance(name, str) and name.startswith(_WRAPPER) for name in state):
+        return {name.removeprefix(_WRAPPER): value for name, value in state.items()}
+    return state
 
 
 # Names. Theirs, with {j} for the index of a block: b8 is block 0.

@@ -39,7 +39,12 @@ _MAGIC = (  # first bytes, kind, what to call it
     (b"\x1f\x8b", "gzip", "a gzip archive"),
     (b"BZh", "bzip2", "a bzip2 archive"),
     (b"\xfd7zXZ\x00", "xz", "an xz archive"),
+    (b"(\xb5/\xfd", "zstd", "a Zstandard archive"),
+    (b"7z\xbc\xaf'\x1c", "7z", "a 7z archive"),
+    (b"Rar!\x1a\x07", "rar", "a RAR archive"),
     (b"\x89HDF\r\n\x1a\n", "hdf5", "an HDF5 file"),
+    (b"GGUF", "gguf", "a GGUF file"),
+    (b"%PDF-", "pdf", "a PDF document"),
     (b"\x93NUMPY", "npy", "a single NumPy array (.npy)"),
     (b"version https://git-lfs", "lfs", "a Git LFS pointer, not the file itself (run `git lfs pull`)"),
 )
@@ -116,6 +121,8 @@ def sniff(path: str | os.PathLike) -> Sniffed:
     for magic, kind, description in _MAGIC:
         if head.startswith(magic):
             return Sniffed(kind, description)
+    if head[257:262] == b"ustar":
+        return Sniffed("tar", "a tar archive")
     if head[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
         return _sniff_zip(path)
     if _looks_like_safetensors(head, size):

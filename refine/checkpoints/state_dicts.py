@@ -101,7 +101,10 @@ def _npy_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[str, t
     )
     if not match:
         raise Refused(f"{shown(info.filename)} is no plain array of numbers")
-    shape = ast.literal_eval(match[4])
+    try:
+        shape = ast.literal_eval(match[4])
+    except (SyntaxError, ValueError):
+        raise Refused(f"{shown(info.filename)} has an impossible shape") from None
     shape = shape if isinstance(shape, tuple) else (shape,)
     return match[2], shape, match[3] == "True", 8 + width + length
 

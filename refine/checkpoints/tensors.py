@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from refine.checkpoints.inert import Blob, Buildable, Refused, Stub
+from refine.checkpoints.inert import Blob, Buildable, Refused, Stub, shown
 from refine.checkpoints.restricted_unpickler import load_bytes, make_ordered
 
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001  # of torch.save before torch 1.6
@@ -264,6 +264,18 @@ def _rebuild_parameter(tensor, requires_grad, hooks, state=None) -> TensorRef:
     return tensor
 
 
+def _path(*parts: Any) -> str:
+    """A path of the machine that trained; only its last part is kept, the rest may be private."""
+    return shown(str(parts[-1])) if parts and isinstance(parts[-1], str) else ""
+
+
+# Inert as they are: attributes of modules, options of data sets.
+VALUE_RULES = {
+    f"torch.{name}": Stub(f"torch.{name}") for name in ("float16", "bfloat16", "float32", "float64", "int64")
+}
+VALUE_RULES |= {
+    name: Stub(name, call=_path) for name in ("pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.WindowsPath")
+}
 STORAGE_RULES = {f"torch.{name}": Stub(f"torch.{name}") for name in _STORAGE_DTYPES}
 TENSOR_RULES = {
     stub.name: stub

@@ -1,7 +1,5 @@
 """`python -m refine inspect FILE`: what a checkpoint is and what is in it."""
 
-import json
-
 import click
 
 
@@ -16,4 +14,4 @@ def inspect(file: str, as_json: bool) -> None:
     from refine.checkpoints import describe  # imports torch
 
     report = describe.inspect_file(path)
-    click.echo(json.dumps(report, indent=2) if as_json else describe.as_text(report))
+    click.echo(describe.as_json(report) if as_json else describe.as_text(report))

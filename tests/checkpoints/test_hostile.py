@@ -483,6 +483,9 @@ OTHER_FILES = {
     "gzip": (b"\x1f\x8b" + b"\x00" * 20, "a gzip archive"),
     "png": (b"\x89PNG\r\n\x1a\n" + b"\x00" * 20, "a PNG image"),
     "npy": (b"\x93NUMPY\x01\x00" + b"\x00" * 20, "a single NumPy array"),
+    "7z": (b"7z\xbc\xaf'\x1c" + b"\x00" * 20, "a 7z archive"),
+    "tar": (b"net.pkl".ljust(257, b"\x00") + b"ustar\x0000" + b"\x00" * 250, "a tar archive"),
+    "gguf": (b"GGUF\x03" + b"\x00" * 20, "a GGUF file"),
     "one byte": (b"\x80", "file"),
     "protocol only": (b"\x80\x04", "cut off"),
 }

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,7 +10,8 @@ from refine.checkpoints import load_generator, load_teacher
 from refine.checkpoints.containers import open_container
 from refine.networks import edm
 from refine.networks.stylegan2 import Discriminator, Generator
-from tests.checkpoints.builders import Format, edm_file, stylegan2_file, write
+from tests.checkpoints import builders
+from tests.checkpoints.builders import Call, Format, edm_file, stylegan2_file, write
 from tests.golden import ROOT, max_error, read_arrays, read_json
 
 PICKLES = ROOT / "pickles"
@@ -170,6 +172,32 @@ def test_memory_formats_and_dtypes(channels_last, dtype, tmp_path):
     else:
         assert_same(loaded, G)
         assert_generator(loaded, data)
+
+
+def test_values_of_all_kinds_beside_the_networks(tmp_path):
+    """Of the data set, of the augmentation, and attributes of modules: read past, harmless as they are."""
+    G, data = golden_network("g01_skip_uncond")
+    form = Format()
+    path = Call(form.name("pathlib", "PosixPath"), "/", "data", "x.zip")
+    array = builders.tf_array(form, np.arange(4, dtype=np.int32))
+    device = Call(form.name("torch", "device"), "cuda", 1)
+    options = {"rotate": form.scalar(1.0), "xy": (1, 2.5, None, ["a", {"b": True}]), "device": device}
+    pipe = form.persistent("AugmentPipe", {"_parameters": {}, "_buffers": {}, "_modules": {}, **options})
+    table = {"training_set_kwargs": {"path": path, "raw_idx": array}, "augment_pipe": pipe}
+    table["G_ema"] = form.module(G, G.init_kwargs, attributes={"dtype": form.name("torch", "float16")})
+    (tmp_path / "x.pkl").write_bytes(form.dumps(table))
+    assert_generator(load_generator(tmp_path / "x.pkl"), data)
+
+
+@pytest.mark.parametrize("location", ["cuda:0", "cuda:1", "mps:0"])
+def test_weights_saved_on_other_devices(location, tmp_path):
+    G, data = golden_network("g01_skip_uncond")
+    cpu, other = (b"X" + len(name).to_bytes(4, "little") + name.encode() for name in ("cpu", location))
+    storages = []
+    form = Format(wrap=lambda stored: storages.append(cpu in stored) or stored.replace(cpu, other))
+    (tmp_path / "x.pkl").write_bytes(stylegan2_file(form, G))
+    assert all(storages)
+    assert_generator(load_generator(tmp_path / "x.pkl"), data)
 
 
 @pytest.mark.parametrize("extras", ["all", "none", "missing"])

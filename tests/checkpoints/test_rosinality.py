@@ -1,6 +1,7 @@
 """`.pt` state dicts of rosinality's names, against an evaluation of those names that shares no code with ours."""
 
 import argparse
+import zipfile
 from collections import OrderedDict
 
 import pytest
@@ -55,6 +56,25 @@ def test_files_of_the_training_script(state, tmp_path):
             assert set(container.members) == {"G_ema", "G", "D"}
             assert any("no mean of w" in note for note in container.network("G_ema").notes)
         assert torch.equal(load_generator(path).synthesis.b4.const, state["input.input"][0])
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_prefix_of_dataparallel(state, legacy, tmp_path):
+    wrapped = {f"module.{name}": value for name, value in state.items()}
+    for table in ({"g_ema": wrapped, "g": state}, wrapped):
+        G = load_generator(save(tmp_path / "x.pt", table, legacy))
+        assert torch.equal(G.synthesis.b8.conv0.weight, state["convs.0.conv.weight"][0])
+
+
+def test_big_endian(state, tmp_path):
+    with (
+        zipfile.ZipFile(save(tmp_path / "x.pt", {"g_ema": state})) as good,
+        zipfile.ZipFile(tmp_path / "y.pt", "w") as bad,
+    ):
+        for name in good.namelist():
+            bad.writestr(name, b"big" if name.endswith("/byteorder") else good.read(name))
+    with pytest.raises(ValueError, match="y.pt: its numbers are big-endian"):
+        load_generator(tmp_path / "y.pt")
 
 
 def test_bare_state_dict_and_no_noises(state, tmp_path):
@@ -140,6 +160,7 @@ def test_refused(state, changes, reason, tmp_path):
         ({"model": {}, "optimizer": {}}, "a training state"),
         ({"layer.weight": torch.zeros(2)}, "state dict of another network"),
         ({"state_dict": {}, "latent_avg": torch.zeros(2)}, "a table with the keys"),
+        ({"state_dict": {"decoder.conv1.conv.weight": torch.zeros(2)}, "opts": {}}, "a pSp/e4e checkpoint"),
         ([1, 2], "a PyTorch file"),
     ],
 )

@@ -1,6 +1,7 @@
 """One network as safetensors or npz with the constructor arguments beside it."""
 
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -100,4 +101,10 @@ def test_refused(tmp_path):
     integers = npz_with(tmp_path / "i.npz", a=np.arange(3), init_kwargs=np.array("{}"))
     with pytest.raises(ValueError, match="floating point"):
         load_generator(integers)
+    for shape in ("(1,,2)", "(1 2)", "(01,)", "(" + "9" * 5000 + ",)"):  # what Python cannot even parse
+        with zipfile.ZipFile(tmp_path / "s.npz", "w") as archive:
+            header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}"
+            archive.writestr("a.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode())
+        with pytest.raises(ValueError, match="a.npy has an impossible shape"):
+            load_generator(tmp_path / "s.npz")
     assert torch.equal(load_generator(write(tmp_path / "ok.npz", G, G.init_kwargs)).mapping.w_avg, G.mapping.w_avg)

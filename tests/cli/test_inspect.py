@@ -45,6 +45,15 @@ def test_json(capsys, file):
     assert g["w_avg_norm"] == pytest.approx(18**0.5) and "w_avg_norm" not in t and g["non_finite"] == 0
 
 
+def test_json_has_no_numbers_that_json_lacks(capsys, tmp_path):
+    G = Generator(4, 0, 4, 8, 1, {"num_layers": 1}, {"channel_base": 32, "channel_max": 4})
+    G.mapping.w_avg[0] = float("nan")
+    T = EDMPrecond(8, 1, sigma_max=float("inf"), model_channels=8, channel_mult=[1], num_blocks=1)
+    native.save_networks(tmp_path / "x", {"G": G, "ema": T}, provenance={})
+    networks = json.loads(run(capsys, tmp_path / "x", "--json")[1], parse_constant=pytest.fail)["networks"]
+    assert networks["G"]["w_avg_norm"] == "nan" and networks["ema"]["init_kwargs"]["sigma_max"] == "inf"
+
+
 def test_text(capsys, file):
     path, G, _ = file
     code, out, _ = run(capsys, path)
