@@ -1,4 +1,4 @@
-"""Pickles of NVIDIA's PyTorch programs: StyleGAN2-ADA (also as trained by the StyleGAN3 code) and EDM.
+"""Pickles of NVIDIA's PyTorch programs: StyleGAN2-ADA (also as trained by the StyleGAN3 code), EDM and EDM2.
 
 Each of their objects is a call of one function with a table: class name, attributes, and the source text of its class,
 which their own loader executes. Here only the first two are looked at. From the tree of attributes come constructor
@@ -16,7 +16,7 @@ from refine.checkpoints.containers import FileNetwork, plain
 from refine.checkpoints.inert import Buildable, Refused, Stub, shown
 from refine.checkpoints.restricted_unpickler import COMMON_RULES
 from refine.checkpoints.tensors import NUMPY_RULES, TENSOR_RULES, VALUE_RULES, TensorRef
-from refine.networks import edm, stylegan2
+from refine.networks import edm, edm2, stylegan2
 
 PERSISTENCE_VERSION = 6  # of every public file
 _MAX_DEPTH, _MAX_TENSORS = 12, 20_000
@@ -73,9 +73,12 @@ def rules(seen: list[str]) -> dict[str, Stub]:
 def members(value: Mapping[Any, Any]) -> tuple[str, dict[str, tuple[str, Callable[[], FileNetwork]]]] | None:
     """What a snapshot's table holds: (family, name → (kind, how to describe the network)); None = no such table."""
     found = {str(key): item for key, item in value.items() if isinstance(item, Persistent)}
-    if isinstance(found.get("ema"), Persistent) and found["ema"].class_name in _PRECONDS:
-        ema = found["ema"]
-        return "an EDM pickle", {"ema": ("teacher", lambda: describe_teacher(ema))}
+    ema = found.get("ema")
+    if ema is not None and ema.class_name in _PRECONDS:
+        return "an EDM pickle", {"ema": ("teacher", _later(describe_teacher, ema))}
+    encoder = found.get("encoder")
+    if ema is not None and _is_edm2(ema) and (encoder is None or encoder.class_name == _PIXELS):
+        return "an EDM2 pickle", {"ema": ("teacher", _later(describe_teacher, ema))}
     generators = {name: found[name] for name in ("G_ema", "G") if name in found}
     if not generators or not all(_is_stylegan2(item) for item in generators.values()):
         return None
@@ -100,7 +103,8 @@ def family(value: Any, seen: list[str], named: Iterable[str] = ()) -> str | None
     if {"ProjectedDiscriminator", "FastganSynthesis"} & names:
         return "a Projected GAN or StyleGAN-XL checkpoint"
     if {"MPConv", "MPFourier", "EDM2Loss"} & names or ("Precond" in names and not names & set(_PRECONDS)):
-        return "an EDM2 diffusion model"
+        latent = bool(names & {"StabilityVAEEncoder"})
+        return f"an EDM2 diffusion model{' of latents, not of pixels' if latent else ''}"
     if names & set(_PRECONDS):
         return "an EDM file without 'ema', perhaps a training state"
     if {"TriPlaneGenerator", "OSGDecoder"} & names:
@@ -116,6 +120,7 @@ def family(value: Any, seen: list[str], named: Iterable[str] = ()) -> str | None
     return None
 
 
+_PIXELS = "StandardRGBEncoder"  # of EDM2's networks whose images are images
 _XL_MODULES = ("timm.", "pg_modules.", "feature_networks.")  # of the pretrained features of its discriminator
 
 
@@ -166,15 +171,20 @@ def describe_discriminator(item: Persistent) -> FileNetwork:
     return FileNetwork("stylegan2.Discriminator", kwargs, collect(item))
 
 
-# EDM.
+# EDM and EDM2.
 
 # Arguments that are used only later, so that the constructor would take anything for them.
 _NUMBERS = {"dropout", "label_dropout", "sigma_min", "sigma_max", "sigma_data", "beta_d", "beta_min", "epsilon_t"}
+_NUMBERS |= {"label_balance", "concat_balance", "res_balance", "attn_balance", "clip_act"}
+
+
+def _is_edm2(item: Persistent) -> bool:
+    return item.class_name == "Precond" and _child(item, "unet", "enc") is not None
 
 
 def describe_teacher(item: Persistent) -> FileNetwork:
     """Arguments and tensors of a preconditioned denoiser; attributes win over the arguments that once set them."""
-    cls = _PRECONDS[item.class_name]
+    cls = edm2.Precond if _is_edm2(item) else _PRECONDS[item.class_name]
     names = [name for name, p in inspect.signature(cls).parameters.items() if p.kind is not p.VAR_KEYWORD]
     kwargs = _init_kwargs(item, tuple(names))
     for name in names:
@@ -184,7 +194,8 @@ def describe_teacher(item: Persistent) -> FileNetwork:
             if name in kwargs or value != inspect.signature(cls).parameters[name].default:
                 kwargs[name] = value
     for name in _NUMBERS & kwargs.keys():
-        if isinstance(kwargs[name], bool) or not isinstance(kwargs[name], int | float):
+        value = 0 if name == "clip_act" and kwargs[name] is None else kwargs[name]
+        if isinstance(value, bool) or not isinstance(value, int | float):
             raise Refused(f"its {name} is no number")
     attributes = {}
     for name in ("sigma_min", "sigma_max"):
@@ -193,7 +204,8 @@ def describe_teacher(item: Persistent) -> FileNetwork:
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
                 raise Refused(f"its {name} is no positive number")
             attributes[name] = float(value)
-    return FileNetwork(f"edm.{item.class_name}", kwargs, collect(item), attributes=attributes)
+    class_name = "edm2.Precond" if cls is edm2.Precond else f"edm.{item.class_name}"
+    return FileNetwork(class_name, kwargs, collect(item), attributes=attributes)
 
 
 # The tree of modules.

@@ -41,6 +41,7 @@ NETWORK_CLASSES: dict[str, NetworkClass] = {
     "edm.VPPrecond": NetworkClass("refine.networks.edm", "VPPrecond", "teacher"),
     "edm.VEPrecond": NetworkClass("refine.networks.edm", "VEPrecond", "teacher"),
     "edm.iDDPMPrecond": NetworkClass("refine.networks.edm", "iDDPMPrecond", "teacher"),
+    "edm2.Precond": NetworkClass("refine.networks.edm2", "Precond", "teacher"),
     # A name, not an import: this layer knows nothing of metrics until a file with a detector in it is opened.
     "digits.DigitsDetector": NetworkClass("refine.metrics.digits", "DigitsDetector", "classifier"),
 }

@@ -230,6 +230,14 @@ def edm_file(form, net, extras=True, attributes=None):
     return form.dumps(table)
 
 
+def edm2_file(form, net, **init_kwargs):
+    """A snapshot of EDM2 for pixels; its tensors are published in float16."""
+    table = {"encoder": form.persistent("StandardRGBEncoder", {}), "dataset_kwargs": form.easy(dict(DATA_SET))}
+    table["loss_fn"] = form.persistent("EDM2Loss", {"P_mean": -0.8, "P_std": 1.6, "sigma_data": 0.5})
+    table["ema"] = form.module(net, {**net.init_kwargs, **init_kwargs})
+    return form.dumps(form.easy(table))
+
+
 # TensorFlow.
 
 

@@ -8,10 +8,11 @@ import torch
 
 from refine.checkpoints import load_generator, load_teacher
 from refine.checkpoints.containers import open_container
-from refine.networks import edm
+from refine.checkpoints.export import write_like
+from refine.networks import edm, edm2
 from refine.networks.stylegan2 import Discriminator, Generator
 from tests.checkpoints import builders
-from tests.checkpoints.builders import Call, Format, edm_file, stylegan2_file, write
+from tests.checkpoints.builders import Call, Format, edm2_file, edm_file, stylegan2_file, write
 from tests.golden import ROOT, max_error, read_arrays, read_json
 
 PICKLES = ROOT / "pickles"
@@ -268,10 +269,40 @@ def test_live_attributes_of_a_teacher_win(tmp_path):
     assert loaded.sigma_min == 2e-3
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_edm2(form, tmp_path):
+    """A file as published: all tensors in float16."""
+    case, data = read_json("edm/edm2_cond"), read_arrays("edm/edm2_cond")
+    net = edm2.Precond(**case["init_kwargs"]).requires_grad_(False)
+    net.load_state_dict({k[2:]: v.float() for k, v in data.items() if k.startswith("w:")})
+    form = Format(**FORMATS[form], dtype=torch.float16)
+    path = write(tmp_path / "x.pkl", edm2_file(form, net))
+    loaded = load_teacher(path)
+    assert_same(loaded, net)
+    assert_teacher(loaded, {**data, "base:D": data["fp32params:D"]})
+    assert (loaded.label_dim, loaded.img_resolution, loaded.img_channels, loaded.use_fp16) == (10, 16, 3, True)
+    with open_container(path) as container:
+        assert container.family == "an EDM2 pickle"
+        assert next(iter(container.network("ema").tensors.values())).storage.dtype == torch.float16
+    with torch.no_grad():
+        net.unet.out_gain.add_(0.5)
+    write_like(path, tmp_path / "y.pkl", {"ema": net})
+    assert_same(load_teacher(tmp_path / "y.pkl"), net)
+
+
+@pytest.mark.parametrize("spoilt", [{"dropout": "x"}, {"clip_act": "x"}, {"res_balance": None}, {"num_blocks": 2}])
+def test_edm2_with_impossible_arguments(spoilt, tmp_path):
+    net = edm2.Precond(8, 3, model_channels=8, channel_mult=[1], num_blocks=1)
+    form = Format()
+    with pytest.raises(ValueError, match=r"x.pkl: ema: it(s \w+ is no number| lacks)") as caught:
+        load_teacher(write(tmp_path / "x.pkl", edm2_file(form, net, **spoilt)))
+    assert "\n" not in str(caught.value)
+
+
 def test_wrong_kind(tmp_path):
     G, _ = golden_network("g01_skip_uncond")
     path = write(tmp_path / "g.pkl", stylegan2_file(Format(), G))
-    with pytest.raises(ValueError, match=r"g.pkl is a StyleGAN2 pickle; expected a teacher: an EDM pickle"):
+    with pytest.raises(ValueError, match=r"g.pkl is a StyleGAN2 pickle; expected a teacher: an EDM or EDM2 pickle"):
         load_teacher(path)
     net, _ = golden_teacher("song_ddpmpp_edm_uncond")
     with pytest.raises(ValueError, match="is an EDM pickle; expected a generator"):
@@ -288,11 +319,15 @@ def other_families(form):
     g3 = form.persistent("SynthesisNetwork", _tree(form, input="SynthesisInput", L0_36_512="SynthesisLayer"))
     g3 = form.persistent("Generator", {"_modules": {"synthesis": g3}, "_init_kwargs": {}})
     timm = form.persistent("ProjectedDiscriminator", {"_modules": {"feature_network": form.name("timm.models", "Net")}})
-    edm2 = form.persistent("Precond", _tree(form, unet="UNet", logvar_linear="MPConv"))
+    other = form.persistent("Precond", _tree(form, unet="UNet", logvar_linear="MPConv"))
+    latent = form.persistent("Precond", {"_modules": {"unet": form.persistent("UNet", _tree(form, enc="Block"))}})
     return {
         "StyleGAN3": {"G": g3, "D": form.persistent("Discriminator", _tree(form)), "G_ema": g3},
         "StyleGAN-XL": {"G": g3, "D": timm, "G_ema": g3},
-        "EDM2": form.easy({"encoder": form.persistent("StandardRGBEncoder", {}), "ema": edm2}),
+        "an EDM2 diffusion model": form.easy({"encoder": form.persistent("StandardRGBEncoder", {}), "ema": other}),
+        "an EDM2 diffusion model of latents": form.easy(
+            {"encoder": form.persistent("StabilityVAEEncoder", {"raw_mean": [5.81, 3.25]}), "ema": latent}
+        ),
         "object of the class InceptionV3": form.persistent("InceptionV3", {"_modules": {}}),
         "statistics": {"capture_all": False, "num_items": 4, "raw_mean": 1, "raw_cov": 2},
         "a pickle of a list": [1, 2],

@@ -73,7 +73,7 @@ def test_big_endian(state, tmp_path):
     ):
         for name in good.namelist():
             bad.writestr(name, b"big" if name.endswith("/byteorder") else good.read(name))
-    with pytest.raises(ValueError, match="y.pt: its numbers are big-endian"):
+    with pytest.raises(ValueError, match=r"y.pt: its numbers are big-endian"):
         load_generator(tmp_path / "y.pt")
 
 
