@@ -15,6 +15,7 @@ import torch
 
 from refine.checkpoints import native, registry, sniff
 from refine.checkpoints.sniff import HEADER_KEY, read_safetensors_header
+from refine.networks import edm2
 from refine.networks.edm import EDMPrecond, Init, VEPrecond, VPPrecond, iDDPMPrecond
 from refine.networks.stylegan2 import Discriminator, Generator
 
@@ -82,6 +83,7 @@ def refusal(function, *args) -> str:
             pytest.param(lambda cls=cls: cls(**UNET), id=cls.__name__)
             for cls in (EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond)
         ),
+        pytest.param(lambda: edm2.Precond(8, 1, 2, model_channels=8, channel_mult=[1], num_blocks=1), id="EDM2"),
     ],
 )
 def test_round_trip(tmp_path, network):
