@@ -33,7 +33,11 @@ ONLY = {
     "dnnlib": ("dnnlib",),
     "refine.diff_instruct": ("torch", "refine.noise"),
     "refine.checkpoints.sniff": ("dnnlib",),
-    "refine.checkpoints.index": ("dnnlib", "refine.checkpoints.sniff", "refine.checkpoints.fetch", "tomli"),
+    "refine.checkpoints.diffusers_folder": (),
+    "refine.checkpoints.index": (
+        *("dnnlib", "refine.checkpoints.sniff", "refine.checkpoints.fetch", "refine.checkpoints.diffusers_folder"),
+        "tomli",
+    ),
     "refine.checkpoints.fetch": (
         *("dnnlib", "refine.checkpoints.sniff"),
         *("filelock", "pooch", "requests", "urllib3", "tqdm"),

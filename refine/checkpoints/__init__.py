@@ -10,7 +10,7 @@
     pickles.py    tells raw pickles apart, for the readers of pickles:
       nvidia_pickle.py  StyleGAN2-ADA, EDM, EDM2   tf_pickle.py  legacy TensorFlow
     pt_files.py         what torch.save writes;  rosinality.py  the names in such files
-    state_dicts.py      one network in plain safetensors or .npz
+    state_dicts.py      one network in plain safetensors or .npz;  diffusers_folder.py  folders of diffusers
     restricted_unpickler.py  reads a pickle without running it;  inert.py, tensors.py  its values, not read yet
     export.py     gives networks back in the formats they came in
 
@@ -162,5 +162,5 @@ def _read_container(path: Path, kind: str, build: bool) -> Any:
 _PREFERRED = {"generator": "G_ema", "teacher": "ema"}
 _EXPECTED = {
     "generator": "a generator: a StyleGAN2 pickle (PyTorch or TensorFlow), a rosinality .pt, or a file of this toolkit",
-    "teacher": "a teacher: an EDM or EDM2 pickle, or a file of this toolkit",
+    "teacher": "a teacher: an EDM or EDM2 pickle, a UNet2DModel of diffusers, or a file of this toolkit",
 }

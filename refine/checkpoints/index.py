@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import dnnlib
+from refine.checkpoints.diffusers_folder import find_weights
 from refine.checkpoints.fetch import fetch, is_url
 from refine.checkpoints.sniff import check_readable_file
 
@@ -108,8 +109,9 @@ def read_index(folder: Path | None = None) -> dict[str, IndexEntry | RemoteEntry
 def resolve(path_or_name: str | os.PathLike, kind: str | None = None) -> Path:
     """The file that a path, a URL or a name of the index means; what is not in the cache yet is downloaded.
 
-    A path that exists wins over a name. Only a plain word, without folder and suffix, can be a name. A shipped file has
-    been checked against its checksum, a downloaded one against that of the index or of its first download.
+    A folder of diffusers means the weights in it. A path that exists wins over a name. Only a plain word, without
+    folder and suffix, can be a name. A shipped file has been checked against its checksum, a downloaded one against
+    that of the index or of its first download.
 
     Args:
         path_or_name: A path, an http or https URL, or a name.
@@ -123,6 +125,8 @@ def resolve(path_or_name: str | os.PathLike, kind: str | None = None) -> Path:
         raise ValueError("an empty path; expected a file or a name of pretrained/index.toml")
     if is_url(text):
         return fetch(text)
+    if os.path.isdir(text):
+        return find_weights(text)
     if os.path.lexists(text) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", text):
         check_readable_file(text)
         return Path(text)

@@ -14,7 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 # Far above every published network, far below what would hang a build.
-_MAX = {"img_resolution": 4096, "num_layers": 32, "num_blocks": 32, "M": 10_000}
+_MAX = {"img_resolution": 4096, "num_layers": 32, "num_blocks": 32, "M": 10_000, "num_steps": 10_000}
 _MAX_INT = 1 << 20  # any other size or count
 _MAX_VALUES = 1000  # numbers and strings in all init kwargs of one network
 _MAX_TAPS = 144  # of a filter: every layer that resamples has one of its own, squared where it is separable
@@ -42,6 +42,7 @@ NETWORK_CLASSES: dict[str, NetworkClass] = {
     "edm.VEPrecond": NetworkClass("refine.networks.edm", "VEPrecond", "teacher"),
     "edm.iDDPMPrecond": NetworkClass("refine.networks.edm", "iDDPMPrecond", "teacher"),
     "edm2.Precond": NetworkClass("refine.networks.edm2", "Precond", "teacher"),
+    "ddpm.DDPMPrecond": NetworkClass("refine.networks.ddpm", "DDPMPrecond", "teacher"),
     # A name, not an import: this layer knows nothing of metrics until a file with a detector in it is opened.
     "digits.DigitsDetector": NetworkClass("refine.metrics.digits", "DigitsDetector", "classifier"),
 }

@@ -24,11 +24,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from refine.checkpoints import registry
+from refine.checkpoints import diffusers_folder, registry
 from refine.checkpoints.containers import Container, FileNetwork, plain, saying
 from refine.checkpoints.inert import Blob, Refused, shown
 from refine.checkpoints.native import _DTYPES
-from refine.checkpoints.sniff import BrokenHeader, read_safetensors_header
+from refine.checkpoints.sniff import BrokenHeader, TensorInfo, read_safetensors_header
 from refine.checkpoints.tensors import Storage, TensorRef
 
 _MAX_JSON_BYTES = 1 << 20
@@ -46,14 +46,30 @@ def open_safetensors(path: Path, stream: BinaryIO, expected: str, **given: Any) 
         infos, metadata = read_safetensors_header(path)
     except BrokenHeader as error:
         raise ValueError(f"{path} is a safetensors file {error}") from None
+    with saying(str(path)):
+        from_diffusers = None if given else diffusers_folder.describe(path)
+    if from_diffusers is not None:
+        return _open_diffusers(path, stream, infos, from_diffusers)
     _check_arguments(path, metadata, given, "a safetensors file of another program", expected)
     with saying(str(path)):
-        refs = {}
-        for name, info in infos.items():
-            if info.dtype not in _DTYPES:
-                raise Refused(f"{shown(name)} has dtype {info.dtype}")
-            refs[name] = _ref(stream, _DTYPES[info.dtype], info.shape, info.start, info.end - info.start)
-        return _container(path, stream, refs, dict(metadata), "a plain safetensors file", given)
+        return _container(path, stream, _refs(stream, infos), dict(metadata), "a plain safetensors file", given)
+
+
+def _refs(stream: BinaryIO, infos: Mapping[str, TensorInfo]) -> dict[str, TensorRef]:
+    refs = {}
+    for name, info in infos.items():
+        if info.dtype not in _DTYPES:
+            raise Refused(f"{shown(name)} has dtype {info.dtype}")
+        refs[name] = _ref(stream, _DTYPES[info.dtype], info.shape, info.start, info.end - info.start)
+    return refs
+
+
+def _open_diffusers(path: Path, stream: BinaryIO, infos: Mapping[str, TensorInfo], init_kwargs: dict) -> Container:
+    """The denoiser of a folder of diffusers, opened by its weights file."""
+    with saying(str(path)):
+        refs = {diffusers_folder.our_name(name): ref for name, ref in _refs(stream, infos).items()}
+        network = FileNetwork("ddpm.DDPMPrecond", plain(init_kwargs), refs)
+        return Container(path, stream, "a UNet2DModel of diffusers", {"ema": ("teacher", lambda: network)})
 
 
 def open_npz(path: Path, stream: BinaryIO, expected: str, **given: Any) -> Container:

@@ -248,7 +248,7 @@ def _with_absolute_paths(config: RefineConfig) -> RefineConfig:
     from refine.checkpoints.fetch import is_url
 
     given = {k: v for k in ("gan", "teacher", "ref") if (v := getattr(config, k))}
-    absolute = {k: os.path.abspath(resolve(v)) for k, v in given.items() if is_url(v) or os.path.isfile(v)}
+    absolute = {k: os.path.abspath(resolve(v)) for k, v in given.items() if is_url(v) or os.path.exists(v)}
     return dataclasses.replace(config, **absolute)
 
 

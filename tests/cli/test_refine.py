@@ -11,6 +11,7 @@ from refine import load_generator
 from refine.checkpoints import registry
 from refine.checkpoints.native import save_networks
 from refine.cli.main import run_command
+from refine.networks import edm2
 from refine.networks.edm import EDMPrecond
 from tests.test_trainer import make_student, make_teacher
 
@@ -127,6 +128,18 @@ def test_dry_run_prints_the_options_and_writes_nothing(files, tmp_path, capsys):
     options = json.loads(out)
     assert options["batch"] == 4 and options["run_dir"].endswith("00000-gan-teacher-batch4")
     assert not (tmp_path / "runs").exists()
+
+
+def test_an_edm2_teacher(files, tmp_path, capsys):
+    teacher = edm2.Precond(8, 1, 3, model_channels=8, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4])
+    torch.nn.init.ones_(teacher.unet.out_gain)
+    save_networks(tmp_path / "edm2.safetensors", {"ema": teacher}, provenance={})
+    pair = (f"--gan={files}/gan.safetensors", f"--teacher={tmp_path}/edm2.safetensors", f"--outdir={tmp_path / 'runs'}")
+    options = ("--kimg=0.008", "--batch=4", "--tick=0.004", "--snap=1", "--lr=0.001", "--dropout=true")
+    assert call(capsys, *pair, *options)[0] == 0
+    G = load_generator(next(tmp_path.glob("runs/*/network-snapshot-*.safetensors")))
+    moved = [(a - b).abs().max().item() for a, b in zip(G.parameters(), make_student().parameters(), strict=True)]
+    assert max(moved) > 0 and all(torch.isfinite(p).all() for p in G.parameters())
 
 
 def test_a_run_and_going_on_with_it(files, tmp_path, capsys):

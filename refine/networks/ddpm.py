@@ -1,0 +1,166 @@
+"""Discrete variance-preserving diffusion models, DDPM (Ho et al. 2020) and its kin, as denoisers in EDM's terms.
+
+The U-Net is diffusers' `UNet2DModel`, an optional package that is imported when one is built. It takes images scaled
+to x_t = √ᾱ_t · x_0 + √(1 − ᾱ_t) · n at an integer time t; here x = x_t / √ᾱ_t and sigma = √((1 − ᾱ_t) / ᾱ_t) instead:
+
+    D(x; sigma) = c_skip · x + c_out · F(c_in · x, t(sigma)),    c_in = 1/√(1 + sigma²)
+
+    F predicts      c_skip            c_out
+    'epsilon', n    1                 −sigma
+    'v_prediction'  1 / (1 + sigma²)  −sigma / √(1 + sigma²)     (Salimans & Ho 2022: v = √ᾱ_t n − √(1 − ᾱ_t) x_0)
+    'sample', x_0   0                 1
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from refine.networks.edm import Preconditioner, _check_choice, _record_init_kwargs
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+_SNAP = 1e-3  # a time so near to an integer is that integer: float32 tells ln sigma to about 1e-5 of a step
+
+
+def vp_betas(
+    beta_schedule: str = "linear", beta_start: float = 1e-4, beta_end: float = 0.02, num_steps: int = 1000
+) -> np.ndarray:
+    """Noise added in each step, float64, (num_steps,), under diffusers' names of the schedules.
+
+    'linear' (DDPM), 'scaled_linear' (linear in √beta: latent diffusion), 'squaredcos_cap_v2' (cosine: improved DDPM),
+    'sigmoid' (GeoDiff). The cosine has no beta_start and beta_end.
+
+    Raises:
+        ValueError: an unknown schedule, or numbers of which none comes.
+    """
+    _check_choice("beta_schedule", beta_schedule, SCHEDULES)
+    if num_steps < 2 or not 0 < beta_start <= beta_end < 1:
+        raise ValueError(f"betas from {beta_start} to {beta_end} in {num_steps} steps are no schedule of noise.")
+    if beta_schedule == "squaredcos_cap_v2":
+        signal = np.cos((np.arange(num_steps + 1) / num_steps + 0.008) / 1.008 * math.pi / 2) ** 2
+        return np.minimum(1 - signal[1:] / signal[:-1], 0.999)
+    if beta_schedule == "scaled_linear":
+        return np.linspace(beta_start**0.5, beta_end**0.5, num_steps) ** 2
+    if beta_schedule == "sigmoid":
+        return (beta_end - beta_start) / (1 + np.exp(-np.linspace(-6, 6, num_steps))) + beta_start
+    return np.linspace(beta_start, beta_end, num_steps)
+
+
+def vp_discrete_sigmas(betas: np.ndarray) -> np.ndarray:
+    """Noise levels √((1 − ᾱ_t) / ᾱ_t) of the times t = 0 … T − 1, float64, rising.
+
+    1 − beta is rounded to float32, as it was where the networks were trained: that moves the smallest level of the
+    cosine schedule by 3e-4 of its size.
+    """
+    alphas = np.float32(1) - np.asarray(betas, dtype=np.float32)
+    signal = np.cumprod(alphas.astype(np.float64))
+    with np.errstate(divide="ignore", invalid="ignore"):  # what comes of impossible betas is for the caller to see
+        return np.sqrt((1 - signal) / signal)
+
+
+class DDPMPrecond(Preconditioner):
+    """A `UNet2DModel` of diffusers, in `unet`, as a denoiser D(x; sigma).
+
+    Between the discrete noise levels the time is interpolated, linearly in ln sigma, and the U-Net is asked at that
+    fraction: its embedding of time is made of sines, smooth in t. So D is continuous in sigma and the network is always
+    told the noise there is; rounding, as iDDPM does, would tell a wrong one by up to a quarter at the small levels.
+    Outside of the range, the nearest time is taken. D is not clipped to [-1, 1], as the samplers of diffusers may do.
+
+    Args:
+        img_resolution, img_channels: Of the images. A U-Net with more output channels (a learned variance) may be
+            wrapped; only the first img_channels are used.
+        label_dim: Number of classes, 0 = unconditional. There is no "no label": class_labels must be given.
+        prediction_type: What the U-Net predicts, one of `PREDICTIONS`.
+        beta_schedule, beta_start, beta_end, num_steps: See `vp_betas`.
+        trained_betas: Betas to be used instead; None = those of the schedule.
+        **model_kwargs: The configuration of the U-Net; what this version of diffusers does not know is left out.
+
+    Raises:
+        ValueError: diffusers is missing, or the configuration is impossible.
+    """
+
+    use_fp16 = False
+
+    @_record_init_kwargs
+    def __init__(
+        self, img_resolution: int, img_channels: int, label_dim: int = 0, prediction_type: str = "epsilon",
+        beta_schedule: str = "linear", beta_start: float = 1e-4, beta_end: float = 0.02, num_steps: int = 1000,
+        trained_betas: Sequence[float] | None = None, **model_kwargs,
+    ):  # fmt: skip
+        _check_choice("prediction_type", prediction_type, PREDICTIONS)
+        nn.Module.__init__(self)  # not Preconditioner's, which makes one of EDM's U-Nets
+        self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
+        self.prediction_type = prediction_type
+        betas = vp_betas(beta_schedule, beta_start, beta_end, num_steps) if trained_betas is None else trained_betas
+        sigmas = vp_discrete_sigmas(betas)
+        if len(sigmas) < 2 or not (np.isfinite(sigmas).all() and (np.diff(sigmas) > 0).all() and sigmas[0] > 0):
+            raise ValueError("the schedule's noise levels do not rise from step to step.")
+        self.sigma_min, self.sigma_max = float(sigmas[0]), float(sigmas[-1])
+        self.register_buffer("log_sigmas", torch.tensor(np.log(sigmas), dtype=torch.float32), persistent=False)
+        self.unet = _make_unet(img_resolution, img_channels, label_dim, model_kwargs)
+
+    def scalings(self, sigma):
+        total = 1 + sigma**2
+        c_skip, c_out = {
+            "epsilon": (1, -sigma),
+            "v_prediction": (1 / total, -sigma / total.sqrt()),
+            "sample": (0, 1),
+        }[self.prediction_type]
+        return c_skip, c_out, 1 / total.sqrt(), self.time(sigma)
+
+    def time(self, sigma: torch.Tensor) -> torch.Tensor:
+        """The time t of noise levels, float32, between 0 and T − 1, the shape of sigma."""
+        levels, wanted = self.log_sigmas, sigma.log().contiguous()
+        below = (torch.searchsorted(levels, wanted) - 1).clamp(0, len(levels) - 2)
+        step = ((wanted - levels[below]) / (levels[below + 1] - levels[below])).clamp(0, 1)
+        time = below + step
+        return torch.where((time - time.round()).abs() < _SNAP, time.round(), time)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor | float,
+        class_labels: torch.Tensor | None = None,
+        force_fp32: bool = False,
+        augment_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Denoise, see `Preconditioner.forward`. `force_fp32` and `augment_labels` change nothing.
+
+        Raises:
+            ValueError: as there; or a conditional network is not given one class for each image.
+        """
+        x = self._checked_images(x).to(torch.float32)
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
+        c_skip, c_out, c_in, c_noise = self.scalings(sigma)
+        F_x = self.unet(c_in * x, c_noise.flatten().expand(len(x)), class_labels=self._classes(class_labels, x)).sample
+        return c_skip * x + c_out * F_x[:, : self.img_channels]
+
+    def _classes(self, class_labels: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+        """One-hot rows as the indices that the U-Net takes."""
+        labels = None if class_labels is None else self._checked_labels(class_labels, x)
+        if self.label_dim == 0:
+            return None
+        if labels is None or not (labels.amax(dim=1) > 0).all():
+            raise ValueError("this network was trained with classes only: every image needs one in class_labels.")
+        return labels.argmax(dim=1).expand(len(x))
+
+
+def _make_unet(img_resolution: int, img_channels: int, label_dim: int, config: dict) -> nn.Module:
+    try:
+        from diffusers import UNet2DModel
+    except ImportError:
+        raise ValueError("the package diffusers is missing: pip install 'gan-refine[diffusers]'") from None
+    known = inspect.signature(UNet2DModel.__init__).parameters
+    config = {name: value for name, value in config.items() if name in known}
+    return UNet2DModel(
+        **{"out_channels": img_channels, **config},
+        sample_size=img_resolution,
+        in_channels=img_channels,
+        num_class_embeds=label_dim or None,
+    )
