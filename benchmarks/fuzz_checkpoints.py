@@ -33,9 +33,10 @@ except ImportError:
 import numpy as np
 import torch
 
+from refine.networks import edm2
 from refine.networks.edm import EDMPrecond
 from refine.networks.stylegan2 import Discriminator, Generator
-from tests.checkpoints.builders import Call, Format, Global, dumps, edm_file, stylegan2_file
+from tests.checkpoints.builders import Call, Format, Global, dumps, edm2_file, edm_file, stylegan2_file
 from tests.checkpoints.rosinality_reference import random_generator
 
 with atheris.instrument_imports(include=["refine.checkpoints"]):
@@ -94,10 +95,12 @@ def seeds() -> list[bytes]:
     G = Generator(4, 2, 4, 8, 3, {"num_layers": 1}, {"channel_base": 16, "channel_max": 2})
     D = Discriminator(2, 8, 3, channel_base=16, channel_max=2, mapping_kwargs={"num_layers": 1})
     T = EDMPrecond(8, 1, model_type="SongUNet", model_channels=4, channel_mult=[1], num_blocks=1, attn_resolutions=[])
+    E = edm2.Precond(8, 1, model_channels=4, channel_mult=[1], num_blocks=1, attn_resolutions=[], logvar_channels=4)
     files = [stylegan2_file(Format(protocol=p, numpy=n), G, extras="missing") for p, n in ((2, 1), (3, 1), (5, 2))]
     files += [
         stylegan2_file(Format(), G, D=D, style=3),
         edm_file(Format(), T),
+        edm2_file(Format(dtype=torch.float16), E),
         edm_file(Format(protocol=2, numpy=1), T),
     ]
     golden = Path(__file__).resolve().parents[1] / "tests/golden/pickles"
