@@ -10,7 +10,6 @@ differs from the whole by what surrounds them (drawing noise, optimisers, statis
 import json
 import platform
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +24,6 @@ from refine.config import RefineConfig
 from refine.diff_instruct import aux_loss
 from refine.networks.edm import EDMPrecond
 from refine.networks.stylegan2 import Generator
-from refine.run_dir import RunDir
 from refine.trainer import Trainer
 
 
@@ -57,38 +55,37 @@ def best_seconds(function: Callable[[], None], repeats: int, device: torch.devic
 
 def measure(name: str, pair: tuple, batch: int, repeats: int, device: torch.device) -> dict:
     config = RefineConfig("student", "teacher", batch=batch)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(config, *pair, RunDir(folder, quiet=True), device=device)
-        G, aux, teacher = trainer.G, trainer.aux, trainer.teacher
-        (z, c), *_ = trainer._latents()
-        x = trainer._images(z, c).detach()
-        sigma = trainer.sigma.sample(batch, device)
+    trainer = Trainer(config, *pair, device=device)
+    G, aux, teacher = trainer.G, trainer.aux, trainer.teacher
+    (z, c), *_ = trainer._latents()
+    x = trainer._images(z, c).detach()
+    sigma = trainer.sigma.sample(batch, device)
 
-        def student():
-            G.zero_grad(set_to_none=True)
-            trainer._images(z, c).backward(x)
+    def student():
+        G.zero_grad(set_to_none=True)
+        trainer._images(z, c).backward(x)
 
-        def denoise(net):
-            with torch.no_grad():
-                net(x, sigma, c)
+    def denoise(net):
+        with torch.no_grad():
+            net(x, sigma, c)
 
-        def aux_training():
-            aux.zero_grad(set_to_none=True)
-            aux_loss(aux, x, c, sigma).mean().backward()
+    def aux_training():
+        aux.zero_grad(set_to_none=True)
+        aux_loss(aux, x, c, sigma).mean().backward()
 
-        def student_forward():
-            with torch.no_grad():
-                trainer._images(z, c)
+    def student_forward():
+        with torch.no_grad():
+            trainer._images(z, c)
 
-        parts = {
-            "student forward (for the auxiliary step)": student_forward,
-            "student forward + backward": student,
-            "teacher forward": lambda: denoise(teacher),
-            "auxiliary forward": lambda: denoise(aux),
-            "auxiliary forward + backward": aux_training,
-        }
-        seconds = {key: best_seconds(function, repeats, device) for key, function in parts.items()}
-        whole = best_seconds(trainer.step, repeats, device)
+    parts = {
+        "student forward (for the auxiliary step)": student_forward,
+        "student forward + backward": student,
+        "teacher forward": lambda: denoise(teacher),
+        "auxiliary forward": lambda: denoise(aux),
+        "auxiliary forward + backward": aux_training,
+    }
+    seconds = {key: best_seconds(function, repeats, device) for key, function in parts.items()}
+    whole = best_seconds(trainer.step, repeats, device)
     parameters = {key: sum(p.numel() for p in net.parameters()) for key, net in (("student", G), ("teacher", teacher))}
     return {"pair": name, "batch": batch, "parameters": parameters, "seconds": seconds, "iteration": whole}
 

@@ -20,6 +20,7 @@ LAYERS = [
     ("refine.config", "refine.run_dir"),
     ("refine.monitor", "refine.report"),
     ("refine.trainer",),
+    ("refine.training_state", "refine.snapshots", "refine.training_run"),
     ("refine.cli", "refine.__main__"),
     ("scripts",),  # refine.py, compare_fid.py, generate.py, benchmarks/, pretrained/recipes/
 ]

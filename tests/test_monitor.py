@@ -6,7 +6,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from refine.metrics.named import NamedMetric
 from refine.monitor import Monitor
-from tests.test_trainer import make_trainer
+from tests.test_trainer import make_run
 
 
 def read(path):
@@ -28,10 +28,9 @@ class FakeMetric(NamedMetric):
 
 
 def test_everything_that_is_promised_is_there(tmp_path):
-    trainer = make_trainer(tmp_path, kimg=4.0, batch=500, tick=2.0, aux_warmup_kimg=0.0)
-    trainer.metrics = [FakeMetric()]
+    training = make_run(tmp_path, kimg=4.0, batch=500, tick=2.0, aux_warmup_kimg=0.0, metrics=[FakeMetric()])
     monitor = Monitor(tmp_path)
-    trainer.run(monitor)
+    training.run(monitor)
     monitor.close()
     events = read(tmp_path)
     scalars = set(events.Tags()["scalars"])
@@ -59,12 +58,11 @@ def test_everything_that_is_promised_is_there(tmp_path):
 
 
 def test_the_best_snapshot_is_kept(tmp_path):
-    trainer = make_trainer(tmp_path, kimg=2.0, batch=500, tick=1.0, aux_warmup_kimg=0.0)
-    trainer.metrics = [FakeMetric()]
+    training = make_run(tmp_path, kimg=2.0, batch=500, tick=1.0, aux_warmup_kimg=0.0, metrics=[FakeMetric()])
     monitor = Monitor(tmp_path)
-    trainer.run(monitor)
+    training.run(monitor)
     monitor.close()
-    assert trainer.best["value"] == 1.0 and trainer.best["kimg"] == 1.0
+    assert training.snapshots.best["value"] == 1.0 and training.snapshots.best["kimg"] == 1.0
     best, first, last = (
         (tmp_path / f"network-snapshot-{name}.safetensors").read_bytes() for name in ("best", "000001", "000002")
     )
@@ -78,24 +76,22 @@ def test_a_failing_metric_does_not_end_the_run(tmp_path):
         def measure(self, G, device):
             raise ValueError("images are empty")
 
-    trainer = make_trainer(tmp_path)
-    trainer.metrics = [Failing()]
+    training = make_run(tmp_path, metrics=[Failing()])
     monitor = Monitor(tmp_path)
-    trainer.run(monitor)
+    training.run(monitor)
     monitor.close()
     assert "metric fd10-fake failed: images are empty" in (tmp_path / "log.txt").read_text()
-    assert trainer.nimg == 24 and trainer.best is None
+    assert training.trainer.nimg == 24 and training.snapshots.best is None
 
 
 def test_metrics_do_not_disturb_training(tmp_path):
     states = []
     for name, metrics in (("with", [FakeMetric()]), ("without", [])):
-        trainer = make_trainer(tmp_path / name, kimg=0.016)
-        trainer.metrics = metrics
+        training = make_run(tmp_path / name, kimg=0.016, metrics=metrics)
         monitor = Monitor(tmp_path / name)
-        trainer.run(monitor)
+        training.run(monitor)
         monitor.close()
-        states.append(trainer.G.state_dict())
+        states.append(training.trainer.G.state_dict())
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
 

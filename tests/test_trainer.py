@@ -11,7 +11,9 @@ from refine.monitor import Monitor
 from refine.networks.edm import EDMPrecond
 from refine.networks.stylegan2 import Generator
 from refine.run_dir import RunDir
-from refine.trainer import GAP_NAMES, SIGMA_EDGES, Trainer, check_pair, load_training_state, select_parameters
+from refine.trainer import GAP_NAMES, SIGMA_EDGES, Trainer, check_pair, select_parameters
+from refine.training_run import TrainingRun
+from refine.training_state import load_training_state
 
 
 def make_student(c_dim=3, seed=0):
@@ -28,7 +30,7 @@ def make_teacher(label_dim=3, resolution=8, dropout=0.3, seed=1):
     return net.eval()
 
 
-def make_trainer(path, student=None, teacher=None, **options):
+def make_run(path, student=None, teacher=None, metrics=None, **options):
     defaults = {
         "kimg": 0.024,
         "batch": 4,
@@ -40,14 +42,16 @@ def make_trainer(path, student=None, teacher=None, **options):
     }
     config = RefineConfig("g", "t", **{**defaults, **options})
     path.mkdir(parents=True, exist_ok=True)
-    return Trainer(config, student or make_student(), teacher or make_teacher(), RunDir(path, quiet=True))
+    trainer = Trainer(config, student or make_student(), teacher or make_teacher())
+    return TrainingRun(trainer, RunDir(path, quiet=True), metrics=metrics)
 
 
-def run(trainer):
-    monitor = Monitor(trainer.run_dir.path)
-    trainer.run(monitor)
+def run(training):
+    """To the end; returns the trainer."""
+    monitor = Monitor(training.run_dir.path)
+    training.run(monitor)
     monitor.close()
-    return trainer
+    return training.trainer
 
 
 def equal_states(a, b):
@@ -55,7 +59,7 @@ def equal_states(a, b):
 
 
 def test_a_run_leaves_what_users_know(tmp_path):
-    trainer = run(make_trainer(tmp_path))
+    trainer = run(make_run(tmp_path))
     names = {path.name for path in tmp_path.iterdir() if not path.name.startswith("events.")}
     assert names == {
         "fakes_init.png",
@@ -75,7 +79,7 @@ def test_a_run_leaves_what_users_know(tmp_path):
 def test_student_and_aux_move_and_the_teacher_does_not(tmp_path):
     student, teacher = make_student(), make_teacher()
     before = copy.deepcopy((student, teacher))
-    trainer = run(make_trainer(tmp_path, student, teacher))
+    trainer = run(make_run(tmp_path, student, teacher))
     assert equal_states(student, before[0]) and equal_states(teacher, before[1])  # the caller's networks
     assert equal_states(trainer.teacher, teacher)
     assert not equal_states(trainer.G, student)
@@ -86,7 +90,7 @@ def test_student_and_aux_move_and_the_teacher_does_not(tmp_path):
 
 def test_learning_rate_zero_changes_no_parameter(tmp_path):
     student = make_student()
-    trainer = run(make_trainer(tmp_path, student, lr=0.0))
+    trainer = run(make_run(tmp_path, student, lr=0.0))
     for G in (trainer.G, trainer.G_ema):
         assert all(torch.equal(p, dict(student.named_parameters())[n]) for n, p in G.named_parameters())
 
@@ -94,7 +98,7 @@ def test_learning_rate_zero_changes_no_parameter(tmp_path):
 @pytest.mark.parametrize("train", ["synthesis", "mapping"])
 def test_only_the_chosen_part_moves(tmp_path, train):
     student = make_student()
-    trainer = run(make_trainer(tmp_path, student, train=train))
+    trainer = run(make_run(tmp_path, student, train=train))
     moved = {n.split(".")[0] for n, p in trainer.G.named_parameters() if not torch.equal(p, student.get_parameter(n))}
     assert moved == {train}
     with pytest.raises(ValueError, match="--train is synthesis"):
@@ -104,7 +108,7 @@ def test_only_the_chosen_part_moves(tmp_path, train):
 def test_equal_seeds_give_equal_snapshots(tmp_path):
     files = []
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
-        run(make_trainer(tmp_path / name, seed=seed))
+        run(make_run(tmp_path / name, seed=seed))
         files.append((tmp_path / name / "network-snapshot-000000.safetensors").read_bytes())
     assert files[0] == files[1] != files[2]
 
@@ -112,7 +116,7 @@ def test_equal_seeds_give_equal_snapshots(tmp_path):
 def test_micro_batches_give_the_same_gradients(tmp_path):
     grads = []
     for index, batch_gpu in enumerate((None, 2)):
-        trainer = make_trainer(tmp_path / str(index), batch=6, batch_gpu=batch_gpu, noise_mode="const")
+        trainer = make_run(tmp_path / str(index), batch=6, batch_gpu=batch_gpu, noise_mode="const").trainer
         # The same noise for both: by image, not by call.
         trainer.sigma = trainer.aux_sigma = FixedSigma()
         z, c = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), torch.eye(3)[[0, 1, 2, 0, 1, 2]]
@@ -140,23 +144,24 @@ class FixedSigma:
 @pytest.mark.parametrize("c_dim", [0, 3])
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, c_dim):
     networks = make_student(c_dim), make_teacher(c_dim)
-    whole = run(make_trainer(tmp_path / "whole", *networks, dropout=True))
-    first = make_trainer(tmp_path / "part", *networks, dropout=True)
+    whole = run(make_run(tmp_path / "whole", *networks, dropout=True))
+    first = make_run(tmp_path / "part", *networks, dropout=True)
     stop_after(first, 16)
     state = load_training_state(tmp_path / "part" / "training-state-000000.pt")
     assert state["nimg"] == 16
-    second = make_trainer(tmp_path / "part", *networks, dropout=True)
+    second = make_run(tmp_path / "part", *networks, dropout=True)
     torch.randn(100)  # whatever a new process did before
     second.load_state_dict(state)
-    run(second)
+    second = run(second)
     for name in ("G", "G_ema", "aux"):
         assert equal_states(getattr(whole, name), getattr(second, name)), name
     snapshots = [tmp_path / name / "network-snapshot-000000.safetensors" for name in ("whole", "part")]
     assert snapshots[0].read_bytes() == snapshots[1].read_bytes()
 
 
-def stop_after(trainer, nimg):
+def stop_after(training, nimg):
     """Run until so many images are done, as a kill right after a snapshot would."""
+    trainer = training.trainer
     step = trainer.step
 
     def limited():
@@ -166,12 +171,14 @@ def stop_after(trainer, nimg):
 
     trainer.step = limited
     with pytest.raises(KeyboardInterrupt):
-        run(trainer)
+        run(training)
 
 
 def test_a_state_of_other_networks_is_refused(tmp_path):
-    state = run(make_trainer(tmp_path / "a")).state_dict()
-    other = make_trainer(tmp_path / "b", make_student(0), make_teacher(0))
+    first = make_run(tmp_path / "a")
+    run(first)
+    state = first.state_dict()
+    other = make_run(tmp_path / "b", make_student(0), make_teacher(0))
     with pytest.raises(ValueError, match="does not fit"):
         other.load_state_dict(state)
     (tmp_path / "text.pt").write_text("no state")
@@ -183,11 +190,11 @@ def test_a_state_of_other_networks_is_refused(tmp_path):
 
 
 def test_diverged_runs_stop_with_a_hint(tmp_path):
-    trainer = make_trainer(tmp_path, aux_warmup_kimg=0.0)
+    training = make_run(tmp_path, aux_warmup_kimg=0.0)
     with torch.no_grad():
-        next(trainer.aux.parameters()).fill_(float("nan"))
+        next(training.trainer.aux.parameters()).fill_(float("nan"))
     with pytest.raises(ValueError, match="NaN or infinite"):
-        run(trainer)
+        run(training)
     assert not list(tmp_path.glob("network-snapshot-*"))
 
 

@@ -192,7 +192,7 @@ def run(config: RefineConfig | None, state_path: Path | None = None, dry_run: bo
     import torch  # from here on: the options are valid
 
     from refine.run_dir import next_run_dir
-    from refine.trainer import load_training_state
+    from refine.training_state import load_training_state
 
     state = None
     if state_path is not None:
@@ -256,7 +256,9 @@ def _start(config, inputs, device, desc: str, state: dict | None, state_path: Pa
     """Make or reopen the run folder and train in it."""
     from refine.checkpoints.export import can_write_like
     from refine.run_dir import RunDir, create_run_dir
-    from refine.trainer import Trainer, file_provenance
+    from refine.snapshots import file_provenance
+    from refine.trainer import Trainer
+    from refine.training_run import TrainingRun
 
     files = {name: file_provenance(inputs[f"{name}_path"]) for name in ("student", "teacher")}
     if state is None:
@@ -265,28 +267,25 @@ def _start(config, inputs, device, desc: str, state: dict | None, state_path: Pa
     else:
         run_dir = RunDir(state_path.parent)
     reason = can_write_like(inputs["student_path"])
-    trainer = Trainer(
-        config,
-        inputs["student"],
-        inputs["teacher"],
+    training = TrainingRun(
+        Trainer(config, inputs["student"], inputs["teacher"], device),
         run_dir,
-        inputs["metrics"],
+        metrics=inputs["metrics"],
         provenance=files,
         container=None if reason else inputs["student_path"],
-        device=device,
     )
     if state is None:
         machine = {"device": str(device), "versions": _versions(), "run_dir": str(run_dir.path)}
         run_dir.write_json("training_options.json", {**config.as_dict(), **machine, "files": files})
     else:
         with option("--resume"):
-            trainer.load_state_dict(state)
-        run_dir.trim_after(trainer.nimg / 1000)
+            training.load_state_dict(state)
+        run_dir.trim_after(training.trainer.nimg / 1000)
     run_dir.log(f"run folder  {run_dir.path}")
     run_dir.log(
         f"snapshots   .safetensors{f' only: {reason}' if reason else ' and .pkl, the container that the GAN came in'}"
     )
-    _train(trainer, run_dir, resumed=state is not None)
+    _train(training, run_dir, resumed=state is not None)
     return run_dir.path
 
 
@@ -298,9 +297,10 @@ def _versions() -> dict[str, str]:
     return {"gan-refine": package.__version__, "torch": torch.__version__, "python": sys.version.split()[0]}
 
 
-def _train(trainer, run_dir, resumed: bool) -> None:
+def _train(training, run_dir, resumed: bool) -> None:
     from refine.monitor import Monitor
 
+    trainer = training.trainer
     count = sum(p.numel() for p in trainer.student_parameters)
     run_dir.log(f"student     {trainer.config.gan}, {count:,} parameters to train, on {trainer.device}")
     run_dir.log(
@@ -310,10 +310,9 @@ def _train(trainer, run_dir, resumed: bool) -> None:
         run_dir.log(f"going on at {trainer.nimg / 1000:.1f} of {trainer.config.kimg:g} kimg")
     monitor = Monitor(run_dir.path, trainer.config.kimg)
     try:
-        trainer.run(monitor)
+        training.run(monitor)
     finally:
         monitor.close()
-    if trainer.best is not None:
-        best = trainer.best
+    if (best := training.snapshots.best) is not None:
         run_dir.log(f"best        {best['snapshot']}: {best['metric']} {best['value']:.4g} at {best['kimg']:.1f} kimg")
     run_dir.log(f"done; watch it with  tensorboard --logdir={run_dir.path}")
