@@ -14,8 +14,8 @@ from refine.checkpoints.native import load_networks
 
 # Recipe → the method that a step is, the step in which it is killed, and options that make it short.
 RECIPES = {
-    "train_gan": ("Run.step", 9, ["--kimg=0.06", "--batch=4", "--vae-kimg=0.03", "--snap-kimg=0.02"]),
-    "train_teacher": ("Training.step", 4, ["--kimg=0.1", "--batch=20", "--snap-minutes=0"]),
+    "train_gan": ("Run.step", 8, ["--kimg=0.04", "--batch=4", "--vae-kimg=0.02", "--snap-kimg=0.02"]),
+    "train_teacher": ("Training.step", 3, ["--kimg=0.1", "--batch=32", "--snap-minutes=0"]),
     "train_classifier": ("Training.run_epoch", 3, ["--epochs=4", "--batch=20"]),
 }
 
@@ -43,6 +43,8 @@ def shortened(name, setattr):
     images = np.random.RandomState(0).randint(0, 256, (1100, 1, 32, 32)).astype(np.uint8)
     setattr(recipe, "load_digits", lambda: (images, np.arange(1100) % 10))
     torch.set_num_threads(1)
+    if name == "train_gan":
+        setattr(recipe, "_picture", lambda *args: None)
     if name == "train_teacher":
         setattr(recipe, "sample", lambda net: torch.zeros(10, 1, 32, 32))
     return recipe

@@ -20,7 +20,8 @@ from refine.checkpoints.tensors import TensorRef
 LR_MULTIPLIER = 0.01  # of the mapping network in all of their scripts; the file does not tell
 FAMILY = "a rosinality-style .pt"
 _WRAPPER = "module."
-_MEAN_OF = 10_000  # z from which a missing mean of w is estimated
+_MEAN_OF = 10_000  # z from which a missing mean of w is estimated, which takes a second
+_MEAN_WEIGHTS = 8 * 513 * 512  # of a mapping up to which there are so many; fewer where more weights would take longer
 
 
 def members(value: Any) -> dict[str, tuple[str, Callable[[], FileNetwork]]] | None:
@@ -160,10 +161,12 @@ def describe_generator(state: Mapping[Any, Any], w_avg: Any = None) -> FileNetwo
 def estimate_w_avg(network: torch.nn.Module) -> None:
     """Sets w_avg to the mean of w over a fixed set of random z."""
     rng, total = torch.Generator().manual_seed(0), torch.zeros(network.w_dim, dtype=torch.float64)
+    weights = sum(p.numel() for p in network.mapping.parameters())
+    draws = max(min(_MEAN_OF, _MEAN_OF * _MEAN_WEIGHTS // max(weights, 1)) // 10, 1)
     for _ in range(10):
-        z = torch.randn(_MEAN_OF // 10, network.z_dim, generator=rng)
+        z = torch.randn(draws, network.z_dim, generator=rng)
         total += network.mapping(z, None, skip_w_avg_update=True)[:, 0].double().sum(dim=0)
-    network.mapping.w_avg.copy_(total / _MEAN_OF)
+    network.mapping.w_avg.copy_(total / (10 * draws))
 
 
 def _taps(count: int) -> list[int]:
