@@ -58,8 +58,6 @@ def describe(weights: Path) -> dict[str, Any] | None:
         found = str(config.get("_class_name"))[:60]
         raise ValueError(f"it is a {found} of diffusers; expected a {CLASS} for images")
     _check_pipeline(weights.parent)
-    if importlib.util.find_spec("diffusers") is None:
-        raise ValueError("it needs the package diffusers, which is missing: pip install 'gan-refine[diffusers]'")
     unet = {name: value for name, value in config.items() if not name.startswith("_")}
     size, channels = unet.pop("sample_size", None), unet.pop("in_channels", 3)
     size = size[0] if isinstance(size, list) and len(size) == 2 and size[0] == size[1] else size
@@ -71,7 +69,10 @@ def describe(weights: Path) -> dict[str, Any] | None:
     if unet.get("time_embedding_type", "positional") != "positional":
         kind = str(unet["time_embedding_type"])[:40]
         raise ValueError(f"its time_embedding_type is {kind}; expected positional, that of discrete time steps")
-    return {"img_resolution": size, "img_channels": channels, "label_dim": classes, **_schedule(weights.parent), **unet}
+    schedule = _schedule(weights.parent)
+    if importlib.util.find_spec("diffusers") is None:
+        raise ValueError("it needs the package diffusers, which is missing: pip install 'gan-refine[diffusers]'")
+    return {"img_resolution": size, "img_channels": channels, "label_dim": classes, **schedule, **unet}
 
 
 def our_name(name: str) -> str:

@@ -7,9 +7,9 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from refine.checkpoints import export, load_generator
+from refine.checkpoints import export, load_generator, rosinality
 from refine.checkpoints.containers import open_container
-from refine.networks.stylegan2 import Discriminator, Generator
+from refine.networks.stylegan2 import Discriminator, Generator, MappingNetwork
 from tests.checkpoints.rosinality_reference import generate, random_generator
 from tests.golden import max_error
 
@@ -93,6 +93,20 @@ def test_missing_mean_of_w_is_estimated(state, tmp_path):
     w = G.mapping(torch.randn(20_000, 32), None)[:, 0]
     error = (G.mapping.w_avg - w.mean(dim=0)).abs().max()
     assert 0 < error < 6 * w.std(dim=0).max() / 10_000**0.5
+
+
+def test_a_larger_mapping_is_estimated_from_fewer_draws(state, tmp_path, monkeypatch):
+    """So that it takes no longer, whatever size a file claims."""
+    path, drawn, forward = save(tmp_path / "x.pt", {"g_ema": state}), [], MappingNetwork.forward
+    monkeypatch.setattr(
+        MappingNetwork, "forward", lambda self, z, *a, **k: drawn.append(len(z)) or forward(self, z, *a, **k)
+    )
+    monkeypatch.setattr(rosinality, "_MEAN_WEIGHTS", 2 * 33 * 32)  # of this one
+    load_generator(path)
+    assert sum(drawn) == 10_000
+    monkeypatch.setattr(rosinality, "_MEAN_WEIGHTS", 2 * 33 * 32 // 4)
+    load_generator(path)
+    assert sum(drawn) == 12_500
 
 
 def test_large_constant_noise_that_is_missing(tmp_path):
