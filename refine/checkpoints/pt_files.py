@@ -164,6 +164,8 @@ def _container(path: Path, stream: BinaryIO, value: Any, seen: list[str], expect
 def _family(value: Any, seen: list[str]) -> str:
     table = value if isinstance(value, dict) else {}
     keys = [str(key) for key in list(table)[:2000] if isinstance(key, str)]
+    if "aux_optimizer" in table and "networks" in table:
+        return "a training state of this toolkit (its networks are in network-snapshot-*.safetensors beside it)"
     if "optimizer_state" in table and "net" in table:
         return "a training state of EDM"
     state = table.get("state_dict") if isinstance(table.get("state_dict"), dict) else table

@@ -171,6 +171,7 @@ def test_refused(state, changes, reason, tmp_path):
     "table, family",
     [
         ({"net": {}, "optimizer_state": {}}, "a training state of EDM"),
+        ({"networks": {}, "aux_optimizer": {}}, "a training state of this toolkit"),
         ({"model": {}, "optimizer": {}}, "a training state"),
         ({"layer.weight": torch.zeros(2)}, "state dict of another network"),
         ({"state_dict": {}, "latent_avg": torch.zeros(2)}, "a table with the keys"),
