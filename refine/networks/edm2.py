@@ -285,15 +285,21 @@ class Precond(Preconditioner):
         class_labels: torch.Tensor | None = None,
         force_fp32: bool = False,
         augment_labels: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Denoise, see `Preconditioner.forward`. `augment_labels` are not used: these networks have none."""
+        return_logvar: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Denoise, see `Preconditioner.forward`. `augment_labels` are not used: these networks have none.
+
+        Returns:
+            D_x; with `return_logvar`, (D_x, u), see `logvar`.
+        """
         x = self._checked_images(x).to(torch.float32)
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
         labels = self._checked_labels(class_labels, x)
         half = self.use_fp16 and not force_fp32 and x.device.type == "cuda"
         c_skip, c_out, c_in, c_noise = self.scalings(sigma)
         F_x = self.unet((c_in * x).to(torch.float16 if half else torch.float32), c_noise.flatten(), labels)
-        return c_skip * x + c_out * F_x.to(torch.float32)
+        D_x = c_skip * x + c_out * F_x.to(torch.float32)
+        return (D_x, self.logvar(sigma)) if return_logvar else D_x
 
     def logvar(self, sigma: torch.Tensor | float) -> torch.Tensor:
         """The uncertainty u(sigma) that the loss was weighted with in training (eq. 21), shape (N, 1, 1, 1)."""

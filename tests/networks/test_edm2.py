@@ -32,7 +32,8 @@ def test_golden(case):
     (grad_x,) = torch.autograd.grad((D_x * data["cotangent"]).sum(), x)
     assert error(D_x, data[f"{case}:D"]) < TOLERANCE
     assert error(grad_x, data[f"{case}:grad_x"]) < TOLERANCE
-    assert error(net.logvar(data["sigma"]), data[f"{case}:logvar"]) < TOLERANCE
+    again, u = net(data["x"], data["sigma"], data["class_labels"], return_logvar=True)
+    assert torch.equal(again, D_x) and error(u, data[f"{case}:logvar"]) < TOLERANCE
     other = "halfparams" if case == "fp32params" else "fp32params"
     assert error(D_x, data[f"{other}:D"]) > TOLERANCE  # so the two can be told apart
 
@@ -66,6 +67,15 @@ def test_names_and_shapes_of_the_golden_network_and_of_the_official_one():
     assert {n: list(t.shape) for n, t in net.state_dict().items()} == {
         n: shape for n, shape, _ in official["state_dict"]
     }
+
+
+@pytest.mark.parametrize(
+    ("channels", "parameters"), [(128, 124.7e6), (256, 497_803_173), (320, 777_492_325), (384, 1_119_276_837)]
+)
+def test_sizes_of_the_other_official_ones(channels, parameters):
+    kwargs = {"img_resolution": 64, "img_channels": 3, "label_dim": 1000, "model_channels": channels}
+    count = sum(p.numel() for p in registry.build_empty("edm2.Precond", kwargs).parameters())
+    assert count == parameters if isinstance(parameters, int) else abs(count - parameters) < 0.05e6
 
 
 def test_train_mode_forces_the_norm_of_the_weights_and_eval_mode_changes_nothing():
