@@ -2,14 +2,8 @@
 
     load("bias_act") is the C library of torch_utils/ops/bias_act.cpp, or None, and then plain torch does the work.
 
-A library lies in the cache as
-
-    <cache folder>/<op>-<device>-<key>/<compiler>.<targets>.<checksum>.so
-
-The key stands for everything on this machine that the library depends on: sources, flags, torch, CUDA, Python, C library
-and, as -march=native is used, the processor's features: nodes that share a home folder do not share what would crash
-there. The compiler is in the file's name instead, so a library is found where there is no compiler; the checksum tells
-half a file from a whole one. Files appear whole, by renaming; the lock is the operating system's and dies with its process.
+A library that is in the cache already needs neither compiler nor ninja nor a folder to write to. What fails is tried
+once and told in one line.
 
 Environment: REFINE_OPS (auto, native, ref), REFINE_OPS_CACHE (else $REFINE_CACHE/ops, else the user's cache folder),
 REFINE_OPS_TIMEOUT (seconds for a build or for waiting for one; 300), CXX, NVCC_CCBIN, CUDA_HOME, TORCH_CUDA_ARCH_LIST.
@@ -22,16 +16,14 @@ import os
 import platform
 import secrets
 import shutil
-import socket
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch_utils import op_builder, toolchain
+from torch_utils import op_builder, op_cache, toolchain
+from torch_utils.op_cache import Candidate
 from torch_utils.toolchain import Compiler, CudaToolkit
 
 MODES = ("auto", "native", "ref")
@@ -41,7 +33,6 @@ SOURCES = Path(__file__).parent / "ops"
 _mode: str | None = None  # None = as the environment says
 _ready: dict[tuple[str, str], ctypes.CDLL | None] = {}  # what load() answers at once
 _outcomes: dict[tuple[str, str], "Library | NativeUnavailable"] = {}  # of the one attempt, whatever the mode
-_told: set[str] = set()  # reasons that were printed
 _mutex = threading.RLock()
 
 
@@ -112,9 +103,7 @@ def _load_first(op: str, device_type: str) -> ctypes.CDLL | None:
             if mode == "native":
                 raise
             if device_type in ("cpu", "cuda"):  # elsewhere there is nothing to be missed
-                _tell(
-                    f"{op} ({device_type}): plain torch is used, the compiled op is not to be had: {error}", str(error)
-                )
+                _line.end(f"{op} ({device_type})", f"plain torch is used, for there is no compiled op: {error}", error)
             return _ready.setdefault((op, device_type), None)
         return _ready.setdefault((op, device_type), library.cdll)
 
@@ -131,7 +120,7 @@ def obtain(op: str, device_type: str = "cpu") -> Library:
                 _outcomes[op, device_type] = _attempt(op, device_type)
             except NativeUnavailable as error:
                 _outcomes[op, device_type] = error
-            except (toolchain.Missing, op_builder.BuildFailed, OSError) as error:
+            except _FAILURES as error:
                 _outcomes[op, device_type] = NativeUnavailable(" ".join(str(error).split()))
         outcome = _outcomes[op, device_type]
     if isinstance(outcome, NativeUnavailable):
@@ -139,15 +128,42 @@ def obtain(op: str, device_type: str = "cpu") -> Library:
     return outcome
 
 
-def _tell(line: str, reason: str) -> None:
-    """One line on stderr per reason; of the processes of one node, from the first alone."""
-    if reason not in _told and os.environ.get("LOCAL_RANK", "0") == "0":
-        print(line, file=sys.stderr, flush=True)
-    _told.add(reason)
+_FAILURES = (toolchain.Missing, op_builder.BuildFailed, op_cache.CacheError, OSError, NativeUnavailable)
+
+
+class _Line:
+    """One line on stderr per build: begun when it begins, ended by how it ended. Of the processes of a node the first
+    alone writes, and the same reason once."""
+
+    def __init__(self):
+        self._told, self._is_open = set(), False
+
+    def begin(self, what: str, text: str) -> None:
+        self._write(f"{text} … " if self._is_open else f"{what}: {text} … ")
+        self._is_open = True
+
+    def end(self, what: str, text: str, reason: object = None) -> None:
+        if self._is_open or reason is None or str(reason) not in self._told:
+            self._write(f"{text}\n" if self._is_open else f"{what}: {text}\n")
+        self._told.add(str(reason))
+        self._is_open = False
+
+    def break_off(self) -> None:
+        """For an error that will be printed on a line of its own."""
+        if self._is_open:
+            self.end("", "stopped")
+
+    @staticmethod
+    def _write(text: str) -> None:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(text, end="", file=sys.stderr, flush=True)
+
+
+_line = _Line()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What is wanted, and what the cache has.
+# What is wanted.
 
 
 @dataclass(frozen=True)
@@ -160,6 +176,9 @@ class Wanted:
     key: str
     capabilities: tuple[tuple[int, int], ...]  # of the GPUs here
     targets: tuple[str, ...]  # of TORCH_CUDA_ARCH_LIST; empty = not set
+
+    def __str__(self) -> str:
+        return f"{self.op} ({self.device_type})"
 
     @property
     def folder(self) -> str:
@@ -175,10 +194,12 @@ class Wanted:
 
 
 def describe_wanted(op: str, device_type: str) -> Wanted:
-    """Reads the sources and asks torch.
+    """Reads the sources and asks torch. The key is of the sources, flags, torch, CUDA, Python, the C library, and, as
+    -march=native is used, the processor's features: nodes that share a home folder do not share what would crash there.
 
     Raises:
         NativeUnavailable: There is no compiled op for this device, system or torch.
+        toolchain.Missing: TORCH_CUDA_ARCH_LIST cannot be read.
     """
     if device_type not in ("cpu", "cuda"):
         raise NativeUnavailable(f"there are no compiled ops for the device {device_type}")
@@ -196,14 +217,15 @@ def describe_wanted(op: str, device_type: str) -> Wanted:
     capabilities, targets = (), ()
     if device_type == "cuda":
         facts += [torch.version.cuda, op_builder.NVCC_FLAGS]
-        targets = tuple(toolchain.parse_arch_list(os.environ.get("TORCH_CUDA_ARCH_LIST", "") or ""))
+        text = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+        targets = tuple(toolchain.parse_arch_list(text)) if text else ()
         if torch.cuda.is_available():
             capabilities = tuple(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))
     else:
         facts += [op_builder.CXX_FLAGS, op_builder.OPTIONAL_CXX_FLAGS, toolchain.cpu_features()]
     digest = hashlib.sha256(repr(facts).encode())
-    for name, text in sources.items():
-        digest.update(f"\0{name}\0{len(text)}\0".encode() + text)
+    for name, source in sources.items():
+        digest.update(f"\0{name}\0{len(source)}\0".encode() + source)
     return Wanted(op, device_type, sources, digest.hexdigest()[:16], capabilities, targets)
 
 
@@ -214,108 +236,8 @@ def _libc() -> str:
         return ""
 
 
-def cache_folders() -> list[Path]:
-    """Where libraries are looked for, and built in the first that can be written: the one that the environment names,
-    the user's cache folder, a private folder below the temporary one."""
-    folders = []
-    if os.environ.get("REFINE_OPS_CACHE"):
-        folders.append(Path(os.environ["REFINE_OPS_CACHE"]).expanduser())
-    if os.environ.get("REFINE_CACHE"):
-        folders.append(Path(os.environ["REFINE_CACHE"]).expanduser() / "ops")
-    if sys.platform == "darwin":
-        folders.append(Path("~/Library/Caches").expanduser() / "gan-refine" / "ops")
-    else:
-        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        folders.append(Path(home).expanduser() / "gan-refine" / "ops")
-    user = os.getuid() if hasattr(os, "getuid") else ""
-    shared = Path(tempfile.gettempdir()) / f"gan-refine-ops-{user}"
-    if not shared.exists() or _is_private(shared):
-        folders.append(shared)
-    return list(dict.fromkeys(map(Path.absolute, folders)))
-
-
-def _is_private(folder: Path) -> bool:
-    """Whether nobody else can have put a library there: code from it will be run."""
-    stat = folder.lstat()
-    return folder.is_dir() and not folder.is_symlink() and stat.st_uid == os.getuid() and not stat.st_mode & 0o022
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A library in the cache, whole by its checksum."""
-
-    path: Path
-    compiler: str
-    targets: str
-    date: int  # nanoseconds
-
-
-def find_candidates(wanted: Wanted) -> list[Candidate]:
-    """Usable libraries, newest first in each folder of the cache."""
-    found = []
-    for base in cache_folders():
-        here = []
-        try:
-            names = os.listdir(base / wanted.folder)
-        except OSError:
-            continue
-        for name in names:
-            parts = name.split(".")
-            if len(parts) != 4 or parts[3] != "so" or not wanted.accepts(parts[1]):
-                continue
-            path = base / wanted.folder / name
-            with contextlib.suppress(OSError):
-                if _checksum(path) == parts[2]:
-                    here.append(Candidate(path, parts[0], parts[1], path.stat().st_mtime_ns))
-        found += sorted(here, key=lambda candidate: -candidate.date)
-    return found
-
-
-def _checksum(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-
-def _open(candidate: Candidate, op: str) -> ctypes.CDLL:
-    """Raises OSError if the library cannot be loaded here or is no such op."""
-    library = ctypes.CDLL(str(candidate.path))
-    if not hasattr(library, f"refine_{op}"):
-        raise OSError(f"{candidate.path}: undefined symbol: refine_{op}")
-    return library
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The one attempt.
-
-
-def _attempt(op: str, device_type: str) -> Library:
-    wanted = describe_wanted(op, device_type)
-    compiler = _find_compiler(device_type)
-    identity = compiler.identity if compiler else None
-    candidates = find_candidates(wanted)
-    # without a compiler, or on a GPU where an image was built for it, whatever runs here will do
-    good = [c for c in candidates if identity in (None, c.compiler)]
-    others = [c for c in candidates if c not in good]
-    refused: list[Candidate] = []
-    failure: Exception | None = None
-    for candidate in good:
-        try:
-            return Library(_open(candidate, op), candidate.path, built=False)
-        except OSError as error:
-            refused.append(candidate)
-            failure = error
-    try:
-        if compiler is None:
-            raise failure or NativeUnavailable(_no_compiler(device_type))
-        candidate, built = _build(wanted, compiler, refused)
-        return Library(_open(candidate, op), candidate.path, built)
-    except (toolchain.Missing, op_builder.BuildFailed, NativeUnavailable, OSError):
-        for candidate in others:  # another compiler's library is better than none
-            with contextlib.suppress(OSError):
-                return Library(_open(candidate, op), candidate.path, built=False)
-        raise
-
-
-def _find_compiler(device_type: str) -> Compiler | None:
+def find_compiler(device_type: str) -> Compiler | None:
+    """What would compile for this device, found without running anything; None = nothing."""
     if device_type == "cpu":
         return toolchain.find_cxx()
     import torch
@@ -332,68 +254,106 @@ def _no_compiler(device_type: str) -> str:
     return f"no C++ compiler was found (looked for {', '.join(toolchain.CXX_NAMES)}); install g++ or set CXX"
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The one attempt.
+
+
+def _attempt(op: str, device_type: str) -> Library:
+    wanted = describe_wanted(op, device_type)
+    compiler = find_compiler(device_type)
+    candidates = op_cache.find_candidates(wanted.folder, wanted.accepts)
+    good = [c for c in candidates if compiler is None or c.compiler == compiler.identity]
+    refused: list[Candidate] = []
+    for candidate in good:
+        library, problem = _open(candidate, op)
+        if library:
+            return Library(library, candidate.path, built=False)
+        refused.append(candidate)
+    try:
+        if compiler is None:
+            raise NativeUnavailable(f"{problem}; {_no_compiler(device_type)}" if good else _no_compiler(device_type))
+        candidate, built = _build(wanted, compiler, refused)
+        library, problem = _open(candidate, op)
+        if library is None:
+            raise NativeUnavailable(problem)
+        return Library(library, candidate.path, built)
+    except _FAILURES as error:
+        for candidate in candidates:  # another compiler's library is better than none
+            library = None if candidate in good else _open(candidate, op)[0]
+            if library:
+                _line.end(str(wanted), f"the library of another compiler is used, for {error}")
+                return Library(library, candidate.path, built=False)
+        if get_mode() != "auto":
+            _line.break_off()
+        raise
+
+
+def _open(candidate: Candidate, op: str) -> tuple[ctypes.CDLL | None, str]:
+    """(library, '') or (None, why it cannot be loaded or is no such op)."""
+    try:
+        library = ctypes.CDLL(str(candidate.path))
+    except OSError as error:
+        return None, f"{candidate.path} cannot be loaded: {error}"
+    if not hasattr(library, f"refine_{op}"):
+        return None, f"{candidate.path} has no function refine_{op}"
+    return library, ""
+
+
 def _build(wanted: Wanted, compiler: Compiler, refused: list[Candidate]) -> tuple[Candidate, bool]:
-    """A library by this compiler: built here, or by a process that was waited for."""
+    """A library by this compiler, and whether this process built it, not another one that was waited for."""
+    toolkit, targets = None, ["native"]
     if wanted.device_type == "cuda":
         toolkit = CudaToolkit.probe(compiler)
         op_builder.check_driver(toolkit)
         targets = list(wanted.targets) or toolchain.choose_targets(toolkit.targets, list(wanted.capabilities))
-    else:
-        toolkit, targets = None, ["native"]
-    stem = f"{compiler.identity}.{'+'.join(targets)}"
-    with _writable_entry(wanted) as entry, _locked(entry, wanted, stem):
-        for candidate in find_candidates(wanted):
+    stem, limit = f"{compiler.identity}.{'+'.join(targets)}", _limit()
+    entry = op_cache.writable_entry(wanted.folder)
+
+    def on_wait(who: str) -> None:
+        _line.begin(str(wanted), f"waiting for {who}, which compiles it")
+
+    with op_cache.locked(entry, stem, limit, on_wait):
+        for candidate in op_cache.find_candidates(wanted.folder, wanted.accepts):
             if candidate.compiler == compiler.identity and candidate not in refused:
+                _line.end(str(wanted), "done")
                 return candidate, False
-        for leftover in entry.glob(".build-*"):  # of builders that were killed: we hold the lock
-            shutil.rmtree(leftover, ignore_errors=True)
-        folder = entry / f".build-{os.getpid()}-{secrets.token_hex(4)}"
-        folder.mkdir()
-        failed = entry / f"{stem}.failed"
+        _line.begin(str(wanted), "compiling, once")
         start = time.monotonic()
-        ninja = toolchain.find_ninja()
         try:
-            for name, text in wanted.sources.items():
-                (folder / name).write_bytes(text)
-            if toolkit:
-                commands = op_builder.cuda_commands(wanted.op, toolkit, targets)
-            else:
-                commands = op_builder.cpu_commands(wanted.op, compiler, folder)
-            op_builder.run(commands, folder, entry / f"{stem}.log", _limit(), ninja)
-            candidate = _keep(folder / f"{wanted.op}.so", entry, stem)
-        except (toolchain.Missing, op_builder.BuildFailed, OSError) as error:
-            with contextlib.suppress(OSError):  # for those who wait
-                failed.write_text(str(error), encoding="utf-8")
+            candidate, with_ninja = _compile(wanted, compiler, toolkit, targets, entry, stem)
+        except _FAILURES as error:
+            op_cache.record_failure(entry, stem, str(error))
             raise
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        failed.unlink(missing_ok=True)
-        how = "" if ninja else " without ninja, which was not found"
-        seconds = time.monotonic() - start
-        line = f"{wanted.op} ({wanted.device_type}): compiled in {seconds:.1f} s{how}, kept in {entry}"
-        _tell(line, line)
+        except BaseException:  # Ctrl-C
+            _line.break_off()
+            raise
+        how = "" if with_ninja else " without ninja, which was not found"
+        _line.end(str(wanted), f"done in {time.monotonic() - start:.1f} s{how}; kept in {entry}")
         return candidate, True
 
 
-def _keep(library: Path, entry: Path, stem: str) -> Candidate:
-    """Gives the finished library its name in the cache; broken ones of that name go."""
-    if not library.is_file():
-        raise op_builder.BuildFailed(f"the compiler left no library; log: {entry / f'{stem}.log'}")
-    library.chmod(0o755 & ~_umask())
-    with open(library, "rb") as file:
-        os.fsync(file.fileno())
-    checksum = _checksum(library)
-    for old in entry.glob(f"{stem}.*.so"):
-        old.unlink(missing_ok=True)
-    target = entry / f"{stem}.{checksum}.so"
-    os.replace(library, target)
-    return Candidate(target, *stem.split("."), target.stat().st_mtime_ns)
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)  # can only be read by setting it
-    os.umask(mask)
-    return mask
+def _compile(wanted, compiler, toolkit, targets: list[str], entry: Path, stem: str) -> tuple[Candidate, bool]:
+    """(the library in the cache, whether ninja was used). What builders that were killed left is removed first."""
+    for leftover in entry.glob(".build-*"):  # nobody's: the lock is ours
+        shutil.rmtree(leftover, ignore_errors=True)
+    folder = entry / f".build-{os.getpid()}-{secrets.token_hex(4)}"
+    folder.mkdir()
+    ninja, log = toolchain.find_ninja(), entry / f"{stem}.log"
+    try:
+        for name, source in wanted.sources.items():
+            (folder / name).write_bytes(source)
+        if toolkit:
+            commands = op_builder.cuda_commands(wanted.op, toolkit, targets)
+        else:
+            commands = op_builder.cpu_commands(wanted.op, compiler, folder)
+        op_builder.run(commands, folder, log, _limit(), ninja)
+        library = folder / f"{wanted.op}.so"
+        if not library.is_file():
+            raise op_builder.BuildFailed(f"the compiler left no library; log: {log}")
+        return op_cache.keep(library, entry, stem), ninja is not None
+    finally:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(folder)
 
 
 def _limit() -> float:
@@ -402,65 +362,3 @@ def _limit() -> float:
         return float(text)
     except ValueError:
         raise NativeUnavailable(f"REFINE_OPS_TIMEOUT is {text!r}; expected seconds") from None
-
-
-@contextlib.contextmanager
-def _writable_entry(wanted: Wanted) -> Iterator[Path]:
-    """The op's folder in the first cache that can be written."""
-    reasons = []
-    for base in cache_folders():
-        entry = base / wanted.folder
-        try:
-            base.mkdir(parents=True, exist_ok=True, mode=0o700 if base.parent == Path(tempfile.gettempdir()) else 0o777)
-            entry.mkdir(exist_ok=True)
-            probe = entry / f".probe-{os.getpid()}-{secrets.token_hex(4)}"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            reasons.append(f"{base}: {error.strerror}")
-            continue
-        yield entry
-        return
-    raise NativeUnavailable(f"no folder to keep it in ({'; '.join(reasons)}); set REFINE_OPS_CACHE")
-
-
-@contextlib.contextmanager
-def _locked(entry: Path, wanted: Wanted, stem: str) -> Iterator[None]:
-    """One builder at a time. Its lock is released by the system when it ends, however it ends.
-
-    Raises:
-        NativeUnavailable: The limit was reached, or the process that was waited for failed to build it.
-    """
-    from filelock import FileLock, Timeout
-
-    lock, owner = FileLock(entry / ".lock"), entry / ".builder"
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        start, who = time.time(), _owner(owner)
-        line = f"{wanted.op} ({wanted.device_type}): waiting for {who}, which compiles it"
-        _tell(line, line)
-        try:
-            lock.acquire(timeout=_limit(), poll_interval=0.05)
-        except Timeout:
-            raise NativeUnavailable(f"{_owner(owner)} has been compiling it for {_limit():g} s") from None
-        failed = entry / f"{stem}.failed"
-        with contextlib.suppress(FileNotFoundError):
-            if failed.stat().st_mtime >= start - 1:
-                lock.release()
-                raise NativeUnavailable(failed.read_text(encoding="utf-8")) from None
-    except NotImplementedError:  # a file system without locks: two may build, the later one's file stays
-        yield
-        return
-    try:
-        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
-        yield
-    finally:
-        lock.release()
-
-
-def _owner(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8") or "another process"
-    except OSError:
-        return "another process"

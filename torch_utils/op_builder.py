@@ -25,7 +25,7 @@ NVCC_FLAGS = ("-O3", "-Xcompiler=-fPIC", "--threads=0")
 _DIAGNOSES = [
     (
         r"unsupported GNU version|unsupported clang version",
-        "the host compiler is too new for this nvcc: set NVCC_CCBIN",
+        "the host compiler is too new for nvcc: set NVCC_CCBIN",
     ),
     (r"cannot execute .?cc1plus|cc1plus.*No such file", "the C++ compiler is only half installed: install g++"),
     (r"fatal error: cuda\S*: No such file", "the CUDA toolkit has no headers: install cuda-cudart-dev"),
