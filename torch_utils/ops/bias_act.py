@@ -1,11 +1,20 @@
-"""Bias, activation, gain and clamp in one call (StyleGAN2's pointwise epilogue)."""
+"""Bias, activation, gain and clamp in one call (StyleGAN2's pointwise epilogue).
+
+The compiled kernels (kernels.h, bias_act.cpp, bias_act.cu) read and write memory once, forward and backward. They follow
+the mathematics as torch's own operations do, also in the corners where NVIDIA's CUDA op differs: a value exactly at
+±clamp passes its gradient, a clamped linear output does not, a NaN stays a NaN, softplus is never cut off.
+"""
 
 import math
+import struct
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from torch_utils import custom_ops
+from torch_utils.ops import native
 
 
 class Activation(NamedTuple):
@@ -16,7 +25,7 @@ class Activation(NamedTuple):
     alpha: float
 
 
-# The default gains keep the variance of a unit-normal input near one.
+# In the order of kernels.h. The default gains keep the variance of a unit-normal input near one.
 ACTIVATIONS: dict[str, Activation] = {
     "linear": Activation(lambda x, alpha: x, 1.0, 0.0),
     "relu": Activation(lambda x, alpha: F.relu(x), math.sqrt(2), 0.0),
@@ -38,37 +47,206 @@ def bias_act(
     alpha: float | None = None,
     gain: float | None = None,
     clamp: float | None = None,
+    impl: str | None = None,
 ) -> torch.Tensor:
-    """clamp(act(x + b) · gain, −clamp, +clamp), differentiable to any order.
+    """clamp(act(x + b) · gain, −clamp, +clamp).
+
+    Differentiable to any order with impl='ref' and for linear, relu and lrelu; compiled kernels of the other activations
+    have first and second derivatives.
 
     Args:
         x: Any shape, any floating dtype.
-        b: 1-D bias along `dim` of `x`, or None.
+        b: 1-D bias along `dim` of `x`, or None; taken in the dtype of `x`.
         dim: The dimension that `b` runs along; ignored without `b`.
         act: A key of `ACTIVATIONS`.
         alpha: Negative slope of 'lrelu'; other activations ignore it. None = 0.2.
         gain: Factor after the activation. None = the activation's default.
         clamp: Limit of the absolute value after the gain, ≥ 0. None = off.
+        impl: 'native' = compiled kernels, 'torch' or 'ref' = plain torch. None = native where it can be had.
 
     Returns:
         A tensor of the shape and dtype of `x`.
 
     Raises:
         ValueError: Unknown activation, negative clamp, or a bias that does not fit `x`.
+        RuntimeError: `impl` is 'native' and there is no compiled kernel for this device and dtype.
     """
     if act not in ACTIVATIONS:
         raise ValueError(f"act is {act!r}; expected one of {', '.join(ACTIVATIONS)}")
     if clamp is not None and clamp < 0:
         raise ValueError(f"clamp is {clamp}; expected None or a number ≥ 0")
-    spec = ACTIVATIONS[act]
     if b is not None:
         if b.ndim != 1 or b.shape[0] != x.shape[dim]:
             raise ValueError(f"bias has shape {tuple(b.shape)}; expected ({x.shape[dim]},) for dimension {dim} of x")
-        x = x + b.reshape([-1 if i == dim % x.ndim else 1 for i in range(x.ndim)])
-    x = spec.apply(x, spec.alpha if alpha is None else float(alpha))
-    gain = spec.gain if gain is None else float(gain)
+        b = b.to(x.dtype)
+    spec = ACTIVATIONS[act]
+    alpha = float(spec.alpha if alpha is None else alpha)
+    gain = float(spec.gain if gain is None else gain)
+    clamp = -1.0 if clamp is None else float(clamp)
+    if b is None and act == "linear" and gain == 1 and clamp < 0:
+        return x
+    dim = dim % x.ndim if x.ndim else 0
+    if native.choose("bias_act", x, impl) == "native":
+        return torch.ops.refine.bias_act(x, b, dim, act, alpha, gain, clamp)
+    return _reference(x, b, dim, act, alpha, gain, clamp)
+
+
+def _reference(x, b, dim, act, alpha, gain, clamp):
+    if b is not None:
+        x = x + b.reshape([-1 if i == dim else 1 for i in range(x.ndim)])
+    x = ACTIVATIONS[act].apply(x, alpha)
     if gain != 1:
         x = x * gain
-    if clamp is not None:
-        x = x.clamp(-clamp, clamp)
-    return x
+    return x.clamp(-clamp, clamp) if clamp >= 0 else x
+
+
+# The compiled kernels, registered as torch.ops.refine.bias_act; its derivatives are ops, too. clamp < 0 = off.
+
+_RECORD = struct.Struct("=12q3d3q")  # BiasActCall of kernels.h
+_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+_PIECEWISE_LINEAR = ("linear", "relu", "lrelu")  # no second derivative
+_OPTIONS = "int dim, str act, float alpha, float gain, float clamp"
+
+native.LIBRARY.define(f"bias_act(Tensor x, Tensor? b, {_OPTIONS}) -> Tensor")
+native.LIBRARY.define(f"bias_act_grad(Tensor dy, Tensor x, Tensor? b, {_OPTIONS}, bool with_db) -> (Tensor, Tensor)")
+native.LIBRARY.define(f"bias_act_grad2(Tensor g, Tensor dy, Tensor x, Tensor? b, {_OPTIONS}) -> Tensor")
+
+
+def _extents(x: torch.Tensor, dim: int, channels_last: bool) -> tuple[int, int, int]:
+    """(outer, channels, inner) of `x` in memory, channels running along `dim`."""
+    order = (0, 2, 3, 1) if channels_last else range(x.ndim)
+    sizes = [x.shape[i] for i in order]
+    place = list(order).index(dim)
+    return math.prod(sizes[:place]), sizes[place], math.prod(sizes[place + 1 :])
+
+
+def _empty_like(x):
+    layout = torch.channels_last if native.is_channels_last(x) else torch.contiguous_format
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+def _partial_size(outer: int, channels: int, inner: int) -> tuple[int, int, int]:
+    """Sums that the CUDA kernel leaves to add up: one per block and column (Points in kernels.h)."""
+    if inner >= 64:
+        return outer, channels, -(-inner // 4096)
+    return -(-outer // 128), channels, inner
+
+
+def _forward(x, b, dim, act, alpha, gain, clamp):
+    if custom_ops.load("bias_act", x.device.type) is None:  # e.g. a graph exported where there was a compiler
+        return _like(_reference(x, b, dim, act, alpha, gain, clamp), x)
+    return _run(0, None, None, x, b, dim, act, alpha, gain, clamp)
+
+
+def _grad(dy, x, b, dim, act, alpha, gain, clamp, with_db):
+    db = torch.empty(x.shape[dim] if with_db else 0, dtype=x.dtype, device=x.device)
+    if custom_ops.load("bias_act", x.device.type) is None:
+        (dx,) = _vector_jacobian(dy, x, b, dim, act, alpha, gain, clamp)
+        return _like(dx, x), dx.sum([i for i in range(x.ndim) if i != dim]) if with_db else db
+    return _run(1, None, dy, x, b, dim, act, alpha, gain, clamp, db if with_db else None), db
+
+
+def _grad2(g, dy, x, b, dim, act, alpha, gain, clamp):
+    if custom_ops.load("bias_act", x.device.type) is None:
+        with torch.enable_grad():
+            z = x.detach().requires_grad_()
+            (dx,) = _vector_jacobian(dy, z, b, dim, act, alpha, gain, clamp, create_graph=True)
+            return _like(torch.autograd.grad(dx, z, g)[0], x)
+    return _run(2, g, dy, x, b, dim, act, alpha, gain, clamp)
+
+
+def _vector_jacobian(dy, x, b, dim, act, alpha, gain, clamp, create_graph=False):
+    with torch.enable_grad():
+        z = x if create_graph else x.detach().requires_grad_()
+        y = _reference(z, b, dim, act, alpha, gain, clamp)
+        return torch.autograd.grad(y, z, dy, create_graph=create_graph)
+
+
+def _like(y, x):
+    return y.contiguous(memory_format=torch.channels_last if native.is_channels_last(x) else torch.contiguous_format)
+
+
+def _run(order, g, dy, x, b, dim, act, alpha, gain, clamp, db=None):
+    out = _empty_like(x)
+    if out.numel() == 0:
+        if db is not None:
+            db.zero_()
+        return out
+    channels_last = native.is_channels_last(x)
+    x, dy, g = (t if t is None else native.dense(t, channels_last) for t in (x, dy, g))
+    b = None if b is None else b.contiguous()
+    extents = (1, 1, x.numel()) if b is None and db is None else _extents(x, dim, channels_last)
+    partial = None
+    if db is not None and x.device.type == "cuda":
+        partial = x.new_empty(_partial_size(*extents), dtype=native.acc_dtype(x.dtype))
+    tensors = [native.address(t) for t in (x, b, dy, g, out, None if partial is not None else db)]
+    codes = (native.DTYPES[x.dtype], _CODES[act], order)
+    where = (*native.threads_and_stream(x.device), native.address(partial))
+    native.call("bias_act", x.device, _RECORD, (*tensors, *codes, *extents, alpha, gain, clamp, *where))
+    if partial is not None:
+        db.copy_(partial.sum([0, 2]))
+    return out
+
+
+# Autograd. For an activation that is linear on both sides of zero, the sign of y tells the slope: y is kept, which the
+# next layer keeps anyway, instead of x. A clamp hides where exactly at the limit y lies, and a gain below 1 may round
+# a small y to zero, so both keep x.
+
+
+def _save(ctx, inputs, output):
+    x, b, *ctx.options = inputs
+    _, act, alpha, gain, clamp = ctx.options
+    if act in _PIECEWISE_LINEAR and clamp < 0 and gain >= 1 and alpha >= 0:
+        x, b = output, None
+    ctx.save_for_backward(x, b)
+
+
+def _backward(ctx, dy):
+    x, b = ctx.saved_tensors
+    need_x, need_b = ctx.needs_input_grad[:2]
+    if not (need_x or need_b):
+        return (None,) * 7
+    dx, db = torch.ops.refine.bias_act_grad(dy, x, b, *ctx.options, need_b)
+    return (dx if need_x else None, db if need_b else None, *[None] * 5)
+
+
+def _save_grad(ctx, inputs, output):
+    dy, x, b, *ctx.options, ctx.with_db = inputs
+    ctx.save_for_backward(dy, x, b)
+
+
+def _backward_grad(ctx, g, g_db):
+    """dx and Σ dx depend linearly on dy, and through act'' on x + b."""
+    dy, x, b = ctx.saved_tensors
+    dim, act = ctx.options[:2]
+    if ctx.with_db:
+        g = g + g_db.reshape([-1 if i == dim else 1 for i in range(x.ndim)])
+    need_dy, need_x, need_b = ctx.needs_input_grad[:3]
+    d_dy = d_x = d_b = None
+    if need_dy:
+        d_dy, _ = torch.ops.refine.bias_act_grad(g, x, b, *ctx.options, False)
+    if act not in _PIECEWISE_LINEAR and (need_x or need_b):
+        d_x = torch.ops.refine.bias_act_grad2(g, dy, x, b, *ctx.options)
+        d_b = d_x.sum([i for i in range(x.ndim) if i != dim]) if need_b else None
+    return (d_dy, d_x if need_x else None, d_b, *[None] * 6)
+
+
+def _no_third_derivative(ctx, *grads):
+    raise RuntimeError("bias_act: compiled kernels have no third derivative; use impl='ref'")
+
+
+for _name, _implementation, _fake in (
+    ("bias_act", _forward, lambda x, b, *options: _empty_like(x)),
+    (
+        "bias_act_grad",
+        _grad,
+        lambda dy, x, b, dim, *options: (_empty_like(x), x.new_empty(x.shape[dim] if options[-1] else 0)),
+    ),
+    ("bias_act_grad2", _grad2, lambda g, dy, x, b, *options: _empty_like(x)),
+):
+    native.LIBRARY.impl(_name, _implementation, "CPU")
+    native.LIBRARY.impl(_name, _implementation, "CUDA")
+    torch.library.register_fake(f"refine::{_name}", _fake, lib=native.LIBRARY)
+torch.library.register_autograd("refine::bias_act", _backward, setup_context=_save, lib=native.LIBRARY)
+torch.library.register_autograd("refine::bias_act_grad", _backward_grad, setup_context=_save_grad, lib=native.LIBRARY)
+torch.library.register_autograd("refine::bias_act_grad2", _no_third_derivative, lib=native.LIBRARY)

@@ -1,14 +1,22 @@
 """Upsample, pad, FIR-filter and downsample images: the one resampling primitive of StyleGAN2.
 
 Every channel is treated alike: (1) insert up−1 zeros after each sample, (2) pad, or crop where the padding is negative,
-(3) filter without further padding, (4) keep every down-th sample, beginning with the first. All of it is plain torch,
-differentiable to any order in x; the filter is a constant.
+(3) filter without further padding, (4) keep every down-th sample, beginning with the first. Differentiable to any order
+in x; the filter is a constant.
+
+Three implementations give the same numbers: compiled kernels (kernels.h, upfirdn2d.cpp, upfirdn2d.cu), the fastest plain
+torch, and the reference, which follows the four steps to the letter.
 """
 
+import math
+import struct
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+
+from torch_utils import custom_ops
+from torch_utils.ops import native
 
 Pair = int | Sequence[int]
 
@@ -64,6 +72,7 @@ def upfirdn2d(
     padding: Pair = 0,
     flip_filter: bool = False,
     gain: float = 1,
+    impl: str | None = None,
 ) -> torch.Tensor:
     """Upsample, pad, filter and downsample.
 
@@ -75,24 +84,26 @@ def upfirdn2d(
         padding: In the upsampled image: int, (x, y) or (x0, x1, y0, y1); negative numbers crop.
         flip_filter: False = convolution (the filter is reversed), True = correlation.
         gain: Factor on the result.
+        impl: 'native' = compiled kernels, 'torch' = the fastest plain torch, 'ref' = the reference.
+            None = native where it can be had, else plain torch.
 
     Returns:
         (N, C, (H·upy + y0 + y1 − fh) // downy + 1, the same in x), dtype of `x`.
 
     Raises:
         ValueError: x is no image batch, a factor is below 1, or padding leaves less than one filter's size.
+        RuntimeError: `impl` is 'native' and there is no compiled kernel for this device and dtype.
     """
     if x.ndim != 4:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (N, C, H, W)")
-    (upx, upy), (downx, downy) = parse_factor(up), parse_factor(down)
-    px0, px1, py0, py1 = parse_padding(padding)
-    fw, fh = filter_size(f)
+    up, down, padding = parse_factor(up), parse_factor(down), parse_padding(padding)
+    (upx, upy), (px0, px1, py0, py1), (fw, fh) = up, padding, filter_size(f)
     if x.shape[3] * upx + px0 + px1 < fw or x.shape[2] * upy + py0 + py1 < fh:
         raise ValueError(f"image {tuple(x.shape[2:])} with up {up} and padding {padding} is smaller than the filter")
-    x = _insert_zeros(x, upx, upy)
-    if px0 or px1 or py0 or py1:
-        x = F.pad(x, [px0, px1, py0, py1])  # negative padding crops
-    return _filter(x, f, (downy, downx), flip_filter, gain)
+    chosen = native.choose("upfirdn2d", x, impl)
+    if chosen == "native":
+        return torch.ops.refine.upfirdn2d(x, f, up, down, padding, flip_filter, gain)
+    return (_reference if chosen == "ref" else _plain_torch)(x, f, up, down, padding, flip_filter, gain)
 
 
 def filter2d(x, f, padding: Pair = 0, flip_filter: bool = False, gain: float = 1) -> torch.Tensor:
@@ -158,6 +169,14 @@ def down_padding(taps: int, down: int) -> tuple[int, int]:
     return (taps - down + 1) // 2, (taps - down) // 2
 
 
+# The reference: the four steps as they are defined.
+
+
+def _reference(x, f, up, down, padding, flip_filter, gain):
+    x = _pad(_insert_zeros(x, *up), padding)
+    return _filter(x, f, down, flip_filter, gain)
+
+
 def _insert_zeros(x: torch.Tensor, upx: int, upy: int) -> torch.Tensor:
     if upx == 1 and upy == 1:
         return x
@@ -166,8 +185,17 @@ def _insert_zeros(x: torch.Tensor, upx: int, upy: int) -> torch.Tensor:
     return x.reshape(n, c, h * upy, w * upx)
 
 
-def _filter(x: torch.Tensor, f: torch.Tensor | None, stride: tuple[int, int], flip: bool, gain: float) -> torch.Tensor:
+def _pad(x: torch.Tensor, padding: Sequence[int]) -> torch.Tensor:
+    """Zeros at the sides with positive padding, then crop the others (which may take away some of those zeros)."""
+    if any(p > 0 for p in padding):
+        x = F.pad(x, [max(p, 0) for p in padding])
+    x0, x1, y0, y1 = (max(-p, 0) for p in padding)
+    return x[:, :, y0 : x.shape[2] - y1, x0 : x.shape[3] - x1]
+
+
+def _filter(x: torch.Tensor, f: torch.Tensor | None, down: tuple[int, int], flip: bool, gain: float) -> torch.Tensor:
     """Depthwise filtering and decimation; 1-D taps take one pass per axis."""
+    stride = (down[1], down[0])
     if f is None:
         x = x[:, :, :: stride[0], :: stride[1]]
         return x if gain == 1 else x * gain
@@ -178,3 +206,106 @@ def _filter(x: torch.Tensor, f: torch.Tensor | None, stride: tuple[int, int], fl
         return F.conv2d(x, f.expand(channels, 1, *f.shape), stride=stride, groups=channels)
     x = F.conv2d(x, f[:, None].expand(channels, 1, -1, 1), stride=(stride[0], 1), groups=channels)
     return F.conv2d(x, f[None, :].expand(channels, 1, 1, -1), stride=(1, stride[1]), groups=channels)
+
+
+# Plain torch at its fastest: no zero-stuffed image, and no padded copy where a convolution can pad by itself.
+
+
+def _plain_torch(x, f, up, down, padding, flip_filter, gain):
+    if f is None or x.numel() == 0:
+        return _reference(x, f, up, down, padding, flip_filter, gain)
+    f = f * gain ** (f.ndim / 2)
+    f = (f if flip_filter else f.flip(tuple(range(f.ndim)))).to(x)
+    if f.ndim == 2:
+        return _depthwise(x, f, up, down, padding)
+    x0, x1, y0, y1 = padding
+    x = _depthwise(x, f[None, :], (up[0], 1), (down[0], 1), (x0, x1, 0, 0))
+    return _depthwise(x, f[:, None], (1, up[1]), (1, down[1]), (0, 0, y0, y1))
+
+
+def _depthwise(x, f, up, down, padding):
+    """Correlate every channel with `f` (fh, fw)."""
+    fh, fw = f.shape
+    weight = f.expand(x.shape[1], 1, fh, fw)
+    x0, x1, y0, y1 = padding
+    if up == (1, 1):
+        if x0 == x1 >= 0 and y0 == y1 >= 0:
+            return F.conv2d(x, weight, stride=down[::-1], padding=(y0, x0), groups=x.shape[1])
+        return F.conv2d(_pad(x, padding), weight, stride=down[::-1], groups=x.shape[1])
+    # A transposed convolution makes every output that a sample reaches; the padding says which of them are wanted.
+    y = F.conv_transpose2d(x, weight.flip([2, 3]), stride=up[::-1], groups=x.shape[1])
+    y = _pad(y, [x0 - fw + 1, x1 - fw + up[0], y0 - fh + 1, y1 - fh + up[1]])
+    return y[:, :, :: down[1], :: down[0]]
+
+
+# The compiled kernels, registered as torch.ops.refine.upfirdn2d.
+
+_RECORD = struct.Struct("=20qd2q")  # Upfirdn2dCall of kernels.h
+native.LIBRARY.define(
+    "upfirdn2d(Tensor x, Tensor? f, int[] up, int[] down, SymInt[] padding, bool flip_filter, float gain) -> Tensor"
+)
+
+
+def _out_size(x, f, up, down, padding):
+    fw, fh = filter_size(f)
+    x0, x1, y0, y1 = padding
+    height = (x.shape[2] * up[1] + y0 + y1 - fh) // down[1] + 1
+    return x.shape[0], x.shape[1], height, (x.shape[3] * up[0] + x0 + x1 - fw) // down[0] + 1
+
+
+def _empty_output(x, f, up, down, padding):
+    layout = torch.channels_last if native.is_channels_last(x) else torch.contiguous_format
+    size = _out_size(x, f, up, down, padding)
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+def _kernel(x, f, up, down, padding, flip_filter, gain):
+    if custom_ops.load("upfirdn2d", x.device.type) is None:  # e.g. a graph exported where there was a compiler
+        y = _plain_torch(x, f, tuple(up), tuple(down), tuple(padding), flip_filter, gain)
+        return y.contiguous(memory_format=torch.channels_last if native.is_channels_last(x) else torch.contiguous_format)
+    if f is None:
+        f = torch.ones([1, 1], dtype=native.acc_dtype(x.dtype), device=x.device)
+    else:
+        f = f.to(x.device, native.acc_dtype(x.dtype)).contiguous()
+    if f.ndim == 1 and x.device.type == "cuda":  # one pass per axis
+        x0, x1, y0, y1 = padding
+        x = _run(x, f[None, :], (up[0], 1), (down[0], 1), (x0, x1, 0, 0), flip_filter, math.sqrt(gain))
+        return _run(x, f[:, None], (1, up[1]), (1, down[1]), (0, 0, y0, y1), flip_filter, math.sqrt(gain))
+    return _run(x, f, up, down, padding, flip_filter, gain)
+
+
+def _run(x, f, up, down, padding, flip_filter, gain):
+    y = _empty_output(x, f, up, down, padding)
+    if y.numel() == 0:
+        return y
+    channels_last = native.is_channels_last(x)
+    x = native.dense(x, channels_last)
+    fh, fw = f.shape if f.ndim == 2 else (0, f.shape[0])
+    where = (x.data_ptr(), f.data_ptr(), y.data_ptr(), native.DTYPES[x.dtype], channels_last)
+    size = (*x.shape, y.shape[2], y.shape[3])
+    geometry = (fh, fw, *up, *down, padding[0], padding[2], flip_filter)
+    fields = (*where, *size, *geometry, gain, *native.threads_and_stream(x.device))
+    native.call("upfirdn2d", x.device, _RECORD, fields)
+    return y
+
+
+def _save_geometry(ctx, inputs, output):
+    x, ctx.f, ctx.up, ctx.down, ctx.padding, ctx.flip_filter, ctx.gain = inputs
+    ctx.in_size, ctx.out_size = x.shape[2:], output.shape[2:]
+
+
+def _adjoint(ctx, dy):
+    """Up and down change places, the filter is reversed, and the padding gives the input's size back."""
+    (fw, fh), (h, w), (out_h, out_w) = filter_size(ctx.f), ctx.in_size, ctx.out_size
+    (x0, _, y0, _), (upx, upy), (downx, downy) = ctx.padding, ctx.up, ctx.down
+    x1 = w * upx - out_w * downx + x0 - upx + 1
+    y1 = h * upy - out_h * downy + y0 - upy + 1
+    padding = (fw - x0 - 1, x1, fh - y0 - 1, y1)
+    dx = torch.ops.refine.upfirdn2d(dy, ctx.f, ctx.down, ctx.up, padding, not ctx.flip_filter, ctx.gain)
+    return dx, None, None, None, None, None, None
+
+
+native.LIBRARY.impl("upfirdn2d", _kernel, "CPU")
+native.LIBRARY.impl("upfirdn2d", _kernel, "CUDA")
+torch.library.register_fake("refine::upfirdn2d", lambda x, f, up, down, padding, flip_filter, gain: _empty_output(x, f, up, down, padding), lib=native.LIBRARY)
+torch.library.register_autograd("refine::upfirdn2d", _adjoint, setup_context=_save_geometry, lib=native.LIBRARY)
