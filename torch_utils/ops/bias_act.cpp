@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t kPiece = 1024;        // numbers of a piece
 constexpr int64_t kShortRow = 32;       // rows shorter than this are served from a repeated bias
-constexpr int64_t kSmallTensor = 8192;  // not worth waking threads
+constexpr int64_t kSmallTensor = 32768;  // not worth waking threads
 
 template <class Acc>
 using Loop = void (*)(const Acc* z, const Acc* dy, const Acc* g, Acc* out, int64_t length, const Epilogue<Acc>& e);

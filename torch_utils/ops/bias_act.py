@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from torch_utils import custom_ops
 from torch_utils.ops import native
 
 
@@ -37,6 +36,9 @@ ACTIVATIONS: dict[str, Activation] = {
     "softplus": Activation(lambda x, alpha: F.softplus(x), 1.0, 0.0),
     "swish": Activation(lambda x, alpha: x * torch.sigmoid(x), math.sqrt(2), 0.0),
 }
+
+# On a CPU a compiled call costs about 20 µs more than plain torch's three, which so many numbers make up for.
+_WORTH_A_CALL = 65536
 
 
 def bias_act(
@@ -86,6 +88,8 @@ def bias_act(
     if b is None and act == "linear" and gain == 1 and clamp < 0:
         return x
     dim = dim % x.ndim if x.ndim else 0
+    if impl is None and x.device.type == "cpu" and x.numel() < _WORTH_A_CALL:
+        impl = "torch"
     if native.choose("bias_act", x, impl) == "native":
         return torch.ops.refine.bias_act(x, b, dim, act, alpha, gain, clamp)
     return _reference(x, b, dim, act, alpha, gain, clamp)
@@ -102,7 +106,7 @@ def _reference(x, b, dim, act, alpha, gain, clamp):
 
 # The compiled kernels, registered as torch.ops.refine.bias_act; its derivatives are ops, too. clamp < 0 = off.
 
-_RECORD = struct.Struct("=12q3d3q")  # BiasActCall of kernels.h
+_RECORD = struct.Struct("=13q3d2q")  # BiasActCall of kernels.h
 _CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 _PIECEWISE_LINEAR = ("linear", "relu", "lrelu")  # no second derivative
 _OPTIONS = "int dim, str act, float alpha, float gain, float clamp"
@@ -112,17 +116,74 @@ native.LIBRARY.define(f"bias_act_grad(Tensor dy, Tensor x, Tensor? b, {_OPTIONS}
 native.LIBRARY.define(f"bias_act_grad2(Tensor g, Tensor dy, Tensor x, Tensor? b, {_OPTIONS}) -> Tensor")
 
 
-def _extents(x: torch.Tensor, dim: int, channels_last: bool) -> tuple[int, int, int]:
+def _extents(x: torch.Tensor, dim: int, layout: torch.memory_format) -> tuple[int, int, int]:
     """(outer, channels, inner) of `x` in memory, channels running along `dim`."""
-    order = (0, 2, 3, 1) if channels_last else range(x.ndim)
-    sizes = [x.shape[i] for i in order]
-    place = list(order).index(dim)
-    return math.prod(sizes[:place]), sizes[place], math.prod(sizes[place + 1 :])
+    sizes = list(x.shape)
+    if layout == torch.channels_last:
+        sizes, dim = [sizes[0], *sizes[2:], sizes[1]], (0, 3, 1, 2)[dim]
+    return math.prod(sizes[:dim]), sizes[dim], math.prod(sizes[dim + 1 :])
 
 
-def _empty_like(x):
-    layout = torch.channels_last if native.is_channels_last(x) else torch.contiguous_format
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
+def _forward(x, b, dim, act, alpha, gain, clamp):
+    if native.function("bias_act", x) is None:
+        return _reference(x, b, dim, act, alpha, gain, clamp).contiguous(memory_format=native.layout_of(x))
+    return _run(0, None, None, x, b, dim, act, alpha, gain, clamp)
+
+
+def _grad(dy, x, b, dim, act, alpha, gain, clamp, with_db):
+    db = x.new_empty(x.shape[dim] if with_db else 0)
+    if native.function("bias_act", x) is not None:
+        return _run(1, None, dy, x, b, dim, act, alpha, gain, clamp, db if with_db else None), db
+    with torch.enable_grad():
+        z = x.detach().requires_grad_()
+        (dx,) = torch.autograd.grad(_reference(z, b, dim, act, alpha, gain, clamp), z, dy)
+    db = dx.sum([i for i in range(x.ndim) if i != dim]) if with_db else db
+    return dx.contiguous(memory_format=native.layout_of(x)), db
+
+
+def _grad2(g, dy, x, b, dim, act, alpha, gain, clamp):
+    if native.function("bias_act", x) is not None:
+        return _run(2, g, dy, x, b, dim, act, alpha, gain, clamp)
+    with torch.enable_grad():
+        z = x.detach().requires_grad_()
+        y = _reference(z, b, dim, act, alpha, gain, clamp)
+        (dx,) = torch.autograd.grad(y, z, dy, create_graph=True)
+        (d_x,) = torch.autograd.grad(dx, z, g)
+    return d_x.contiguous(memory_format=native.layout_of(x))
+
+
+def _run(order, g, dy, x, b, dim, act, alpha, gain, clamp, db=None):
+    layout = native.layout_of(x)
+    x = x.contiguous(memory_format=layout)
+    out = torch.empty_like(x)
+    if out.numel() == 0:
+        if db is not None:
+            db.zero_()
+        return out
+    dy_address = g_address = b_address = db_address = partial_address = 0
+    if order > 0:
+        dy = dy.contiguous(memory_format=layout)
+        dy_address = dy.data_ptr()
+    if order > 1:
+        g = g.contiguous(memory_format=layout)
+        g_address = g.data_ptr()
+    extents = (1, 1, x.numel())
+    if b is not None or db is not None:
+        extents = _extents(x, dim, layout)
+    if b is not None:
+        b = b.contiguous()
+        b_address = b.data_ptr()
+    if db is not None and x.is_cuda:
+        partial = x.new_empty(_partial_size(*extents), dtype=native.acc_dtype(x.dtype))
+        partial_address = partial.data_ptr()
+    elif db is not None:
+        db_address = db.data_ptr()
+    addresses = (x.data_ptr(), b_address, dy_address, g_address, out.data_ptr(), db_address, partial_address)
+    codes = (native.DTYPES[x.dtype], _CODES[act], order)
+    native.run("bias_act", x, _RECORD, *addresses, *codes, *extents, alpha, gain, clamp)
+    if partial_address:
+        db.copy_(partial.sum([0, 2]))
+    return out
 
 
 def _partial_size(outer: int, channels: int, inner: int) -> tuple[int, int, int]:
@@ -132,60 +193,8 @@ def _partial_size(outer: int, channels: int, inner: int) -> tuple[int, int, int]
     return -(-outer // 128), channels, inner
 
 
-def _forward(x, b, dim, act, alpha, gain, clamp):
-    if custom_ops.load("bias_act", x.device.type) is None:  # e.g. a graph exported where there was a compiler
-        return _like(_reference(x, b, dim, act, alpha, gain, clamp), x)
-    return _run(0, None, None, x, b, dim, act, alpha, gain, clamp)
-
-
-def _grad(dy, x, b, dim, act, alpha, gain, clamp, with_db):
-    db = torch.empty(x.shape[dim] if with_db else 0, dtype=x.dtype, device=x.device)
-    if custom_ops.load("bias_act", x.device.type) is None:
-        (dx,) = _vector_jacobian(dy, x, b, dim, act, alpha, gain, clamp)
-        return _like(dx, x), dx.sum([i for i in range(x.ndim) if i != dim]) if with_db else db
-    return _run(1, None, dy, x, b, dim, act, alpha, gain, clamp, db if with_db else None), db
-
-
-def _grad2(g, dy, x, b, dim, act, alpha, gain, clamp):
-    if custom_ops.load("bias_act", x.device.type) is None:
-        with torch.enable_grad():
-            z = x.detach().requires_grad_()
-            (dx,) = _vector_jacobian(dy, z, b, dim, act, alpha, gain, clamp, create_graph=True)
-            return _like(torch.autograd.grad(dx, z, g)[0], x)
-    return _run(2, g, dy, x, b, dim, act, alpha, gain, clamp)
-
-
-def _vector_jacobian(dy, x, b, dim, act, alpha, gain, clamp, create_graph=False):
-    with torch.enable_grad():
-        z = x if create_graph else x.detach().requires_grad_()
-        y = _reference(z, b, dim, act, alpha, gain, clamp)
-        return torch.autograd.grad(y, z, dy, create_graph=create_graph)
-
-
-def _like(y, x):
-    return y.contiguous(memory_format=torch.channels_last if native.is_channels_last(x) else torch.contiguous_format)
-
-
-def _run(order, g, dy, x, b, dim, act, alpha, gain, clamp, db=None):
-    out = _empty_like(x)
-    if out.numel() == 0:
-        if db is not None:
-            db.zero_()
-        return out
-    channels_last = native.is_channels_last(x)
-    x, dy, g = (t if t is None else native.dense(t, channels_last) for t in (x, dy, g))
-    b = None if b is None else b.contiguous()
-    extents = (1, 1, x.numel()) if b is None and db is None else _extents(x, dim, channels_last)
-    partial = None
-    if db is not None and x.device.type == "cuda":
-        partial = x.new_empty(_partial_size(*extents), dtype=native.acc_dtype(x.dtype))
-    tensors = [native.address(t) for t in (x, b, dy, g, out, None if partial is not None else db)]
-    codes = (native.DTYPES[x.dtype], _CODES[act], order)
-    where = (*native.threads_and_stream(x.device), native.address(partial))
-    native.call("bias_act", x.device, _RECORD, (*tensors, *codes, *extents, alpha, gain, clamp, *where))
-    if partial is not None:
-        db.copy_(partial.sum([0, 2]))
-    return out
+def _fake_like(x):
+    return torch.empty_like(x, memory_format=native.layout_of(x))
 
 
 # Autograd. For an activation that is linear on both sides of zero, the sign of y tells the slope: y is kept, which the
@@ -236,13 +245,13 @@ def _no_third_derivative(ctx, *grads):
 
 
 for _name, _implementation, _fake in (
-    ("bias_act", _forward, lambda x, b, *options: _empty_like(x)),
+    ("bias_act", _forward, lambda x, b, *options: _fake_like(x)),
     (
         "bias_act_grad",
         _grad,
-        lambda dy, x, b, dim, *options: (_empty_like(x), x.new_empty(x.shape[dim] if options[-1] else 0)),
+        lambda dy, x, b, dim, *options: (_fake_like(x), x.new_empty(x.shape[dim] if options[-1] else 0)),
     ),
-    ("bias_act_grad2", _grad2, lambda g, dy, x, b, *options: _empty_like(x)),
+    ("bias_act_grad2", _grad2, lambda g, dy, x, b, *options: _fake_like(x)),
 ):
     native.LIBRARY.impl(_name, _implementation, "CPU")
     native.LIBRARY.impl(_name, _implementation, "CUDA")

@@ -98,11 +98,11 @@ enum Activation : int64_t { kLinear, kRelu, kLrelu, kTanh, kSigmoid, kElu, kSelu
 // a bias channels is 1. order 0: y from x. 1: dx = dy · dy/dx, and db unless null. 2: g · dy · d²y/dx².
 struct BiasActCall {
     int64_t x, b, dy, g, out, db;  // addresses; null where not used
+    int64_t partial;               // instead of db on CUDA: Acc[partial sums], see Points
     int64_t dtype, act, order;
     int64_t outer, channels, inner;
     double alpha, gain, clamp;  // clamp < 0: off
-    int64_t threads, stream;    // CPU: OpenMP threads. CUDA: cudaStream_t
-    int64_t partial;            // CUDA: float or double[partial rows × columns], filled where db is wanted
+    int64_t threads, stream;  // CPU: OpenMP threads. CUDA: cudaStream_t
 };
 
 template <class Acc>

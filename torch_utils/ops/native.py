@@ -3,9 +3,8 @@
 The kernels are built at first use by `torch_utils.custom_ops`; where they cannot be had, callers take plain torch.
 """
 
-import ctypes
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 
@@ -47,46 +46,46 @@ def _available(op: str, device_type: str) -> bool:
     return device_type in ("cpu", "cuda") and custom_ops.load(op, device_type) is not None
 
 
+_functions: dict[tuple[str, bool], Callable[[bytes], int]] = {}  # looked up once: a call costs microseconds
+
+
+def function(op: str, x: torch.Tensor) -> Callable[[bytes], int] | None:
+    """The compiled C function of `op` for the device of `x`; None where there is none."""
+    key = (op, x.is_cuda)
+    if key not in _functions:
+        library = custom_ops.load(op, x.device.type)
+        if library is None:  # e.g. a graph exported where there was a compiler
+            return None
+        _functions[key] = getattr(library, f"refine_{op}")
+    return _functions[key]
+
+
+def run(op: str, x: torch.Tensor, record: struct.Struct, *fields: int | float) -> None:
+    """Call the compiled `op` with a record that ends in threads and stream.
+
+    Raises:
+        RuntimeError: The op reports an error.
+    """
+    if x.is_cuda:
+        with torch.cuda.device(x.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            status = _functions[op, True](record.pack(*fields, 1, stream))
+    else:
+        status = _functions[op, False](record.pack(*fields, torch.get_num_threads(), 0))
+    if status:
+        raise RuntimeError(f"{op} on {x.device}: {_ERRORS.get(status, f'CUDA error {status}')}")
+
+
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     """What the kernels compute in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def is_channels_last(x: torch.Tensor) -> bool:
-    """Whether the channels of a pixel lie side by side; False where both readings hold."""
-    return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+def layout_of(x: torch.Tensor) -> torch.memory_format:
+    """The layout in which a kernel serves `x`: contiguous where both readings hold, or neither."""
+    if x.is_contiguous() or x.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last):
+        return torch.contiguous_format
+    return torch.channels_last
 
 
-def dense(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
-    """`x` without gaps or overlaps, in one of the two layouts."""
-    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-
-
-def address(x: torch.Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-def threads_and_stream(device: torch.device) -> tuple[int, int]:
-    """The two last fields of a record; kernels run on torch's current stream."""
-    if device.type == "cuda":
-        return 1, torch.cuda.current_stream(device).cuda_stream
-    return torch.get_num_threads(), 0
-
-
-def call(op: str, device: torch.device, layout: struct.Struct, fields: Sequence[int | float]) -> None:
-    """Run a compiled op.
-
-    Raises:
-        RuntimeError: The op reports an error.
-    """
-    function = getattr(custom_ops.load(op, device.type), f"refine_{op}")
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            status = function(layout.pack(*fields))
-    else:
-        status = function(layout.pack(*fields))
-    if status:
-        raise RuntimeError(f"{op} on {device}: {_ERRORS.get(status, f'CUDA error {status}')}")
-
-
-assert ctypes.sizeof(ctypes.c_void_p) == 8, "the records hold 64-bit addresses"
+assert struct.calcsize("P") == 8, "the records hold 64-bit addresses"

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from torch_utils import custom_ops
 from torch_utils.ops import native
 
 Pair = int | Sequence[int]
@@ -254,38 +253,34 @@ def _out_size(x, f, up, down, padding):
 
 
 def _empty_output(x, f, up, down, padding):
-    layout = torch.channels_last if native.is_channels_last(x) else torch.contiguous_format
     size = _out_size(x, f, up, down, padding)
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=native.layout_of(x))
 
 
 def _kernel(x, f, up, down, padding, flip_filter, gain):
-    if custom_ops.load("upfirdn2d", x.device.type) is None:  # e.g. a graph exported where there was a compiler
+    if native.function("upfirdn2d", x) is None:
         y = _plain_torch(x, f, tuple(up), tuple(down), tuple(padding), flip_filter, gain)
-        return y.contiguous(memory_format=torch.channels_last if native.is_channels_last(x) else torch.contiguous_format)
+        return y.contiguous(memory_format=native.layout_of(x))
     if f is None:
         f = torch.ones([1, 1], dtype=native.acc_dtype(x.dtype), device=x.device)
-    else:
-        f = f.to(x.device, native.acc_dtype(x.dtype)).contiguous()
-    if f.ndim == 1 and x.device.type == "cuda":  # one pass per axis
-        x0, x1, y0, y1 = padding
-        x = _run(x, f[None, :], (up[0], 1), (down[0], 1), (x0, x1, 0, 0), flip_filter, math.sqrt(gain))
-        return _run(x, f[:, None], (1, up[1]), (1, down[1]), (0, 0, y0, y1), flip_filter, math.sqrt(gain))
-    return _run(x, f, up, down, padding, flip_filter, gain)
+    f = f.to(x.device, native.acc_dtype(x.dtype)).contiguous()
+    if f.ndim == 2 or not x.is_cuda:
+        return _run(x, f, up, down, padding, flip_filter, gain)
+    (upx, upy), (downx, downy), (x0, x1, y0, y1), gain = up, down, padding, math.sqrt(gain)  # one pass per axis
+    x = _run(x, f[None, :], (upx, 1), (downx, 1), (x0, x1, 0, 0), flip_filter, gain)
+    return _run(x, f[:, None], (1, upy), (1, downy), (0, 0, y0, y1), flip_filter, gain)
 
 
 def _run(x, f, up, down, padding, flip_filter, gain):
     y = _empty_output(x, f, up, down, padding)
     if y.numel() == 0:
         return y
-    channels_last = native.is_channels_last(x)
-    x = native.dense(x, channels_last)
+    layout = native.layout_of(x)
+    x = x.contiguous(memory_format=layout)
     fh, fw = f.shape if f.ndim == 2 else (0, f.shape[0])
-    where = (x.data_ptr(), f.data_ptr(), y.data_ptr(), native.DTYPES[x.dtype], channels_last)
-    size = (*x.shape, y.shape[2], y.shape[3])
-    geometry = (fh, fw, *up, *down, padding[0], padding[2], flip_filter)
-    fields = (*where, *size, *geometry, gain, *native.threads_and_stream(x.device))
-    native.call("upfirdn2d", x.device, _RECORD, fields)
+    what = (x.data_ptr(), f.data_ptr(), y.data_ptr(), native.DTYPES[x.dtype], layout == torch.channels_last)
+    geometry = (*x.shape, *y.shape[2:], fh, fw, *up, *down, padding[0], padding[2], flip_filter)
+    native.run("upfirdn2d", x, _RECORD, *what, *geometry, gain)
     return y
 
 
