@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.golden import max_error, read_arrays, read_json
+from tests.ops import require_native
 from torch_utils.ops import bias_act as bias_act_module
 from torch_utils.ops import upfirdn2d as upfirdn2d_module
 from torch_utils.ops.bias_act import bias_act
@@ -21,6 +22,14 @@ def arrays():
     return {name: read_arrays(f"stylegan2/ops/ops_{name}") for name in names}
 
 
+@pytest.fixture(params=["ref", "torch", "native"])
+def impl(request):
+    """Each implementation; the compiled one where there is a compiler."""
+    if request.param == "native":
+        require_native()
+    return request.param
+
+
 def case_id(case):
     return "-".join(str(case[key]) for key in ("id", "op", "act") if key in case)
 
@@ -33,14 +42,18 @@ def test_setup_filter(arrays, index):
 
 
 @pytest.mark.parametrize("case", UPFIRDN2D["cases"], ids=case_id)
-def test_upfirdn2d(arrays, case):
+def test_upfirdn2d(arrays, case, impl):
     data = arrays["upfirdn2d"]
     f = data.get(f"filter/{case['filter']}")
     x = data[f"{case['id']}/x"].requires_grad_()
-    y = getattr(upfirdn2d_module, case["op"])(x, f, **case["kwargs"])
+    y = getattr(upfirdn2d_module, case["op"])(x, f, **case["kwargs"], impl=impl)
     assert max_error(y, data[f"{case['id']}/y"]) < TOLERANCE
-    (dx,) = torch.autograd.grad(y, x, data[f"{case['id']}/dy"])
+    dy = data[f"{case['id']}/dy"].requires_grad_()
+    (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
     assert max_error(dx, data[f"{case['id']}/dx"]) < TOLERANCE
+    # dx is linear in dy, and its adjoint is the operation itself.
+    (ddy,) = torch.autograd.grad(dx, dy, x.detach())
+    assert max_error(ddy, data[f"{case['id']}/y"]) < TOLERANCE
 
 
 @pytest.mark.parametrize("case", CONV2D["cases"], ids=case_id)
@@ -65,11 +78,11 @@ def test_activation_table():
 
 
 @pytest.mark.parametrize("case", BIAS_ACT["cases"], ids=case_id)
-def test_bias_act(arrays, case):
+def test_bias_act(arrays, case, impl):
     data = {key.split("/")[1]: value for key, value in arrays["bias_act"].items() if key.startswith(f"{case['id']}/")}
     x = data["x"].requires_grad_()
     b = data["b"].requires_grad_() if "b" in data else None
-    y = bias_act(x, b, **{key: case[key] for key in ("dim", "act", "alpha", "gain", "clamp") if key in case})
+    y = bias_act(x, b, **{key: case[key] for key in ("dim", "act", "alpha", "gain", "clamp") if key in case}, impl=impl)
     assert max_error(y, data["y"]) < TOLERANCE
     if "dx_ones" in data:
         (dx,) = torch.autograd.grad(y.sum(), x)

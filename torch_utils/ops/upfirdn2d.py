@@ -105,25 +105,25 @@ def upfirdn2d(
     return (_reference if chosen == "ref" else _plain_torch)(x, f, up, down, padding, flip_filter, gain)
 
 
-def filter2d(x, f, padding: Pair = 0, flip_filter: bool = False, gain: float = 1) -> torch.Tensor:
+def filter2d(x, f, padding: Pair = 0, flip_filter: bool = False, gain: float = 1, impl=None) -> torch.Tensor:
     """Filter at the same resolution; `padding` adds to the one that keeps the size. Shapes as in `upfirdn2d`."""
     fw, fh = filter_size(f)
     p = add_padding(padding, (fw // 2, (fw - 1) // 2, fh // 2, (fh - 1) // 2))
-    return upfirdn2d(x, f, padding=p, flip_filter=flip_filter, gain=gain)
+    return upfirdn2d(x, f, padding=p, flip_filter=flip_filter, gain=gain, impl=impl)
 
 
-def upsample2d(x, f, up: Pair = 2, padding: Pair = 0, flip_filter: bool = False, gain: float = 1) -> torch.Tensor:
+def upsample2d(x, f, up: Pair = 2, padding: Pair = 0, flip_filter: bool = False, gain: float = 1, impl=None) -> torch.Tensor:
     """Enlarge by `up`; brightness is kept, `padding` adds to the centred one. Shapes as in `upfirdn2d`."""
     (upx, upy), (fw, fh) = parse_factor(up), filter_size(f)
     p = add_padding(padding, (*up_padding(fw, upx), *up_padding(fh, upy)))
-    return upfirdn2d(x, f, up=up, padding=p, flip_filter=flip_filter, gain=gain * upx * upy)
+    return upfirdn2d(x, f, up=up, padding=p, flip_filter=flip_filter, gain=gain * upx * upy, impl=impl)
 
 
-def downsample2d(x, f, down: Pair = 2, padding: Pair = 0, flip_filter: bool = False, gain: float = 1) -> torch.Tensor:
+def downsample2d(x, f, down: Pair = 2, padding: Pair = 0, flip_filter: bool = False, gain: float = 1, impl=None) -> torch.Tensor:
     """Shrink by `down`; `padding` adds to the centred one. Shapes as in `upfirdn2d`."""
     (downx, downy), (fw, fh) = parse_factor(down), filter_size(f)
     p = add_padding(padding, (*down_padding(fw, downx), *down_padding(fh, downy)))
-    return upfirdn2d(x, f, down=down, padding=p, flip_filter=flip_filter, gain=gain)
+    return upfirdn2d(x, f, down=down, padding=p, flip_filter=flip_filter, gain=gain, impl=impl)
 
 
 # Geometry, shared with conv2d_resample.
