@@ -8,6 +8,7 @@ from typing import Any
 SCHEDULES = ("constant", "cosine", "linear")
 TRAINABLE = ("all", "synthesis", "mapping")
 NOISE_MODES = ("random", "const", "none")
+OPS_MODES = ("auto", "native", "ref")  # those of torch_utils.custom_ops, without importing it
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class RefineConfig:
     metrics: tuple[str, ...] = ()  # at every snapshot, e.g. fd2k-digits
     ref: str | None = None  # reference statistics of the metrics
     device: str | None = None  # None = cuda if there is one, else cpu
+    ops: str | None = None  # one of OPS_MODES. None = as $REFINE_OPS says, else auto
 
     def __post_init__(self):
         self._expect(self.kimg > 0 and math.isfinite(self.kimg), "--kimg", self.kimg, "a number > 0")
@@ -82,6 +84,7 @@ class RefineConfig:
         self._expect(0 <= self.seed < 2**31, "--seed", self.seed, "0 to 2147483647")
         for name, words in (("lr_schedule", SCHEDULES), ("train", TRAINABLE), ("noise_mode", NOISE_MODES)):
             self._expect(getattr(self, name) in words, _flag(name), getattr(self, name), f"one of {', '.join(words)}")
+        self._expect(self.ops is None or self.ops in OPS_MODES, "--ops", self.ops, f"one of {', '.join(OPS_MODES)}")
         if self.metrics and self.ref is None:
             raise ValueError(f"--metrics={','.join(self.metrics)} needs reference statistics: add --ref=FILE.npz")
 

@@ -341,6 +341,22 @@ def test_flags_that_a_compiler_does_not_know_are_left_out(place, missing):
     assert missing not in log and ("-fopenmp" in log) != ("-march=native" in log)
 
 
+def test_a_portable_library_serves_another_processor(place):
+    """As an image that is built on one machine and runs, without a compiler, on another."""
+    code = "print(custom_ops.obtain('bias_act', portable=True).path.name.split('.')[1])\n"
+    (target,) = toolchain.cpu_targets()[-1:]
+    assert place.run(code)[0] == target != toolchain.cpu_targets()[0]
+    options = next(place.cache.glob("*/*.log")).read_text()
+    assert "-march=native" not in options and (target == "baseline" or f"-march={target}" in options)
+    place.bin.joinpath("g++").unlink()
+    other = "from torch_utils import toolchain; toolchain.cpu_features = lambda: {!r}\n"
+    newer = toolchain.cpu_features() + " shiny"
+    assert place.run(other.format(newer) + LOAD) == ("native 1", "")
+    if target != "baseline":
+        out, err = place.run(other.format("flags : fpu sse2") + LOAD)
+        assert out == "plain torch" and "no C++ compiler" in one_line(err)
+
+
 def test_changes_make_a_new_library(place):
     place.run()
     place.write_source("#define ANSWER 2\n")

@@ -32,7 +32,7 @@ SOURCES = Path(__file__).parent / "ops"
 
 _mode: str | None = None  # None = as the environment says
 _ready: dict[tuple[str, str], ctypes.CDLL | None] = {}  # what load() answers at once
-_outcomes: dict[tuple[str, str], "Library | NativeUnavailable"] = {}  # of the one attempt, whatever the mode
+_outcomes: dict[tuple[str, str, bool], "Library | NativeUnavailable"] = {}  # of the one attempt, whatever the mode
 _mutex = threading.RLock()
 
 
@@ -98,9 +98,10 @@ def _load_first(op: str, device_type: str) -> ctypes.CDLL | None:
         if mode == "ref":
             return _ready.setdefault((op, device_type), None)
         try:
-            library = obtain(op, device_type)
+            library = _obtain_once(op, device_type)
         except NativeUnavailable as error:
             if mode == "native":
+                _line.break_off()
                 raise
             if device_type in ("cpu", "cuda"):  # elsewhere there is nothing to be missed
                 _line.end(f"{op} ({device_type})", f"plain torch is used, for there is no compiled op: {error}", error)
@@ -108,21 +109,34 @@ def _load_first(op: str, device_type: str) -> ctypes.CDLL | None:
         return _ready.setdefault((op, device_type), library.cdll)
 
 
-def obtain(op: str, device_type: str = "cpu") -> Library:
+def obtain(op: str, device_type: str = "cpu", portable: bool = False) -> Library:
     """The library whatever the mode; from the cache or built, at most one attempt per process.
+
+    Args:
+        op, device_type: As in `load`.
+        portable: For a CPU, one that other machines of this architecture load as well, see `toolchain.cpu_targets`.
 
     Raises:
         NativeUnavailable: The reason, remembered.
     """
     with _mutex:
-        if (op, device_type) not in _outcomes:
-            try:
-                _outcomes[op, device_type] = _attempt(op, device_type)
-            except NativeUnavailable as error:
-                _outcomes[op, device_type] = error
-            except _FAILURES as error:
-                _outcomes[op, device_type] = NativeUnavailable(" ".join(str(error).split()))
-        outcome = _outcomes[op, device_type]
+        try:
+            return _obtain_once(op, device_type, portable)
+        except NativeUnavailable:
+            _line.break_off()
+            raise
+
+
+def _obtain_once(op: str, device_type: str, portable: bool = False) -> Library:
+    key = (op, device_type, portable)
+    if key not in _outcomes:
+        try:
+            _outcomes[key] = _attempt(op, device_type, portable)
+        except NativeUnavailable as error:
+            _outcomes[key] = error
+        except _FAILURES as error:
+            _outcomes[key] = NativeUnavailable(" ".join(str(error).split()))
+    outcome = _outcomes[key]
     if isinstance(outcome, NativeUnavailable):
         raise NativeUnavailable(str(outcome))
     return outcome
@@ -175,7 +189,7 @@ class Wanted:
     sources: dict[str, bytes]  # file name → text
     key: str
     capabilities: tuple[tuple[int, int], ...]  # of the GPUs here
-    targets: tuple[str, ...]  # of TORCH_CUDA_ARCH_LIST; empty = not set
+    targets: tuple[str, ...]  # of TORCH_CUDA_ARCH_LIST, empty = not set; or of this CPU, best first
 
     def __str__(self) -> str:
         return f"{self.op} ({self.device_type})"
@@ -187,15 +201,15 @@ class Wanted:
     def accepts(self, targets: str) -> bool:
         """Whether a library for these targets runs here and is what was asked for."""
         if self.device_type == "cpu":
-            return True
+            return targets in self.targets
         have = targets.split("+")
         asked = not self.targets or set(have) == set(self.targets)
         return asked and all(toolchain.serves(have, gpu) for gpu in self.capabilities)
 
 
-def describe_wanted(op: str, device_type: str) -> Wanted:
-    """Reads the sources and asks torch. The key is of the sources, flags, torch, CUDA, Python, the C library, and, as
-    -march=native is used, the processor's features: nodes that share a home folder do not share what would crash there.
+def describe_wanted(op: str, device_type: str, portable: bool = False) -> Wanted:
+    """Reads the sources and asks torch. The key is of the sources, flags, torch, CUDA, Python and the C library; the
+    targets tell processors apart: nodes that share a home folder do not share what would crash there.
 
     Raises:
         NativeUnavailable: There is no compiled op for this device, system or torch.
@@ -222,7 +236,8 @@ def describe_wanted(op: str, device_type: str) -> Wanted:
         if torch.cuda.is_available():
             capabilities = tuple(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))
     else:
-        facts += [op_builder.CXX_FLAGS, op_builder.OPTIONAL_CXX_FLAGS, toolchain.cpu_features()]
+        facts += [op_builder.CXX_FLAGS, op_builder.OPTIONAL_CXX_FLAGS]
+        targets = tuple(toolchain.cpu_targets()[-1 if portable else 0 :])
     digest = hashlib.sha256(repr(facts).encode())
     for name, source in sources.items():
         digest.update(f"\0{name}\0{len(source)}\0".encode() + source)
@@ -258,10 +273,12 @@ def _no_compiler(device_type: str) -> str:
 # The one attempt.
 
 
-def _attempt(op: str, device_type: str) -> Library:
-    wanted = describe_wanted(op, device_type)
+def _attempt(op: str, device_type: str, portable: bool) -> Library:
+    wanted = describe_wanted(op, device_type, portable)
     compiler = find_compiler(device_type)
     candidates = op_cache.find_candidates(wanted.folder, wanted.accepts)
+    if device_type == "cpu":
+        candidates.sort(key=lambda candidate: wanted.targets.index(candidate.targets))
     good = [c for c in candidates if compiler is None or c.compiler == compiler.identity]
     refused: list[Candidate] = []
     for candidate in good:
@@ -283,8 +300,6 @@ def _attempt(op: str, device_type: str) -> Library:
             if library:
                 _line.end(str(wanted), f"the library of another compiler is used, for {error}")
                 return Library(library, candidate.path, built=False)
-        if get_mode() != "auto":
-            _line.break_off()
         raise
 
 
@@ -301,13 +316,13 @@ def _open(candidate: Candidate, op: str) -> tuple[ctypes.CDLL | None, str]:
 
 def _build(wanted: Wanted, compiler: Compiler, refused: list[Candidate]) -> tuple[Candidate, bool]:
     """A library by this compiler, and whether this process built it, not another one that was waited for."""
-    toolkit, targets = None, ["native"]
+    toolkit, targets = None, list(wanted.targets[:1])
     if wanted.device_type == "cuda":
         toolkit = CudaToolkit.probe(compiler)
         op_builder.check_driver(toolkit)
         targets = list(wanted.targets) or toolchain.choose_targets(toolkit.targets, list(wanted.capabilities))
     stem, limit = f"{compiler.identity}.{'+'.join(targets)}", _limit()
-    entry = op_cache.writable_entry(wanted.folder)
+    entry = op_cache.writable_folder(wanted.folder)
 
     def on_wait(who: str) -> None:
         _line.begin(str(wanted), f"waiting for {who}, which compiles it")
@@ -345,7 +360,7 @@ def _compile(wanted, compiler, toolkit, targets: list[str], entry: Path, stem: s
         if toolkit:
             commands = op_builder.cuda_commands(wanted.op, toolkit, targets)
         else:
-            commands = op_builder.cpu_commands(wanted.op, compiler, folder)
+            commands = op_builder.cpu_commands(wanted.op, compiler, targets[0], folder)
         op_builder.run(commands, folder, log, _limit(), ninja)
         library = folder / f"{wanted.op}.so"
         if not library.is_file():

@@ -18,7 +18,7 @@ from torch_utils.toolchain import Compiler, CudaToolkit, Missing
 # No -std: the sources ask for what every compiler of today has by default. No -ffast-math: a NaN has to stay one.
 CXX_FLAGS = ("-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math")  # traps: or no loop with a choice vectorises
 # Taken where the compiler knows them; without OpenMP the ops run on one thread.
-OPTIONAL_CXX_FLAGS = ("-march=native", "-fopenmp")
+OPTIONAL_CXX_FLAGS = ("-fopenmp",)
 NVCC_FLAGS = ("-O3", "-Xcompiler=-fPIC", "--threads=0")
 
 # The first that fits an error message explains it.
@@ -43,10 +43,16 @@ class BuildFailed(RuntimeError):
     """One line: first error, diagnosis, path of the log."""
 
 
-def cpu_commands(op: str, compiler: Compiler, folder: Path) -> list[list[str]]:
-    """Compile and link `op`.cpp to `op`.so, with as many of the optional flags as the compiler takes."""
-    # march=native may reach as far as the cache's key knows this processor, no farther
-    wanted = [f for f in OPTIONAL_CXX_FLAGS if f != "-march=native" or toolchain.cpu_features()]
+def cpu_commands(op: str, compiler: Compiler, target: str, folder: Path) -> list[list[str]]:
+    """Compile and link `op`.cpp to `op`.so, with as many of the optional flags as the compiler takes.
+
+    Args:
+        op: Name of the source.
+        compiler: The C++ compiler.
+        target: One of `toolchain.cpu_targets`.
+        folder: Where the source lies.
+    """
+    wanted = [*toolchain.march(target), *OPTIONAL_CXX_FLAGS]
     if not _compiles(compiler, wanted, folder):
         wanted = [flag for flag in wanted if _compiles(compiler, [flag], folder)]
     command = [*compiler.command, *CXX_FLAGS, *wanted]

@@ -57,7 +57,7 @@ class Candidate:
 
     path: Path
     compiler: str  # see toolchain.Compiler.identity
-    targets: str  # 'native', or GPU targets joined by +
+    targets: str  # of a CPU, see toolchain.cpu_targets; GPU targets joined by +
 
 
 def find_candidates(folder: str, accepts: Callable[[str], bool]) -> list[Candidate]:
@@ -106,27 +106,27 @@ def keep(library: Path, entry: Path, stem: str) -> Candidate:
     return Candidate(target, *stem.split("."))
 
 
-def writable_entry(folder: str) -> Path:
-    """That folder in the first cache that can be written; made where it is missing.
+def writable_folder(name: str = "") -> Path:
+    """The folder of that name in the first cache that can be written; made where it is missing.
 
     Raises:
         CacheError: There is none; names all and why.
     """
     reasons = []
     for base in cache_folders():
-        entry = base / folder
-        probe = entry / f".probe-{os.getpid()}-{secrets.token_hex(4)}"
+        folder = base / name
+        probe = folder / f".probe-{os.getpid()}-{secrets.token_hex(4)}"
         try:
             if not _is_safe(base):
                 raise PermissionError(1, "belongs to somebody else")
             base.mkdir(parents=True, exist_ok=True, mode=0o700 if base == _temporary_folder().absolute() else 0o777)
-            entry.mkdir(exist_ok=True)
+            folder.mkdir(exist_ok=True)
             probe.touch()
             probe.unlink()
         except OSError as error:
             reasons.append(f"{base}: {error.strerror}")
             continue
-        return entry
+        return folder
     raise CacheError(f"no folder to keep it in ({'; '.join(reasons)}); set REFINE_OPS_CACHE")
 
 

@@ -267,3 +267,26 @@ def cpu_features() -> str | None:
         return None
     lines = [line for line in first.splitlines() if line.partition(":")[0].strip() in names]
     return "\n".join(" ".join(sorted(line.split())) for line in lines) or None
+
+
+# What x86-64-v3 needs (Haswell and Zen, 2013 to 2017, and later), in the words of /proc/cpuinfo; abm is lzcnt.
+_X86_64_V3 = {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"}
+
+
+def cpu_targets() -> list[str]:
+    """What a library may be compiled for to run here, best first; the last runs on other machines, too.
+
+    'native-' and a digest of the processor's features; 'x86-64-v3' where it has those; otherwise 'baseline'.
+    """
+    features = cpu_features()
+    if features is None:
+        return ["baseline"]
+    native = f"native-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
+    return [native, "x86-64-v3" if set(features.split()) >= _X86_64_V3 else "baseline"]
+
+
+def march(target: str) -> list[str]:
+    """The compiler's option for a CPU target."""
+    if target.startswith("native-"):
+        return ["-march=native"]
+    return [] if target == "baseline" else [f"-march={target}"]

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from refine.cli.main import option
-from refine.cli.options import check_outdir, choose_device, parse_ints
+from refine.cli.options import OPS_HELP, check_outdir, choose_device, choose_ops, parse_ints
+from refine.config import OPS_MODES
 
 if TYPE_CHECKING:
     import torch
@@ -341,7 +342,8 @@ def _parse_ranges(_ctx: click.Context, _param: click.Parameter, value: str) -> l
 @click.option(
     "--trunc", "truncation_psi", type=float, default=1.0, show_default=True, help="Truncation psi of a StyleGAN2."
 )
-def command(as_json: bool, seeds: list[int], device: str | None, **options: Any) -> None:
+@click.option("--ops", type=click.Choice(OPS_MODES), help=f"{OPS_HELP}  [default: $REFINE_OPS, else auto]")
+def command(as_json: bool, seeds: list[int], device: str | None, ops: str | None, **options: Any) -> None:
     """Compares two networks on the same seeds: Fréchet and kernel distance, precision, recall, classes.
 
     A distance is called FID only with the Inception-2015-12-05 weights as --detector.
@@ -349,6 +351,7 @@ def command(as_json: bool, seeds: list[int], device: str | None, **options: Any)
     check_numbers(options["num"], seeds, options["batch"])
     with option("--device"):
         chosen = choose_device(device)
+    choose_ops(ops, chosen)
     results = compare(**options, seed_ranges=seeds, device=chosen)
     if as_json:
         click.echo(json.dumps(results, indent=2))

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from refine.cli.main import option
-from refine.cli.options import check_outdir, choose_device, parse_ints
+from refine.cli.options import OPS_HELP, check_outdir, choose_device, choose_ops, parse_ints
+from refine.config import OPS_MODES
 
 if TYPE_CHECKING:
     import torch
@@ -111,9 +112,11 @@ def _parse_seeds(_ctx: click.Context, _param: click.Parameter, value: str) -> li
 )
 @click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Images per batch.")
 @click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda where there is one]")
-def command(device: str | None, **options: Any) -> None:
+@click.option("--ops", type=click.Choice(OPS_MODES), help=f"{OPS_HELP}  [default: $REFINE_OPS, else auto]")
+def command(device: str | None, ops: str | None, **options: Any) -> None:
     """Makes images by seed: the same seed gives the same latent as in NVIDIA's tools."""
     with option("--device"):
         device = choose_device(device)
+    choose_ops(ops, device)
     paths = generate(**options, device=device)
     click.echo(f"{len(paths) - 1} images and grid.png in {paths[-1].parent}")

@@ -21,6 +21,8 @@ _COMMANDS = {  # name -> module, attribute
     "generate": ("refine.cli.generate", "command"),
     "inspect": ("refine.cli.inspect_cmd", "inspect"),
     "export": ("refine.cli.export_cmd", "export"),
+    "doctor": ("refine.cli.doctor_cmd", "doctor"),
+    "ops": ("refine.cli.ops_cmd", "ops"),
 }
 
 

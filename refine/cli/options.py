@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+OPS_HELP = "Compiled ops: auto = where they can be had, native = or an error, ref = plain torch."
+
 
 def choose_device(name: str | None) -> str:
     """'cpu', 'cuda' or 'cuda:N', if this machine has it; None = CUDA where there is one.
@@ -25,6 +27,28 @@ def choose_device(name: str | None) -> str:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"found {name!r}, but this machine has {torch.cuda.device_count()} CUDA devices")
     return name
+
+
+def choose_ops(mode: str | None, device: str) -> None:
+    """Which form of the ops runs from here on.
+
+    Args:
+        mode: 'auto', 'native' or 'ref'; None = as REFINE_OPS says, else auto.
+        device: Where they will run.
+
+    Raises:
+        ValueError: The compiled ops are asked for and cannot be had on this device, or REFINE_OPS is no such word.
+    """
+    from torch_utils import custom_ops
+
+    if mode is not None:
+        custom_ops.set_mode(mode)
+    if custom_ops.get_mode() == "native":
+        try:
+            for op in custom_ops.OPS:
+                custom_ops.load(op, device.partition(":")[0])
+        except custom_ops.NativeUnavailable as error:
+            raise ValueError(f"--ops=native: {error}") from None
 
 
 def check_outdir(path: str | os.PathLike) -> Path:

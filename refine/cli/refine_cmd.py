@@ -10,8 +10,8 @@ from typing import Any
 import click
 
 from refine.cli.main import option
-from refine.cli.options import check_outdir, choose_device
-from refine.config import NOISE_MODES, PRESETS, SCHEDULES, TRAINABLE, RefineConfig, SigmaOptions
+from refine.cli.options import OPS_HELP, check_outdir, choose_device, choose_ops
+from refine.config import NOISE_MODES, OPS_MODES, PRESETS, SCHEDULES, TRAINABLE, RefineConfig, SigmaOptions
 
 
 def _numbers(text: str, names: str, count: int) -> list[float]:
@@ -114,6 +114,7 @@ def _opt(flag: str, name: str, text: str, **kwargs: Any):
 @_opt("--metrics", "metrics", "Measured at every snapshot: fd<N>-<detector>, comma-separated, or none.", metavar="LIST")
 @_opt("--ref", "ref", "Reference statistics of the metrics (.npz).", metavar="FILE|NAME")
 @_opt("--device", "device", "cpu, cuda or cuda:N; none = cuda where there is one.", metavar="DEVICE")
+@_opt("--ops", "ops", f"{OPS_HELP} None = $REFINE_OPS, else auto.", type=click.Choice(OPS_MODES))
 @click.option(
     "--resume",
     metavar="PATH|latest",
@@ -201,6 +202,7 @@ def run(config: RefineConfig | None, state_path: Path | None = None, dry_run: bo
             config = RefineConfig.from_dict(json.loads(state["config"]))
     with option("--device"):
         device = torch.device(choose_device(config.device))
+    choose_ops(config.ops, device.type)
     inputs = _load_inputs(config)
     config = _with_absolute_paths(config)
     desc = config.desc or f"{inputs['student_path'].stem}-{inputs['teacher_path'].stem}-batch{config.batch}"

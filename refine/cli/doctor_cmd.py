@@ -1,0 +1,246 @@
+"""`python -m refine doctor`: what this machine has, whether the compiled ops work on it, what to install otherwise."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    import torch
+
+ROUNDS = 7
+TOLERANCE = 1e-5  # of the largest value; float32 sums in another order differ by 1e-6
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+def doctor(as_json: bool) -> int:
+    """Looks at this machine and tries the compiled ops: do they build, agree with the reference, and pay?
+
+    Exit code: 0 = all work on every device here, 1 = something is missing; without it plain torch does the work.
+    """
+    report = examine()
+    click.echo(json.dumps(report, indent=2) if as_json else as_text(report))
+    return 0 if report["ok"] else 1
+
+
+def examine() -> dict[str, Any]:
+    """Facts about the machine, and under each op's name what it does per device.
+
+    Returns:
+        python, torch, cuda, gpus, compiler, ninja, cache; one entry per op, device → result of `try_op`; advice, a list
+        of lines; ok.
+    """
+    import torch
+
+    from torch_utils import custom_ops, toolchain
+
+    facts = {
+        "python": f"{platform.python_version()} ({platform.system()} {platform.machine()})",
+        "torch": torch.__version__,
+        "cuda": _cuda_facts(),
+        "gpus": _gpus(),
+        "compiler": _compiler_facts(),
+        "ninja": toolchain.find_ninja(),
+        "cache": _cache_facts(),
+        "mode": custom_ops.get_mode(),
+    }
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    ops = {op: {device: try_op(op, device) for device in devices} for op in custom_ops.OPS}
+    ok = all(result["ok"] for results in ops.values() for result in results.values())
+    return {**facts, **ops, "advice": _advice(facts), "ok": ok}
+
+
+def _cuda_facts() -> dict[str, Any]:
+    """CUDA of torch, driver and toolkit; None for what is not there."""
+    import torch
+
+    from torch_utils import custom_ops, toolchain
+
+    driver, nvcc = toolchain.driver_version(), custom_ops.find_compiler("cuda")
+    facts = {"runtime": torch.version.cuda, "driver": None if driver is None else "{}.{}".format(*driver)}
+    facts |= {"toolkit": None, "root": None, "nvcc": None if nvcc is None else str(nvcc), "newest_gcc": None}
+    if nvcc is not None:
+        try:
+            toolkit = toolchain.CudaToolkit.probe(nvcc)
+        except toolchain.Missing as error:
+            return facts | {"problem": str(error)}
+        facts |= {"toolkit": toolkit.version, "root": str(toolkit.root), "newest_gcc": toolkit.newest_gcc()}
+    return facts
+
+
+def _gpus() -> list[dict[str, Any]]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [{"name": p.name, "capability": f"{p.major}.{p.minor}", "bytes": p.total_memory} for p in found]
+
+
+def _compiler_facts() -> dict[str, str] | None:
+    from torch_utils import toolchain
+
+    compiler = toolchain.find_cxx()
+    return None if compiler is None else {"command": str(compiler), "version": compiler.version}
+
+
+def _cache_facts() -> dict[str, Any]:
+    """Where libraries are looked for, and which of these folders is written to."""
+    from torch_utils import op_cache
+
+    folders = [str(folder) for folder in op_cache.cache_folders()]
+    try:
+        return {"folders": folders, "writable": str(op_cache.writable_folder())}
+    except op_cache.CacheError as error:
+        return {"folders": folders, "writable": None, "problem": str(error)}
+
+
+def try_op(op: str, device: str) -> dict[str, Any]:
+    """Builds or loads an op and holds it against the reference.
+
+    Returns:
+        ok; path and built, or reason; max_error, of value and gradient, relative to the largest one; speedup and
+        speedup_over_reference of forward and backward, plain torch's best form and the reference being 1.
+    """
+    from torch_utils import custom_ops
+
+    start = time.perf_counter()
+    try:
+        library = custom_ops.obtain(op, device)
+    except custom_ops.NativeUnavailable as error:
+        return {"ok": False, "reason": str(error)}
+    facts = {"path": str(library.path), "built": library.built, "load_seconds": round(time.perf_counter() - start, 4)}
+    mode = custom_ops.get_mode()
+    custom_ops.set_mode("auto")
+    try:
+        forms = {impl: _example(op, device, impl) for impl in ("native", "torch", "ref")}
+        error = _max_error(forms["native"](), forms["ref"]())
+        seconds = _median_seconds(forms, device)
+    except RuntimeError as problem:  # what a kernel or CUDA says
+        return {"ok": False, "reason": " ".join(str(problem).split())[:300], **facts}
+    finally:
+        custom_ops.set_mode(mode)
+    result = {"ok": error <= TOLERANCE, **facts, "max_error": error}
+    if not result["ok"]:
+        result["reason"] = f"differs from the reference by {error:.1e} of the largest value"
+    for name, impl in (("speedup", "torch"), ("speedup_over_reference", "ref")):
+        result[name] = round(seconds[impl] / seconds["native"], 2)
+    return result
+
+
+def _example(op: str, device: str, impl: str) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+    """A typical call in a 64×64 generator, forward and backward: returns value and gradient of x."""
+    import torch
+
+    from torch_utils.ops.bias_act import bias_act
+    from torch_utils.ops.upfirdn2d import setup_filter, upfirdn2d
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn([4, 64, 64, 64], generator=generator).to(device).requires_grad_()
+    b = torch.randn([64], generator=generator).to(device)
+    f = setup_filter([1, 3, 3, 1], device=device)
+    dy = torch.randn([4, 64, 64, 64] if op == "bias_act" else [4, 64, 128, 128], generator=generator).to(device)
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        if op == "bias_act":
+            y = bias_act(x, b, act="lrelu", impl=impl)
+        else:
+            y = upfirdn2d(x, f, up=2, padding=(2, 1, 2, 1), gain=4, impl=impl)
+        return y.detach(), torch.autograd.grad(y, x, dy)[0]
+
+    return run
+
+
+def _max_error(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> float:
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
+
+
+def _median_seconds(forms: dict[str, Callable[[], Any]], device: str) -> dict[str, float]:
+    """Seconds of a call, the median of a few that are taken in turns."""
+    import torch
+
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    for _ in range(ROUNDS):
+        for name, form in forms.items():
+            wait()
+            start = time.perf_counter()
+            form()
+            wait()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _advice(facts: dict[str, Any]) -> list[str]:
+    """What to install, one line each."""
+    cuda, lines = facts["cuda"], []
+    if facts["compiler"] is None:
+        missing = f"CXX={os.environ['CXX']} is not there" if os.environ.get("CXX") else "no C++ compiler"
+        lines.append(f"{missing}: install g++ (Debian, Ubuntu: apt install g++; conda: conda install gxx)")
+    if facts["ninja"] is None:
+        lines.append("no ninja: pip install ninja (ops are compiled without it, too)")
+    if facts["cache"]["writable"] is None:
+        lines.append(facts["cache"]["problem"])
+    if cuda["driver"] and not cuda["runtime"]:
+        lines.append(
+            f"there is an NVIDIA driver for CUDA {cuda['driver']}, but torch is a CPU build: install one for CUDA"
+        )
+    if cuda["runtime"] and cuda["driver"] and _major(cuda["driver"]) < _major(cuda["runtime"]):
+        lines.append(f"torch is for CUDA {cuda['runtime']}, the driver for {cuda['driver']}: install a newer driver")
+    if facts["gpus"]:
+        major = _major(cuda["runtime"])
+        if cuda["toolkit"] is None:
+            lines.append(
+                f"no CUDA toolkit: install nvcc of CUDA {major} (conda: conda install cuda-nvcc), set CUDA_HOME"
+            )
+        elif cuda["driver"] and _major(cuda["toolkit"]) > _major(cuda["driver"]):
+            lines.append(f"the toolkit {cuda['toolkit']} is newer than the driver: install that of CUDA {major}")
+    return lines
+
+
+def _major(version: str) -> int:
+    return int(version.split(".")[0])
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The report for people."""
+    cuda, compiler, cache = report["cuda"], report["compiler"], report["cache"]
+    toolkit = f"{cuda['toolkit']} in {cuda['root']}" if cuda["toolkit"] else cuda.get("problem", "none")
+    if cuda["newest_gcc"]:
+        toolkit += f", takes gcc up to {cuda['newest_gcc']}"
+    gpus = [f"{gpu['name']}, {gpu['bytes'] / 2**30:.0f} GiB, sm_{gpu['capability']}" for gpu in report["gpus"]]
+    rows = [
+        ("Python", report["python"]),
+        ("torch", report["torch"]),
+        ("CUDA", f"torch {cuda['runtime'] or 'none'}, driver {cuda['driver'] or 'none'}"),
+        ("toolkit", toolkit),
+        ("GPU", "; ".join(gpus) or "none"),
+        ("compiler", f"{compiler['command']}: {compiler['version'] or 'cannot be run'}" if compiler else "none"),
+        ("ninja", report["ninja"] or "none"),
+        ("cache", cache["writable"] or "none that can be written"),
+        ("ops", f"{report['mode']}  (--ops or REFINE_OPS: auto, native, ref)"),
+    ]
+    from torch_utils.custom_ops import OPS
+
+    for op in OPS:
+        rows += [(f"{op}", f"{device}: {_verdict(result)}") for device, result in report[op].items()]
+    lines = [f"{name:<10} {text}" for name, text in rows]
+    return "\n".join([*lines, *(f"→ {line}" for line in report["advice"])])
+
+
+def _verdict(result: dict[str, Any]) -> str:
+    if not result["ok"]:
+        return f"plain torch is used: {result['reason']}"
+    origin = "compiled now" if result["built"] else "compiled"
+    return (
+        f"{origin}, agrees with the reference (error {result['max_error']:.0e}), {result['speedup']:.1f} × as fast as "
+        f"plain torch, {result['speedup_over_reference']:.1f} × the reference"
+    )

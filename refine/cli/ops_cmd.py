@@ -1,0 +1,86 @@
+"""`python -m refine ops build|list|clean`: the compiled ops ahead of time, as for a container image."""
+
+import json
+import shutil
+
+import click
+
+from refine.cli.main import option
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@click.group()
+def ops() -> None:
+    """The compiled ops: build them ahead of time, see them, remove them."""
+
+
+@ops.command()
+@click.option(
+    "--device",
+    type=click.Choice(DEVICES),
+    default="auto",
+    show_default=True,
+    help="auto = the CPU, and CUDA where torch is built for it and there is an nvcc.",
+)
+@click.option(
+    "--portable", is_flag=True, help="CPU ops for other machines of this architecture, not for this one only."
+)
+def build(device: str, portable: bool) -> int:
+    """Builds all ops that are not in the cache and says where they lie.
+
+    In a Dockerfile set REFINE_CACHE to a folder that the image keeps, add --portable, and, for CUDA, say the GPUs in
+    TORCH_CUDA_ARCH_LIST (default: one target for each generation). The image then needs no compiler.
+
+    Exit code: 0 = all are there, 1 = not all.
+    """
+    import torch
+
+    from torch_utils import custom_ops
+
+    devices = ["cpu", "cuda"] if device == "auto" else [device]
+    if device == "auto" and torch.version.cuda is None:
+        devices = ["cpu"]
+    elif device == "auto" and custom_ops.find_compiler("cuda") is None:
+        devices = ["cpu"]
+        click.echo("no nvcc, so no ops for CUDA", err=True)
+    built = [_build_one(op, name, portable and name == "cpu") for name in devices for op in custom_ops.OPS]
+    return 0 if all(built) else 1
+
+
+def _build_one(op: str, device: str, portable: bool) -> bool:
+    """Whether it is there now; says where, or why not."""
+    from torch_utils import custom_ops
+
+    try:
+        library = custom_ops.obtain(op, device, portable)
+    except custom_ops.NativeUnavailable as error:
+        click.echo(f"{op} ({device}): {error}", err=True)
+        return False
+    click.echo(f"{op} ({device}): {library.path}")
+    return True
+
+
+@ops.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+def list_libraries(as_json: bool) -> None:
+    """Lists the libraries in the cache, those of other versions and machines included."""
+    from torch_utils import op_cache
+
+    paths = [str(path) for folder in op_cache.cache_folders() for path in sorted(folder.glob("*-*-*/*.so"))]
+    click.echo(json.dumps(paths, indent=2) if as_json else "\n".join(paths) or "none")
+
+
+@ops.command()
+def clean() -> None:
+    """Removes every compiled op from the cache; what is needed is built again at its next use."""
+    from torch_utils import op_cache
+    from torch_utils.custom_ops import OPS
+
+    count = 0
+    for folder in op_cache.cache_folders():
+        for entry in [path for op in OPS for path in folder.glob(f"{op}-*-*") if path.is_dir()]:
+            with option("clean"):
+                shutil.rmtree(entry)
+            count += 1
+    click.echo(f"{count} folders removed")
