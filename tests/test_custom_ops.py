@@ -408,7 +408,11 @@ def test_a_library_that_does_not_load_is_built_again_once(place):
         (library,) = place.libraries()
     (place.sources / "bias_act.cpp").write_text("void undefined(); void f() { undefined(); }")
     out, err = place.run()
-    assert out == "plain torch" and ("undefined symbol" in one_line(err) or "has no function" in err)
+    assert out == "plain torch" and "cannot be loaded: " in one_line(err) and "undefined symbol" in err
+    (place.sources / "bias_act.cpp").write_text("int other() { return 1; }")
+    out, err = place.run()
+    assert out == "plain torch" and "has no function refine_bias_act" in one_line(err)
+    assert len(place.libraries()) == 1
 
 
 def test_an_interrupt_stops_the_compiler(place):
@@ -482,6 +486,7 @@ def test_a_driver_older_than_the_toolkit_is_told_before_the_build(place):
 
 
 def test_no_cuda_toolkit(place):
+    (place.sources / "bias_act.cu").write_text(SOURCE)
     code = "GPUS = [(9, 0)]\n" + GPU + LOAD
     out, err = place.run(code, DEVICE="cuda", CUDA_HOME=str(place.folder / "none"))
     tried = place.folder / "none" / "bin" / "nvcc"

@@ -282,7 +282,7 @@ def _attempt(op: str, device_type: str, portable: bool) -> Library:
     good = [c for c in candidates if compiler is None or c.compiler == compiler.identity]
     refused: list[Candidate] = []
     for candidate in good:
-        library, problem = _open(candidate, op)
+        library, problem = _open(candidate.path, op)
         if library:
             return Library(library, candidate.path, built=False)
         refused.append(candidate)
@@ -290,27 +290,27 @@ def _attempt(op: str, device_type: str, portable: bool) -> Library:
         if compiler is None:
             raise NativeUnavailable(f"{problem}; {_no_compiler(device_type)}" if good else _no_compiler(device_type))
         candidate, built = _build(wanted, compiler, refused)
-        library, problem = _open(candidate, op)
+        library, problem = _open(candidate.path, op)
         if library is None:
             raise NativeUnavailable(problem)
         return Library(library, candidate.path, built)
     except _FAILURES as error:
         for candidate in candidates:  # another compiler's library is better than none
-            library = None if candidate in good else _open(candidate, op)[0]
+            library = None if candidate in good else _open(candidate.path, op)[0]
             if library:
                 _line.end(str(wanted), f"the library of another compiler is used, for {error}")
                 return Library(library, candidate.path, built=False)
         raise
 
 
-def _open(candidate: Candidate, op: str) -> tuple[ctypes.CDLL | None, str]:
+def _open(path: Path, op: str) -> tuple[ctypes.CDLL | None, str]:
     """(library, '') or (None, why it cannot be loaded or is no such op)."""
     try:
-        library = ctypes.CDLL(str(candidate.path))
+        library = ctypes.CDLL(str(path))
     except OSError as error:
-        return None, f"{candidate.path} cannot be loaded: {error}"
+        return None, f"the library cannot be loaded: {error}"
     if not hasattr(library, f"refine_{op}"):
-        return None, f"{candidate.path} has no function refine_{op}"
+        return None, f"{path} has no function refine_{op}"
     return library, ""
 
 
@@ -365,6 +365,9 @@ def _compile(wanted, compiler, toolkit, targets: list[str], entry: Path, stem: s
         library = folder / f"{wanted.op}.so"
         if not library.is_file():
             raise op_builder.BuildFailed(f"the compiler left no library; log: {log}")
+        loaded, problem = _open(library, wanted.op)
+        if loaded is None:  # what does not load here does not get into the cache
+            raise op_builder.BuildFailed(f"{problem}; log: {log}")
         return op_cache.keep(library, entry, stem), ninja is not None
     finally:
         with contextlib.suppress(OSError):

@@ -9,7 +9,7 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch_utils import toolchain
@@ -37,6 +37,7 @@ _DIAGNOSES = [
     (r"unrecognized (command.line )?option|unknown argument|unknown option", "the compiler is too old for this source"),
     (r"Permission denied", "a file may not be read or run"),
 ]
+_ERROR = re.compile(r"\berror\b|undefined reference|cannot find|not found|No such file|Killed|denied", re.IGNORECASE)
 
 
 class BuildFailed(RuntimeError):
@@ -154,11 +155,10 @@ def _write_ninja_file(commands: list[list[str]], path: Path) -> None:
 def describe(log: Path, code: int) -> str:
     """A failed build in one line: the first compiler error, what it means, where the rest is."""
     text = log.read_text(encoding="utf-8", errors="replace")
+    ours = {line[2:] for line in text.splitlines() if line.startswith("$ ")}  # ninja repeats the failed command
     lines = [line.strip() for line in text.splitlines() if not line.startswith(("$ ", "FAILED:", "ninja:", "["))]
-    is_error: Callable[[str], bool] = lambda line: bool(  # noqa: E731
-        re.search(r"\berror\b|undefined reference|cannot find|not found|No such file|Killed|denied", line, re.I)
-    )
-    error = next(filter(is_error, lines), None) or next(filter(None, reversed(lines)), None)
+    lines = [line for line in lines if line and line not in ours]
+    error = next(filter(_ERROR.search, lines), lines[-1] if lines else None)
     error = error[:300] if error else f"the compiler ended with code {code} and said nothing"
     meaning = next((meaning for pattern, meaning in _DIAGNOSES if re.search(pattern, text)), None)
     return f"{error}{f' ({meaning})' if meaning else ''}; log: {log}"
