@@ -57,7 +57,7 @@ def measure(name: str, pair: tuple, batch: int, repeats: int, device: torch.devi
     config = RefineConfig("student", "teacher", batch=batch)
     trainer = Trainer(config, *pair, device=device)
     G, aux, teacher = trainer.G, trainer.aux, trainer.teacher
-    (z, c), *_ = trainer._latents()
+    z, c = trainer._latents()
     x = trainer._images(z, c).detach()
     sigma = trainer.sigma.sample(batch, device)
 

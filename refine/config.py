@@ -11,6 +11,19 @@ NOISE_MODES = ("random", "const", "none")
 OPS_MODES = ("auto", "native", "ref")  # those of torch_utils.custom_ops, without importing it
 
 
+# What --resume may be given: the length and the course of the run, where and how it runs, and the two rates, which are
+# what one changes after a run went astray. The rest decides what is being trained and stays as it was.
+CHANGEABLE = frozenset({
+    *("kimg", "lr", "aux_lr", "batch_gpu", "device", "tick", "snap", "metrics", "ref"),
+    *("keep", "state_minutes", "time_limit", "patience", "max_skips"),
+})  # fmt: skip
+# What does not show in a snapshot: two runs that differ in these write equal files.
+NOT_IN_SNAPSHOTS = frozenset({
+    *("gan", "teacher", "outdir", "desc", "ref", "device"),
+    *("keep", "state_minutes", "time_limit", "patience", "max_skips"),
+})  # fmt: skip
+
+
 @dataclass(frozen=True)
 class SigmaOptions:
     """The law of noise levels of one step; the fields of `refine.noise.SigmaLaw`, without importing torch."""
@@ -67,6 +80,12 @@ class RefineConfig:
     device: str | None = None  # None = cuda if there is one, else cpu
     ops: str | None = None  # one of OPS_MODES. None = as $REFINE_OPS says, else auto
 
+    keep: int = 2  # training states that are kept
+    state_minutes: float = 10.0  # a training state at least so often, beside those at snapshots
+    time_limit: float | None = None  # seconds after which the run stops, its state saved. None = no limit
+    patience: int = 0  # snapshots without a better first metric before the run stops. 0 = never
+    max_skips: int = 20  # steps in a row with NaN or infinite gradients before the run stops
+
     def __post_init__(self):
         self._expect(self.kimg > 0 and math.isfinite(self.kimg), "--kimg", self.kimg, "a number > 0")
         self._expect(self.batch >= 1, "--batch", self.batch, "at least 1")
@@ -81,6 +100,12 @@ class RefineConfig:
         self._expect(self.ema_rampup is None or self.ema_rampup > 0, "--ema-rampup", self.ema_rampup, "a number > 0")
         self._expect(self.tick > 0 and math.isfinite(self.tick), "--tick", self.tick, "a number > 0")
         self._expect(self.snap >= 0, "--snap", self.snap, "at least 0")
+        self._expect(self.keep >= 1, "--keep", self.keep, "at least 1")
+        self._expect(self.state_minutes >= 0, "--state-minutes", self.state_minutes, "a number ≥ 0")
+        self._expect(self.time_limit is None or self.time_limit > 0, "--time-limit", self.time_limit, "a time > 0")
+        self._expect(self.patience >= 0, "--patience", self.patience, "at least 0")
+        self._expect(not self.patience or self.metrics, "--patience", self.patience, "0, or --metrics to go by")
+        self._expect(self.max_skips >= 1, "--max-skips", self.max_skips, "at least 1")
         self._expect(0 <= self.seed < 2**31, "--seed", self.seed, "0 to 2147483647")
         for name, words in (("lr_schedule", SCHEDULES), ("train", TRAINABLE), ("noise_mode", NOISE_MODES)):
             self._expect(getattr(self, name) in words, _flag(name), getattr(self, name), f"one of {', '.join(words)}")
@@ -102,6 +127,11 @@ class RefineConfig:
     def warmup_steps(self) -> int:
         """Auxiliary steps before the first student step."""
         return math.ceil(round(self.aux_warmup_kimg * 1000) / self.batch)
+
+    @property
+    def short_intervals(self) -> bool:
+        """Whether whole kimg, NVIDIA's names, would give two snapshots of this run the same name."""
+        return 0 < self.snap * self.tick < 1
 
     def lr_factor(self, nimg: int) -> float:
         """What the student's learning rate is multiplied with after nimg images."""

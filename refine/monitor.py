@@ -17,11 +17,13 @@ class Monitor:
         path: The run folder.
         total_kimg: Length of the run. TensorBoard counts in whole steps: they are kimg, or single images in runs of
             less than 50 kimg, which would be a handful of points otherwise.
+        resumed_kimg: Where a resumed run goes on: TensorBoard leaves out what an earlier process wrote after it.
     """
 
-    def __init__(self, path: str | Path, total_kimg: float = math.inf):
+    def __init__(self, path: str | Path, total_kimg: float = math.inf, resumed_kimg: float | None = None):
         self._images_per_step = 1000 if total_kimg >= 50 else 1
-        self._writer = SummaryWriter(str(path), flush_secs=20)
+        purge = None if resumed_kimg is None else self._step(resumed_kimg) + 1
+        self._writer = SummaryWriter(str(path), flush_secs=20, purge_step=purge)
 
     def options(self, options: dict[str, Any]) -> None:
         """The options as text and as hparams, in this run itself: `add_hparams` would make a second one."""

@@ -8,7 +8,11 @@
     fakes_init.png, fakes000123.png     fixed latents, before and at 123 kimg
     network-snapshot-000123.safetensors G_ema and G
     network-snapshot-best.safetensors   a copy of the best one by the first metric
-    training-state-000123.pt            what --resume needs
+    training-state-000123.pt            what --resume needs; the newest ones are kept
+
+Names carry whole kimg, as NVIDIA's do. Where snapshots come more than once a kimg, and for training states between two
+snapshots, they carry the images, too: network-snapshot-000001.600.safetensors is 1600 images.
+
     events.out.tfevents…                TensorBoard
 """
 
@@ -20,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dnnlib import replaced_atomically
+from dnnlib import format_kimg, replaced_atomically
 
 
 def next_run_dir(outdir: str | os.PathLike, desc: str) -> Path:
@@ -48,33 +52,78 @@ def create_run_dir(outdir: str | os.PathLike, desc: str) -> Path:
     raise OSError(f"no free run number in {outdir}")
 
 
-def latest_training_state(path: str | os.PathLike) -> Path:
-    """The newest training state in a run folder, or in the newest run of an `outdir` that has one.
+def kimg_name(nimg: int, exact: bool) -> str:
+    """The number in the names of snapshots and states: `000123` for 123_456 images, exactly `000123.456`."""
+    return f"{format_kimg(nimg)}.{nimg % 1000:03d}" if exact else format_kimg(nimg)
+
+
+def training_states(folder: str | os.PathLike) -> list[Path]:
+    """The training states in a run folder, newest first.
+
+    By whole kimg, and by the time of writing among equal ones (a name without the images may stand for any of them).
+    """
+
+    def age(path: Path) -> tuple[str, int]:
+        return path.name[len("training-state-") :][:6], path.stat().st_mtime_ns
+
+    return sorted(Path(folder).glob("training-state-*.pt"), key=age, reverse=True)
+
+
+def find_training_states(path: str | os.PathLike) -> list[Path]:
+    """What --resume=PATH means, the state to go on from first and older ones, for when it is damaged, after it.
+
+    Args:
+        path: A training state; a snapshot, which has its state beside it; a run folder; or an `outdir`, of which the
+            newest run with a state is taken.
 
     Raises:
         ValueError: There is none.
     """
     path = Path(path)
-    states = sorted(path.glob("training-state-*.pt")) or sorted(path.glob("[0-9]*/training-state-*.pt"))
-    if not states:
-        raise ValueError(f"{path} holds no training-state-*.pt; expected a run folder, or a folder of runs")
-    return states[-1]
+    if path.is_file() and path.name.startswith("network-snapshot-"):
+        number = path.name.removeprefix("network-snapshot-").removesuffix(path.suffix)
+        state = path.with_name(f"training-state-{number}.pt")
+        if not state.is_file():
+            kept = ", ".join(other.name for other in training_states(path.parent)) or "none"
+            raise ValueError(f"{path} has no {state.name} beside it; training states that were kept: {kept}")
+        return [state]
+    if path.is_file():
+        return [path]
+    runs = sorted((run for run in path.glob("[0-9]*") if run.is_dir()), key=_run_number, reverse=True)
+    for folder in (path, *runs):
+        if states := training_states(folder):
+            return states
+    raise ValueError(f"{path} holds no training-state-*.pt; expected a run folder, or a folder of runs")
+
+
+def _run_number(path: Path) -> int:
+    return int(re.match(r"\d+", path.name).group())
 
 
 class RunDir:
-    """Writes the files of a run folder that exists. Text grows line by line, other files are replaced atomically."""
+    """Writes the files of a run folder that exists. Text grows line by line, other files are replaced atomically.
 
-    def __init__(self, path: str | os.PathLike, quiet: bool = False):
+    Args:
+        path: The folder.
+        quiet: Nothing to stdout.
+        writes: False: nothing at all, in every process of a run but one.
+    """
+
+    def __init__(self, path: str | os.PathLike, quiet: bool = False, writes: bool = True):
         self.path = Path(path)
-        self.quiet = quiet
+        self.quiet, self.writes = quiet, writes
 
     def log(self, line: str) -> None:
         """One line to stdout and to log.txt."""
+        if not self.writes:
+            return
         if not self.quiet:
             print(line, flush=True)
         self._append("log.txt", line)
 
     def write_json(self, name: str, value: Any) -> None:
+        if not self.writes:
+            return
         with replaced_atomically(self.path / name) as temporary:
             temporary.write_text(json.dumps(value, indent=2) + "\n")
 
@@ -86,11 +135,15 @@ class RunDir:
         self._append(f"metric-{name}.jsonl", json.dumps(line))
 
     def _append(self, name: str, line: str) -> None:
+        if not self.writes:
+            return
         with open(self.path / name, "a") as file:
             file.write(line + "\n")
 
     def trim_after(self, kimg: float) -> None:
         """Drop lines of .jsonl files past `kimg`: a resumed run writes them again."""
+        if not self.writes:
+            return
         for path in [self.path / "stats.jsonl", *self.path.glob("metric-*.jsonl")]:
             if path.is_file():
                 lines = path.read_text().splitlines()

@@ -1,5 +1,6 @@
 """What a run leaves at every snapshot: the networks, pictures of fixed latents, metrics, and a copy of the best."""
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,16 +9,17 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from dnnlib import format_kimg, replaced_atomically, sha256_of_file
+from dnnlib import replaced_atomically, sha256_of_file
 from refine.checkpoints.export import members, write_like
 from refine.checkpoints.native import save_networks
-from refine.config import RefineConfig
+from refine.config import NOT_IN_SNAPSHOTS, RefineConfig
 from refine.images import image_grid, save_png, to_uint8
 from refine.metrics.named import NamedMetric
 from refine.metrics.sampling import latents_of_seeds
 from refine.monitor import Monitor
-from refine.run_dir import RunDir
+from refine.run_dir import RunDir, kimg_name
 from refine.trainer import Trainer
+from torch_utils import distributed
 
 GRID = (8, 8)  # rows and columns of the fixed-latent pictures
 
@@ -44,21 +46,35 @@ class Snapshots:
         self.trainer, self.run_dir = trainer, run_dir
         self.metrics, self.provenance, self.container = metrics or [], provenance or {}, container
         self.best: dict[str, Any] | None = None
+        self.since_best = 0  # snapshots measured since the best one
         self._grid_z, self._grid_c = self._fixed_latents()
         self._init_grid = self._grid(trainer.G_ema)
 
-    def begin(self, monitor: Monitor) -> None:
+    def begin(self, monitor: Monitor | None) -> None:
         """Pictures and metrics of the student as it came."""
+        if distributed.is_main():
+            self._begin(monitor)
+        distributed.wait_for_main()
+
+    def save(self, monitor: Monitor | None) -> None:
+        """Networks, pictures and metrics of now. The first process does it; the others wait, and know the outcome."""
+        trainer = self.trainer
+        distributed.check_equal([trainer.G, trainer.G_ema, trainer.aux])
+        if distributed.is_main():
+            self._save(monitor)
+        distributed.wait_for_main()
+
+    def _begin(self, monitor: Monitor) -> None:
         save_png(self.run_dir.path / "fakes_init.png", self._init_grid)
         monitor.image("Fakes/before", self._init_grid, 0)
         monitor.options(self.trainer.config.as_dict())
         self._measure(monitor, snapshot=None)
 
-    def save(self, monitor: Monitor) -> None:
-        """Networks, pictures and metrics of now."""
+    def _save(self, monitor: Monitor) -> None:
         trainer, nimg = self.trainer, self.trainer.nimg
         kimg = nimg / 1000
-        name = f"network-snapshot-{format_kimg(nimg)}.safetensors"
+        number = kimg_name(nimg, trainer.config.short_intervals)
+        name = f"network-snapshot-{number}.safetensors"
         provenance = {**self.provenance, "options": _portable(trainer.config), "kimg": kimg}
         networks = {"G_ema": trainer.G_ema, "G": trainer.G}
         save_networks(self.run_dir.path / name, networks, provenance=provenance)
@@ -66,7 +82,7 @@ class Snapshots:
             theirs = {key: networks[key] for key in members(self.container) if key in networks}
             write_like(self.container, (self.run_dir.path / name).with_suffix(".pkl"), theirs)
         grid = self._grid(trainer.G_ema)
-        save_png(self.run_dir.path / f"fakes{format_kimg(nimg)}.png", grid)
+        save_png(self.run_dir.path / f"fakes{number}.png", grid)
         gap = torch.full([grid.shape[0], grid.shape[1], 8], 255, dtype=torch.uint8)
         monitor.image("Fakes/now", grid, kimg)
         monitor.image("Fakes/before_after", torch.cat([self._init_grid, gap, grid], dim=2), kimg)
@@ -79,8 +95,10 @@ class Snapshots:
             try:
                 with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                     results = metric.measure(self.trainer.G_ema, device)
-            except (ValueError, RuntimeError) as error:
-                self.run_dir.log(f"metric {metric.name} failed: {' '.join(str(error).split())}")
+                value = float(results[metric.key])
+            except Exception as error:  # noqa: BLE001 - whatever it is, the training is worth more
+                reason = " ".join(str(error).split()) or type(error).__name__
+                self.run_dir.log(f"metric {metric.name} failed: {reason}")
                 continue
             numbers = {key: value for key, value in results.items() if isinstance(value, float) and key != "seconds"}
             monitor.scalars({f"Metrics/{metric.name}/{key}": value for key, value in numbers.items()}, kimg)
@@ -90,11 +108,13 @@ class Snapshots:
             text = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
             with tqdm.external_write_mode():
                 self.run_dir.log(f"metric {metric.name} at {kimg:.1f} kimg: {text}")
-            if index == 0 and snapshot is not None:
-                self._keep_best(metric, results[metric.key], snapshot)
+            if index == 0 and snapshot is not None and math.isfinite(value):
+                self._keep_best(metric, value, snapshot)
 
     def _keep_best(self, metric: NamedMetric, value: float, snapshot: str) -> None:
+        self.since_best += 1
         if self.best is None or value < self.best["value"]:
+            self.since_best = 0
             self.best = {"metric": metric.name, "value": value, "snapshot": snapshot, "kimg": self.trainer.nimg / 1000}
             for path in self.run_dir.path.glob(f"{Path(snapshot).stem}.*"):
                 with replaced_atomically(path.with_stem("network-snapshot-best")) as temporary:
@@ -124,7 +144,7 @@ class Snapshots:
 
 def _portable(config: RefineConfig) -> dict[str, Any]:
     """Options that decide the result: not where files lie, so that two equal runs write equal snapshots."""
-    return {k: v for k, v in config.as_dict().items() if k not in ("gan", "teacher", "outdir", "desc", "ref", "device")}
+    return {k: v for k, v in config.as_dict().items() if k not in NOT_IN_SNAPSHOTS}
 
 
 def file_provenance(path: str | Path) -> dict[str, str]:

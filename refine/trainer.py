@@ -11,6 +11,8 @@ from refine.config import RefineConfig
 from refine.diff_instruct import aux_loss, student_gradient
 from refine.ema import ema_beta, update_ema
 from refine.noise import SigmaLaw, make_weighting
+from torch_utils import distributed
+from torch_utils.batch_slice import micro_batches
 from torch_utils.misc import RunningMeans, gradient_norm
 
 # Where the gap between aux and teacher is reported: bins of the noise level.
@@ -55,8 +57,11 @@ class Trainer:
         self.G_ema = copy.deepcopy(self.G).eval().requires_grad_(False)
         self.student_parameters = select_parameters(self.G, config.train)
         # eps as published; lr is set before every step.
-        self.student_optimizer = torch.optim.Adam(self.student_parameters, betas=config.betas, eps=1e-8)
-        self.aux_optimizer = torch.optim.Adam(self.aux.parameters(), betas=config.aux_betas, eps=1e-8)
+        # On CUDA the fused Adam, which can skip a step without the host knowing.
+        options = {"eps": 1e-8, "fused": self.device.type == "cuda"}
+        self.student_optimizer = torch.optim.Adam(self.student_parameters, betas=config.betas, **options)
+        self.aux_optimizer = torch.optim.Adam(self.aux.parameters(), betas=config.aux_betas, **options)
+        self.skips = {name: SkippedSteps(self.device) for name in ("student", "aux")}
 
         self.nimg = 0  # images through the student step
         self.warmup_steps_done = 0
@@ -76,41 +81,72 @@ class Trainer:
     def aux_step(self, lr: float) -> None:
         """One step of aux on fresh images of the student."""
         self.aux_optimizer.zero_grad(set_to_none=True)
-        for z, c in self._latents():
-            with torch.no_grad():
-                x = self._images(z, c)
-            sigma = self.aux_sigma.sample(len(x), self.device)
-            loss = aux_loss(self.aux, x, c, sigma)
+        for z, c, drawing in self._micro_batches():
+            with drawing:
+                with torch.no_grad():
+                    x = self._images(z, c)
+                sigma = self.aux_sigma.sample(len(x), self.device)
+                loss = aux_loss(self.aux, x, c, sigma)
             (loss.sum() / self.config.batch).backward()
             self.means.add("Loss/aux", loss)
-        self.means.add("Grad/aux", gradient_norm(list(self.aux.parameters())))
-        _optimize(self.aux_optimizer, lr)
+        self._optimize("aux", self.aux_optimizer, list(self.aux.parameters()), lr)
 
     def student_step(self, lr: float) -> None:
         """One step of the student along the difference of the two denoisers."""
         self.student_optimizer.zero_grad(set_to_none=True)
-        for z, c in self._latents():
-            x = self._images(z, c)
-            sigma = self.sigma.sample(len(x), self.device)
-            gradient, gap = student_gradient(self.teacher, self.aux, x.detach(), c, sigma, self.weighting)
+        for z, c, drawing in self._micro_batches():
+            with drawing:
+                x = self._images(z, c)
+                sigma = self.sigma.sample(len(x), self.device)
+                gradient, gap = student_gradient(self.teacher, self.aux, x.detach(), c, sigma, self.weighting)
             x.backward(gradient / self.config.batch)
             # The objective has no value of its own, only a gradient: its mean square over pixels is reported.
             self.means.add("Loss/student_gradient", gradient.square().mean(dim=[1, 2, 3]))
             edges = torch.tensor(SIGMA_EDGES, device=self.device)
             self.means.add_binned(GAP_NAMES, torch.bucketize(sigma.flatten(), edges), gap)
             self._report_diversity(x.detach(), c)
-        self.means.add("Grad/student", gradient_norm(self.student_parameters))
-        _optimize(self.student_optimizer, lr)
+        self._optimize("student", self.student_optimizer, self.student_parameters, lr)
 
-    def _latents(self):
-        """Latents and labels of one batch, drawn at once and handed out in micro-batches of at most batch_gpu."""
+    def _optimize(self, name: str, optimizer: torch.optim.Optimizer, parameters: list, lr: float) -> None:
+        """Gradients summed over the processes, and a step with them unless they are NaN or infinite."""
+        distributed.sum_gradients(parameters)
+        norm = gradient_norm(parameters)
+        self.means.add(f"Grad/{name}", norm)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        self.skips[name].step(optimizer, norm)
+
+    def _micro_batches(self):
+        """(z, c, context for random draws) of the micro-batches that make up this process's share of one batch.
+
+        The numbers drawn do not depend on how the batch is cut; gradients differ by the order of additions only.
+        The student's running mean of w, which every forward moves, becomes that of the whole batch, too.
+        """
+        z, c = self._latents()
+        n = self.config.batch
+        size = self.config.batch_gpu or n
+        cut = distributed.world_size() > 1 or size < n
+        buffers = [buffer for buffer in self.G.buffers() if cut and buffer.is_floating_point()]
+        before = [buffer.clone() for buffer in buffers]
+        moves = [torch.zeros_like(buffer) for buffer in buffers]
+        for rows, drawing in micro_batches(n, size, distributed.rank(), distributed.world_size(), self.device):
+            yield z[rows], None if c is None else c[rows], drawing
+            share = (rows.stop - rows.start) / n
+            for move, buffer, old in zip(moves, buffers, before, strict=True):
+                move.add_(buffer - old, alpha=share)
+                buffer.copy_(old)
+        distributed.sum_tensors(moves)
+        for move, buffer in zip(moves, buffers, strict=True):
+            buffer.add_(move)
+
+    def _latents(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Latents and labels of one whole batch, the same in every process."""
         n = self.config.batch
         z = torch.randn(n, self.G.z_dim, device=self.device)
         c = None
         if self.G.c_dim > 0:  # labels are uniform over the classes
             c = F.one_hot(torch.randint(self.G.c_dim, [n], device=self.device), self.G.c_dim).float()
-        size = self.config.batch_gpu or n
-        return [(z[i : i + size], None if c is None else c[i : i + size]) for i in range(0, n, size)]
+        return z, c
 
     def _images(self, z: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:
         options = {"noise_mode": self.config.noise_mode} if hasattr(self.G, "synthesis") else {}
@@ -118,6 +154,8 @@ class Trainer:
 
     def _report_diversity(self, x: torch.Tensor, c: torch.Tensor | None) -> None:
         """Standard deviation of pixels within the batch, and within its classes."""
+        if len(x) < 2:
+            return
         self.means.add("Diversity/batch_spread", x.var(dim=0).mean().sqrt())
         if c is not None:  # variance around class means, from sums: no loop over classes, no synchronisation
             count = c.sum(dim=0).clamp_min(1)
@@ -139,6 +177,8 @@ class Trainer:
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "nimg": self.nimg,
             "warmup_steps_done": self.warmup_steps_done,
+            "skips": {name: skips.counts for name, skips in self.skips.items()},
+            "means": self.means.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -155,10 +195,39 @@ class Trainer:
         except (RuntimeError, KeyError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"the training state does not fit the networks of --gan and --teacher: {reason}") from None
+        for name, skips in self.skips.items():
+            skips.counts.copy_(state["skips"][name])
+        self.means.load_state_dict(state["means"])
         self.nimg, self.warmup_steps_done = state["nimg"], state["warmup_steps_done"]
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+
+
+class SkippedSteps:
+    """Steps of an optimiser with NaN or infinite gradients are left out, and counted.
+
+    One such gradient would end in Adam's moments and stay there. The counts live on the device.
+    """
+
+    def __init__(self, device: torch.device):
+        self.counts = torch.zeros(2, dtype=torch.int64, device=device)  # in all, in a row until now
+
+    def step(self, optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None:
+        """A step if `norm`, that of all gradients, is finite."""
+        broken = ~norm.isfinite()
+        self.counts += broken
+        self.counts[1] *= broken
+        if optimizer.defaults["fused"]:
+            optimizer.grad_scale, optimizer.found_inf = None, broken.float()  # decided on the device: no waiting
+            optimizer.step()
+        elif not broken:  # on a CPU there is nothing to wait for
+            optimizer.step()
+
+    def read(self) -> tuple[int, int]:
+        """(in all, in a row until now); a CPU–GPU synchronisation."""
+        total, row = self.counts.tolist()
+        return total, row
 
 
 def check_pair(student: torch.nn.Module, teacher: torch.nn.Module) -> None:
@@ -185,9 +254,3 @@ def select_parameters(G: torch.nn.Module, train: str) -> list[torch.nn.Parameter
     part = G if train == "all" else getattr(G, train)
     part.requires_grad_(True)
     return list(part.parameters())
-
-
-def _optimize(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import time
 from typing import Any
 
@@ -9,11 +10,16 @@ from tqdm import tqdm
 
 from dnnlib import format_time
 from refine.monitor import Monitor
-from refine.run_dir import RunDir
+from refine.run_dir import RunDir, training_states
 from refine.snapshots import Snapshots
+from refine.stopping import StopRequests
 from refine.trainer import Trainer
 from refine.training_state import save_training_state
+from torch_utils import distributed
 from torch_utils.misc import peak_memory
+
+# Why a run ends, or pauses, after an iteration; of several reasons the largest counts, in all processes alike.
+GO_ON, SAVE, TIME_IS_UP, SIGNALLED, NO_BETTER = range(5)
 
 
 class TrainingRun:
@@ -29,68 +35,146 @@ class TrainingRun:
         self.trainer, self.config, self.run_dir = trainer, trainer.config, run_dir
         self.snapshots = Snapshots(trainer, run_dir, **snapshot_options)
         self.elapsed = 0.0  # seconds of this run, over resumes
+        self.begun = False  # whether what comes before the first step is done
+        self.tick_start = 0  # images at the last progress line
+        self._saved_at = time.monotonic()
+        self._iterations = 0  # of this process
 
-    def run(self, monitor: Monitor) -> None:
+    def run(self, monitor: Monitor | None, stop: StopRequests | None = None) -> int | None:
         """Train to the end, from wherever the state is.
 
+        Args:
+            monitor: TensorBoard; None in processes other than the first.
+            stop: Asked once an iteration; None = nothing ends the run early.
+
+        Returns:
+            None if the run came to its end (its kimg, or no better snapshots), 0 if its time was up, or the number of
+            the signal that stopped it. The state is saved in any case.
+
         Raises:
-            ValueError: The losses became NaN or infinite.
+            ValueError: Too many steps in a row had NaN or infinite gradients.
+            OSError: A file could not be written; the last training state is as it was.
         """
-        config, trainer = self.config, self.trainer
-        start = time.time() - self.elapsed
-        if trainer.nimg == 0:
+        stop = stop or StopRequests()
+        self._saved_at, self._clock = time.monotonic(), time.time() - self.elapsed
+        if not self.begun:
             self.snapshots.begin(monitor)
-        self._warm_up()
-        with self._progress_bar() as bar:
-            tick, since, tick_start = self._tick_index(), trainer.nimg, time.time()
-            while trainer.nimg < config.num_steps * config.batch:
+            self.begun = True
+        reason = self._warm_up(stop) or self._refine(monitor, stop)
+        if reason == TIME_IS_UP:
+            self._say(f"time is up; {self._how_to_go_on()}")
+        elif reason == SIGNALLED:
+            self._say(f"stopped; {self._how_to_go_on()}")
+        elif reason == NO_BETTER and (best := self.snapshots.best) is not None:
+            count = self.config.patience
+            self._say(f"no better {best['metric']} in {count} snapshots: done, the best is {best['snapshot']}")
+        if monitor is not None:
+            monitor.flush()
+        return {TIME_IS_UP: 0, SIGNALLED: stop.signal or signal.SIGTERM}.get(reason)
+
+    def _refine(self, monitor: Monitor | None, stop: StopRequests) -> int:
+        """Iterations until the end or a reason to stop, which is returned."""
+        config, trainer = self.config, self.trainer
+        end = config.num_steps * config.batch
+        with self._progress_bar(end, trainer.nimg, "img", "refine") as bar:
+            since = time.time()
+            while trainer.nimg < end:
+                tick = self._tick_index()
                 trainer.step()
                 bar.update(config.batch)
-                done = trainer.nimg >= config.num_steps * config.batch
+                done, saved = trainer.nimg >= end, False
                 if self._tick_index() > tick or done:
-                    tick = self._tick_index()
-                    self.elapsed = time.time() - start
-                    self._report(monitor, tick, trainer.nimg - since, time.time() - tick_start)
-                    if done or (config.snap and tick % config.snap == 0):
+                    self._report(monitor, self._tick_index(), trainer.nimg - self.tick_start, time.time() - since)
+                    self.tick_start, since = trainer.nimg, time.time()
+                    if done or (config.snap and self._tick_index() % config.snap == 0):
                         self.snapshots.save(monitor)
-                        save_training_state(self.run_dir.path, self.state_dict())
-                        monitor.flush()
-                    self.elapsed = time.time() - start
-                    since, tick_start = trainer.nimg, time.time()
-        monitor.flush()
+                        self._save_state(config.short_intervals)
+                        saved = True
+                reason = self._between_iterations(stop, saved)
+                if reason > SAVE:
+                    return GO_ON if done else reason
+        return GO_ON
 
-    def _warm_up(self) -> None:
-        """Auxiliary steps before the student moves."""
+    def _warm_up(self, stop: StopRequests) -> int:
+        """Auxiliary steps before the student moves; returns a reason to stop, or GO_ON."""
         trainer, steps, start = self.trainer, self.config.warmup_steps, time.time()
         if trainer.warmup_steps_done >= steps:
-            return
-        self.run_dir.log(f"auxiliary warm-up: {steps} steps, the student rests")
-        with tqdm(total=steps, initial=trainer.warmup_steps_done, unit="step", disable=None, desc="warm-up") as bar:
+            return GO_ON
+        self._say(f"auxiliary warm-up: {steps} steps, the student rests")
+        with self._progress_bar(steps, trainer.warmup_steps_done, "step", "warm-up") as bar:
             while trainer.warmup_steps_done < steps:
                 trainer.aux_step(self.config.aux_lr)
                 trainer.warmup_steps_done += 1
                 bar.update()
-        loss = trainer.means.drain()["Loss/aux"]
+                if trainer.warmup_steps_done == steps:  # before the last state of the warm-up is saved
+                    loss = trainer.means.drain().get("Loss/aux", math.nan)
+                    self._say(f"auxiliary warm-up: done in {format_time(time.time() - start)}, mean loss {loss:.1f}")
+                reason = self._between_iterations(stop)
+                if reason > SAVE:
+                    return reason
+        return GO_ON
+
+    def _between_iterations(self, stop: StopRequests, saved: bool = False) -> int:
+        """What all processes do now; saves the state where that is due."""
+        reason = SAVE if time.monotonic() - self._saved_at >= 60 * self.config.state_minutes else GO_ON
+        reason = TIME_IS_UP if stop.time_is_up() else reason
+        reason = SIGNALLED if stop.signal is not None else reason
+        if self.config.patience and distributed.is_main() and self.snapshots.since_best >= self.config.patience:
+            reason = NO_BETTER
+        reason = distributed.largest(reason)
+        # On CUDA skipped steps are looked at now and then only: reading them waits for the device.
+        self._iterations += 1
+        if self.trainer.device.type != "cuda" or self._iterations % 50 == 0:
+            self._check_skips()
+        if reason >= SAVE and not saved:
+            self._save_state(exact_name=True)
+        return reason
+
+    def _check_skips(self) -> None:
+        for name, skips in self.trainer.skips.items():
+            _, row = skips.read()
+            if row >= self.config.max_skips:
+                newest = training_states(self.run_dir.path)
+                hint = f"; go on from before with --resume={newest[0]} and" if newest else "; try"
+                raise ValueError(
+                    f"{row} steps of the {name} network in a row had gradients that were NaN or infinite, at "
+                    f"{self.trainer.nimg / 1000:.1f} kimg{hint} a smaller --lr or --aux-lr"
+                )
+
+    def _save_state(self, exact_name: bool) -> None:
+        self.elapsed = time.time() - self._clock
+        state = self.state_dict()  # in every process: the means are those of all of them
+        if distributed.is_main():
+            save_training_state(self.run_dir.path, state, exact_name, self.config.keep)
+        self._saved_at = time.monotonic()
+        distributed.wait_for_main()
+
+    def _how_to_go_on(self) -> str:
+        kimg, path = f"{self.trainer.nimg / 1000:.1f} of {self.config.kimg:g} kimg", self.run_dir.path
+        return f"saved at {kimg}; go on with  python refine.py --resume={path}"
+
+    def _say(self, line: str) -> None:
+        if not distributed.is_main():
+            return
         with tqdm.external_write_mode():
-            self.run_dir.log(f"auxiliary warm-up: done in {format_time(time.time() - start)}, mean loss {loss:.1f}")
+            self.run_dir.log(line)
 
     def _tick_index(self) -> int:
         return int(self.trainer.nimg / (self.config.tick * 1000) + 1e-9)
 
-    def _progress_bar(self) -> tqdm:
-        total = self.config.num_steps * self.config.batch
-        return tqdm(
-            total=total, initial=self.trainer.nimg, unit="img", disable=None, desc="refine", smoothing=0.05
-        )  # terminals only
+    @staticmethod
+    def _progress_bar(total: int, done: int, unit: str, text: str) -> tqdm:
+        """On terminals only, and only from the first process."""
+        disable = None if distributed.is_main() else True
+        return tqdm(total=total, initial=done, unit=unit, disable=disable, desc=text, smoothing=0.05)
 
-    def _report(self, monitor: Monitor, tick: int, images: int, seconds: float) -> None:
+    def _report(self, monitor: Monitor | None, tick: int, images: int, seconds: float) -> None:
         config, nimg, kimg = self.config, self.trainer.nimg, self.trainer.nimg / 1000
+        self.elapsed = time.time() - self._clock
         stats = self.trainer.means.drain()
-        broken = [name for name, value in stats.items() if not math.isfinite(value)]
-        if broken:
-            raise ValueError(
-                f"{', '.join(broken)} became NaN or infinite at {kimg:.1f} kimg; try a smaller --lr or --aux-lr"
-            )
+        skipped = {name: skips.read()[0] for name, skips in self.trainer.skips.items()}
+        if not distributed.is_main():
+            return
         rate = images / max(seconds, 1e-9)
         remaining = (config.num_steps * config.batch - nimg) / rate
         memory = peak_memory(self.trainer.device)
@@ -102,14 +186,15 @@ class TrainingRun:
             f"sec/kimg {seconds / images * 1000:<8.2f}",
             f"img/s {rate:<7.1f}",
             f"ETA {format_time(remaining):<10s}",
-            f"loss aux {stats['Loss/aux']:<8.1f}",
+            f"loss aux {stats.get('Loss/aux', math.nan):<8.1f}",
             *(f"{name} {value:<6.2f}" for name, value in memory.items()),
+            *(f"skipped {name} steps {count}" for name, count in skipped.items() if count),
         ]
-        with tqdm.external_write_mode():
-            self.run_dir.log(" ".join(fields))
+        self._say(" ".join(fields))
         stats |= {
             "Progress/lr": config.lr * config.lr_factor(max(nimg - config.batch, 0)),
             "Progress/aux_lr": config.aux_lr,
+            **{f"Progress/skipped_{name}_steps": float(count) for name, count in skipped.items()},
             "Timing/img_per_sec": rate,
             "Timing/sec_per_tick": seconds,
             "Timing/total_hours": self.elapsed / 3600,
@@ -124,7 +209,10 @@ class TrainingRun:
             **self.trainer.state_dict(),
             "config": json.dumps(self.config.as_dict()),
             "elapsed": self.elapsed,
+            "begun": self.begun,
+            "tick_start": self.tick_start,
             "best": self.snapshots.best,
+            "since_best": self.snapshots.since_best,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -134,4 +222,5 @@ class TrainingRun:
             ValueError: The state is of other networks.
         """
         self.trainer.load_state_dict(state)
-        self.elapsed, self.snapshots.best = state["elapsed"], state["best"]
+        self.elapsed, self.begun, self.tick_start = state["elapsed"], state["begun"], state["tick_start"]
+        self.snapshots.best, self.snapshots.since_best = state["best"], state["since_best"]

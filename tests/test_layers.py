@@ -17,7 +17,7 @@ LAYERS = [
     ("refine.networks",),
     ("refine.checkpoints", "refine"),  # `refine` is the lazy front door to load_generator and load_teacher
     ("refine.metrics",),
-    ("refine.config", "refine.run_dir"),
+    ("refine.config", "refine.run_dir", "refine.stopping"),
     ("refine.monitor", "refine.report"),
     ("refine.trainer",),
     ("refine.training_state", "refine.snapshots", "refine.training_run"),

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from refine.run_dir import RunDir, create_run_dir, latest_training_state, next_run_dir
+from refine.run_dir import RunDir, create_run_dir, find_training_states, next_run_dir
 
 
 def test_numbers_go_up_and_words_become_names(tmp_path):
@@ -50,7 +50,7 @@ def test_a_resumed_run_drops_the_lines_that_it_writes_again(tmp_path):
 
 def test_the_latest_state_is_found_in_a_run_and_in_a_folder_of_runs(tmp_path):
     with pytest.raises(ValueError, match="no training-state"):
-        latest_training_state(tmp_path)
+        find_training_states(tmp_path)
     for name in (
         "00000-a/training-state-000009.pt",
         "00001-b/training-state-000002.pt",
@@ -58,5 +58,5 @@ def test_the_latest_state_is_found_in_a_run_and_in_a_folder_of_runs(tmp_path):
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert latest_training_state(tmp_path / "00000-a").name == "training-state-000009.pt"
-    assert latest_training_state(tmp_path) == tmp_path / "00001-b/training-state-000002.pt"
+    assert find_training_states(tmp_path / "00000-a")[0].name == "training-state-000009.pt"
+    assert find_training_states(tmp_path)[0] == tmp_path / "00001-b/training-state-000002.pt"

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -63,11 +64,11 @@ def test_a_run_leaves_what_users_know(tmp_path):
     names = {path.name for path in tmp_path.iterdir() if not path.name.startswith("events.")}
     assert names == {
         "fakes_init.png",
-        "fakes000000.png",
+        *(f"fakes000000.0{n}.png" for n in ("08", "16", "24")),
         "log.txt",
-        "network-snapshot-000000.safetensors",
+        *(f"network-snapshot-000000.0{n}.safetensors" for n in ("08", "16", "24")),
         "stats.jsonl",
-        "training-state-000000.pt",
+        *(f"training-state-000000.0{n}.pt" for n in (16, 24)),
     }
     lines = [json.loads(line) for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
     assert [line["kimg"] for line in lines] == [0.008, 0.016, 0.024]
@@ -109,36 +110,30 @@ def test_equal_seeds_give_equal_snapshots(tmp_path):
     files = []
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
         run(make_run(tmp_path / name, seed=seed))
-        files.append((tmp_path / name / "network-snapshot-000000.safetensors").read_bytes())
+        files.append((tmp_path / name / "network-snapshot-000000.024.safetensors").read_bytes())
     assert files[0] == files[1] != files[2]
 
 
-def test_micro_batches_give_the_same_gradients(tmp_path):
-    grads = []
-    for index, batch_gpu in enumerate((None, 2)):
-        trainer = make_run(tmp_path / str(index), batch=6, batch_gpu=batch_gpu, noise_mode="const").trainer
-        # The same noise for both: by image, not by call.
-        trainer.sigma = trainer.aux_sigma = FixedSigma()
-        z, c = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), torch.eye(3)[[0, 1, 2, 0, 1, 2]]
-        size = batch_gpu or 6
-        trainer._latents = lambda z=z, c=c, size=size: [(z[i : i + size], c[i : i + size]) for i in range(0, 6, size)]
-        torch.randn_like, original = (lambda x: torch.zeros_like(x)), torch.randn_like
-        try:
-            trainer.aux_step(0.0)
-            trainer.student_step(0.0)
-        finally:
-            torch.randn_like = original
-        grads.append(
-            [p.grad.clone() for p in (*trainer.G.parameters(), *trainer.aux.parameters()) if p.grad is not None]
-        )
-    assert len(grads[0]) == len(grads[1]) > 0
-    for a, b in zip(*grads, strict=True):
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * a.abs().max().item() + 1e-9)
-
-
-class FixedSigma:
-    def sample(self, n, device):
-        return torch.full([n, 1, 1, 1], 0.5)
+@pytest.mark.parametrize("batch_gpu", [1, 2, 4])
+def test_micro_batches_give_the_same_gradients(tmp_path, batch_gpu):
+    """Also with the noise inputs of the student, the dropout of aux, and the running mean of w."""
+    seen = []
+    for index, size in enumerate((None, batch_gpu)):
+        trainer = make_run(tmp_path / str(index), batch=6, batch_gpu=size, dropout=True).trainer
+        with torch.no_grad():
+            for name, p in trainer.G.named_parameters():
+                if name.endswith("noise_strength"):
+                    p.fill_(0.5)
+            for p in trainer.aux.parameters():  # equal to the teacher, it would give the student no gradient
+                p.mul_(1.1)
+        trainer.aux_step(0.0)
+        trainer.student_step(0.0)
+        grads = [p.grad for p in (*trainer.G.parameters(), *trainer.aux.parameters()) if p.grad is not None]
+        assert sum(bool(p.grad.abs().max() > 0) for p in trainer.G.parameters() if p.grad is not None) > 10
+        seen.append([*grads, trainer.G.mapping.w_avg, torch.rand(3)])
+    assert len(seen[0]) == len(seen[1]) > 10
+    for a, b in zip(*seen, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=2e-6 * a.abs().max().item())
 
 
 @pytest.mark.parametrize("c_dim", [0, 3])
@@ -147,7 +142,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, c_dim):
     whole = run(make_run(tmp_path / "whole", *networks, dropout=True))
     first = make_run(tmp_path / "part", *networks, dropout=True)
     stop_after(first, 16)
-    state = load_training_state(tmp_path / "part" / "training-state-000000.pt")
+    state = load_training_state(tmp_path / "part" / "training-state-000000.016.pt")
     assert state["nimg"] == 16
     second = make_run(tmp_path / "part", *networks, dropout=True)
     torch.randn(100)  # whatever a new process did before
@@ -155,7 +150,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, c_dim):
     second = run(second)
     for name in ("G", "G_ema", "aux"):
         assert equal_states(getattr(whole, name), getattr(second, name)), name
-    snapshots = [tmp_path / name / "network-snapshot-000000.safetensors" for name in ("whole", "part")]
+    snapshots = [tmp_path / name / "network-snapshot-000000.024.safetensors" for name in ("whole", "part")]
     assert snapshots[0].read_bytes() == snapshots[1].read_bytes()
 
 
@@ -190,12 +185,35 @@ def test_a_state_of_other_networks_is_refused(tmp_path):
 
 
 def test_diverged_runs_stop_with_a_hint(tmp_path):
-    training = make_run(tmp_path, aux_warmup_kimg=0.0)
+    training = make_run(tmp_path, aux_warmup_kimg=0.0, max_skips=3)
     with torch.no_grad():
         next(training.trainer.aux.parameters()).fill_(float("nan"))
-    with pytest.raises(ValueError, match="NaN or infinite"):
+    student = copy.deepcopy(training.trainer.G)
+    with pytest.raises(ValueError, match=r"3 steps of the \w+ network in a row .*NaN or infinite.*smaller --lr"):
         run(training)
-    assert not list(tmp_path.glob("network-snapshot-*"))
+    assert training.trainer.nimg == 12
+    assert all(torch.equal(p, student.get_parameter(n)) for n, p in training.trainer.G.named_parameters())
+
+
+def test_single_broken_steps_are_skipped_and_counted(tmp_path):
+    training = make_run(tmp_path, aux_warmup_kimg=0.0, max_skips=2)
+    step, calls = training.trainer.student_step, []
+
+    def sometimes_broken(lr):
+        calls.append(lr)
+        training.trainer.weighting = lambda sigma, *_: sigma * (math.inf if len(calls) % 2 else 1.0)
+        before = [p.clone() for p in training.trainer.G.parameters()]
+        step(lr)
+        moved = not all(torch.equal(a, b) for a, b in zip(before, training.trainer.G.parameters(), strict=True))
+        assert moved == (len(calls) % 2 == 0)
+
+    training.trainer.student_step = sometimes_broken
+    run(training)
+    assert training.trainer.skips["student"].read() == (3, 0) and training.trainer.skips["aux"].read() == (0, 0)
+    assert all(p.isfinite().all() for p in training.trainer.G.parameters())
+    assert "skipped student steps 3" in (tmp_path / "log.txt").read_text()
+    last = json.loads((tmp_path / "stats.jsonl").read_text().splitlines()[-1])
+    assert last["Progress/skipped_student_steps"] == 3 and all(math.isfinite(v) for v in last.values())
 
 
 @pytest.mark.parametrize(

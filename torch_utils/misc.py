@@ -5,6 +5,8 @@ import sys
 
 import torch
 
+from torch_utils.distributed import is_main, sum_tensor
+
 
 class RunningMeans:
     """Means of named quantities, gathered on the device and read with one synchronisation.
@@ -19,15 +21,16 @@ class RunningMeans:
         ] = {}  # name → [sum, count], float64 on the CPU, float32 on devices without it
 
     def add(self, name: str, values: torch.Tensor | float) -> None:
-        """Count every element of `values` (any shape)."""
+        """Count every finite element of `values` (any shape)."""
         values = torch.as_tensor(values, device=self._device).detach().flatten().float()
-        count = torch.full([], float(values.numel()), device=self._device)
-        self._add(name, values.sum(), count)
+        finite = values.isfinite()
+        self._add(name, values.where(finite, 0.0).sum(), finite.sum().float())
 
     def add_binned(self, names: list[str], bins: torch.Tensor, values: torch.Tensor) -> None:
-        """Count `values` (N,) under `names[bins]`; bins are int64 (N,)."""
-        sums = torch.zeros(len(names), device=self._device).index_add(0, bins, values.detach().float())
-        counts = torch.zeros(len(names), device=self._device).index_add(0, bins, torch.ones_like(values))
+        """Count finite `values` (N,) under `names[bins]`; bins are int64 (N,)."""
+        values, finite = values.detach().float(), values.isfinite()
+        sums = torch.zeros(len(names), device=self._device).index_add(0, bins, values.where(finite, 0.0))
+        counts = torch.zeros(len(names), device=self._device).index_add(0, bins, finite.float())
         for name, total, count in zip(names, sums, counts, strict=True):
             self._add(name, total, count)
 
@@ -36,13 +39,21 @@ class RunningMeans:
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def drain(self) -> dict[str, float]:
-        """All means since the last call, names without a value left out, and begin anew."""
+        """All means since the last call over all processes, names without a value left out, and begin anew."""
         if not self._sums:
             return {}
-        pairs = torch.stack(list(self._sums.values())).tolist()  # the one synchronisation
+        pairs = sum_tensor(torch.stack(list(self._sums.values()))).tolist()  # the one synchronisation
         names = list(self._sums)
         self._sums = {}
         return {name: total / count for name, (total, count) in zip(names, pairs, strict=True) if count > 0}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The sums of all processes so far; every process must come here."""
+        return {name: sum_tensor(pair.clone()) for name, pair in self._sums.items()}
+
+    def load_state_dict(self, sums: dict[str, torch.Tensor]) -> None:
+        """Go on from there: the first process holds what was gathered, the others begin at nothing."""
+        self._sums = {name: pair.to(self._device) * float(is_main()) for name, pair in sums.items()}
 
 
 def gradient_norm(parameters: list[torch.nn.Parameter]) -> torch.Tensor:

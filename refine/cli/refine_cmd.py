@@ -11,7 +11,16 @@ import click
 
 from refine.cli.main import option
 from refine.cli.options import OPS_HELP, check_outdir, choose_device, choose_ops
-from refine.config import NOISE_MODES, OPS_MODES, PRESETS, SCHEDULES, TRAINABLE, RefineConfig, SigmaOptions
+from refine.config import (
+    CHANGEABLE,
+    NOISE_MODES,
+    OPS_MODES,
+    PRESETS,
+    SCHEDULES,
+    TRAINABLE,
+    RefineConfig,
+    SigmaOptions,
+)
 
 
 def _numbers(text: str, names: str, count: int) -> list[float]:
@@ -46,6 +55,22 @@ def _law(text: str) -> dict[str, Any]:
 def _range(text: str) -> dict[str, float]:
     low, high = _numbers(text, "sigma_min,sigma_max", 2)
     return {"sigma_min": low, "sigma_max": high}
+
+
+def _seconds(text: str) -> float:
+    """SLURM's ways to write a time: minutes, minutes:seconds, hours:minutes:seconds, days-hours:minutes:seconds."""
+    days, dash, rest = text.rpartition("-")
+    parts = rest.split(":")
+    try:
+        numbers = [float(part) for part in parts]
+        if len(parts) > 3 or (dash and len(parts) != 3) or min(numbers) < 0:
+            raise ValueError
+        hours, minutes, seconds = {1: (0, *numbers, 0), 2: (0, *numbers), 3: tuple(numbers)}[len(parts)]
+        return float(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds
+    except ValueError:
+        raise ValueError(
+            f"found {text!r}; expected minutes, hours:minutes:seconds or days-hours:minutes:seconds"
+        ) from None
 
 
 def _default(name: str) -> str:
@@ -118,8 +143,18 @@ def _opt(flag: str, name: str, text: str, **kwargs: Any):
 @click.option(
     "--resume",
     metavar="PATH|latest",
-    help="Go on from a training-state-*.pt, a run folder, or the latest run of --outdir.",
+    help="Go on from a training state, a snapshot, a run folder, or the latest run of --outdir. May be given with "
+    "another --kimg, --lr, --aux-lr, --batch-gpu, --device, --metrics, … of the run.",
 )
+@_opt("--keep", "keep", "Training states that are kept.", type=int)
+@_opt("--state-minutes", "state_minutes", "Save a training state at least so often, beside snapshots.", type=float)
+@click.option(
+    "--time-limit",
+    metavar="MINUTES|H:M:S",
+    help="Stop in time for the state to be saved, as a batch queue wants it.  [default: none]",
+)
+@_opt("--patience", "patience", "Stop after so many snapshots without a better first metric; 0 = never.", type=int)
+@_opt("--max-skips", "max_skips", "Stop after so many NaN or infinite gradients in a row.", type=int)
 @click.option("-n", "--dry-run", is_flag=True, help="Check everything, print the options, and stop.")
 def refine(resume, dry_run, **given):
     """Refine a pretrained GAN with a pretrained diffusion model, data-free, by Diff-Instruct.
@@ -128,9 +163,10 @@ def refine(resume, dry_run, **given):
     python refine.py --gan=digits-gan --teacher=digits-teacher --preset=demo
     python refine.py --resume=latest
     """
-    state_path = _find_state(resume, given) if resume else None
-    config = None if state_path else make_config(given)
-    run(config, state_path, dry_run)
+    if resume:
+        run(None, *_find_states(resume, given), dry_run)
+    else:
+        run(make_config(given), dry_run=dry_run)
 
 
 def make_config(given: dict[str, Any]) -> RefineConfig:
@@ -146,10 +182,7 @@ def make_config(given: dict[str, Any]) -> RefineConfig:
             raise ValueError(f"--{name} is missing; expected {what}, a file or a name of pretrained/index.toml")
     preset = PRESETS[given.get("preset", "default")]
     parsed = {**preset, **given}
-    for name in ("betas", "aux_betas"):
-        if name in given:
-            with option(f"--{name.replace('_', '-')}"):
-                parsed[name] = _betas(given[name])
+    parsed |= _parse(given)
     for name in ("sigma", "aux_sigma"):
         flag = f"--{name.replace('_', '-')}"
         law = preset.get(name, SigmaOptions())
@@ -160,57 +193,98 @@ def make_config(given: dict[str, Any]) -> RefineConfig:
             law = dataclasses.replace(law, **_range(text)) if text else law
         parsed[name] = law
     parsed["ema_rampup"] = parsed.get("ema_rampup", RefineConfig.ema_rampup) or None
-    if "metrics" in given:
-        names = given["metrics"].split(",")
-        parsed["metrics"] = () if names == ["none"] else tuple(names)
     return RefineConfig(**parsed)
 
 
-def _find_state(resume: str, given: dict[str, Any]) -> Path:
-    """The training state that --resume means. Other options come from the run itself."""
-    extra = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None and name != "outdir"]
-    if extra:
-        raise ValueError(f"--resume goes on with the options of the run, {extra[0]} cannot be changed")
-    from refine.run_dir import latest_training_state
+def _parse(given: dict[str, Any]) -> dict[str, Any]:
+    """Values of the options that are written as texts of their own kind."""
+    parsed: dict[str, Any] = {}
+    for name, read in (("betas", _betas), ("aux_betas", _betas), ("time_limit", _seconds)):
+        if name in given:
+            with option(f"--{name.replace('_', '-')}"):
+                parsed[name] = read(given[name])
+    if "metrics" in given:
+        names = given["metrics"].split(",")
+        parsed["metrics"] = () if names == ["none"] else tuple(names)
+    return parsed
+
+
+def _find_states(resume: str, given: dict[str, Any]) -> tuple[list[Path], dict[str, Any]]:
+    """The training states that --resume means, the first one first, and the options to change."""
+    given = {name: value for name, value in given.items() if value is not None}
+    outdir = given.pop("outdir", RefineConfig.outdir)
+    if fixed := [f"--{name.replace('_', '-')}" for name in given if name not in CHANGEABLE]:
+        names = ", ".join(sorted(f"--{name.replace('_', '-')}" for name in CHANGEABLE))
+        raise ValueError(f"--resume goes on with the options of the run; {fixed[0]} cannot be changed, only {names}")
+    from refine.run_dir import find_training_states
 
     with option("--resume"):
-        path = Path(given.get("outdir") or RefineConfig.outdir if resume == "latest" else resume)
-        return path if path.is_file() else latest_training_state(path)
+        return find_training_states(outdir if resume == "latest" else resume), {**given, **_parse(given)}
 
 
-def run(config: RefineConfig | None, state_path: Path | None = None, dry_run: bool = False) -> Path | None:
+def run(
+    config: RefineConfig | None,
+    state_paths: list[Path] | None = None,
+    changes: dict[str, Any] | None = None,
+    dry_run: bool = False,
+) -> Path | None:
     """Refine by `config`, or go on from a training state; everything is checked before anything is written.
+
+    Args:
+        config: All options of a new run, None to go on.
+        state_paths: Training states to go on from: the first one that can be read.
+        changes: Options of that run to be changed.
+        dry_run: Print what would be done.
 
     Returns:
         The run folder, or None for a dry run.
 
     Raises:
         ValueError, OSError: Something the user can put right; the message names the option.
+        click.exceptions.Exit: The run was stopped before its end, its state is saved; or another process failed.
     """
     if config is not None:
         with option("--outdir"):
             check_outdir(config.outdir)
     import torch  # from here on: the options are valid
 
-    from refine.run_dir import next_run_dir
-    from refine.training_state import load_training_state
+    from refine.training_state import load_newest
+    from torch_utils import distributed
 
-    state = None
-    if state_path is not None:
+    state, state_path, notes = None, None, []
+    if state_paths:
         with option("--resume"):
-            state = load_training_state(state_path)
-            config = RefineConfig.from_dict(json.loads(state["config"]))
+            state_path, state, notes = load_newest(state_paths)
+            config = RefineConfig.from_dict({**json.loads(state["config"]), "time_limit": None, **(changes or {})})
+    with option("--batch"):
+        if config.batch % distributed.world_size():
+            raise ValueError(f"{config.batch} images for {distributed.world_size()} processes; expected a multiple")
     with option("--device"):
-        device = torch.device(choose_device(config.device))
+        device = torch.device(distributed.local_device(choose_device(config.device)))
     choose_ops(config.ops, device.type)
-    inputs = _load_inputs(config)
+    resumed = None if state is None else (state_path, state, notes)
+    with distributed.session(device):
+        return _run(config, resumed, device, dry_run)
+
+
+def _run(config: RefineConfig, resumed: tuple | None, device, dry_run: bool) -> Path | None:
+    """The part of `run` that all processes do together."""
+    from refine.run_dir import next_run_dir
+    from torch_utils import distributed
+
+    if distributed.is_main():  # which may download files; the others find them afterwards
+        inputs = _load_inputs(config)
+    distributed.wait_for_main()
+    if not distributed.is_main():
+        inputs = _load_inputs(config)
     config = _with_absolute_paths(config)
     desc = config.desc or f"{inputs['student_path'].stem}-{inputs['teacher_path'].stem}-batch{config.batch}"
     if dry_run:
         place = {"run_dir": str(next_run_dir(config.outdir, desc)), "device": str(device)}
-        click.echo(json.dumps({**config.as_dict(), **place}, indent=2))
+        if distributed.is_main():
+            click.echo(json.dumps({**config.as_dict(), **place}, indent=2))
         return None
-    return _start(config, inputs, device, desc, state, state_path)
+    return _start(config, inputs, device, desc, resumed)
 
 
 def _load_inputs(config: RefineConfig) -> dict[str, Any]:
@@ -254,20 +328,24 @@ def _with_absolute_paths(config: RefineConfig) -> RefineConfig:
     return dataclasses.replace(config, **absolute)
 
 
-def _start(config, inputs, device, desc: str, state: dict | None, state_path: Path | None) -> Path:
+def _start(config, inputs, device, desc: str, resumed: tuple | None) -> Path:
     """Make or reopen the run folder and train in it."""
     from refine.checkpoints.export import can_write_like
     from refine.run_dir import RunDir, create_run_dir
     from refine.snapshots import file_provenance
     from refine.trainer import Trainer
     from refine.training_run import TrainingRun
+    from torch_utils import distributed
 
     files = {name: file_provenance(inputs[f"{name}_path"]) for name in ("student", "teacher")}
-    if state is None:
-        with option("--outdir"):
-            run_dir = RunDir(create_run_dir(config.outdir, desc))
-    else:
-        run_dir = RunDir(state_path.parent)
+    state_path, state, notes = resumed or (None, None, [])
+    with option("--outdir"):
+        if state is not None:
+            folder = state_path.parent
+        else:  # made by the first process; the others need its name only
+            folder = create_run_dir(config.outdir, desc) if distributed.is_main() else None
+            folder = Path(distributed.text_of_main(str(folder)))
+    run_dir = RunDir(folder, writes=distributed.is_main())
     reason = can_write_like(inputs["student_path"])
     training = TrainingRun(
         Trainer(config, inputs["student"], inputs["teacher"], device),
@@ -276,17 +354,26 @@ def _start(config, inputs, device, desc: str, state: dict | None, state_path: Pa
         provenance=files,
         container=None if reason else inputs["student_path"],
     )
-    if state is None:
-        machine = {"device": str(device), "versions": _versions(), "run_dir": str(run_dir.path)}
-        run_dir.write_json("training_options.json", {**config.as_dict(), **machine, "files": files})
-    else:
+    machine = {"device": str(device), "processes": distributed.world_size(), "versions": _versions()}
+    if state is not None:
         with option("--resume"):
             training.load_state_dict(state)
         run_dir.trim_after(training.trainer.nimg / 1000)
+    options = {**config.as_dict(), **machine, "run_dir": str(run_dir.path), "files": files}
+    run_dir.write_json("training_options.json", options)
     run_dir.log(f"run folder  {run_dir.path}")
+    for note in notes:
+        run_dir.log(f"damaged     {note}; going on from the state before it")
+    if distributed.world_size() > 1:
+        run_dir.log(f"processes   {distributed.world_size()}, {config.batch // distributed.world_size()} images each")
     run_dir.log(
         f"snapshots   .safetensors{f' only: {reason}' if reason else ' and .pkl, the container that the GAN came in'}"
     )
+    if state is not None:
+        run_dir.log(f"going on at {training.trainer.nimg / 1000:.1f} of {config.kimg:g} kimg, from {state_path.name}")
+        for name, before in json.loads(state["config"]).items():
+            if name in CHANGEABLE - {"time_limit"} and (now := config.as_dict()[name]) != before:
+                run_dir.log(f"changed     --{name.replace('_', '-')} from {before} to {now}")
     _train(training, run_dir, resumed=state is not None)
     return run_dir.path
 
@@ -300,7 +387,8 @@ def _versions() -> dict[str, str]:
 
 
 def _train(training, run_dir, resumed: bool) -> None:
-    from refine.monitor import Monitor
+    from refine.stopping import StopRequests
+    from torch_utils import distributed
 
     trainer = training.trainer
     count = sum(p.numel() for p in trainer.student_parameters)
@@ -308,13 +396,19 @@ def _train(training, run_dir, resumed: bool) -> None:
     run_dir.log(
         f"teacher     {trainer.config.teacher}, {sum(p.numel() for p in trainer.teacher.parameters()):,} parameters"
     )
-    if resumed:
-        run_dir.log(f"going on at {trainer.nimg / 1000:.1f} of {trainer.config.kimg:g} kimg")
-    monitor = Monitor(run_dir.path, trainer.config.kimg)
+    monitor = None
+    if distributed.is_main():
+        from refine.monitor import Monitor
+
+        monitor = Monitor(run_dir.path, trainer.config.kimg, trainer.nimg / 1000 if resumed else None)
     try:
-        training.run(monitor)
+        with StopRequests(trainer.config.time_limit) as stop:
+            stopped = training.run(monitor, stop)
     finally:
-        monitor.close()
+        if monitor is not None:
+            monitor.close()
+    if stopped is not None:  # 0: the time was up, which was asked for; else as a shell counts signals
+        raise click.exceptions.Exit(128 + stopped if stopped else 0)
     if (best := training.snapshots.best) is not None:
         run_dir.log(f"best        {best['snapshot']}: {best['metric']} {best['value']:.4g} at {best['kimg']:.1f} kimg")
     run_dir.log(f"done; watch it with  tensorboard --logdir={run_dir.path}")

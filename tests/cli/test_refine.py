@@ -152,7 +152,7 @@ def test_a_run_and_going_on_with_it(files, tmp_path, capsys):
     options = json.loads((run / "training_options.json").read_text())
     assert options["lr"] == 0.001 and set(options["files"]) == {"student", "teacher"}
     assert (run / "log.txt").read_text() in out
-    G = load_generator(run / "network-snapshot-000000.safetensors")
+    G = load_generator(run / "network-snapshot-000000.016.safetensors")
     assert (G.img_resolution, G.c_dim) == (8, 3)
     # A finished run has nothing left to do, and says so without an error.
     code, out, err = call(capsys, "--resume=latest", f"--outdir={tmp_path}")

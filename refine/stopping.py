@@ -1,0 +1,60 @@
+"""When a run is to end before its time: signals and time limits, obeyed between two iterations."""
+
+import os
+import signal
+import sys
+import time
+from types import FrameType
+
+# SLURM sends SIGTERM before it kills, and USR1 where `sbatch --signal=USR1@120` asks for a warning.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+
+class StopRequests:
+    """A context in which the first signal only leaves a note, and the second ends the program at once.
+
+    Args:
+        time_limit: Seconds from now after which the run is to have ended, its state saved. None = no limit.
+    """
+
+    def __init__(self, time_limit: float | None = None):
+        self.signal: int | None = None
+        self._limit, self._begin = time_limit, time.monotonic()
+        self._slowest, self._last = 0.0, time.monotonic()
+        self._noted_at = 0.0
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "StopRequests":
+        try:
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        except ValueError:  # not the main thread, as in somebody's notebook: signals are theirs
+            self._before = {}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.signal is None:
+            self.signal, self._noted_at = number, now
+            if os.environ.get("RANK", "0") == "0":
+                print(
+                    f"\n{signal.Signals(number).name}: stopping after this iteration; once more stops at once",
+                    file=sys.stderr,
+                )
+        # A terminal's Ctrl-C reaches the workers of torchrun twice: from the terminal and from torchrun.
+        elif "TORCHELASTIC_RUN_ID" not in os.environ or now - self._noted_at > 3:
+            for other in SIGNALS:
+                signal.signal(other, signal.SIG_DFL)  # and a third one, should we hang, is not ours to handle
+            raise KeyboardInterrupt
+
+    def time_is_up(self) -> bool:
+        """Whether another iteration as slow as the slowest so far, twice, might end past the limit.
+
+        To be asked once an iteration; what happens between two calls, such as saving, counts as part of one.
+        """
+        now = time.monotonic()
+        self._slowest, self._last = max(self._slowest, now - self._last), now
+        return self._limit is not None and now + 2 * self._slowest > self._begin + self._limit

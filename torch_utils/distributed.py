@@ -1,0 +1,237 @@
+"""Several processes that train one network, as `torchrun` starts them; with one process, everything here does nothing.
+
+All processes hold equal networks and draw equal random numbers (`torch_utils.batch_slice`). They differ in the rows of
+a batch that they work on, and rank 0 writes the files. Two groups connect them: one for gradients (NCCL between GPUs,
+gloo between CPUs), and one of gloo for numbers that live on the host, which needs no GPU synchronisation.
+
+How failures spread: a process that dies closes its connections, so that the others fail in their next exchange, at
+once. Before a process that raises goes, it leaves its message in the store; whoever loses the connection looks there
+for the reason. What neither dies nor answers is given up after TIMEOUT.
+"""
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = timedelta(seconds=50)  # for a process to join, and for any exchange between processes in step
+PATIENCE = timedelta(hours=24)  # for rank 0 to measure and to write, while the others have nothing to do
+BUCKET = 2**24  # elements that are averaged at once: 64 MiB of float32
+
+_groups: dict[str, dist.ProcessGroup] = {}
+_store: list[dist.Store] = []
+
+
+def is_launched() -> bool:
+    """Whether a launcher started several processes."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0")) if is_launched() else 0
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1")) if is_launched() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def local_device(name: str) -> str:
+    """'cuda' → the GPU of this process; other names as they are.
+
+    Raises:
+        ValueError: The machine has fewer GPUs than processes, or one GPU is named for all of them.
+    """
+    if not is_launched() or not name.startswith("cuda"):
+        return name
+    if name != "cuda":
+        raise ValueError(f"found {name!r} with {world_size()} processes; expected cuda (a GPU for each) or cpu")
+    index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if index >= count:
+        raise ValueError(f"process {index} of this machine finds {count} GPUs; expected one for each process")
+    return f"cuda:{index}"
+
+
+@contextlib.contextmanager
+def session(device: torch.device) -> Iterator[None]:
+    """Joins the other processes, and leaves them at the end.
+
+    Raises:
+        ConnectionError: A process did not come in time, or was lost later; the message says which one, and its own
+            last words where it left some.
+    """
+    if not is_launched():
+        yield
+        return
+    _join(device)
+    try:
+        yield
+    except BaseException as error:
+        if _is_lost_connection(error):
+            raise ConnectionError(_reason_of_loss()) from error
+        leave_message(str(error) or type(error).__name__)
+        raise
+    finally:
+        _leave()
+
+
+def _join(device: torch.device) -> None:
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"WORLD_SIZE is set, but not {error}; expected to be started by torchrun") from None
+    try:
+        mine = is_main() and not _agent_holds_store()
+        store = dist.TCPStore(
+            address, port, world_size(), mine, timeout=TIMEOUT, wait_for_workers=False, multi_tenant=True
+        )
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0][:150]
+        raise ConnectionError(f"rank {rank()} did not reach rank 0 at {address}:{port}: {reason}") from None
+    store.set(f"here/{rank()}", socket.gethostname())
+    names = [f"here/{other}" for other in range(world_size())]
+    try:
+        store.wait(names, TIMEOUT)
+    except (dist.DistStoreError, RuntimeError):
+        missing = ", ".join(name.removeprefix("here/") for name in names if not store.check([name]))
+        raise ConnectionError(
+            f"rank {missing} of {world_size()} did not come within {TIMEOUT.seconds} s; were all machines started?"
+        ) from None
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    options = {"rank": rank(), "world_size": world_size(), "timeout": TIMEOUT}
+    dist.init_process_group(backend, store=dist.PrefixStore("groups", store), **options)
+    _store.append(store)
+    _groups["numbers"] = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    _groups["waiting"] = dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def _leave() -> None:
+    _groups.clear()
+    # An error closes this process's connections, so that the others notice; the store goes last (see _linger).
+    with contextlib.suppress(Exception):
+        dist.destroy_process_group()
+    _linger()
+    _store.clear()
+
+
+def _linger() -> None:
+    """The process that holds the store stays until the others had time to read a message in it."""
+    if _store and is_main() and not _agent_holds_store():
+        with contextlib.suppress(Exception):
+            if _store[0].check(["message"]):
+                time.sleep(3)
+
+
+def _agent_holds_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def leave_message(text: str) -> None:
+    """Say why this process ends; only the first one to speak is heard."""
+    with contextlib.suppress(Exception):
+        if _store and _store[0].add("messages", 1) == 1:
+            _store[0].set("message", f"rank {rank()} on {socket.gethostname()}: {' '.join(text.split())[:400]}")
+
+
+def first_to_fail() -> bool:
+    """Whether no other process left a message before this one failed."""
+    return not _store or not _store[0].check(["message"])
+
+
+def _reason_of_loss() -> str:
+    deadline = time.monotonic() + 2
+    while _store and time.monotonic() < deadline:
+        with contextlib.suppress(Exception):
+            if _store[0].check(["message"]):
+                return f"another process failed; {_store[0].get('message').decode()}"
+        time.sleep(0.1)
+    return f"rank {rank()} lost another process, which left no message: it was killed, or its machine is gone"
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    if isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError):
+        return True
+    texts = ("onnection closed by peer", "Connection reset", "Broken pipe", "Timed out", "timeout")  # gloo's words
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+
+
+# Exchanges. Every process must come to each of them, in the same order.
+
+
+def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    """Replace gradients by their sums over all processes, bit for bit the same everywhere.
+
+    Losses are divided by the size of the whole batch beforehand, so sums are what one process would have found, but
+    for the order of additions. Plain reduction of flat buffers, not DistributedDataParallel: the student's backward
+    starts from a gradient on images and micro-batches add up first, which leaves one exchange a step either way.
+    """
+    sum_tensors([p.grad for p in parameters if p.grad is not None])
+
+
+@torch.no_grad()
+def sum_tensors(tensors: list[torch.Tensor]) -> None:
+    """Replace tensors by their sums over all processes, many in one exchange."""
+    if not _groups:
+        return
+    bucket: list[torch.Tensor] = []
+    for index, x in enumerate(tensors):
+        bucket.append(x)
+        if index == len(tensors) - 1 or sum(y.numel() for y in bucket) + tensors[index + 1].numel() > BUCKET:
+            flat = torch.cat([y.reshape(-1) for y in bucket])
+            dist.all_reduce(flat)
+            parts = flat.split([y.numel() for y in bucket])
+            torch._foreach_copy_(bucket, [part.view(y.shape) for part, y in zip(parts, bucket, strict=True)])
+            bucket = []
+
+
+def sum_tensor(x: torch.Tensor) -> torch.Tensor:
+    """The sum of x over all processes, on x's device, in place."""
+    if _groups:
+        dist.all_reduce(x)
+    return x
+
+
+def largest(number: int) -> int:
+    """The largest number of all processes; on the host, a fraction of a millisecond."""
+    if not _groups:
+        return number
+    x = torch.tensor([number])
+    dist.all_reduce(x, op=dist.ReduceOp.MAX, group=_groups["numbers"])
+    return int(x)
+
+
+def text_of_main(text: str) -> str:
+    """The text that the first process gives, in all of them."""
+    if not _groups:
+        return text
+    texts = [text]
+    dist.broadcast_object_list(texts, src=0, group=_groups["numbers"])
+    return texts[0]
+
+
+def wait_for_main() -> None:
+    """All processes go on together, however long rank 0 takes; if it dies, they fail at once."""
+    if _groups:
+        dist.barrier(group=_groups["waiting"])
+
+
+def check_equal(networks: list[torch.nn.Module]) -> None:
+    """Raise RuntimeError if the weights of the processes drifted apart, as by a faulty GPU."""
+    if not _groups:
+        return
+    sums = torch.stack([p.detach().double().abs().sum() for net in networks for p in net.parameters()]).cpu()
+    low, high = sums.clone(), sums.clone()
+    dist.all_reduce(low, op=dist.ReduceOp.MIN, group=_groups["numbers"])
+    dist.all_reduce(high, op=dist.ReduceOp.MAX, group=_groups["numbers"])
+    if not torch.equal(low, high):
+        raise RuntimeError("the weights of the processes are not equal any more")
