@@ -60,30 +60,42 @@ def local_device(name: str) -> str:
     return f"cuda:{index}"
 
 
+class LostProcess(ConnectionError):
+    """The run ends because another process did; `told` if that one has said why, to people and to us."""
+
+    def __init__(self, text: str, told: bool):
+        super().__init__(text)
+        self.told = told
+
+
 @contextlib.contextmanager
-def session(device: torch.device) -> Iterator[None]:
+def session(cuda: bool) -> Iterator[None]:
     """Joins the other processes, and leaves them at the end.
 
+    Args:
+        cuda: Whether they train on GPUs; `torch.cuda.set_device` is due before the first exchange then.
+
     Raises:
-        ConnectionError: A process did not come in time, or was lost later; the message says which one, and its own
-            last words where it left some.
+        ConnectionError: A process did not come in time.
+        LostProcess: A process was lost later; the message holds its last words where it left some.
     """
     if not is_launched():
         yield
         return
-    _join(device)
+    _join(cuda)
     try:
         yield
     except BaseException as error:
         if _is_lost_connection(error):
-            raise ConnectionError(_reason_of_loss()) from error
-        leave_message(str(error) or type(error).__name__)
+            raise _loss() from error
+        if not _leave_message(str(error) or type(error).__name__):
+            raise _loss() from error  # all of them met the same: one voice is enough
         raise
     finally:
         _leave()
 
 
-def _join(device: torch.device) -> None:
+def _join(cuda: bool) -> None:
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     except (KeyError, ValueError) as error:
@@ -105,9 +117,7 @@ def _join(device: torch.device) -> None:
         raise ConnectionError(
             f"rank {missing} of {world_size()} did not come within {TIMEOUT.seconds} s; were all machines started?"
         ) from None
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    backend = "nccl" if cuda else "gloo"
     options = {"rank": rank(), "world_size": world_size(), "timeout": TIMEOUT}
     dist.init_process_group(backend, store=dist.PrefixStore("groups", store), **options)
     _store.append(store)
@@ -136,26 +146,24 @@ def _agent_holds_store() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def leave_message(text: str) -> None:
-    """Say why this process ends; only the first one to speak is heard."""
+def _leave_message(text: str) -> bool:
+    """Say why this process ends; False if another one spoke first."""
     with contextlib.suppress(Exception):
-        if _store and _store[0].add("messages", 1) == 1:
-            _store[0].set("message", f"rank {rank()} on {socket.gethostname()}: {' '.join(text.split())[:400]}")
+        if _store[0].add("messages", 1) > 1:
+            return False
+        _store[0].set("message", f"rank {rank()} on {socket.gethostname()}: {' '.join(text.split())[:400]}")
+    return True
 
 
-def first_to_fail() -> bool:
-    """Whether no other process left a message before this one failed."""
-    return not _store or not _store[0].check(["message"])
-
-
-def _reason_of_loss() -> str:
+def _loss() -> LostProcess:
     deadline = time.monotonic() + 2
     while _store and time.monotonic() < deadline:
         with contextlib.suppress(Exception):
             if _store[0].check(["message"]):
-                return f"another process failed; {_store[0].get('message').decode()}"
+                return LostProcess(f"another process failed; {_store[0].get('message').decode()}", told=True)
         time.sleep(0.1)
-    return f"rank {rank()} lost another process, which left no message: it was killed, or its machine is gone"
+    lost = "lost another process, which left no message: it was killed, or its machine is gone"
+    return LostProcess(f"rank {rank()} {lost}", told=False)
 
 
 def _is_lost_connection(error: BaseException) -> bool:

@@ -1,5 +1,6 @@
 """`python refine.py --gan=… --teacher=…`: refine a generator with a diffusion model."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -163,10 +164,21 @@ def refine(resume, dry_run, **given):
     python refine.py --gan=digits-gan --teacher=digits-teacher --preset=demo
     python refine.py --resume=latest
     """
-    if resume:
-        run(None, *_find_states(resume, given), dry_run)
-    else:
-        run(make_config(given), dry_run=dry_run)
+    with _one_voice():
+        config = None if resume else make_config(given)
+        states, changes = _find_states(resume, given) if resume else ([], {})
+    run(config, states, changes, dry_run)
+
+
+@contextlib.contextmanager
+def _one_voice():
+    """Of several processes that were given the same wrong options, the first one complains."""
+    try:
+        yield
+    except (ValueError, OSError):
+        if os.environ.get("RANK", "0") != "0":
+            raise click.exceptions.Exit(2) from None
+        raise
 
 
 def make_config(given: dict[str, Any]) -> RefineConfig:
@@ -244,34 +256,44 @@ def run(
         click.exceptions.Exit: The run was stopped before its end, its state is saved; or another process failed.
     """
     if config is not None:
-        with option("--outdir"):
+        with _one_voice(), option("--outdir"):
             check_outdir(config.outdir)
-    import torch  # from here on: the options are valid
-
-    from refine.training_state import load_newest
+    from refine.training_state import load_newest  # torch, from here on: the options are valid
     from torch_utils import distributed
 
     state, state_path, notes = None, None, []
     if state_paths:
-        with option("--resume"):
+        with _one_voice(), option("--resume"):
             state_path, state, notes = load_newest(state_paths)
             config = RefineConfig.from_dict({**json.loads(state["config"]), "time_limit": None, **(changes or {})})
-    with option("--batch"):
+    with _one_voice(), option("--batch"):
         if config.batch % distributed.world_size():
             raise ValueError(f"{config.batch} images for {distributed.world_size()} processes; expected a multiple")
-    with option("--device"):
-        device = torch.device(distributed.local_device(choose_device(config.device)))
-    choose_ops(config.ops, device.type)
+    with _one_voice(), option("--device"):
+        device_name = choose_device(config.device)
+    with _one_voice():
+        choose_ops(config.ops, torch.device(device_name).type)
     resumed = None if state is None else (state_path, state, notes)
-    with distributed.session(device):
-        return _run(config, resumed, device, dry_run)
+    try:
+        with distributed.session(cuda=device_name.startswith("cuda")):
+            return _run(config, resumed, device_name, dry_run)
+    except distributed.LostProcess as error:
+        if error.told and not distributed.is_main():
+            raise click.exceptions.Exit(1) from None
+        raise
 
 
-def _run(config: RefineConfig, resumed: tuple | None, device, dry_run: bool) -> Path | None:
+def _run(config: RefineConfig, resumed: tuple | None, device_name: str, dry_run: bool) -> Path | None:
     """The part of `run` that all processes do together."""
+    import torch
+
     from refine.run_dir import next_run_dir
     from torch_utils import distributed
 
+    with option("--device"):
+        device = torch.device(distributed.local_device(device_name))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if distributed.is_main():  # which may download files; the others find them afterwards
         inputs = _load_inputs(config)
     distributed.wait_for_main()

@@ -1,0 +1,170 @@
+"""Several processes train as one, and end as one."""
+
+import os
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from refine.checkpoints.native import save_networks
+from refine.trainer import Trainer
+from tests.launch import free_port, launch, launch_ranks, wait
+from tests.test_trainer import make_student, make_teacher
+from torch_utils import distributed
+
+STEPS = ("--kimg=0.032", "--batch=4", "--tick=0.016", "--snap=1", "--lr=0.001", "--aux-lr=0.001", "--desc=x")
+LAST = "00000-x/network-snapshot-000000.032.safetensors"
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pair")
+    student = make_student()
+    with torch.no_grad():
+        for name, p in student.named_parameters():
+            if name.endswith("noise_strength"):
+                p.fill_(0.5)
+    save_networks(folder / "gan.safetensors", {"G_ema": student}, provenance={})
+    save_networks(folder / "teacher.safetensors", {"ema": make_teacher()}, provenance={})
+    return (f"--gan={folder}/gan.safetensors", f"--teacher={folder}/teacher.safetensors")
+
+
+def texts(logs):
+    return "\n".join(f"{log.name}: {log.read_text()}" for log in logs if log.exists())
+
+
+def test_two_and_four_processes_equal_one(pair, tmp_path):
+    """With random noise inputs and dropout, too: image i meets the same numbers however the batch is cut.
+
+    What is left is the order of additions; Adam's division by the root of a squared gradient near zero may enlarge it.
+    """
+    options = (*pair, *STEPS, "--dropout=true", "--aux-warmup-kimg=0.008")
+    assert wait([launch([*options, f"--outdir={tmp_path}/1"], tmp_path / "log1.txt")]) == [0], texts(
+        tmp_path.glob("log1*")
+    )
+    one = load_file(tmp_path / "1" / LAST)
+    for count in (2, 4):
+        (tmp_path / f"ranks{count}").mkdir()
+        outdir = f"--outdir={tmp_path}/{count}"
+        processes, logs = launch_ranks([*options, outdir], tmp_path / f"ranks{count}", count)
+        assert wait(processes) == [0] * count, texts(logs)
+        several = load_file(tmp_path / str(count) / LAST)
+        moved = 0
+        for name, value in one.items():
+            error, scale = (value - several[name]).abs().max().item(), value.abs().max().item()
+            assert error <= 2e-5 * max(scale, 1e-2), (count, name, error, scale)
+            moved += not torch.equal(value, several[name])
+        assert logs[1].read_text() == "" and f"processes   {count}" in logs[0].read_text()
+        assert len(list((tmp_path / str(count)).iterdir())) == 1  # one run folder for all
+    assert not torch.equal(one["G.synthesis.b8.conv1.weight"], make_student().synthesis.b8.conv1.weight)
+
+
+def raise_in_rank_1():
+    if os.environ["RANK"] == "1":
+        step = Trainer.step
+
+        def broken(self):
+            if self.nimg == 8:
+                raise ValueError("the parrot is dead")
+            step(self)
+
+        Trainer.step = broken
+
+
+def die_in_rank_1():
+    if os.environ["RANK"] == "1":
+        step = Trainer.step
+
+        def killed(self):
+            if self.nimg == 8:
+                os.kill(os.getpid(), 9)
+            step(self)
+
+        Trainer.step = killed
+
+
+def die_in_rank_0_while_saving():
+    if os.environ["RANK"] == "0":
+        from refine import snapshots
+
+        snapshots.save_networks = lambda *_, **__: os.kill(os.getpid(), 9)
+
+
+def be_late():
+    if os.environ["RANK"] == "1":
+        time.sleep(4)
+
+
+def be_impatient():
+    from datetime import timedelta
+
+    distributed.TIMEOUT = timedelta(seconds=3)
+
+
+def test_a_rank_that_raises_ends_all_with_its_message(pair, tmp_path):
+    processes, logs = launch_ranks([*pair, *STEPS, f"--outdir={tmp_path}"], tmp_path, 2, raise_in_rank_1)
+    start = time.monotonic()
+    codes = wait(processes)
+    assert None not in codes and 0 not in codes and time.monotonic() - start < 60, texts(logs)
+    assert logs[1].read_text() == "Error: the parrot is dead\n"
+    last = logs[0].read_text().splitlines()[-1]
+    assert last.startswith("Error: another process failed; rank 1 on ") and "the parrot is dead" in last
+
+
+@pytest.mark.parametrize("prepare", [die_in_rank_1, die_in_rank_0_while_saving])
+def test_a_killed_rank_ends_all(pair, tmp_path, prepare):
+    processes, logs = launch_ranks([*pair, *STEPS, f"--outdir={tmp_path}"], tmp_path, 2, prepare)
+    codes = wait(processes)
+    assert sorted(codes) == [-9, 2], texts(logs)
+    survivor = logs[codes.index(2)].read_text().splitlines()[-1]
+    assert survivor.startswith(f"Error: rank {codes.index(2)} lost another process"), survivor
+
+
+def test_a_rank_may_come_late(pair, tmp_path):
+    processes, logs = launch_ranks([*pair, *STEPS, f"--outdir={tmp_path}"], tmp_path, 2, be_late)
+    assert wait(processes) == [0, 0], texts(logs)
+
+
+def test_a_rank_that_never_comes_is_named(pair, tmp_path):
+    port = free_port()
+    args = [*pair, *STEPS, f"--outdir={tmp_path}/out"]
+    processes, logs = launch_ranks(args, tmp_path, 3, be_impatient, ranks=[0, 2], port=port)
+    codes = wait(processes, 30)
+    assert codes == [2, 2], texts(logs)
+    assert "rank 1 of 3 did not come within 3 s" in logs[0].read_text() and not (tmp_path / "out").exists()
+
+
+def test_batches_must_divide_and_one_voice_says_so(pair, tmp_path):
+    processes, logs = launch_ranks([*pair, *STEPS, f"--outdir={tmp_path}/out"], tmp_path, 3)
+    assert wait(processes) == [2, 2, 2]
+    expected = "Error: --batch: 4 images for 3 processes; expected a multiple\n"
+    assert [log.read_text() for log in logs] == [expected, "", ""]
+
+
+def test_a_file_that_cannot_be_read_is_told_once(pair, tmp_path):
+    args = [f"--gan={tmp_path}/nowhere.pkl", pair[1], *STEPS, f"--outdir={tmp_path}/out"]
+    processes, logs = launch_ranks(args, tmp_path, 2)
+    codes = wait(processes)
+    assert None not in codes and 0 not in codes
+    assert texts(logs).count("Error") == 1 and "nowhere.pkl" in logs[0].read_text()
+
+
+def test_one_process_needs_no_launcher():
+    assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+    x = torch.ones(3)
+    assert distributed.sum_tensor(x) is x and distributed.largest(3) == 3
+    distributed.wait_for_main()
+    assert distributed.local_device("cuda") == "cuda"
+
+
+def test_gpus_are_given_out_by_local_rank(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert distributed.local_device("cuda") == "cuda:1" and distributed.local_device("cpu") == "cpu"
+    with pytest.raises(ValueError, match="expected cuda"):
+        distributed.local_device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="process 1 of this machine finds 1 GPUs"):
+        distributed.local_device("cuda")
