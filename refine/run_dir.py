@@ -141,9 +141,11 @@ class RunDir:
             file.write(line + "\n")
 
     def trim_after(self, kimg: float) -> None:
-        """Drop lines of .jsonl files past `kimg`: a resumed run writes them again."""
+        """Drop lines of .jsonl files past `kimg`, which a resumed run writes again, and what a kill left half-written."""
         if not self.writes:
             return
+        for leftover in self.path.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
         for path in [self.path / "stats.jsonl", *self.path.glob("metric-*.jsonl")]:
             if path.is_file():
                 lines = path.read_text().splitlines()

@@ -76,7 +76,8 @@ def load_training_state(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; expected a training-state-*.pt") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} cannot be read as a training state: {str(error).splitlines()[0][:100]}") from None
+        reason = " ".join(str(error).split())[:100] or "the file ends early"
+        raise ValueError(f"{path} cannot be read as a training state: {reason}") from None
     if not complete:
         raise ValueError(f"{path} holds something else; expected a training state of this toolkit")
     return state
