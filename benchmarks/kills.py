@@ -82,10 +82,10 @@ def compare(folder: Path, places: list[str], whole_seconds: float, killed_second
     last = [sorted((folder / name).glob("*/network-snapshot-0*.safetensors"))[-1] for name in ("whole", "killed")]
     sums = [hashlib.sha256(path.read_bytes()).hexdigest() for path in last]
     equal = sums[0] == sums[1] and last[0].name == last[1].name
-    saving = places.count("while saving")
     click.echo(
-        f"kills: {len(places)} of which {saving} while saving; {last[0].name} whole {sums[0][:16]} killed {sums[1][:16]} "
-        f"equal={'yes' if equal else 'no'}; {whole_seconds:.0f} s and {killed_seconds:.0f} s on {os.cpu_count()} cores"
+        f"kills: {len(places)} of which {places.count('while saving')} while saving; {last[0].name} "
+        f"whole {sums[0][:16]} killed {sums[1][:16]} equal={'yes' if equal else 'no'}; "
+        f"{whole_seconds:.0f} s and {killed_seconds:.0f} s on {os.cpu_count()} cores"
     )
     sys.exit(0 if equal else 1)
 

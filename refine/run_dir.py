@@ -141,7 +141,7 @@ class RunDir:
             file.write(line + "\n")
 
     def trim_after(self, kimg: float) -> None:
-        """Drop lines of .jsonl files past `kimg`, which a resumed run writes again, and what a kill left half-written."""
+        """Drop lines of .jsonl files past `kimg`, which a resumed run writes again, and what a kill left half-done."""
         if not self.writes:
             return
         for leftover in self.path.glob(".*.tmp"):

@@ -8,6 +8,8 @@ numpy's nor Python's random numbers are used while training.
 
 import contextlib
 import pickle
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +73,17 @@ def load_training_state(path: Path) -> dict[str, Any]:
         ValueError: The file is no training state of this toolkit.
     """
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} does not have its checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
         complete = {"config", "networks", "nimg", "rng", "skips"} <= set(state)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; expected a training-state-*.pt") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, TypeError, ValueError, KeyError) as error:
+    except (
+        *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error),
+        *(RuntimeError, EOFError, OSError, TypeError, ValueError, KeyError),
+    ) as error:
         reason = " ".join(str(error).split())[:100] or "the file ends early"
         raise ValueError(f"{path} cannot be read as a training state: {reason}") from None
     if not complete:

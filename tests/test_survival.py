@@ -1,6 +1,7 @@
 """Runs that are killed, stopped, starved of disk or robbed of their folder, and go on."""
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import resource
 import shutil
 import signal
 import time
+import zipfile
 
 import pytest
 import torch
@@ -151,9 +153,12 @@ def test_states_are_kept_and_the_newest_whole_one_is_taken(tmp_path):
 
 
 def flip_a_byte(data):
-    """In the middle of the largest tensor."""
+    """In the middle of the file's largest tensor."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+        position = data.index(archive.read(largest)) + largest.file_size // 2
     changed = bytearray(data)
-    changed[len(data) // 3] ^= 0xFF
+    changed[position] ^= 0xFF
     return bytes(changed)
 
 
