@@ -296,6 +296,8 @@ class MappingNetwork(nn.Module):
 class SynthesisBlock(nn.Module):
     """All layers of one resolution: activations (N, I, r/2, r/2) and an image → (N, O, r, r) and an image."""
 
+    compute_dtype = torch.float32  # of the convolutions where use_fp16 does not ask for float16
+
     def __init__(
         self,
         in_channels: int,
@@ -333,7 +335,7 @@ class SynthesisBlock(nn.Module):
     def forward(self, x, img, ws, force_fp32=False, fused_modconv=False, noise_mode="random"):
         w_iter = iter(ws.unbind(dim=1))
         layer = {"noise_mode": noise_mode, "fused_modconv": fused_modconv}
-        dtype = torch.float16 if self.use_fp16 and not force_fp32 else torch.float32
+        dtype = torch.float16 if self.use_fp16 and not force_fp32 else self.compute_dtype
         if self.in_channels == 0:
             x = self.const.to(dtype).unsqueeze(0).repeat(ws.shape[0], 1, 1, 1)
             x = self.conv1(x.to(memory_format=self._format(x)), next(w_iter), **layer)
@@ -355,9 +357,9 @@ class SynthesisBlock(nn.Module):
 
     def _format(self, x):
         # A channels_last network (`.to(memory_format=…)` on its convolution weights) keeps its activations so, too.
-        if self.conv1.weight.is_contiguous() and x.dtype != torch.float16:
-            return torch.contiguous_format
-        return torch.channels_last if x.dtype != torch.float16 else self.memory_format
+        if not self.conv1.weight.is_contiguous():
+            return torch.channels_last
+        return self.memory_format if x.dtype == torch.float16 else torch.contiguous_format
 
 
 class SynthesisNetwork(nn.Module):

@@ -1,0 +1,96 @@
+"""How an iteration computes: number formats, loss scaling for float16, torch.compile. Parameters stay float32."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+COMPUTE_DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,  # float32 storage; on Ampere and later, products of 10-bit mantissas
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+def set_precision(precision: str, networks: Iterable[nn.Module], device: torch.device) -> str | None:
+    """Let networks compute in a format; what their files ask for (NVIDIA's `use_fp16`) gives way to it.
+
+    Weights, noise levels, styles, images and D_x stay float32; what changes is the activations, and with them the
+    convolutions and normalisations between. fp32 and tf32 set torch's global switches for products on CUDA.
+
+    Args:
+        precision: A key of `COMPUTE_DTYPES`.
+        networks: Those of `refine.networks`; others stay as they are.
+        device: Where they run.
+
+    Returns:
+        What a user should know about this format on this device, or None.
+    """
+    dtype, tf32 = COMPUTE_DTYPES[precision], precision != "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    for module in (module for network in networks for module in network.modules()):
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype, module.use_fp16 = dtype, False
+    if device.type == "cuda":
+        if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16: this GPU has no bfloat16 units and emulates them, which may be slower than fp32"
+    elif precision == "tf32":
+        return "tf32: a format of CUDA devices; here the same as fp32"
+    elif precision == "fp16" or (precision == "bf16" and not _cpu_has_bf16()):
+        return f"{precision}: this processor has no {dtype} units and emulates them, which is slower than fp32"
+    return None
+
+
+def _cpu_has_bf16() -> bool:
+    return torch.backends.cpu.get_cpu_capability() != "DEFAULT" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+class LossScale:
+    """Gradients of float16 networks, kept in float16's range: scaled up before backward, down afterwards.
+
+    Halved after a step with NaN or infinite gradients, doubled after `interval` steps without. It lives on the device:
+    no step waits for it. Formats other than fp16 keep it at 1.
+    """
+
+    def __init__(self, precision: str, device: torch.device, interval: int = 1000):
+        self.enabled, self.interval = precision == "fp16", interval
+        # Scale, and steps since it last changed.
+        self.state = torch.tensor([2.0**12 if self.enabled else 1.0, 0.0], device=device)
+
+    def scale(self, gradient: torch.Tensor) -> torch.Tensor:
+        """A loss, or a gradient that backward begins with, times the scale."""
+        return gradient * self.state[0] if self.enabled else gradient
+
+    @torch.no_grad()
+    def unscale(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Divide the gradients of parameters by the scale, in place."""
+        grads = [p.grad for p in parameters if p.grad is not None]
+        if self.enabled and grads:
+            torch._foreach_div_(grads, self.state[0])
+
+    def update(self, norm: torch.Tensor) -> None:
+        """After a step whose gradients had this norm."""
+        if not self.enabled:
+            return
+        scale, steps = self.state
+        finite = norm.isfinite()
+        grown = torch.where(steps + 1 >= self.interval, scale * 2, scale)
+        scale = torch.where(finite, grown, scale / 2).clamp(1.0, 2.0**24)
+        self.state.copy_(torch.stack([scale, torch.where(finite, (steps + 1) % self.interval, 0.0)]))
+
+
+def compile_networks(networks: Iterable[nn.Module], device: torch.device, backend: str = "inductor") -> str | None:
+    """Have torch.compile translate networks at their first call; names and types of the modules stay.
+
+    Returns:
+        None, or one line on why torch.compile does not work here, with the networks left as they were.
+    """
+    try:  # the compiler is only looked for when something is compiled: better now than in the middle of a step
+        torch.compile(lambda x: x.sin() + 1, backend=backend)(torch.zeros(8, device=device))
+    except Exception as error:  # noqa: BLE001  every backend raises its own kind
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        return f"--compile: torch.compile does not work here, the run goes on without it: {reason[:150]}"
+    for network in networks:
+        network.compile(backend=backend)
+    return None
