@@ -9,12 +9,13 @@ SCHEDULES = ("constant", "cosine", "linear")
 TRAINABLE = ("all", "synthesis", "mapping")
 NOISE_MODES = ("random", "const", "none")
 OPS_MODES = ("auto", "native", "ref")  # those of torch_utils.custom_ops, without importing it
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 
 # What --resume may be given: the length and the course of the run, where and how it runs, and the two rates, which are
 # what one changes after a run went astray. The rest decides what is being trained and stays as it was.
 CHANGEABLE = frozenset({
-    *("kimg", "lr", "aux_lr", "batch_gpu", "device", "tick", "snap", "metrics", "ref"),
+    *("kimg", "lr", "aux_lr", "batch_gpu", "device", "compile", "tick", "snap", "metrics", "ref"),
     *("keep", "state_minutes", "time_limit", "patience", "max_skips"),
 })  # fmt: skip
 # What does not show in a snapshot: two runs that differ in these write equal files.
@@ -72,6 +73,10 @@ class RefineConfig:
     train: str = "all"  # which part of the student moves
     dropout: bool = False  # aux trains with the dropout that its file asks for
 
+    precision: str = "fp32"  # of activations and products; weights stay float32
+    compile: bool = False  # torch.compile the three networks
+    reuse_batch: bool = False  # the student step takes the images that aux has just learned from
+
     seed: int = 0
     tick: float = 4.0  # kimg between progress lines
     snap: int = 10  # ticks between snapshots. 0 = at the end only
@@ -96,6 +101,8 @@ class RefineConfig:
         for name in ("betas", "aux_betas"):
             ok = len(getattr(self, name)) == 2 and all(0 <= b < 1 for b in getattr(self, name))
             self._expect(ok, _flag(name), getattr(self, name), "two numbers in [0, 1)")
+        split = self.reuse_batch and self.batch_gpu is not None and self.batch_gpu < self.batch
+        self._expect(not split, "--batch-gpu", self.batch_gpu, "--batch beside --reuse-batch, which keeps it whole")
         self._expect(self.aux_steps >= 1, "--aux-steps", self.aux_steps, "at least 1")
         self._expect(self.ema_rampup is None or self.ema_rampup > 0, "--ema-rampup", self.ema_rampup, "a number > 0")
         self._expect(self.tick > 0 and math.isfinite(self.tick), "--tick", self.tick, "a number > 0")
@@ -107,7 +114,8 @@ class RefineConfig:
         self._expect(not self.patience or self.metrics, "--patience", self.patience, "0, or --metrics to go by")
         self._expect(self.max_skips >= 1, "--max-skips", self.max_skips, "at least 1")
         self._expect(0 <= self.seed < 2**31, "--seed", self.seed, "0 to 2147483647")
-        for name, words in (("lr_schedule", SCHEDULES), ("train", TRAINABLE), ("noise_mode", NOISE_MODES)):
+        choices = {"lr_schedule": SCHEDULES, "train": TRAINABLE, "noise_mode": NOISE_MODES, "precision": PRECISIONS}
+        for name, words in choices.items():
             self._expect(getattr(self, name) in words, _flag(name), getattr(self, name), f"one of {', '.join(words)}")
         self._expect(self.ops is None or self.ops in OPS_MODES, "--ops", self.ops, f"one of {', '.join(OPS_MODES)}")
         if self.metrics and self.ref is None:

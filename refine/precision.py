@@ -27,8 +27,9 @@ def set_precision(precision: str, networks: Iterable[nn.Module], device: torch.d
     Returns:
         What a user should know about this format on this device, or None.
     """
-    dtype, tf32 = COMPUTE_DTYPES[precision], precision != "fp32"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    dtype = COMPUTE_DTYPES[precision]
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
     for module in (module for network in networks for module in network.modules()):
         if hasattr(module, "compute_dtype"):
             module.compute_dtype, module.use_fp16 = dtype, False
@@ -43,7 +44,8 @@ def set_precision(precision: str, networks: Iterable[nn.Module], device: torch.d
 
 
 def _cpu_has_bf16() -> bool:
-    return torch.backends.cpu.get_cpu_capability() != "DEFAULT" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    probe = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # a build without oneDNN has no such op
+    return probe is not None and probe()
 
 
 class LossScale:
@@ -55,8 +57,8 @@ class LossScale:
 
     def __init__(self, precision: str, device: torch.device, interval: int = 1000):
         self.enabled, self.interval = precision == "fp16", interval
-        # Scale, and steps since it last changed.
-        self.state = torch.tensor([2.0**12 if self.enabled else 1.0, 0.0], device=device)
+        # Scale, and steps since it last changed. The auxiliary network of the shipped pair overflows from 256 on.
+        self.state = torch.tensor([64.0 if self.enabled else 1.0, 0.0], device=device)
 
     def scale(self, gradient: torch.Tensor) -> torch.Tensor:
         """A loss, or a gradient that backward begins with, times the scale."""

@@ -12,7 +12,7 @@ import pytest
 LAYERS = [
     ("dnnlib",),
     ("torch_utils",),
-    ("refine.noise", "refine.images", "refine.ema"),
+    ("refine.noise", "refine.images", "refine.ema", "refine.precision"),
     ("refine.diff_instruct",),
     ("refine.networks",),
     ("refine.checkpoints", "refine"),  # `refine` is the lazy front door to load_generator and load_teacher

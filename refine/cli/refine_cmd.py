@@ -16,6 +16,7 @@ from refine.config import (
     CHANGEABLE,
     NOISE_MODES,
     OPS_MODES,
+    PRECISIONS,
     PRESETS,
     SCHEDULES,
     TRAINABLE,
@@ -134,6 +135,14 @@ def _opt(flag: str, name: str, text: str, **kwargs: Any):
 @_opt("--noise-mode", "noise_mode", "Noise inputs of the student while training.", type=click.Choice(NOISE_MODES))
 @_opt("--train", "train", "Which part of the student moves.", type=click.Choice(TRAINABLE))
 @_opt("--dropout", "dropout", "Train the auxiliary network with the dropout of its file.", type=bool)
+@_opt("--precision", "precision", "Compute in this format; weights stay float32.", type=click.Choice(PRECISIONS))
+@click.option("--compile/--no-compile", "compile", default=None, help="Translate the networks with torch.compile.")
+@click.option(
+    "--reuse-batch/--no-reuse-batch",
+    "reuse_batch",
+    default=None,
+    help="The student step takes the images of the auxiliary step: one forward pass less, noisier together.",
+)
 @_opt("--seed", "seed", "Random seed.", type=int)
 @_opt("--tick", "tick", "Print progress every so many kimg.", type=float)
 @_opt("--snap", "snap", "Save a snapshot every so many ticks; 0 = at the end.", type=int)
@@ -260,7 +269,9 @@ def run(
             check_outdir(config.outdir)
     from refine.training_state import load_newest  # torch, from here on: the options are valid
     from torch_utils import distributed
+    from torch_utils.threads import set_threads
 
+    set_threads()
     state, state_path, notes = None, None, []
     if state_paths:
         with _one_voice(), option("--resume"):
@@ -272,7 +283,7 @@ def run(
     with _one_voice(), option("--device"):
         device_name = choose_device(config.device)
     with _one_voice():
-        choose_ops(config.ops, torch.device(device_name).type)
+        choose_ops(config.ops, device_name.partition(":")[0])
     resumed = None if state is None else (state_path, state, notes)
     try:
         with distributed.session(cuda=device_name.startswith("cuda")):
@@ -409,6 +420,8 @@ def _versions() -> dict[str, str]:
 
 
 def _train(training, run_dir, resumed: bool) -> None:
+    import torch
+
     from refine.stopping import StopRequests
     from torch_utils import distributed
 
@@ -418,6 +431,10 @@ def _train(training, run_dir, resumed: bool) -> None:
     run_dir.log(
         f"teacher     {trainer.config.teacher}, {sum(p.numel() for p in trainer.teacher.parameters()):,} parameters"
     )
+    threads = f" on {torch.get_num_threads()} threads" if trainer.device.type == "cpu" else ""
+    run_dir.log(f"computing   {trainer.config.precision}{threads}")
+    for remark in trainer.remarks:
+        run_dir.log(f"            {remark}")
     monitor = None
     if distributed.is_main():
         from refine.monitor import Monitor
