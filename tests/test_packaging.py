@@ -96,6 +96,12 @@ def test_packages_are_listed_and_exist(project, root):
         assert (root / package.replace(".", "/") / "__init__.py").is_file(), package
 
 
+def test_sources_of_the_compiled_ops_are_packaged(project, root):
+    patterns = project["tool"]["setuptools"]["package-data"]["torch_utils.ops"]
+    files = [path for path in (root / "torch_utils" / "ops").iterdir() if path.suffix in (".h", ".cpp", ".cu")]
+    assert len(files) >= 5 and all(any(path.match(pattern) for pattern in patterns) for path in files)
+
+
 def test_names_and_versions(project):
     about = project["project"]
     assert about["name"] == "gan-refine" and about["scripts"] == {"gan-refine": "refine.cli.main:main"}
