@@ -35,17 +35,18 @@ def cache_folders() -> list[Path]:
     home = "~/Library/Caches" if sys.platform == "darwin" else os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     with contextlib.suppress(RuntimeError):  # a user without a home folder
         folders.append(Path(home).expanduser() / "gan-refine" / "ops")
-    folders.append(_temporary_folder())
+    if hasattr(os, "getuid"):  # Windows cannot tell whose a folder is
+        folders.append(_temporary_folder())
     return list(dict.fromkeys(map(Path.absolute, folders)))
 
 
 def _temporary_folder() -> Path:
-    return Path(tempfile.gettempdir()) / f"gan-refine-ops-{os.getuid()}"
+    return Path(tempfile.gettempdir()).absolute() / f"gan-refine-ops-{getattr(os, 'getuid', str)()}"
 
 
 def _is_safe(base: Path) -> bool:
     """Whether code from this folder may be run: nobody else can have put it into the one below /tmp."""
-    if base != _temporary_folder().absolute() or not os.path.lexists(base):
+    if base != _temporary_folder() or not os.path.lexists(base):
         return True
     stat = base.lstat()
     return not base.is_symlink() and stat.st_uid == os.getuid() and not stat.st_mode & 0o022
@@ -119,7 +120,7 @@ def writable_folder(name: str = "") -> Path:
         try:
             if not _is_safe(base):
                 raise PermissionError(1, "belongs to somebody else")
-            base.mkdir(parents=True, exist_ok=True, mode=0o700 if base == _temporary_folder().absolute() else 0o777)
+            base.mkdir(parents=True, exist_ok=True, mode=0o700 if base == _temporary_folder() else 0o777)
             folder.mkdir(exist_ok=True)
             probe.touch()
             probe.unlink()
