@@ -551,25 +551,3 @@ def test_diagnoses_of_real_messages(tmp_path):
         log.write_text(f"$ g++ -c x.cpp\n[1/2] g++\nFAILED: x.o\n{text}\nninja: build stopped\n")
         line = op_builder.describe(log, 1)
         assert line.startswith(text) and says in line and line.endswith(f"log: {log}")
-
-
-# The real sources.
-
-
-@pytest.mark.parametrize("op", custom_ops.OPS)
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "newest"])
-def test_cuda_sources_compile(op, target, tmp_path):
-    nvcc = toolchain.find_nvcc(None)
-    if nvcc is None:
-        pytest.skip("no nvcc")
-    if not (custom_ops.SOURCES / f"{op}.cu").is_file():
-        pytest.skip("no CUDA source")
-    toolkit = toolchain.CudaToolkit.probe(nvcc)
-    code = toolkit.targets[-1] if target == "newest" else target
-    options = [f"-arch={code.replace('sm', 'compute')}", "-ptx", "-G"]  # -G: without optimisation, a fifth of the time
-    command = [*nvcc.command, *op_builder.NVCC_FLAGS, *options, f"{op}.cu"]
-    result = subprocess.run(
-        [*command, "-o", str(tmp_path / "out.ptx")], cwd=custom_ops.SOURCES, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    assert f"target {code}" in (tmp_path / "out.ptx").read_text()
