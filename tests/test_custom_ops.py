@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from torch_utils import custom_ops, op_builder, op_cache, toolchain
+from torch_utils import op_builder, op_cache, toolchain
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
