@@ -15,7 +15,7 @@ PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 # What --resume may be given: the length and the course of the run, where and how it runs, and the two rates, which are
 # what one changes after a run went astray. The rest decides what is being trained and stays as it was.
 CHANGEABLE = frozenset({
-    *("kimg", "lr", "aux_lr", "batch_gpu", "device", "compile", "tick", "snap", "metrics", "ref"),
+    *("kimg", "lr", "aux_lr", "batch_gpu", "device", "ops", "compile", "tick", "snap", "metrics", "ref"),
     *("keep", "state_minutes", "time_limit", "patience", "max_skips"),
 })  # fmt: skip
 # What does not show in a snapshot: two runs that differ in these write equal files.
