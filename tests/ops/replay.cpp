@@ -123,21 +123,6 @@ static void replay_points(const BiasActCall& call) {
 }
 
 template <class Number>
-static void replay_points(const BiasActCall& call) {
-    switch (call.act) {
-        case kLinear: return replay_points<kLinear, Number>(call);
-        case kRelu: return replay_points<kRelu, Number>(call);
-        case kLrelu: return replay_points<kLrelu, Number>(call);
-        case kTanh: return replay_points<kTanh, Number>(call);
-        case kSigmoid: return replay_points<kSigmoid, Number>(call);
-        case kElu: return replay_points<kElu, Number>(call);
-        case kSelu: return replay_points<kSelu, Number>(call);
-        case kSoftplus: return replay_points<kSoftplus, Number>(call);
-        case kSwish: return replay_points<kSwish, Number>(call);
-    }
-}
-
-template <class Number>
 static void try_bias_act(int64_t dtype) {
     using Acc = typename AccOf<Number>::type;
     BiasActCall call = {};
@@ -159,7 +144,7 @@ static void try_bias_act(int64_t dtype) {
     const int64_t down = rows ? call.outer : ceil_div(call.outer, 128), across = rows ? ceil_div(call.inner, 4096) : call.inner;
     std::vector<Acc> partial(with_db ? down * call.channels * across : 0);
     call.out = address(replayed), call.db = 0, call.partial = with_db ? address(partial) : 0;
-    replay_points<Number>(call);
+    call.act == kLrelu ? replay_points<kLrelu, Number>(call) : replay_points<kAnyActivation, Number>(call);
     compare("bias_act", cpu, replayed);
     if (!with_db) return;
     std::vector<double> sums(call.channels);

@@ -48,18 +48,8 @@ int launch(const BiasActCall& call) {
 
 template <class Number>
 int run(const BiasActCall& call) {
-    switch (call.act) {
-        case kLinear: return launch<kLinear, Number>(call);
-        case kRelu: return launch<kRelu, Number>(call);
-        case kLrelu: return launch<kLrelu, Number>(call);
-        case kTanh: return launch<kTanh, Number>(call);
-        case kSigmoid: return launch<kSigmoid, Number>(call);
-        case kElu: return launch<kElu, Number>(call);
-        case kSelu: return launch<kSelu, Number>(call);
-        case kSoftplus: return launch<kSoftplus, Number>(call);
-        case kSwish: return launch<kSwish, Number>(call);
-    }
-    return kBadActivation;
+    if (call.act < 0 || call.act >= kActivations) return kBadActivation;
+    return call.act == kLrelu ? launch<kLrelu, Number>(call) : launch<kAnyActivation, Number>(call);
 }
 
 }  // namespace

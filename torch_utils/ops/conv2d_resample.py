@@ -1,6 +1,5 @@
 """2-D convolution with FIR-filtered up- or downsampling around it."""
 
-import functools
 import platform
 from collections.abc import Callable
 
@@ -15,6 +14,8 @@ from torch_utils.ops.upfirdn2d import (
     up_padding,
     upfirdn2d,
 )
+
+_CPU_COMPUTES_IN_HALF = platform.machine() not in ("x86_64", "AMD64") or "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
 def conv2d_resample(
@@ -97,13 +98,7 @@ def _convolve(function: Callable, x: torch.Tensor, w: torch.Tensor, **options) -
     if x.device.type != "cpu" or x.dtype == torch.float64:
         return function(x, w, **options)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    if dtype == torch.float32 or _computes_in_half():
+    if dtype == torch.float32 or _CPU_COMPUTES_IN_HALF:
         return function(x, w, **options)
     with torch.autocast("cpu", enabled=False):
         return function(x.float(), w.float(), **options).to(dtype)
-
-
-@torch.compiler.assume_constant_result
-@functools.cache
-def _computes_in_half() -> bool:
-    return platform.machine() not in ("x86_64", "AMD64") or "AVX512" in torch.backends.cpu.get_cpu_capability()

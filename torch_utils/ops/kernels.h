@@ -93,6 +93,7 @@ struct AccOf<double> {
 // bias_act: y = clamp(act(x + b) · gain, −clamp, +clamp) and its derivatives.
 
 enum Activation : int64_t { kLinear, kRelu, kLrelu, kTanh, kSigmoid, kElu, kSelu, kSoftplus, kSwish, kActivations };
+constexpr int kAnyActivation = -1;  // CUDA: the call says which, the same for all threads
 
 // One call, as the Python side packs it: eight bytes a field. The tensors are seen as (outer, channels, inner); without
 // a bias channels is 1. order 0: y from x. 1: dx = dy · dy/dx, and db unless null. 2: g · dy · d²y/dx².
@@ -208,6 +209,7 @@ struct Points {
     Acc* partial;
     int64_t outer, channels, inner, numbers;
     Epilogue<Acc> epilogue;
+    int64_t act;
     bool clamped, aligned;
 
     explicit Points(const BiasActCall& call)
@@ -222,6 +224,7 @@ struct Points {
           inner(call.inner),
           numbers(call.outer * call.channels * call.inner),
           epilogue{Acc(call.alpha), Acc(call.gain), Acc(call.clamp)},
+          act(call.act),
           clamped(call.clamp >= 0),
           aligned((call.x | call.dy | call.g | call.out) % 16 == 0) {}
 
@@ -247,13 +250,30 @@ struct Points {
     }
 };
 
+template <int A, int Order, class Acc>
+REFINE_FN Acc point_element(bool clamped, Acc z, Acc dy, Acc g, const Epilogue<Acc>& e) {
+    return clamped ? bias_act_element<A, Order, true>(z, dy, g, e) : bias_act_element<A, Order, false>(z, dy, g, e);
+}
+
 template <int A, int Order, class Number>
-REFINE_FN typename AccOf<Number>::type point_value(const Points<Number>& p, Number x, Number dy, Number g,
+REFINE_FN typename AccOf<Number>::type point_value(const Points<Number>& p, Number x, Number dy_number, Number g_number,
                                                    typename AccOf<Number>::type b) {
     using Acc = typename AccOf<Number>::type;
-    const Acc z = Acc(load(x)) + b, first = Order > 0 ? Acc(load(dy)) : Acc(0), second = Order > 1 ? Acc(load(g)) : Acc(0);
-    return p.clamped ? bias_act_element<A, Order, true>(z, first, second, p.epilogue)
-                     : bias_act_element<A, Order, false>(z, first, second, p.epilogue);
+    const Acc z = Acc(load(x)) + b, dy = Order > 0 ? Acc(load(dy_number)) : Acc(0);
+    const Acc g = Order > 1 ? Acc(load(g_number)) : Acc(0);
+    const auto& e = p.epilogue;
+    if (A != kAnyActivation) return point_element<A, Order>(p.clamped, z, dy, g, e);
+    switch (p.act) {
+        case kRelu: return point_element<kRelu, Order>(p.clamped, z, dy, g, e);
+        case kLrelu: return point_element<kLrelu, Order>(p.clamped, z, dy, g, e);
+        case kTanh: return point_element<kTanh, Order>(p.clamped, z, dy, g, e);
+        case kSigmoid: return point_element<kSigmoid, Order>(p.clamped, z, dy, g, e);
+        case kElu: return point_element<kElu, Order>(p.clamped, z, dy, g, e);
+        case kSelu: return point_element<kSelu, Order>(p.clamped, z, dy, g, e);
+        case kSoftplus: return point_element<kSoftplus, Order>(p.clamped, z, dy, g, e);
+        case kSwish: return point_element<kSwish, Order>(p.clamped, z, dy, g, e);
+    }
+    return point_element<kLinear, Order>(p.clamped, z, dy, g, e);
 }
 
 template <int A, int Order, class Number>
@@ -274,6 +294,9 @@ REFINE_FN void point_pack(const Points<Number>& p, int64_t index) {
     if (Order > 1) g = reinterpret_cast<const Pack*>(p.g)[index];
     const bool one_bias = p.inner % size == 0;
     const auto shared_bias = p.bias(first);
+#ifdef __CUDA_ARCH__
+#pragma unroll  // a pack stays in registers
+#endif
     for (int i = 0; i < size; ++i) {
         const auto b = one_bias ? shared_bias : p.bias(first + i);
         store(&out.values[i], point_value<A, Order>(p, x.values[i], dy.values[i], g.values[i], b));

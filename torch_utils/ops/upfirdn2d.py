@@ -198,7 +198,7 @@ def _filter(x: torch.Tensor, f: torch.Tensor | None, down: tuple[int, int], flip
     if f is None:
         x = x[:, :, :: stride[0], :: stride[1]]
         return x if gain == 1 else x * gain
-    f = f * gain ** (f.ndim / 2)
+    f = f.to(native.acc_dtype(x.dtype)) * gain ** (f.ndim / 2)
     f = (f if flip else f.flip(tuple(range(f.ndim)))).to(x)
     channels = x.shape[1]
     if f.ndim == 2:
@@ -213,7 +213,7 @@ def _filter(x: torch.Tensor, f: torch.Tensor | None, down: tuple[int, int], flip
 def _plain_torch(x, f, up, down, padding, flip_filter, gain):
     if f is None or x.numel() == 0:
         return _reference(x, f, up, down, padding, flip_filter, gain)
-    f = f * gain ** (f.ndim / 2)
+    f = f.to(native.acc_dtype(x.dtype)) * gain ** (f.ndim / 2)
     f = (f if flip_filter else f.flip(tuple(range(f.ndim)))).to(x)
     if f.ndim == 2:
         return _depthwise(x, f, up, down, padding)
