@@ -1,12 +1,14 @@
 """How much the compiled ops and the modulated convolution gain, as ratios measured side by side in one run.
 
-    python benchmarks/ops.py [--device=cpu] [--batch=8] [--threads=2] [--only=upfirdn2d,bias_act,generator] [--json=FILE]
+    python benchmarks/ops.py [--device=cpu] [--batch=8] [--threads=2] [--only=upfirdn2d] [--match=512x32] [--json=FILE]
 
 Every row times its variants in turns, several rounds, and keeps the fastest of each. "best torch" is the fastest of
-the plain-torch forms known here, each in the layout it is given and in channels_last weights. A row that misses its goal says so.
+the plain-torch forms known here. A row that misses its goal says so.
 On a GPU the ops are also compared with a device copy of the same bytes.
 """
 
+import copy
+import functools
 import json
 import platform
 import sys
@@ -16,11 +18,11 @@ from pathlib import Path
 
 import click
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from refine.networks.stylegan2 import Generator
+from torch_utils import custom_ops
 from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.upfirdn2d import setup_filter, upfirdn2d
 
@@ -75,25 +77,27 @@ def plain_torch_forms(f: torch.Tensor, up: int, down: int, padding: tuple, gain:
 
 
 def with_backward(function: Callable, x: torch.Tensor, *others: torch.Tensor) -> Callable[[], None]:
-    dy = torch.randn_like(function(x))
-    return lambda: torch.autograd.grad(function(x), [x, *others], dy)
+    dy = torch.randn_like(function(x, *others))
+    return lambda: torch.autograd.grad(function(x, *others), [x, *others], dy)
 
 
-def bench_upfirdn2d(batch: int, rounds: int, device: torch.device):
+def bench_upfirdn2d(batch: int, rounds: int, device: torch.device, match: str = ""):
     f = setup_filter([1, 3, 3, 1], device=device)
     for name, (up, down, padding, gain, shapes) in UPFIRDN2D.items():
         for channels, size in shapes:
+            if match not in f"{channels}x{size}":
+                continue
             for layout, memory_format in LAYOUTS.items():
                 x = torch.randn(batch, channels, size, size, device=device).to(memory_format=memory_format)
                 forms = plain_torch_forms(f, up, down, padding, gain)
-                for impl in ("ref", "native"):
-                    forms[impl] = lambda x, i=impl: upfirdn2d(x, f, up, down, padding, gain=gain, impl=i)
+                call = functools.partial(upfirdn2d, f=f, up=up, down=down, padding=padding, gain=gain)
+                forms |= {impl: functools.partial(call, impl=impl) for impl in ("ref", "native")}
                 for mode in ("forward", "forward+backward"):
                     if mode == "forward":
-                        x.requires_grad_(False)
-                        variants = {key: lambda form=form: form(x) for key, form in forms.items()}
+                        x = x.detach()
+                        variants = {key: functools.partial(form, x) for key, form in forms.items()}
                     else:
-                        x.requires_grad_()
+                        x = x.detach().requires_grad_()
                         variants = {key: with_backward(form, x) for key, form in forms.items()}
                     times = fastest(variants, rounds, device)
                     torch_forms = {key: value for key, value in times.items() if key not in ("ref", "native")}
@@ -120,18 +124,20 @@ def bandwidth(x, form, native_seconds: float, mode: str, device: torch.device) -
     return {"share_of_copy": copy / native_seconds}
 
 
-def bench_bias_act(batch: int, rounds: int, device: torch.device):
+def bench_bias_act(batch: int, rounds: int, device: torch.device, match: str = ""):
     for channels, size in BIAS_ACT:
+        if match not in f"{channels}x{size}":
+            continue
         for layout, memory_format in LAYOUTS.items():
             x = torch.randn(batch, channels, size, size, device=device).to(memory_format=memory_format)
             b = torch.randn(channels, device=device)
-            forms = {impl: lambda x, i=impl: bias_act(x, b, act="lrelu", impl=i) for impl in ("ref", "native")}
+            forms = {impl: lambda x, b=b, i=impl: bias_act(x, b, act="lrelu", impl=i) for impl in ("ref", "native")}
             for mode, goal in (("forward", 2.5), ("forward+backward", 1.8)):
                 if mode == "forward":
-                    x.requires_grad_(False), b.requires_grad_(False)
-                    variants = {key: lambda form=form: form(x) for key, form in forms.items()}
+                    x, b = x.detach(), b.detach()
+                    variants = {key: functools.partial(form, x) for key, form in forms.items()}
                 else:
-                    x.requires_grad_(), b.requires_grad_()
+                    x, b = x.detach().requires_grad_(), b.detach().requires_grad_()
                     variants = {key: with_backward(form, x, b) for key, form in forms.items()}
                 times = fastest(variants, rounds, device)
                 yield {
@@ -143,20 +149,89 @@ def bench_bias_act(batch: int, rounds: int, device: torch.device):
                 }
 
 
-@click.command()
+def bench_generator(batch: int, rounds: int, device: torch.device):
+    """Forward and backward of the 32×32 generator (channel_max 512) against its grouped form in plain float32 torch."""
+    G = Generator(512, 0, 512, 32, 3, {"num_layers": 2}, {"channel_max": 512}).to(device)
+    formats = {"contiguous": G, "channels_last": copy.deepcopy(G).to(memory_format=torch.channels_last)}
+    ws = torch.randn(batch, G.num_ws, 512, device=device)
+    dy = torch.randn(batch, 3, 32, 32, device=device)
+
+    def step(net, fused, ops, amp):
+        before = custom_ops.get_mode()
+        custom_ops.set_mode(ops)
+        try:
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                net.synthesis(ws, noise_mode="const", fused_modconv=fused).backward(dy)
+        finally:
+            custom_ops.set_mode(before)
+            net.zero_grad(set_to_none=True)
+
+    def variant(net="contiguous", fused=False, ops="native", amp=False):
+        return lambda: step(formats[net], fused, ops, amp)
+
+    variants = {
+        "grouped, plain torch": variant(fused=True, ops="ref"),
+        "matrix product, plain torch": variant(ops="ref"),
+        "grouped, compiled ops": variant(fused=True),
+        "float32": variant(),
+        "float32 channels_last": variant("channels_last"),
+        "bfloat16": variant(amp=True),
+        "bfloat16 channels_last": variant("channels_last", amp=True),
+    }
+    times = fastest(variants, rounds, device)
+    for name, best in times.items():
+        goal = {"float32": 1.7, "bfloat16": 2.5}.get(name)
+        against = "plain" if device.type == "cuda" and goal else "grouped"
+        base = times["matrix product, plain torch" if against == "plain" else "grouped, plain torch"]
+        yield {"row": f"generator {name}", "native_ms": best * 1e3, "vs_ref": base / best, "goal_ref": goal}
+
+
+def misses(row: dict) -> list[str]:
+    """What falls short of its goal, in words."""
+    goals = ((row["vs_ref"], row.get("goal_ref")), (row.get("vs_torch"), row.get("goal_torch")))
+    return [f"{value:.2f} < {goal}" for value, goal in goals if goal is not None and value < goal]
+
+
+def line(row: dict) -> str:
+    text = f"{row['row']:58} {row['native_ms']:9.2f} ms {row['vs_ref']:7.2f} ×"
+    if "vs_torch" in row:
+        text += f" {row['vs_torch']:7.2f} × {row['best_torch']}"
+    if "share_of_copy" in row:
+        text += f"  {row['share_of_copy']:.0%} of a copy's bandwidth"
+    return text + ("   MISSES " + ", ".join(misses(row)) if misses(row) else "")
+
+
+BENCHMARKS = {"upfirdn2d": bench_upfirdn2d, "bias_act": bench_bias_act, "generator": bench_generator}
+
+
+@click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--batch", default=8, show_default=True)
-@click.option("--threads", default=2, show_default=True, help="OpenMP threads on a CPU.")
-@click.option("--rounds", default=5, show_default=True)
-@click.option("--only", default="upfirdn2d,bias_act,generator", show_default=True)
-@click.option("--match", default="")
-@click.option("--json", "json_file", type=click.Path(dir_okay=False))
+@click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True, help="OpenMP threads on a CPU.")
+@click.option("--rounds", type=click.IntRange(min=1), default=4, show_default=True, help="Timed calls of each variant.")
+@click.option("--only", type=click.Choice(list(BENCHMARKS)), multiple=True, help="Repeatable; all without it.")
+@click.option("--match", default="", help="Only rows of upfirdn2d and bias_act whose size has this in it, e.g. 512x32.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Also write the rows to this file.")
 def main(device, batch, threads, rounds, only, match, json_file):
     torch.set_num_threads(threads)
     device = torch.device(device)
-    for part in only.split(","):
-        for row in globals()["bench_" + part](batch, rounds, device):
-            print(row["row"], f'{row["native_ms"]:.2f} ms ref {row["vs_ref"]:.2f}', f'torch {row.get("vs_torch", 0):.2f} {row.get("best_torch","")}', flush=True)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    print(
+        f"torch {torch.__version__}, {name}, {threads} threads, batch {batch}; × the reference, × the best plain torch"
+    )
+    rows = []
+    for part in only or BENCHMARKS:
+        options = {} if part == "generator" else {"match": match}
+        for row in BENCHMARKS[part](batch, rounds, device, **options):
+            rows.append(row)
+            print(line(row), flush=True)
+    missed = [row["row"] for row in rows if misses(row)]
+    print(f"{len(rows)} rows, {len(missed)} miss a goal" + "".join(f"\n  {' '.join(row.split())}" for row in missed))
+    if json_file:
+        Path(json_file).write_text(
+            json.dumps({"torch": torch.__version__, "device": name, "rows": rows}, indent=1) + "\n"
+        )
+
 
 if __name__ == "__main__":
     main()

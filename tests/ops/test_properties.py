@@ -52,7 +52,7 @@ PAIR = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
 
 def reference_in_float(function, x, *others):
-    """The reference on the same numbers; half precision computed in float32, so that it does not blur the comparison."""
+    """The reference on the same numbers; half precision is computed in float32, not to blur the comparison."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     x = x.detach().to(wide).contiguous().requires_grad_()
     return x, function(x, *(None if o is None else o.detach().to(wide) for o in others))
@@ -63,7 +63,11 @@ def reference_in_float(function, x, *others):
     seed=st.integers(0, 10**6),
     size=st.tuples(st.integers(0, 3), st.sampled_from([1, 2, 3, 5, 33]), st.integers(1, 14), st.integers(1, 40)),
     taps=st.one_of(
-        st.none(), st.integers(1, 9), st.tuples(st.integers(1, 6), st.integers(1, 6)), st.just("1331"), st.just("rank 1")
+        st.none(),
+        st.integers(1, 9),
+        st.tuples(st.integers(1, 6), st.integers(1, 6)),
+        st.just("1331"),
+        st.just("rank 1"),
     ),
     up=PAIR,
     down=PAIR,
@@ -75,7 +79,11 @@ def reference_in_float(function, x, *others):
 )
 def test_upfirdn2d(seed, size, taps, up, down, padding, flip, gain, layout, dtype):
     torch.manual_seed(seed)
-    f = None if taps is None else torch.randn([taps] if isinstance(taps, int) else (taps if isinstance(taps, tuple) else 4))
+    f = (
+        None
+        if taps is None
+        else torch.randn([taps] if isinstance(taps, int) else (taps if isinstance(taps, tuple) else 4))
+    )
     if taps == "1331":
         f = setup_filter([1, 3, 3, 1])
         up, down = (min(up[0], 2),) * 2, (min(down[0], 2),) * 2
@@ -196,7 +204,9 @@ def test_clamped_values_have_no_gradient_and_the_limit_itself_has():
 def test_only_the_bias_wants_a_gradient():
     x, b = torch.randn(4, 3, 5, 5), torch.randn(3, requires_grad=True)
     for layout in (torch.contiguous_format, torch.channels_last):
-        (db,) = torch.autograd.grad(bias_act(x.contiguous(memory_format=layout), b, act="lrelu", impl="native").sum(), b)
+        (db,) = torch.autograd.grad(
+            bias_act(x.contiguous(memory_format=layout), b, act="lrelu", impl="native").sum(), b
+        )
         (expected,) = torch.autograd.grad(bias_act(x, b, act="lrelu", impl="ref").sum(), b)
         torch.testing.assert_close(db, expected)
 

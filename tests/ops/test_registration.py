@@ -1,4 +1,4 @@
-"""The ops as torch sees them: schema, fake kernels, torch.compile, autocast, several processes, sources that compile."""
+"""The ops as torch sees them: schema, fake kernels, torch.compile, autocast, DistributedDataParallel; their sources."""
 
 import shutil
 import subprocess
@@ -146,7 +146,7 @@ def replay(tmp_path_factory):
     if compiler is None:
         pytest.skip("no C++ compiler")
     binary = tmp_path_factory.mktemp("replay") / "replay"
-    command = [compiler, "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fopenmp"]
+    command = [compiler, "-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fopenmp"]
     done = subprocess.run(
         [*command, "-I", str(SOURCES), "-o", str(binary), str(Path(__file__).with_name("replay.cpp"))],
         capture_output=True,
@@ -160,8 +160,8 @@ def replay(tmp_path_factory):
 
 
 def test_sanitizers_find_nothing(replay):
-    done = subprocess.run([replay, "20"], capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stdout) == (0, "160 calls agree\n"), done.stdout + done.stderr
+    done = subprocess.run([replay, "12"], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "96 calls agree\n"), done.stdout + done.stderr
 
 
 def cuda_targets() -> list[str]:
@@ -216,7 +216,11 @@ def test_cuda_agrees_with_the_reference(dtype, layout):
 
 @pytest.mark.gpu
 def test_cuda_graph_and_side_stream():
-    x, b, f = torch.randn(4, 8, 32, 32, device="cuda"), torch.randn(8, device="cuda"), setup_filter([1, 3, 3, 1], "cuda")
+    x, b, f = (
+        torch.randn(4, 8, 32, 32, device="cuda"),
+        torch.randn(8, device="cuda"),
+        setup_filter([1, 3, 3, 1], "cuda"),
+    )
 
     def both():
         return bias_act(upfirdn2d(x, f, up=2, padding=(2, 1), impl="native"), b, act="lrelu", impl="native")

@@ -1,8 +1,8 @@
 """Bias, activation, gain and clamp in one call (StyleGAN2's pointwise epilogue).
 
-The compiled kernels (kernels.h, bias_act.cpp, bias_act.cu) read and write memory once, forward and backward. They follow
-the mathematics as torch's own operations do, also in the corners where NVIDIA's CUDA op differs: a value exactly at
-±clamp passes its gradient, a clamped linear output does not, a NaN stays a NaN, softplus is never cut off.
+The compiled kernels (kernels.h, bias_act.cpp, bias_act.cu) read and write memory once, forward and backward. They
+follow the mathematics as torch's own operations do, also in the corners where NVIDIA's CUDA op differs: a value exactly
+at ±clamp passes its gradient, a clamped linear output does not, a NaN stays a NaN, softplus is never cut off.
 """
 
 import math
@@ -53,8 +53,8 @@ def bias_act(
 ) -> torch.Tensor:
     """clamp(act(x + b) · gain, −clamp, +clamp).
 
-    Differentiable to any order with impl='ref' and for linear, relu and lrelu; compiled kernels of the other activations
-    have first and second derivatives.
+    Differentiable to any order with impl='ref' and for linear, relu and lrelu; the compiled kernels of the other
+    activations have first and second derivatives.
 
     Args:
         x: Any shape, any floating dtype.

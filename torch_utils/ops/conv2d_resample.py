@@ -15,7 +15,9 @@ from torch_utils.ops.upfirdn2d import (
     upfirdn2d,
 )
 
-_CPU_COMPUTES_IN_HALF = platform.machine() not in ("x86_64", "AMD64") or "AVX512" in torch.backends.cpu.get_cpu_capability()
+_CPU_COMPUTES_IN_HALF = (
+    platform.machine() not in ("x86_64", "AMD64") or "AVX512" in torch.backends.cpu.get_cpu_capability()
+)
 
 
 def conv2d_resample(

@@ -4,8 +4,8 @@ Every channel is treated alike: (1) insert up−1 zeros after each sample, (2) p
 (3) filter without further padding, (4) keep every down-th sample, beginning with the first. Differentiable to any order
 in x; the filter is a constant.
 
-Three implementations give the same numbers: compiled kernels (kernels.h, upfirdn2d.cpp, upfirdn2d.cu), the fastest plain
-torch, and the reference, which follows the four steps to the letter.
+Three implementations give the same numbers: compiled kernels (kernels.h, upfirdn2d.cpp, upfirdn2d.cu), the fastest
+plain torch, and the reference, which follows the four steps to the letter.
 """
 
 import math
@@ -112,14 +112,18 @@ def filter2d(x, f, padding: Pair = 0, flip_filter: bool = False, gain: float = 1
     return upfirdn2d(x, f, padding=p, flip_filter=flip_filter, gain=gain, impl=impl)
 
 
-def upsample2d(x, f, up: Pair = 2, padding: Pair = 0, flip_filter: bool = False, gain: float = 1, impl=None) -> torch.Tensor:
+def upsample2d(
+    x, f, up: Pair = 2, padding: Pair = 0, flip_filter: bool = False, gain: float = 1, impl=None
+) -> torch.Tensor:
     """Enlarge by `up`; brightness is kept, `padding` adds to the centred one. Shapes as in `upfirdn2d`."""
     (upx, upy), (fw, fh) = parse_factor(up), filter_size(f)
     p = add_padding(padding, (*up_padding(fw, upx), *up_padding(fh, upy)))
     return upfirdn2d(x, f, up=up, padding=p, flip_filter=flip_filter, gain=gain * upx * upy, impl=impl)
 
 
-def downsample2d(x, f, down: Pair = 2, padding: Pair = 0, flip_filter: bool = False, gain: float = 1, impl=None) -> torch.Tensor:
+def downsample2d(
+    x, f, down: Pair = 2, padding: Pair = 0, flip_filter: bool = False, gain: float = 1, impl=None
+) -> torch.Tensor:
     """Shrink by `down`; `padding` adds to the centred one. Shapes as in `upfirdn2d`."""
     (downx, downy), (fw, fh) = parse_factor(down), filter_size(f)
     p = add_padding(padding, (*down_padding(fw, downx), *down_padding(fh, downy)))
@@ -302,5 +306,9 @@ def _adjoint(ctx, dy):
 
 native.LIBRARY.impl("upfirdn2d", _kernel, "CPU")
 native.LIBRARY.impl("upfirdn2d", _kernel, "CUDA")
-torch.library.register_fake("refine::upfirdn2d", lambda x, f, up, down, padding, flip_filter, gain: _empty_output(x, f, up, down, padding), lib=native.LIBRARY)
+torch.library.register_fake(
+    "refine::upfirdn2d",
+    lambda x, f, up, down, padding, flip_filter, gain: _empty_output(x, f, up, down, padding),
+    lib=native.LIBRARY,
+)
 torch.library.register_autograd("refine::upfirdn2d", _adjoint, setup_context=_save_geometry, lib=native.LIBRARY)
