@@ -1,6 +1,7 @@
 """Several processes train as one, and end as one."""
 
 import os
+import signal
 import time
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from refine.checkpoints.native import save_networks
+from refine.run_dir import training_states
 from refine.trainer import Trainer
 from tests.launch import free_port, launch, launch_ranks, wait
 from tests.test_trainer import make_student, make_teacher
@@ -118,6 +120,30 @@ def test_a_killed_rank_ends_all(pair, tmp_path, prepare):
     assert sorted(codes) == [-9, 2], texts(logs)
     survivor = logs[codes.index(2)].read_text().splitlines()[-1]
     assert survivor.startswith(f"Error: rank {codes.index(2)} lost another process"), survivor
+
+
+def interrupt_rank_1():
+    if os.environ["RANK"] == "1":
+        step = Trainer.step
+
+        def interrupted(self):
+            step(self)
+            if self.nimg == 16:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        Trainer.step = interrupted
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_iteration_and_fewer_may_go_on(pair, tmp_path):
+    args = [*pair, *STEPS, "--snap=0", f"--outdir={tmp_path}"]
+    processes, logs = launch_ranks(args, tmp_path, 2, interrupt_rank_1)
+    assert wait(processes) == [143, 143], texts(logs)
+    assert "stopped; saved at" in logs[0].read_text() and "Error" not in texts(logs)
+    (state,) = training_states(tmp_path / "00000-x")
+    assert state.name == "training-state-000000.016.pt"
+    log = tmp_path / "alone.txt"
+    assert wait([launch(["--resume=latest", f"--outdir={tmp_path}"], log)]) == [0], log.read_text()
+    assert (tmp_path / "00000-x" / "network-snapshot-000000.safetensors").exists()
 
 
 def test_a_rank_may_come_late(pair, tmp_path):

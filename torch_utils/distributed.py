@@ -85,6 +85,7 @@ def session(cuda: bool) -> Iterator[None]:
     _join(cuda)
     try:
         yield
+        _part()
     except BaseException as error:
         if _is_lost_connection(error):
             raise _loss() from error
@@ -113,9 +114,9 @@ def _join(cuda: bool) -> None:
     try:
         store.wait(names, TIMEOUT)
     except (dist.DistStoreError, RuntimeError):
-        missing = ", ".join(name.removeprefix("here/") for name in names if not store.check([name]))
+        missing = _missing(store, names)
         raise ConnectionError(
-            f"rank {missing} of {world_size()} did not come within {TIMEOUT.seconds} s; were all machines started?"
+            f"{missing} of {world_size()} did not come within {TIMEOUT.seconds} s; were all machines started?"
         ) from None
     backend = "nccl" if cuda else "gloo"
     options = {"rank": rank(), "world_size": world_size(), "timeout": TIMEOUT}
@@ -123,6 +124,20 @@ def _join(cuda: bool) -> None:
     _store.append(store)
     _groups["numbers"] = dist.new_group(backend="gloo", timeout=TIMEOUT)
     _groups["waiting"] = dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def _missing(store: dist.Store, names: list[str]) -> str:
+    try:
+        return "rank " + ", ".join(name.removeprefix("here/") for name in names if not store.check([name]))
+    except RuntimeError:  # rank 0, which held the list, has given up a moment ago
+        return "some process"
+
+
+def _part() -> None:
+    """Nobody hangs up before all have finished: the last exchange of a slow process needs the others' connections."""
+    with contextlib.suppress(Exception):  # the store went: its holder saw all of us here
+        _store[0].set(f"done/{rank()}", "")
+        _store[0].wait([f"done/{other}" for other in range(world_size())], TIMEOUT)
 
 
 def _leave() -> None:

@@ -173,6 +173,8 @@ def refine(resume, dry_run, **given):
     python refine.py --gan=digits-gan --teacher=digits-teacher --preset=demo
     python refine.py --resume=latest
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # before torch is imported: not its page about a closed connection
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with _one_voice():
         config = None if resume else make_config(given)
         states, changes = _find_states(resume, given) if resume else ([], {})
@@ -287,15 +289,20 @@ def run(
     resumed = None if state is None else (state_path, state, notes)
     try:
         with distributed.session(cuda=device_name.startswith("cuda")):
-            return _run(config, resumed, device_name, dry_run)
+            path, stopped = _run(config, resumed, device_name, dry_run)
     except distributed.LostProcess as error:
         if error.told and not distributed.is_main():
             raise click.exceptions.Exit(1) from None
         raise
+    if stopped is not None:  # 0: the time was up, which was asked for; else as a shell counts signals
+        raise click.exceptions.Exit(128 + stopped if stopped else 0)
+    return path
 
 
-def _run(config: RefineConfig, resumed: tuple | None, device_name: str, dry_run: bool) -> Path | None:
-    """The part of `run` that all processes do together."""
+def _run(
+    config: RefineConfig, resumed: tuple | None, device_name: str, dry_run: bool
+) -> tuple[Path | None, int | None]:
+    """The part of `run` that all processes do together; the run folder, and what `TrainingRun.run` returns."""
     import torch
 
     from refine.run_dir import next_run_dir
@@ -316,7 +323,7 @@ def _run(config: RefineConfig, resumed: tuple | None, device_name: str, dry_run:
         place = {"run_dir": str(next_run_dir(config.outdir, desc)), "device": str(device)}
         if distributed.is_main():
             click.echo(json.dumps({**config.as_dict(), **place}, indent=2))
-        return None
+        return None, None
     return _start(config, inputs, device, desc, resumed)
 
 
@@ -361,7 +368,7 @@ def _with_absolute_paths(config: RefineConfig) -> RefineConfig:
     return dataclasses.replace(config, **absolute)
 
 
-def _start(config, inputs, device, desc: str, resumed: tuple | None) -> Path:
+def _start(config, inputs, device, desc: str, resumed: tuple | None) -> tuple[Path, int | None]:
     """Make or reopen the run folder and train in it."""
     from refine.checkpoints.export import can_write_like
     from refine.run_dir import RunDir, create_run_dir
@@ -407,8 +414,7 @@ def _start(config, inputs, device, desc: str, resumed: tuple | None) -> Path:
         for name, before in json.loads(state["config"]).items():
             if name in CHANGEABLE - {"time_limit"} and (now := config.as_dict()[name]) != before:
                 run_dir.log(f"changed     --{name.replace('_', '-')} from {before} to {now}")
-    _train(training, run_dir, resumed=state is not None)
-    return run_dir.path
+    return run_dir.path, _train(training, run_dir, resumed=state is not None)
 
 
 def _versions() -> dict[str, str]:
@@ -419,7 +425,7 @@ def _versions() -> dict[str, str]:
     return {"gan-refine": package.__version__, "torch": torch.__version__, "python": sys.version.split()[0]}
 
 
-def _train(training, run_dir, resumed: bool) -> None:
+def _train(training, run_dir, resumed: bool) -> int | None:
     import torch
 
     from refine.stopping import StopRequests
@@ -446,8 +452,9 @@ def _train(training, run_dir, resumed: bool) -> None:
     finally:
         if monitor is not None:
             monitor.close()
-    if stopped is not None:  # 0: the time was up, which was asked for; else as a shell counts signals
-        raise click.exceptions.Exit(128 + stopped if stopped else 0)
+    if stopped is not None:
+        return stopped
     if (best := training.snapshots.best) is not None:
         run_dir.log(f"best        {best['snapshot']}: {best['metric']} {best['value']:.4g} at {best['kimg']:.1f} kimg")
     run_dir.log(f"done; watch it with  tensorboard --logdir={run_dir.path}")
+    return None
