@@ -63,6 +63,10 @@ class DigitsDetector(nn.Module):
         """Class probabilities, float32 [N, num_classes], of uint8 images [N, 1, 32, 32]."""
         return self.logits(self._from_uint8(images)).softmax(dim=1)
 
+    def classify_features(self, features: torch.Tensor) -> torch.Tensor:
+        """Class probabilities, float32 [N, num_classes], of features that `forward` gave."""
+        return self.classifier(torch.relu(features * self.feature_std + self.feature_mean)).softmax(dim=1)
+
     def observe(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`forward` and `classify` of the same images in one pass."""
         embedding = self.embed_images(self._from_uint8(images))

@@ -6,25 +6,69 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from scipy.special import stdtrit  # the quantiles of Student's t; scipy.stats would take a second to import
 
+REPLICATES = 1000
 
-def paired_difference(before: Sequence[float], after: Sequence[float], lower_is_better: bool) -> dict[str, Any]:
-    """Mean, standard deviation, values, 95 % interval (Student, paired) and verdict of after − before.
 
-    The verdict is 'not distinguishable' unless the interval leaves out 0.
+def paired_difference(
+    before: Sequence[float],
+    after: Sequence[float],
+    lower_is_better: bool,
+    contributions: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
+) -> dict[str, Any]:
+    """Mean, standard deviation, values, 95 % interval and verdict of after − before.
+
+    The interval is a paired bootstrap over the images where their contributions are known, otherwise Student's over
+    the seed ranges, which is far wider. The verdict is 'not distinguishable' unless the interval leaves out 0 and all
+    ranges agree about the sign.
+
+    Args:
+        before, after: One number for each seed range.
+        lower_is_better: Of the metric.
+        contributions: For each range, what each image contributes before and after: float64 [N] each, the same seeds
+            in the same order; see `refine.metrics.contributions`.
     """
     result = mean_and_std([b - a for a, b in zip(before, after, strict=True)])
-    count = len(result["values"])
-    half_width = float(stdtrit(count - 1, 0.975)) * result["std"] / math.sqrt(count)
-    low, high = result["mean"] - half_width, result["mean"] + half_width
+    if contributions is None:
+        count = len(result["values"])
+        half_width = float(stdtrit(count - 1, 0.975)) * result["std"] / math.sqrt(count)
+        low, high, method = result["mean"] - half_width, result["mean"] + half_width, "Student"
+    else:
+        low, high = (result["mean"] + bound for bound in bootstrap_interval(contributions))
+        method = "paired bootstrap"
+    agree = all(value < 0 for value in result["values"]) or all(value > 0 for value in result["values"])
     better, worse = (high < 0, low > 0) if lower_is_better else (low > 0, high < 0)
-    verdict = "better" if better else "worse" if worse else "not distinguishable"
-    return {**result, "interval": [low, high], "verdict": verdict}
+    verdict = "not distinguishable" if not agree else "better" if better else "worse" if worse else None
+    return {**result, "interval": [low, high], "method": method, "verdict": verdict or "not distinguishable"}
+
+
+def bootstrap_interval(
+    contributions: Sequence[tuple[torch.Tensor, torch.Tensor]], replicates: int = REPLICATES, seed: int = 0
+) -> tuple[float, float]:
+    """95 % interval of the error of the mean difference: images are drawn with replacement, both sides' together.
+
+    Args:
+        contributions: As for `paired_difference`.
+        replicates: Draws.
+        seed: Of the draws, so that the same images give the same interval.
+    """
+    rng = np.random.RandomState(seed)
+    total = np.zeros(replicates)
+    for before, after in contributions:
+        difference = (after - before).numpy()
+        difference = difference - difference.mean()
+        if difference.any():  # a network against itself draws nothing
+            for index in range(replicates):
+                total[index] += difference[rng.randint(len(difference), size=len(difference))].mean()
+    low, high = np.quantile(total / len(contributions), [0.025, 0.975])
+    return float(low), float(high)
 
 
 def mean_and_std(values: Sequence[float]) -> dict[str, Any]:
     """Mean, sample standard deviation (N − 1) and the values themselves."""
     mean = math.fsum(values) / len(values)
-    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    variance = math.fsum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
     return {"mean": mean, "std": math.sqrt(variance), "values": list(values)}

@@ -14,7 +14,13 @@ BLOCK_ELEMENTS = 1 << 20  # distances held at once: 8 MiB in float64
 
 
 def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3) -> tuple[float, float]:
-    """(precision, recall) of `fake` [M, D] against `real` [N, D].
+    """(precision, recall) of `fake` [M, D] against `real` [N, D]; see `coverage`."""
+    precise, recalled = coverage(real, fake, k)
+    return precise.double().mean().item(), recalled.double().mean().item()
+
+
+def coverage(real: torch.Tensor, fake: torch.Tensor, k: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which of `fake` [M, D] lie on the manifold of `real` [N, D], bool [M], and which of `real` on that of `fake`.
 
     A manifold is the union of balls around a set's features, each reaching to its k-th nearest neighbour in the set.
 
@@ -28,19 +34,22 @@ def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3) -> tupl
         )
     centre = real.to(torch.float64).mean(dim=0)  # near the origin |x|² + |y|² − 2x·y loses least
     real, fake = real.to(torch.float64) - centre, fake.to(torch.float64) - centre
-    return covered_fraction(fake, real, k), covered_fraction(real, fake, k)
+    return covered(fake, real, k), covered(real, fake, k)
 
 
-def covered_fraction(points: torch.Tensor, manifold: torch.Tensor, k: int) -> float:
-    """Part of `points` [M, D] that lie in at least one ball of the manifold of `manifold` [N, D]; both float64."""
+def covered(points: torch.Tensor, manifold: torch.Tensor, k: int) -> torch.Tensor:
+    """Which of `points` [M, D] lie in at least one ball of the manifold of `manifold` [N, D], bool [M].
+
+    Both are float64.
+    """
     norms = manifold.square().sum(dim=1)
     # The tolerance is rounding of |x|² + |y|² − 2x·y: a ball of radius 0 still covers the points that coincide in it.
     radii = kth_neighbour_distances(manifold, k) + 1e-12 * norms.max()
-    covered = [
+    inside = [
         torch.addmm(norms - radii, block, manifold.T, alpha=-2).amin(dim=1) <= -block.square().sum(dim=1)
         for block in points.split(_rows(manifold))
     ]
-    return torch.cat(covered).double().mean().item()
+    return torch.cat(inside)
 
 
 def kth_neighbour_distances(points: torch.Tensor, k: int) -> torch.Tensor:

@@ -1,27 +1,51 @@
-"""Reference statistics: what the generated images are compared with, read from .npz files.
+"""References: what generated images are compared with, in any form people have it.
 
-Told apart by their keys: `mu, sigma` (EDM, pytorch-fid, clean-fid, also inside ADM's reference batches) allow the
-Fréchet distance; our own richer form adds `num, features, detector, detector_sha256`, which allows the kernel distance,
-precision and recall, and refuses to be compared with features of other weights.
+Statistics, told apart by their keys: `mu, sigma` (EDM, pytorch-fid, clean-fid, torch-fidelity's caches, also inside
+ADM's reference batches), `raw_mean, raw_cov, num_items` or `all_features` (StyleGAN's caches), `feats` (clean-fid's for
+KID), and our own richer form with `num, features, detector, detector_sha256`. Images, which a detector has yet to look
+at: a folder, a zip with or without dataset.json, ADM's samples (`arr_0`), or another generator. What comes of images is
+cached by their content.
+
+With features the kernel distance, precision and recall can be computed; with a mean and a covariance the Fréchet
+distance only. Covariances are divided by N − 1, as EDM's are; StyleGAN divides by N, and its caches hold sums, so they
+are divided by N − 1 here as well (at N = 50,000 a difference of 2e-5 of the traces).
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import io
+import json
 import os
+import sys
 import zipfile
 import zlib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from dnnlib import replaced_atomically
-from refine.checkpoints import resolve
+from dnnlib import replaced_atomically, sha256_of_file
+from refine.checkpoints import load_generator, resolve
+from refine.checkpoints.fetch import cache_dir
+from refine.checkpoints.sniff import Sniffed, sniff
 from refine.metrics.detectors import Detector
+from refine.metrics.image_sets import ImageSet, SampleArray
+from refine.metrics.pipeline import gathered, my_share, prefetched, rank_and_world
+from refine.metrics.sampling import Batch, sample_images
 from refine.metrics.statistics import FeatureStatistics
+from refine.metrics.stored import read_stored
+
+#: Features of a reference made from images are kept up to this size; beyond, only mean and covariance are.
+MAX_FEATURE_BYTES = 1 << 30
+#: Seeds of a generator that serves as a reference begin here, far from those of the generators it judges.
+REFERENCE_SEED = 1 << 31
+_CACHE_VERSION = 1
+_STATISTICS = "statistics (.npz with mu and sigma, a StyleGAN or torch-fidelity cache), images (folder, zip, .npz of"
+EXPECTED = f"{_STATISTICS} samples), or a generator"
 
 
 @dataclass(frozen=True)
@@ -30,13 +54,16 @@ class Reference:
 
     Attributes:
         name: File name, for people.
-        sha256: Of the file.
+        sha256: Of the file; of a folder, over the names and contents of its images.
         mu: Mean, float64 [D].
         sigma: Covariance, float64 [D, D].
         num: Number of images behind it; None if the file does not say.
         features: float32 [num, D], or None: then only the Fréchet distance can be computed.
         detector: Name of the detector that made it, or None.
         detector_sha256: Of that detector's weights, or None.
+        form: In words, what the file was.
+        classes: int64 [num], the classes of the images that the features are of, or None.
+        images: The images themselves where they can be read again, or None.
     """
 
     name: str
@@ -47,6 +74,9 @@ class Reference:
     features: torch.Tensor | None = None
     detector: str | None = None
     detector_sha256: str | None = None
+    form: str = "statistics"
+    classes: torch.Tensor | None = None
+    images: ImageSet | SampleArray | None = None
 
     def check_detector(self, detector: Detector) -> None:
         """Raises ValueError if features of this detector cannot be compared with this reference."""
@@ -62,44 +92,74 @@ class Reference:
             )
 
 
-def load_reference(path_or_name: str | os.PathLike) -> Reference:
-    """Reads reference statistics from an .npz file; nothing in it is executed.
+@dataclass(frozen=True)
+class Looking:
+    """How images of a reference are looked at.
+
+    Attributes:
+        batch: Images per batch.
+        device: Where the detector is.
+        num: Images drawn from a generator that serves as the reference.
+        cache: Keep what was measured, and use what was kept. Off = measure again, keep nothing.
+        progress: Show a bar with the time left on stderr.
+    """
+
+    batch: int = 100
+    device: torch.device | str = "cpu"
+    num: int = 50_000
+    cache: bool = True
+    progress: bool = False
+
+
+def load_reference(
+    path_or_name: str | os.PathLike, detector: Detector | None = None, looking: Looking | None = None
+) -> Reference:
+    """Reads a reference; nothing in a file is executed.
 
     Args:
-        path_or_name: A file, or a name of pretrained/index.toml.
+        path_or_name: A file, folder, URL, or a name of pretrained/index.toml.
+        detector: Needed where the reference is images or a generator; otherwise what it is checked against.
+        looking: How such images are looked at. None = the defaults.
 
     Raises:
-        ValueError: If the file does not exist, is no .npz with mu and sigma, or its arrays do not fit each other.
+        ValueError: It does not exist, is none of the known forms, or does not fit the detector.
     """
+    text, looking = os.fspath(path_or_name), looking or Looking()
+    if os.path.isdir(text):
+        return _measured(ImageSet(Path(text)), Path(text), "folder of images", detector, looking)
     path = resolve(path_or_name)
-    data = path.read_bytes()
-    arrays = _read_npz(path, data)
-    if "mu" not in arrays or "sigma" not in arrays:
-        found = ", ".join(sorted(arrays)) or "nothing"
-        hint = " (images, not statistics)" if "arr_0" in arrays else ""
-        raise ValueError(f"reference {path} holds {found}{hint}, expected mu and sigma")
-    mu, sigma, features = (_floats(path, arrays, key) for key in ("mu", "sigma", "features"))
-    _check_shapes(path, mu, sigma, features)
-    return Reference(
-        name=path.name,
-        sha256=hashlib.sha256(data).hexdigest(),
-        mu=mu.double(),
-        sigma=sigma.double(),
-        num=_count(path, arrays, features),
-        features=None if features is None else features.float(),
-        detector=str(arrays["detector"]) if "detector" in arrays else None,
-        detector_sha256=str(arrays["detector_sha256"]) if "detector_sha256" in arrays else None,
-    )
+    found = sniff(path)
+    if found.kind == "npz":
+        reference = _from_npz(path, detector, looking)
+    elif found.kind == "zip":
+        reference = _measured(ImageSet(path), path, "zip of images", detector, looking)
+    elif found.kind in ("pickle", "torch", "native", "safetensors"):
+        reference = _from_checkpoint(path, found, detector, looking)
+    elif path.suffix == ".npz":
+        raise ValueError(f"reference {path} is not a whole .npz file of plain arrays, expected one with mu and sigma")
+    else:
+        raise ValueError(f"reference {path} is {found.description}; expected {EXPECTED}")
+    if detector is not None:
+        reference.check_detector(detector)
+    return reference
 
 
-def save_reference(path: str | os.PathLike, statistics: FeatureStatistics, detector: Detector) -> None:
-    """Writes what `load_reference` reads: statistics made with `detector`, and the features where they were kept."""
+def save_reference(path: str | os.PathLike, statistics: FeatureStatistics, detector: Detector, **more: Any) -> None:
+    """Writes what `load_reference` reads: statistics made with `detector`, and the features where they were kept.
+
+    Args:
+        path: The .npz file, replaced as a whole.
+        statistics: At least two images.
+        detector: Whose features they are.
+        **more: Further arrays, such as `classes`.
+    """
     arrays = {
         "mu": statistics.mean.numpy(),
         "sigma": statistics.covariance.numpy(),
         "num": np.int64(statistics.num),
         "detector": np.str_(detector.name),
         "detector_sha256": np.str_(detector.sha256),
+        **more,
     }
     if statistics.keep_features:
         arrays["features"] = statistics.features.numpy()
@@ -107,10 +167,204 @@ def save_reference(path: str | os.PathLike, statistics: FeatureStatistics, detec
         np.savez(file, **arrays)
 
 
-def _read_npz(path: Path, data: bytes) -> dict[str, np.ndarray]:
+# Statistics.
+
+
+def _from_npz(path: Path, detector: Detector | None, looking: Looking) -> Reference:
+    arrays = _read_npz(path)
+    keys = set(arrays)
+    if {"mu", "sigma"} <= keys:
+        form = "ADM reference batch (mu, sigma)" if "sigma_s" in keys else "statistics (mu, sigma)"
+        return _from_arrays(path, arrays, form)
+    if "feats" in keys:
+        statistics = FeatureStatistics(keep_features=True)
+        features = _floats(path, arrays, "feats")
+        if features.ndim != 2 or len(features) < 2:
+            raise ValueError(
+                f"reference {path} has feats of shape {list(features.shape)}, expected [N, D], N at least 2"
+            )
+        statistics.update(features)
+        return _from_statistics(path, statistics, "features (feats)")
+    if "arr_0" in keys:
+        return _measured(SampleArray(path), path, "npz of samples (arr_0)", detector, looking)
+    raise ValueError(f"reference {path} holds {', '.join(sorted(keys)) or 'nothing'}, expected mu and sigma")
+
+
+def _from_arrays(path: Path, arrays: dict[str, np.ndarray], form: str) -> Reference:
+    mu, sigma, features = (_floats(path, arrays, key) for key in ("mu", "sigma", "features"))
+    _check_shapes(path, mu, sigma, features)
+    return Reference(
+        name=path.name,
+        sha256=sha256_of_file(path),
+        mu=mu.double(),
+        sigma=sigma.double(),
+        num=_count(path, arrays, features),
+        features=None if features is None else features.float(),
+        detector=str(arrays["detector"]) if "detector" in arrays else None,
+        detector_sha256=str(arrays["detector_sha256"]) if "detector_sha256" in arrays else None,
+        form=form,
+        classes=_classes(path, arrays, features),
+    )
+
+
+def _from_statistics(path: Path, statistics: FeatureStatistics, form: str) -> Reference:
+    return Reference(
+        name=path.name,
+        sha256=sha256_of_file(path),
+        mu=statistics.mean,
+        sigma=statistics.covariance,
+        num=statistics.num,
+        features=statistics.features if statistics.keep_features else None,
+        form=form,
+    )
+
+
+def _from_checkpoint(path: Path, found: Sniffed, detector: Detector | None, looking: Looking) -> Reference:
+    """Cached statistics in a pickle or `.pt`, otherwise a generator, whichever it is."""
+    if found.kind in ("pickle", "torch"):
+        value = None
+        with contextlib.suppress(ValueError):  # what cannot be read as plain arrays is perhaps a generator
+            value = read_stored(path, EXPECTED)
+        if (reference := _from_table(path, value)) is not None:
+            return reference
     try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in archive.files}
+        G = load_generator(path)
+    except ValueError as error:
+        raise ValueError(f"reference {path} is {found.description}; expected {EXPECTED} ({error})") from None
+    return _of_generator(G, path, detector, looking)
+
+
+def _from_table(path: Path, value: Any) -> Reference | None:
+    """A reference from a table of arrays, or from features alone; None if the value is neither."""
+    if isinstance(value, torch.Tensor) and value.ndim == 2 and value.is_floating_point() and len(value) >= 2:
+        statistics = FeatureStatistics(keep_features=True).update(value)
+        return _from_statistics(path, statistics, "torch-fidelity features")
+    if not isinstance(value, dict):
+        return None
+    if isinstance(value.get("fid"), dict):  # EDM2: one table for each feature space
+        value = {"num": value.get("num_images"), **value["fid"]}
+    arrays = {key: item.numpy() for key, item in value.items() if isinstance(item, torch.Tensor)}
+    if isinstance(value.get("num"), int):
+        arrays["num"] = np.int64(value["num"])
+    if {"mu", "sigma"} <= set(arrays):
+        return _from_arrays(path, arrays, "statistics (mu, sigma) in a pickle or .pt")
+    if {"raw_mean", "raw_cov"} <= set(arrays):
+        return _from_sums(path, arrays, value.get("num_items"))
+    if isinstance(parts := value.get("all_features"), list):
+        parts = [part for part in parts if isinstance(part, torch.Tensor)]
+        if sum(map(len, parts)) >= 2:
+            statistics = FeatureStatistics(keep_features=True)
+            for part in parts:
+                statistics.update(part)
+            return _from_statistics(path, statistics, "StyleGAN features cache")
+    return None
+
+
+def _from_sums(path: Path, arrays: dict[str, np.ndarray], num: Any) -> Reference:
+    """StyleGAN's cache: sums of features and of their outer products."""
+    if isinstance(num, torch.Tensor):
+        num = num.item()
+    if not isinstance(num, int) or num < 2:
+        raise ValueError(f"reference {path} has num_items {num}, expected a number of images of at least 2")
+    total, outer = _floats(path, arrays, "raw_mean"), _floats(path, arrays, "raw_cov")
+    if total.ndim != 1 or outer.shape != (len(total), len(total)):
+        shapes = f"raw_mean of shape {list(total.shape)} and raw_cov of shape {list(outer.shape)}"
+        raise ValueError(f"reference {path} has {shapes}, expected [D] and [D, D]")
+    mean = total.double() / num
+    sigma = (outer.double() - num * torch.outer(mean, mean)) / (num - 1)
+    _check_shapes(path, mean, sigma, None)
+    digest = sha256_of_file(path)
+    return Reference(path.name, digest, mean, sigma, num, form="StyleGAN statistics cache (sums, divided by N − 1)")
+
+
+# Images.
+
+
+def _measured(
+    images: ImageSet | SampleArray, path: Path, form: str, detector: Detector | None, looking: Looking
+) -> Reference:
+    """The statistics of images in the detector's space, from the cache or measured now."""
+    if detector is None:
+        raise ValueError(f"reference {path} is images ({form}), which need a detector to be looked at")
+    if len(images) < 2:
+        raise ValueError(f"reference {path} holds {len(images)} image, expected at least 2")
+
+    def batches() -> Iterator[Batch]:
+        return images.batches(looking.batch, my_share(range(len(images)), looking.batch))
+
+    reference = _cached(path, images.sha256(), len(images), batches, detector, looking, images.classes)
+    return replace(reference, form=form, images=images)
+
+
+def _of_generator(G: torch.nn.Module, path: Path, detector: Detector | None, looking: Looking) -> Reference:
+    if detector is None:
+        raise ValueError(f"reference {path} is a generator, whose images need a detector to be looked at")
+    seeds = range(REFERENCE_SEED, REFERENCE_SEED + looking.num)
+
+    def batches() -> Iterator[Batch]:
+        share = my_share(seeds, looking.batch)
+        return sample_images(G.to(looking.device), share, batch=looking.batch, device=looking.device)
+
+    content = f"{sha256_of_file(path)} {looking.num} {looking.batch}"
+    reference = _cached(path, content, looking.num, batches, detector, looking, None)
+    return replace(reference, sha256=sha256_of_file(path), form=f"generator, {looking.num} images")
+
+
+def _cached(path, content: str, num: int, batches, detector: Detector, looking: Looking, classes) -> Reference:
+    key = json.dumps([_CACHE_VERSION, content, detector.sha256, detector.name, detector.resize, num])
+    target = cache_dir() / "metrics" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
+    if looking.cache and target.is_file():
+        try:
+            reference = _from_arrays(target, _read_npz(target), "cache")
+            reference.check_detector(detector)
+            if reference.num != num:
+                raise ValueError(f"{target} holds {reference.num} images, expected {num}")
+            return replace(reference, name=path.name, sha256=content)
+        except ValueError as error:
+            print(f"measured again, because what was cached cannot be used: {error}", file=sys.stderr)
+    statistics = _look(batches(), num, path.name, detector, looking)
+    labels = {} if classes is None else {"classes": classes.numpy()}
+    if looking.cache and rank_and_world()[0] == 0:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_reference(target, statistics, detector, **labels)
+    features = statistics.features if statistics.keep_features else None
+    mine = {"detector": detector.name, "detector_sha256": detector.sha256, "num": num, "features": features}
+    return Reference(path.name, content, statistics.mean, statistics.covariance, classes=classes, **mine)
+
+
+@torch.no_grad()
+def _look(batches: Iterator[Batch], num: int, name: str, detector: Detector, looking: Looking) -> FeatureStatistics:
+    """Statistics of all processes' batches; features are kept if they fit `MAX_FEATURE_BYTES`."""
+    from tqdm import tqdm
+
+    statistics: FeatureStatistics | None = None
+    shown = looking.progress and rank_and_world()[0] == 0
+    with tqdm(total=num, unit="img", desc=f"reference {name}", disable=not shown) as bar:
+        for images, _ in prefetched(batches):
+            try:
+                features = detector(images.to(looking.device))
+            except RuntimeError as error:
+                reason = str(error).strip().splitlines()[-1][:150]
+                raise ValueError(f"{detector.name} cannot take images {list(images.shape[1:])}: {reason}") from None
+            if statistics is None:
+                statistics = FeatureStatistics(keep_features=num * features.shape[1] * 4 <= MAX_FEATURE_BYTES)
+            statistics.update(features)
+            bar.update(len(images) * rank_and_world()[1])
+    parts = [part for part in gathered(statistics) if part is not None]
+    whole = FeatureStatistics(keep_features=parts[0].keep_features)
+    for part in parts:
+        whole.merge(part)
+    return whole
+
+
+# Arrays.
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    """Arrays of an .npz; images (`arr_0`) are only named, they may be gigabytes."""
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            arrays = {key: np.empty(0) if key == "arr_0" else archive[key] for key in archive.files}
         if not all(isinstance(array, np.ndarray) for array in arrays.values()):
             raise TypeError("numpy gives members that are no arrays as bytes")
         return arrays
@@ -118,6 +372,15 @@ def _read_npz(path: Path, data: bytes) -> dict[str, np.ndarray]:
         raise ValueError(
             f"reference {path} is not a whole .npz file of plain arrays, expected one with mu and sigma"
         ) from None
+
+
+def _classes(path: Path, arrays: dict[str, np.ndarray], features: torch.Tensor | None) -> torch.Tensor | None:
+    if "classes" not in arrays or features is None:
+        return None
+    classes = arrays["classes"]
+    if classes.dtype.kind not in "iu" or classes.shape != (len(features),) or classes.min() < 0:
+        raise ValueError(f"reference {path} has classes that are no numbers from 0, one for each of its features")
+    return torch.from_numpy(classes.astype(np.int64))
 
 
 def _floats(path: Path, arrays: dict[str, np.ndarray], key: str) -> torch.Tensor | None:

@@ -24,18 +24,24 @@ _declared = []  # a torch.library.Library takes its operators away when it is co
 
 def _import_torchvision() -> None:
     """Imports torchvision also beside a build of torch that it was not compiled for, by declaring its operators."""
-    while True:
-        try:
-            importlib.import_module("torchvision")
-            return
-        except RuntimeError as error:
-            missing = re.search(r"operator torchvision::(\w+) does not exist", str(error))
-            if not missing or len(_declared) > 50:
-                raise
-            _declared.append(torch.library.Library("torchvision", "FRAGMENT"))
-            _declared[-1].define(f"{missing[1]}(Tensor x) -> Tensor")
-            for module in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
-                del sys.modules[module]
+    missing = _missing_operator()
+    while missing and len(_declared) < 50:
+        _declared.append(torch.library.Library("torchvision", "FRAGMENT"))
+        _declared[-1].define(f"{missing}(Tensor x) -> Tensor")
+        for module in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
+            del sys.modules[module]
+        missing = _missing_operator()
+
+
+def _missing_operator() -> str | None:
+    try:
+        importlib.import_module("torchvision")
+        return None
+    except RuntimeError as error:
+        found = re.search(r"operator torchvision::(\w+) does not exist", str(error))
+        if not found:
+            raise
+        return found[1]
 
 
 def random_inception_state() -> dict[str, torch.Tensor]:

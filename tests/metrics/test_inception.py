@@ -127,7 +127,7 @@ def test_tensors_are_recognised_by_tensorflows_names_and_by_order(network):
     by_name = list(renamed(network, lambda _, unit: "layers." + tensorflow_name(unit).replace("/", "_")))
     assert equal_but_for_gamma(load_inception(reversed(by_name)), network)
     assert equal_but_for_gamma(load_inception(renamed(network, lambda index, _: f"layers.{index}")), network)
-    with pytest.raises(ValueError, match="93 convolutions .* expected the 94"):
+    with pytest.raises(ValueError, match=r"93 convolutions .* expected the 94"):
         load_inception((k, v) for k, v in renamed(network, lambda i, _: f"layers.{i}") if not k.startswith("layers.7."))
 
 

@@ -43,7 +43,7 @@ def test_mu_and_sigma_alone_are_enough(tmp_path):
     "arrays, message",
     [
         ({"mu": MU}, "holds mu, expected mu and sigma"),
-        ({"arr_0": np.zeros([2, 8, 8, 3], np.uint8)}, "images, not statistics"),
+        ({"arr_0": np.zeros([2, 8, 8, 3], np.uint8)}, "which need a detector|has arr_0 of shape"),
         ({"mu": MU, "sigma": np.eye(3)}, r"\[4\] and sigma of shape \[3, 3\]"),
         ({"mu": SIGMA, "sigma": SIGMA}, r"expected \[D\] and \[D, D\]"),
         ({"mu": np.float64(1), "sigma": SIGMA}, "expected"),
@@ -93,5 +93,5 @@ def test_files_that_are_no_npz_are_refused(tmp_path):
         assert name in str(caught.value) and "\n" not in str(caught.value), name
     with pytest.raises(ValueError, match=r"missing.npz"):
         load_reference(tmp_path / "missing.npz")
-    with pytest.raises(ValueError, match="folder"):
+    with pytest.raises(ValueError, match="holds no images"):
         load_reference(tmp_path)

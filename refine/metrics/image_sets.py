@@ -1,0 +1,222 @@
+"""Images on disk → uint8 batches: folders, zip files (NVIDIA's data sets with a dataset.json), .npz of samples.
+
+An image keeps its pixels; what is stored otherwise becomes 8 bits a channel: palettes are looked up, 16 bits keep the
+high byte, an opaque alpha channel is dropped. An image that is broken or transparent is named, and ends the reading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dnnlib import sha256_of_file
+from refine.metrics.sampling import Batch
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, zlib.error, zipfile.BadZipFile, struct.error, RuntimeError)
+_BROKEN += (NotImplementedError, Image.DecompressionBombError, OverflowError, KeyError, IndexError, TypeError)
+_READERS = 4  # threads that decode
+
+
+class ImageSet:
+    """Images of a folder or a zip file, in the natural order of their names (seed2 before seed10).
+
+    Args:
+        path: Folder, searched with its subfolders, or zip file.
+
+    Attributes:
+        names: Of the images, relative to the path.
+        classes: int64 [N] from dataset.json, or None.
+
+    Raises:
+        ValueError: There are no images, or dataset.json does not fit them.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._archive: zipfile.ZipFile | None = None
+        if path.is_dir():
+            names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+        else:
+            try:
+                self._archive = zipfile.ZipFile(path)
+                names = [info.filename for info in self._archive.infolist() if not info.is_dir()]
+            except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+                raise ValueError(f"{path} is a broken or cut-off zip archive; expected one of images") from None
+        self.names = sorted((name for name in names if name.lower().endswith(SUFFIXES)), key=_natural)
+        if not self.names:
+            raise ValueError(f"{path} holds no images; expected files ending in {', '.join(SUFFIXES[:3])} …")
+        self.classes = self._read_classes(names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def sha256(self) -> str:
+        """Of the zip file; of a folder, over the names and contents of its images."""
+        if self._archive is not None:
+            return sha256_of_file(self.path)
+        digest = hashlib.sha256()
+        for name in self.names:
+            digest.update(f"{name}\0{sha256_of_file(self.path / name)}\n".encode())
+        return digest.hexdigest()
+
+    def read(self, index: int) -> torch.Tensor:
+        """One image, uint8 [1 or 3, H, W].
+
+        Raises:
+            ValueError: It is broken, transparent or of a kind without defined grey levels.
+        """
+        where = f"{self.path}: {self.names[index]}" if self._archive else str(self.path / self.names[index])
+        try:
+            if self._archive is None:
+                data = (self.path / self.names[index]).read_bytes()
+            else:
+                data = self._archive.read(self.names[index])
+            picture = Image.open(io.BytesIO(data))
+            picture.load()
+            pixels = _pixels(picture)
+        except _Unusable as error:
+            raise ValueError(f"{where} {error}") from None
+        except _BROKEN:
+            raise ValueError(f"{where} is broken or no image") from None
+        return torch.from_numpy(pixels)
+
+    def batches(self, batch: int, indices: range | None = None) -> Iterator[Batch]:
+        """Images in batches of one size; where all of a batch are grey they have one channel, otherwise three."""
+        indices = range(len(self)) if indices is None else indices
+        with ThreadPoolExecutor(_READERS) as pool:
+            for start in range(0, len(indices), batch):
+                part = indices[start : start + batch]
+                images = list(pool.map(self.read, part))
+                for low, high in _equal_sizes(images):
+                    classes = None if self.classes is None else self.classes[list(part[low:high])]
+                    yield Batch(_stacked(images[low:high]), classes)
+
+    def _read_classes(self, names: list[str]) -> torch.Tensor | None:
+        member = next((name for name in names if name.rpartition("/")[2] == "dataset.json"), None)
+        if member is None:
+            return None
+        folder = member.removesuffix("dataset.json")
+        try:
+            data = (self.path / member).read_bytes() if self._archive is None else self._archive.read(member)
+            labels = json.loads(data).get("labels")
+        except (*_BROKEN, AttributeError, RecursionError):
+            raise ValueError(f"{self.path}: {member} is broken; expected a table with 'labels'") from None
+        if labels is None:
+            return None
+        try:
+            table = {folder + str(name): label for name, label in labels}
+        except (TypeError, ValueError):
+            raise ValueError(f"{self.path}: {member} has labels that are no list of [name, class]") from None
+        found = [table.get(name) for name in self.names]
+        if not all(isinstance(label, int) and not isinstance(label, bool) and 0 <= label < 1 << 20 for label in found):
+            bad = next(n for n, label in zip(self.names, found, strict=True) if type(label) is not int or label < 0)
+            if all(isinstance(label, list) for label in found):
+                return None  # labels that are vectors are no classes
+            raise ValueError(f"{self.path}: {member} has no class for {bad}; expected a number from 0 for every image")
+        return torch.tensor(found, dtype=torch.int64)
+
+
+class SampleArray:
+    """Images in an .npz as ADM's tools write them: `arr_0`, uint8 [N, H, W, C], read piece by piece.
+
+    Raises:
+        ValueError: The array is no images.
+    """
+
+    classes = None
+
+    def __init__(self, path: Path, key: str = "arr_0"):
+        self.path, self._member = path, f"{key}.npy"
+        try:
+            with zipfile.ZipFile(path) as archive, archive.open(self._member) as stream:
+                self._shape, fortran, dtype = _npy_header(stream)
+        except _BROKEN:
+            raise ValueError(f"{path} has a broken {key}; expected uint8 images [N, H, W, 3]") from None
+        if dtype != np.uint8 or fortran or len(self._shape) != 4 or self._shape[3] not in (1, 3) or 0 in self._shape:
+            raise ValueError(
+                f"{path} has {key} of shape {list(self._shape)} and dtype {dtype}; expected uint8 images [N, H, W, 3]"
+            )
+
+    def __len__(self) -> int:
+        return self._shape[0]
+
+    def sha256(self) -> str:
+        return sha256_of_file(self.path)
+
+    def batches(self, batch: int, indices: range | None = None) -> Iterator[Batch]:
+        """As those of `ImageSet`, of a range of steps 1."""
+        indices = range(len(self)) if indices is None else indices
+        _, height, width, channels = self._shape
+        size = height * width * channels
+        with zipfile.ZipFile(self.path) as archive, archive.open(self._member) as stream:
+            try:
+                _npy_header(stream)
+                stream.seek(indices.start * size, io.SEEK_CUR)
+                for start in range(0, len(indices), batch):
+                    count = min(batch, len(indices) - start)
+                    data = np.frombuffer(stream.read(count * size), np.uint8).reshape(count, height, width, channels)
+                    yield Batch(torch.from_numpy(np.ascontiguousarray(data.transpose(0, 3, 1, 2))), None)
+            except (zlib.error, zipfile.BadZipFile, EOFError, ValueError):
+                raise ValueError(f"{self.path} is damaged: not all of its {len(self)} images can be read") from None
+
+
+class _Unusable(ValueError):
+    """An image that is whole, but cannot be measured."""
+
+
+def _pixels(picture: Image.Image) -> np.ndarray:
+    if picture.mode in ("LA", "RGBA", "PA", "La", "RGBa") or "transparency" in picture.info:
+        picture = picture.convert("LA" if picture.mode in ("L", "LA", "La") else "RGBA")
+        if picture.getchannel("A").getextrema()[0] < 255:
+            raise _Unusable("has transparent pixels; expected opaque images")
+        picture = picture.convert("L" if picture.mode == "LA" else "RGB")
+    if picture.mode == "1":
+        picture = picture.convert("L")
+    if picture.mode.startswith("I"):
+        values = np.asarray(picture).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise _Unusable("has grey levels beyond 16 bits; expected 8 or 16 bits a channel")
+        return (values >> 8).astype(np.uint8)[None]
+    if picture.mode == "F":
+        raise _Unusable("has floating-point grey levels; expected 8 or 16 bits a channel")
+    if picture.mode not in ("L", "RGB"):
+        picture = picture.convert("RGB")
+    pixels = np.array(picture)
+    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _equal_sizes(images: list[torch.Tensor]) -> Iterator[tuple[int, int]]:
+    low = 0
+    for high in range(1, len(images) + 1):
+        if high == len(images) or images[high].shape[1:] != images[low].shape[1:]:
+            yield low, high
+            low = high
+
+
+def _stacked(images: list[torch.Tensor]) -> torch.Tensor:
+    channels = max(image.shape[0] for image in images)
+    return torch.stack([image.expand(channels, -1, -1) for image in images])
+
+
+def _npy_header(stream) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(stream)
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    parts = re.split(r"(\d+)", name)
+    return [(1, int(part), "") if part.isascii() and part.isdigit() else (0, 0, part) for part in parts]
