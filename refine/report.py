@@ -6,7 +6,7 @@ import base64
 import html
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,10 @@ from refine.images import image_grid, png_bytes, to_pil
 _ROWS = {
     "fid": ("Fréchet Inception distance", "lower is better"),
     "fd_": ("Fréchet distance", "lower is better"),
+    "fidinf": ("Fréchet Inception distance for infinitely many images", "lower is better"),
+    "fdinf_": ("Fréchet distance for infinitely many images", "lower is better"),
     "kid": ("kernel distance", "lower is better"),
+    "is": ("Inception Score: clear images, many classes", "higher is better"),
     "precision": ("part of the images that look real", "higher is better"),
     "recall": ("part of the real images that are covered", "higher is better"),
     "label_accuracy": ("class asked for = class seen", "higher is better"),
@@ -30,8 +33,7 @@ _ROWS = {
 
 def metric_rows(results: dict[str, Any]) -> list[str]:
     """Names of the numbers in a comparison, in reading order."""
-    found = [name for name in results["difference"] if _explain(name)]
-    return sorted(found, key=lambda name: [name.startswith(prefix) for prefix in _ROWS].index(True))
+    return sorted(filter(_prefix, results["difference"]), key=lambda name: list(_ROWS).index(_prefix(name)))
 
 
 def text_table(results: dict[str, Any]) -> str:
@@ -95,13 +97,13 @@ def metrics_figure(results: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def write_html(path: str | os.PathLike, results: dict[str, Any], picture: Image.Image) -> None:
+def write_html(path: str | os.PathLike, results: dict[str, Any], figures: Mapping[str, Image.Image]) -> None:
     """Writes the one-page report; it holds its pictures itself and needs no network.
 
     Args:
         path: The file, replaced as a whole.
         results: Of `refine.cli.compare.compare`.
-        picture: The grids, from `side_by_side`.
+        figures: 'comparison' (the grids, from `side_by_side`), and those of `refine.panels` by their names.
     """
     page = _PAGE.format(
         title=html.escape(f"{results['before']['name']} → {results['after']['name']}"),
@@ -109,7 +111,9 @@ def write_html(path: str | os.PathLike, results: dict[str, Any], picture: Image.
         colour={"better": "#1a7f37", "worse": "#b42318"}.get(results["verdict"], "#57606a"),
         summary=html.escape(results["summary"]),
         space=html.escape(feature_space_note(results)),
-        picture=_data_uri(png_bytes(picture)),
+        picture=_data_uri(png_bytes(figures["comparison"])),
+        panels=_html_panels(figures),
+        classes=_html_classes(results),
         figure=_data_uri(metrics_figure(results)),
         metrics=_html_metrics(results),
         facts=_html_facts(results),
@@ -122,7 +126,10 @@ def feature_space_note(results: dict[str, Any]) -> str:
     """One sentence: in which space distances were measured, and whether they are FID."""
     detector = results["detector"]
     if results["metric"] == "fid":
-        return "Distances are measured in the features of Inception-2015-12-05: this is the FID of the literature."
+        return (
+            "Distances are measured in the features of Inception-2015-12-05: this is the FID of the literature "
+            f"({detector['fid_basis']})."
+        )
     return (
         f"Distances are measured in the {detector['feature_dim']} features of the detector '{detector['name']}'. "
         "This is not FID: its numbers compare only with others from the same detector weights."
@@ -130,7 +137,12 @@ def feature_space_note(results: dict[str, Any]) -> str:
 
 
 def _explain(name: str) -> tuple[str, str] | None:
-    return next((text for prefix, text in _ROWS.items() if name.startswith(prefix)), None)
+    return _ROWS.get(_prefix(name))
+
+
+def _prefix(name: str) -> str | None:
+    """The longest entry of `_ROWS` that the name of a metric begins with."""
+    return max((prefix for prefix in _ROWS if name.startswith(prefix)), key=len, default=None)
 
 
 def _plus_minus(value: dict[str, Any], sign: str = "") -> str:
@@ -158,6 +170,41 @@ def _html_metrics(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+_PANELS = {  # figure → heading, what it shows
+    "curve": ("The run", "Every snapshot on the same seeds; the band is the standard deviation over the seed ranges."),
+    "diversity": ("Look-alikes", "Pairs of images, one above the other, of one class where there are classes."),
+    "nearest": ("Nearest real images", "Nearest in feature space, which is not always what looks nearest."),
+}
+
+
+def _html_panels(figures: Mapping[str, Image.Image]) -> str:
+    parts = []
+    for name, (heading, text) in _PANELS.items():
+        if name in figures:
+            source = _data_uri(png_bytes(figures[name]))
+            parts.append(f'<h2>{heading}</h2>\n<img src="{source}" alt="{heading}">\n<p class="note">{text}</p>')
+    return "\n".join(parts)
+
+
+def _html_classes(results: dict[str, Any]) -> str:
+    """Fréchet distance of each class before and after, where both have it."""
+    tables = [{row["class"]: row for row in results[side].get("per_class", [])} for side in ("before", "after")]
+    shared = [index for index in tables[0] if index in tables[1]]
+    if not shared:
+        return ""
+    rows = "\n".join(
+        f"<tr><th>{index}</th>"
+        + "".join(f"<td class=number>{_plus_minus(table[index])}</td>" for table in tables)
+        + f"<td class=number>{tables[1][index]['mean'] - tables[0][index]['mean']:+.3g}</td></tr>"
+        for index in shared
+    )
+    return (
+        "<h2>Classes</h2>\n<table>\n<tr><th>class</th><th>before</th><th>after</th><th>difference</th></tr>\n"
+        f'{rows}\n</table>\n<p class="note">Fréchet distance of each class by itself. Few images of a class bias it '
+        "upwards: compare the columns, not a class with the whole.</p>"
+    )
+
+
 def _html_facts(results: dict[str, Any]) -> str:
     detector, reference = results["detector"], results["reference"]
     facts = {
@@ -166,7 +213,9 @@ def _html_facts(results: dict[str, Any]) -> str:
         "images": f"{results['num']} per seed range, seeds {', '.join(results['seeds'])}; the same for both networks",
         "detector": f"{detector['name']} (sha256 {detector['sha256'][:16]}…)",
         "reference": f"{reference['name']} (sha256 {reference['sha256'][:16]}…), {reference['num'] or '?'} images",
+        "resize": str(detector["resize"]),
         "quantisation": results["quantisation"],
+        "covariance": results["covariance"],
         "versions": ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
         "time": f"{results['seconds']:.0f} s on {results['device']}",
     }
@@ -208,9 +257,11 @@ td.number {{ font-variant-numeric: tabular-nums; white-space: nowrap; }}
 <tr><th></th><th>before</th><th>after</th><th>difference</th><th>95 % interval</th><th></th></tr>
 {metrics}
 </table></div>
-<p class="note">Mean ± standard deviation over the seed ranges; the interval is Student's for the paired differences.
-{space}</p>
+<p class="note">Mean ± standard deviation over the seed ranges. The interval is a paired bootstrap over the images, and
+Student's over the seed ranges for recall and the classifier's numbers. {space}</p>
 <img src="{figure}" alt="distance per seed range, and class histogram">
+{classes}
+{panels}
 <h2>What was measured</h2>
 <table class="facts">
 {facts}

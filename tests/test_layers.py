@@ -18,7 +18,7 @@ LAYERS = [
     ("refine.checkpoints", "refine"),  # `refine` is the lazy front door to load_generator and load_teacher
     ("refine.metrics",),
     ("refine.config", "refine.run_dir", "refine.stopping"),
-    ("refine.monitor", "refine.report"),
+    ("refine.monitor", "refine.report", "refine.panels"),
     ("refine.trainer",),
     ("refine.training_state", "refine.snapshots", "refine.training_run"),
     ("refine.cli", "refine.__main__"),

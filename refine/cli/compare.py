@@ -1,16 +1,19 @@
 """`compare_fid.py --before=A --after=B --ref=…`: is one network better than the other, and at what cost in diversity?
 
 Both networks get the same seeds, hence the same latents and labels where their latents have the same shape. Every seed
-range gives one paired difference per metric; Student's interval of their mean decides the verdict.
+range gives one paired difference per metric; a paired bootstrap over the images and the agreement of the ranges decide
+the verdict. Where --after is a run folder, all its snapshots are measured: a curve over kimg, a verdict on the last.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +27,12 @@ if TYPE_CHECKING:
     import torch
 
     from refine.metrics.detectors import Detector
-    from refine.metrics.references import Reference
+    from refine.metrics.evaluate import Measurement
+    from refine.metrics.references import Looking, Reference
     from refine.metrics.sampling import Batch
 
 MIN_RANGES = 3
+PANEL_IMAGES = 64  # that look-alikes and nearest real images are searched for
 
 
 def compare(
@@ -43,13 +48,17 @@ def compare(
     device: str = "cpu",
     noise_mode: str = "random",
     truncation_psi: float = 1.0,
+    also: Sequence[str] = (),
+    ref_num: int = 50_000,
+    cache: bool = True,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Compares two generators (or diffusion models) on the same seeds.
 
     Args:
-        before, after: Files or names of generators; a diffusion model is sampled with 18 Heun steps.
-        ref: Reference statistics, a file or a name.
+        before, after: Files or names of generators; a diffusion model is sampled with 18 Heun steps. `after` may be a
+            run folder: then all its snapshots are measured, and the last one is what the verdict is about.
+        ref: Reference, see `refine.metrics.references.load_reference`.
         detector: Feature space, see `refine.metrics.detectors.load_detector`.
         num: Images per seed range.
         seed_ranges: At least three; range k holds the seeds k·num … (k+1)·num − 1.
@@ -58,12 +67,16 @@ def compare(
         device: Where networks and detector run.
         noise_mode: Of a StyleGAN2, for the numbers; the pictures always use its constant noise.
         truncation_psi: Of a StyleGAN2.
+        also: Further metrics that take longer: 'fdinf' (FID∞), 'is' (Inception Score).
+        ref_num: Images drawn from a generator that serves as the reference.
+        cache: Keep what was measured of a reference that is images.
         progress: Show a bar with the time left on stderr.
 
     Returns:
         JSON-able dict. `before`, `after` and `difference` hold for each metric `mean`, `std` and `values` (one per seed
-        range), `difference` also `interval` (95 %) and `verdict`; `metric` names the leading distance, `ratio` is its
-        mean after by its mean before, `verdict` ('better', 'not distinguishable', 'worse') and `summary` are about it.
+        range), `difference` also `interval` (95 %), `method` and `verdict`; `metric` names the leading distance,
+        `ratio` is its mean after by its mean before, `verdict` ('better', 'not distinguishable', 'worse') and `summary`
+        are about it. `curve` has a row for each snapshot of a run folder: kimg, name, numbers, difference to `before`.
         What the numbers stand on: num, seeds, detector, reference, quantisation, versions, seconds.
 
     Raises:
@@ -71,19 +84,33 @@ def compare(
     """
     start = time.monotonic()
     check_numbers(num, seed_ranges, batch)
-    judge, reference = _load_space(detector, ref, device)
+    with option("--after"):
+        snapshots = snapshots_of(after)
     sides = {}
-    for name, path in (("before", before), ("after", after)):
+    for name, path in (("before", before), ("after", snapshots[-1][1] if snapshots else after)):
         with option(f"--{name}"):
             sides[name] = Side(path, device, batch, noise_mode, truncation_psi)
     check_same_images(sides["before"], sides["after"])
-    _try_space(judge, reference, sides["before"].image_shape, device)
     with option("--outdir"):
         folder = None if outdir is None else check_outdir(outdir)
-    results = _measure(sides, judge, reference, num, seed_ranges, progress)
+    judge, reference = _load_space(
+        detector, ref, sides["before"].image_shape, _looking(device, batch, ref_num, cache, progress)
+    )
+    kinds = _kinds(also, judge, reference, sides)
+    job = Job(judge, reference, num, tuple(seed_ranges), kinds, batch, progress)
+    runs = {"before": job.run(sides["before"], "before")}
+    curve = []
+    for kimg, path in snapshots[:-1]:
+        with option("--after"):
+            side = Side(path, device, batch, noise_mode, truncation_psi)
+        curve.append(_curve_point(kimg, side, runs["before"], job.run(side, "after")))
+    runs["after"] = job.run(sides["after"], "after")
+    results = _results(sides, runs, job)
+    if snapshots:
+        results["curve"] = [*curve, _curve_point(snapshots[-1][0], sides["after"], runs["before"], runs["after"])]
     results |= {"device": str(device), "seconds": round(time.monotonic() - start, 1)}
-    if folder is not None:
-        _write_report(folder, sides, results)
+    if folder is not None and is_first_process():
+        _write_report(folder, sides, results, judge, reference)
     return results
 
 
@@ -160,90 +187,135 @@ def check_same_images(before: Side, after: Side) -> None:
         raise ValueError(f"--after: its images are {after.image_shape}, but those of --before are {before.image_shape}")
 
 
-def _load_space(detector: str | os.PathLike, ref: str | os.PathLike, device: str) -> tuple[Detector, Reference]:
+def snapshots_of(path: str | os.PathLike) -> list[tuple[float, Path]]:
+    """(kimg, file) of the snapshots of a run folder, in order; empty if the path is no folder.
+
+    Raises:
+        ValueError: The folder holds no snapshots.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return []
+    found = [
+        (int(match[1]), file)
+        for file in folder.iterdir()
+        if (match := re.fullmatch(r"network-snapshot-(\d+)\.(safetensors|pkl)", file.name))
+    ]
+    native = [entry for entry in found if entry[1].suffix == ".safetensors"]
+    if not found:
+        raise ValueError(f"{folder} holds no network-snapshot-*; expected a run folder or a network's file")
+    return sorted(native or found)
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that writes: under torchrun the first, otherwise the only one."""
+    from refine.metrics.pipeline import rank_and_world
+
+    return rank_and_world()[0] == 0
+
+
+def _looking(device: str, batch: int, num: int, cache: bool, progress: bool) -> Looking:
+    from refine.metrics.references import Looking
+
+    return Looking(batch=batch, device=device, num=num, cache=cache, progress=progress)
+
+
+def _load_space(
+    detector: str | os.PathLike, ref: str | os.PathLike, image_shape: Sequence[int], looking: Looking
+) -> tuple[Detector, Reference]:
+    """Detector and reference; two black images tell, before any long work, whether all go together."""
+    import torch
+
     from refine.metrics.detectors import load_detector
     from refine.metrics.references import load_reference
 
     with option("--detector"):
-        judge = load_detector(detector).to(device)
-    with option("--ref"):
-        reference = load_reference(ref)
-        reference.check_detector(judge)
-    return judge, reference
-
-
-def _try_space(detector: Detector, reference: Reference, image_shape: Sequence[int], device: str) -> None:
-    """Finds out on two black images, before the long work, whether detector, images and reference go together."""
-    import torch
-
-    with option("--detector"):
+        judge = load_detector(detector).to(looking.device)
         try:
-            detector(torch.zeros([2, *image_shape], dtype=torch.uint8, device=device))
+            with torch.no_grad():
+                judge(torch.zeros([2, *image_shape], dtype=torch.uint8, device=looking.device))
         except RuntimeError as error:  # what TorchScript raises for an input that does not fit
             reason = str(error).strip().splitlines()[-1]
-            raise ValueError(f"{detector.name} cannot take images {list(image_shape)}: {reason}") from None
+            raise ValueError(f"{judge.name} cannot take images {list(image_shape)}: {reason}") from None
     with option("--ref"):
-        reference.check_detector(detector)
+        return judge, load_reference(ref, judge, looking)
 
 
-def _measure(
-    sides: dict[str, Side],
-    detector: Detector,
-    reference: Reference,
-    num: int,
-    seed_ranges: Sequence[int],
-    progress: bool,
-) -> dict[str, Any]:
-    """Evaluates both networks on every seed range and puts the numbers beside each other."""
-    from tqdm import tqdm
+def _kinds(also: Sequence[str], detector: Detector, reference: Reference, sides: dict[str, Side]) -> tuple[str, ...]:
+    from refine.metrics.evaluate import USUAL
 
-    from refine.metrics.detectors import metric_names
-    from refine.metrics.evaluate import evaluate
-    from refine.metrics.paired import paired_difference
+    with option("--also"):
+        if unknown := set(also) - {"fdinf", "is"}:
+            raise ValueError(f"{', '.join(sorted(unknown))} is unknown; expected fdinf, is, or both")
+        if "is" in also and not hasattr(detector, "observe") and not hasattr(detector, "classify"):
+            raise ValueError(f"is needs a detector that classifies, found {detector.name}")
+    classes = ("per_class",) if all(side.num_classes > 1 for side in sides.values()) else ()
+    return (*USUAL, *classes, *also)
 
-    runs: dict[str, list[dict[str, Any]]] = {"before": [], "after": []}
-    interval = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file wants few lines
-    total = 2 * num * len(seed_ranges)
-    with tqdm(total=total, unit="img", desc="compare", disable=not progress, mininterval=interval) as bar:
-        for index in seed_ranges:
-            seeds = range(index * num, (index + 1) * num)
-            for name, side in sides.items():
+
+@dataclass(frozen=True)
+class Job:
+    """What is measured of every network, with the same seeds."""
+
+    detector: Detector
+    reference: Reference
+    num: int
+    seed_ranges: tuple[int, ...]
+    kinds: tuple[str, ...]
+    batch: int
+    progress: bool
+
+    def run(self, side: Side, name: str) -> list[Measurement]:
+        """Measurements on each seed range; features are let go of as soon as what they contribute is known."""
+        from tqdm import tqdm
+
+        from refine.metrics.evaluate import measure
+        from refine.metrics.pipeline import my_share, rank_and_world
+
+        runs = []
+        rank, world = rank_and_world()
+        interval = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file wants few lines
+        shown = {"total": self.num * len(self.seed_ranges), "desc": f"{name} {side.name}", "unit": "img"}
+        with tqdm(**shown, disable=not self.progress or rank > 0, mininterval=interval) as bar:
+            for index in self.seed_ranges:
+                seeds = my_share(range(index * self.num, (index + 1) * self.num), self.batch)
+                images = _counted(side.sample(seeds), lambda count: bar.update(count * world))
                 with option(f"--{name}"):
-                    runs[name].append(evaluate(_counted(side.sample(seeds), bar.update), detector, reference))
-    metric = metric_names(detector)[0]
-    common = {key: runs["before"][0][key] for key in ("detector", "reference", "quantisation", "versions")}
-    results: dict[str, Any] = {name: {**sides[name].describe(), **_summarise(runs[name])} for name in runs}
-    results["difference"] = {
-        key: paired_difference(value["values"], results["after"][key]["values"], key.startswith(("fid", "fd_", "kid")))
-        for key, value in results["before"].items()
-        if isinstance(value, dict) and key in results["after"]
-    }
+                    found = measure(images, self.detector, self.reference, self.kinds, contributions=True)
+                found.features = None
+                runs.append(found)
+        return runs
+
+
+def _results(sides: dict[str, Side], runs: dict[str, list[Measurement]], job: Job) -> dict[str, Any]:
+    """The numbers of both networks beside each other."""
+    from refine.metrics.comparison import differences, summarise
+    from refine.metrics.detectors import metric_names
+
+    metric = metric_names(job.detector)[0]
+    first = runs["before"][0].results
+    common = {key: first[key] for key in ("detector", "reference", "quantisation", "covariance", "versions")}
+    results: dict[str, Any] = {name: {**sides[name].describe(), **summarise(runs[name])} for name in runs}
+    results["difference"] = differences(runs["before"], runs["after"])
     results["metric"] = metric
     results["ratio"] = results["after"][metric]["mean"] / max(results["before"][metric]["mean"], 1e-12)
     results["verdict"] = results["difference"][metric]["verdict"]
+    results["num"] = job.num
+    results["seeds"] = [f"{index * job.num}-{(index + 1) * job.num - 1}" for index in job.seed_ranges]
     results["summary"] = _summary(results)
-    results["num"] = num
-    results["seeds"] = [f"{index * num}-{(index + 1) * num - 1}" for index in seed_ranges]
     return results | common
+
+
+def _curve_point(kimg: float, side: Side, before: list[Measurement], runs: list[Measurement]) -> dict[str, Any]:
+    from refine.metrics.comparison import differences, summarise
+
+    return {"kimg": kimg, "name": side.name, **summarise(runs), "difference": differences(before, runs)}
 
 
 def _counted(batches: Iterator[Batch], update: Callable[[int], Any]) -> Iterator[Batch]:
     for batch in batches:
         yield batch
         update(len(batch.images))
-
-
-def _summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean, std and values of each number over the runs, and the mean class histogram."""
-    from refine.metrics.paired import mean_and_std
-
-    numbers = [key for key, value in runs[0].items() if isinstance(value, float) and key != "seconds"]
-    summary: dict[str, Any] = {key: mean_and_std([run[key] for run in runs]) for key in numbers}
-    if "class_histogram" in runs[0]:
-        columns = zip(*(run["class_histogram"] for run in runs), strict=True)
-        summary["class_histogram"] = [sum(column) / len(runs) for column in columns]
-    summary["seconds"] = round(sum(run["seconds"] for run in runs), 2)
-    return summary
 
 
 def _summary(results: dict[str, Any]) -> str:
@@ -265,21 +337,39 @@ def _summary(results: dict[str, Any]) -> str:
     return " ".join(parts)
 
 
-def _write_report(folder: Path, sides: dict[str, Side], results: dict[str, Any]) -> None:
+def _write_report(
+    folder: Path, sides: dict[str, Side], results: dict[str, Any], detector: Detector, reference: Reference
+) -> None:
     from dnnlib import replaced_atomically
     from refine.images import save_png
+    from refine.panels import curve_figure, look_alikes, nearest_real
     from refine.report import side_by_side, write_html
 
     pictures, columns = _grids(sides)
     metric = results["metric"]
     captions = [f"{name}: {results[name]['name']}, {metric} {results[name][metric]['mean']:.3g}" for name in sides]
-    picture = side_by_side(*pictures, captions, columns)
+    figures = {"comparison": side_by_side(*pictures, captions, columns)}
+    images = {name: _panel_images(side) for name, side in sides.items()}
+    figures["diversity"] = look_alikes(images, detector)
+    nearest = nearest_real(images, detector, reference)
+    figures |= {} if nearest is None else {"nearest": nearest}
+    figures |= {"curve": curve_figure(results)} if "curve" in results else {}
     with option("--outdir"):
         folder.mkdir(parents=True, exist_ok=True)
-        save_png(folder / "comparison.png", picture)
-        write_html(folder / "report.html", results, picture)
+        for name, figure in figures.items():
+            save_png(folder / f"{name}.png", figure)
+        write_html(folder / "report.html", results, figures)
         with replaced_atomically(folder / "comparison.json") as temporary:
             temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def _panel_images(side: Side) -> torch.Tensor:
+    """Some images of a network, of one class where there are classes: there, look-alikes tell of missing diversity."""
+    import torch
+
+    seeds = range(PANEL_IMAGES)
+    classes = [0] * len(seeds) if side.num_classes > 1 else None
+    return torch.cat([batch.images for batch in side.sample(seeds, classes, noise_mode="const")])
 
 
 def _grids(sides: dict[str, Side]) -> tuple[list[torch.Tensor], int]:
@@ -310,14 +400,24 @@ def _parse_ranges(_ctx: click.Context, _param: click.Parameter, value: str) -> l
 @click.option(
     "--before", required=True, metavar="FILE|NAME", help="Network to start from: a generator or a diffusion model."
 )
-@click.option("--after", required=True, metavar="FILE|NAME", help="Network to judge: a generator or a diffusion model.")
-@click.option("--ref", required=True, metavar="FILE|NAME", help="Reference statistics (.npz with mu and sigma).")
+@click.option(
+    "--after",
+    required=True,
+    metavar="FILE|NAME|RUN",
+    help="Network to judge, or a run folder: all its snapshots, as a curve over kimg.",
+)
+@click.option(
+    "--ref",
+    required=True,
+    metavar="FILE|DIR|NAME",
+    help="What is compared with: statistics, a folder or zip of images, or a generator.",
+)
 @click.option(
     "--detector",
     default="digits",
     show_default=True,
     metavar="FILE|NAME",
-    help="Feature space: digits, or a TorchScript file.",
+    help="Feature space: digits, inception-2015-12-05, effnet-lite0, or a file with a detector.",
 )
 @click.option("--num", type=click.IntRange(min=2), default=2000, show_default=True, help="Images per seed range.")
 @click.option(
@@ -328,7 +428,18 @@ def _parse_ranges(_ctx: click.Context, _param: click.Parameter, value: str) -> l
     metavar="LIST",
     help="Seed ranges; range k begins at seed k·num.",
 )
-@click.option("--outdir", metavar="DIR", help="Where to write comparison.json, comparison.png and report.html.")
+@click.option(
+    "--also", default="", metavar="LIST", help="Metrics that take longer: fdinf (FID∞), is (Inception Score)."
+)
+@click.option(
+    "--ref-num",
+    type=click.IntRange(min=2),
+    default=50_000,
+    show_default=True,
+    help="Images of a --ref that is a generator.",
+)
+@click.option("--no-cache", is_flag=True, help="Look at images of --ref again, and keep nothing.")
+@click.option("--outdir", metavar="DIR", help="Where to write comparison.json, the figures and report.html.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 @click.option("--batch", type=click.IntRange(min=1), default=100, show_default=True, help="Images per batch.")
 @click.option("--device", help="Device, such as cpu or cuda:0.  [default: cuda if there is one]")
@@ -343,7 +454,15 @@ def _parse_ranges(_ctx: click.Context, _param: click.Parameter, value: str) -> l
     "--trunc", "truncation_psi", type=float, default=1.0, show_default=True, help="Truncation psi of a StyleGAN2."
 )
 @click.option("--ops", type=click.Choice(OPS_MODES), help=f"{OPS_HELP}  [default: $REFINE_OPS, else auto]")
-def command(as_json: bool, seeds: list[int], device: str | None, ops: str | None, **options: Any) -> None:
+def command(
+    as_json: bool,
+    seeds: list[int],
+    device: str | None,
+    also: str,
+    no_cache: bool,
+    ops: str | None,
+    **options: Any,
+) -> None:
     """Compares two networks on the same seeds: Fréchet and kernel distance, precision, recall, classes.
 
     A distance is called FID only with the Inception-2015-12-05 weights as --detector.
@@ -352,7 +471,10 @@ def command(as_json: bool, seeds: list[int], device: str | None, ops: str | None
     with option("--device"):
         chosen = choose_device(device)
     choose_ops(ops, chosen)
-    results = compare(**options, seed_ranges=seeds, device=chosen)
+    further = [name.strip() for name in also.split(",") if name.strip()]
+    results = compare(**options, seed_ranges=seeds, device=chosen, also=further, cache=not no_cache)
+    if not is_first_process():
+        return
     if as_json:
         click.echo(json.dumps(results, indent=2))
         return

@@ -134,11 +134,12 @@ def test_files_of_a_comparison(files, tmp_path, capsys):
     assert "not FID" in out and "FID" not in out.replace("not FID", "")
     assert "worse" in out and "Report: " in out
     folder = tmp_path / "a" / "b"
-    assert sorted(path.name for path in folder.iterdir()) == ["comparison.json", "comparison.png", "report.html"]
+    names = ["comparison.json", "comparison.png", "diversity.png", "report.html"]
+    assert sorted(path.name for path in folder.iterdir()) == names
     results = json.loads((folder / "comparison.json").read_text())
     assert results["seeds"] == ["0-19", "20-39", "100-119"]
     page = (folder / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 and "http" not in page and "<script" not in page
+    assert page.count("data:image/png;base64,") == 3 and "http" not in page and "<script" not in page
     assert results["summary"] in page.replace("&gt;", ">") and "This is not FID" in page
     with Image.open(folder / "comparison.png") as picture:
         assert picture.width == 2 * 640 + 3 * 16
