@@ -279,8 +279,8 @@ class Job:
         with tqdm(**shown, disable=not self.progress or rank > 0, mininterval=interval) as bar:
             for index in self.seed_ranges:
                 seeds = my_share(range(index * self.num, (index + 1) * self.num), self.batch)
-                images = _counted(side.sample(seeds), lambda count: bar.update(count * world))
                 with option(f"--{name}"):
+                    images = _counted(side.sample(seeds), lambda count: bar.update(count * world))
                     found = measure(images, self.detector, self.reference, self.kinds, contributions=True)
                 found.features = None
                 runs.append(found)

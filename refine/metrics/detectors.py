@@ -208,14 +208,14 @@ def fid_basis(name: str, sha256: str) -> str | None:
 
 def metric_names(detector: Detector) -> tuple[str, str]:
     """Names of the Fréchet and the kernel distance in the detector's space: ('fid', 'kid') or ('fd_…', 'kid_…')."""
-    if getattr(detector, "fid_basis", None):
+    if detector.fid_basis:
         return "fid", "kid"
     return f"fd_{_slug(detector.space)}", f"kid_{_slug(detector.space)}"
 
 
 def score_name(detector: Detector) -> str:
     """Name of the Inception Score: 'is' with the weights of 2015-12-05, otherwise 'is_<space>'."""
-    return "is" if getattr(detector, "fid_basis", None) else f"is_{_slug(detector.space)}"
+    return "is" if detector.fid_basis else f"is_{_slug(detector.space)}"
 
 
 def _load_native(path: Path) -> DigitsDetector:

@@ -164,7 +164,7 @@ def _look(batches, detector, reference, kinds: Collection[str], contributions: b
 
 @torch.no_grad()
 def _look_at(seen: _Seen, images, classes, detector: Detector, reference, kinds: Collection[str]) -> None:
-    judged = "classes" in kinds and getattr(detector, "judges_classes", True)
+    judged = "classes" in kinds and detector.judges_classes
     features, probabilities = observe(detector, images, classes=judged or "is" in kinds)
     if seen.statistics.num == 0 and reference is not None:
         reference.check_detector(detector)  # some detectors know their dimension only now
@@ -298,8 +298,8 @@ def describe_detector(detector: Detector) -> dict[str, Any]:
         "space": detector.space,
         "sha256": detector.sha256,
         "feature_dim": detector.feature_dim,
-        "resize": getattr(detector, "resize", None),
-        "fid_basis": getattr(detector, "fid_basis", None),
+        "resize": detector.resize,
+        "fid_basis": detector.fid_basis,
     }
 
 

@@ -166,6 +166,45 @@ def test_reference_without_features(files, tmp_path):
     assert "recall" not in results["difference"] and (tmp_path / "out" / "report.html").is_file()
 
 
+def test_a_run_folder_is_a_curve(files, tmp_path, capsys):
+    run_folder = tmp_path / "00000-run"
+    run_folder.mkdir()
+    for kimg, name in ((0, "bad"), (2, "plain"), (10, "good")):
+        network = (files / f"{name}.safetensors").read_bytes()
+        (run_folder / f"network-snapshot-{kimg:06d}.safetensors").write_bytes(network)
+    (run_folder / "network-snapshot-best.safetensors").write_bytes(b"not looked at")
+    results = compare(
+        **{**arguments(files, "bad"), "after": run_folder}, num=NUM, progress=False, outdir=tmp_path / "out"
+    )
+    assert [point["kimg"] for point in results["curve"]] == [0, 2, 10]
+    assert results["after"]["name"] == "network-snapshot-000010.safetensors" and results["verdict"] == "better"
+    first, last = results["curve"][0], results["curve"][-1]
+    assert first["fd_digits"] == results["before"]["fd_digits"]
+    assert first["difference"]["fd_digits"]["verdict"] == "not distinguishable"
+    assert last["fd_digits"] == results["after"]["fd_digits"]
+    assert (tmp_path / "out" / "curve.png").is_file() and "The run" in (tmp_path / "out" / "report.html").read_text()
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(ValueError, match=r"--after: .*nothing holds no network-snapshot"):
+        compare(**{**arguments(files), "after": tmp_path / "nothing"}, num=NUM, progress=False)
+
+
+def test_reference_of_images_shows_the_nearest(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("REFINE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "real").mkdir()
+    for index in range(12):
+        noise = np.random.RandomState(index).randint(0, 256, [32, 32], dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / "real" / f"{index}.png")
+    options = {**arguments(files), "ref": tmp_path / "real", "also": ["is", "fdinf"]}
+    results = compare(**options, num=NUM, progress=False, outdir=tmp_path / "out")
+    assert {"is_digits", "fdinf_digits", "recall"} <= set(results["difference"])
+    assert results["difference"]["fd_digits"]["method"] == "paired bootstrap"
+    assert results["difference"]["recall"]["method"] == "Student"
+    assert results["reference"]["form"] == "folder of images" and results["reference"]["num"] == 12
+    assert (tmp_path / "out" / "nearest.png").is_file()
+    with pytest.raises(ValueError, match="--also: x is unknown"):
+        compare(**{**options, "also": ["x"]}, num=NUM, progress=False)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -25,6 +25,9 @@ class PixelDetector:
     name = space = "pixels"
     sha256 = "0" * 64
     feature_dim = 4
+    resize = "none"
+    fid_basis = None
+    judges_classes = True
 
     def __init__(self, num_classes: int = 0):
         self.num_classes = num_classes

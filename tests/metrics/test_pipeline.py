@@ -1,0 +1,93 @@
+"""Batches ahead of their use, and several processes that hold the same numbers as one."""
+
+import socket
+import threading
+import time
+
+import pytest
+import torch
+import torch.multiprocessing
+
+from refine.metrics.evaluate import measure
+from refine.metrics.pipeline import my_share, prefetched
+from refine.metrics.references import load_reference, save_reference
+from refine.metrics.sampling import sample_images
+from refine.metrics.statistics import FeatureStatistics
+from tests.metrics.networks import PixelDetector, PlainGenerator
+
+
+def test_items_come_in_order_and_errors_where_they_happened():
+    assert list(prefetched(iter(range(20)))) == list(range(20))
+
+    def broken():
+        yield 1
+        raise ValueError("no more")
+
+    items = prefetched(broken())
+    assert next(items) == 1
+    with pytest.raises(ValueError, match="no more"):
+        next(items)
+
+
+def test_a_consumer_that_stops_ends_the_thread():
+    items = prefetched(iter(range(1000)))
+    next(items)
+    items.close()
+    deadline = time.monotonic() + 5
+    while any(thread.name == "images" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_shares_cover_everything_in_whole_batches(monkeypatch):
+    for world in (1, 2, 3, 7):
+        parts = []
+        for rank in range(world):
+            monkeypatch.setattr("refine.metrics.pipeline.rank_and_world", lambda r=rank, w=world: (r, w))
+            parts.append(my_share(range(53), 10))
+        assert [index for part in parts for index in part] == list(range(53))
+        assert all(part.start % 10 == 0 for part in parts if len(part))
+
+
+KINDS = ("fd", "kid", "pr", "is", "classes", "per_class")
+
+
+def numbers(path):
+    detector = PixelDetector(num_classes=4)
+    images = sample_images(PlainGenerator(c_dim=4), my_share(range(45), 10), batch=10)
+    found = measure(images, detector, load_reference(path), KINDS, contributions=True)
+    values = {key: value for key, value in found.results.items() if isinstance(value, float) and key != "seconds"}
+    return values, found.contributions["fd_pixels"], found.results["num"]
+
+
+def process(rank, port, path, out):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
+    torch.save(numbers(path), f"{out}{rank}")
+    failed = False
+    try:  # an error in one process ends all of them, instead of leaving the others waiting
+        images = iter(()) if rank else sample_images(PlainGenerator(), range(5))
+        measure(images if rank == 0 else _broken(), PixelDetector(), load_reference(path))
+    except ValueError as error:
+        failed = "only here" in str(error)
+    assert failed
+    torch.distributed.destroy_process_group()
+
+
+def _broken():
+    raise ValueError("only here")
+    yield
+
+
+def test_two_processes_hold_the_numbers_of_one(tmp_path):
+    features = FeatureStatistics(keep_features=True).update(torch.rand(30, 4))
+    save_reference(tmp_path / "r.npz", features, PixelDetector())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(process, (port, tmp_path / "r.npz", str(tmp_path / "out")), nprocs=2)
+    expected = numbers(tmp_path / "r.npz")
+    for rank in range(2):
+        values, contributions, num = torch.load(tmp_path / f"out{rank}")
+        assert num == 45 and values == pytest.approx(expected[0], rel=1e-10)
+        torch.testing.assert_close(contributions, expected[1], rtol=1e-8, atol=1e-10)
