@@ -659,12 +659,15 @@ class Preconditioner(nn.Module, ABC):
         x = self._checked_images(x).to(torch.float32)
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
         labels = self._checked_labels(class_labels, x)
-        half = self.use_fp16 and not force_fp32 and x.device.type == "cuda"
-        dtype = torch.float16 if half else torch.float32 if force_fp32 else self.compute_dtype
-
         c_skip, c_out, c_in, c_noise = self.scalings(sigma)
-        F_x = self.model((c_in * x).to(dtype), c_noise.flatten(), class_labels=labels, augment_labels=augment_labels)
+        F_x = self.model((c_in * x).to(self._dtype(x, force_fp32)), c_noise.flatten(), class_labels=labels, augment_labels=augment_labels)
         return c_skip * x + c_out * F_x[:, : self.img_channels].to(torch.float32)
+
+    def _dtype(self, x: torch.Tensor, force_fp32: bool) -> torch.dtype:
+        """What the U-Net computes in, for images x."""
+        if self.use_fp16 and not force_fp32 and x.device.type == "cuda":
+            return torch.float16
+        return torch.float32 if force_fp32 else self.compute_dtype
 
     def _checked_images(self, x: torch.Tensor) -> torch.Tensor:
         expected = (self.img_channels, self.img_resolution, self.img_resolution)

@@ -295,9 +295,8 @@ class Precond(Preconditioner):
         x = self._checked_images(x).to(torch.float32)
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
         labels = self._checked_labels(class_labels, x)
-        half = self.use_fp16 and not force_fp32 and x.device.type == "cuda"
         c_skip, c_out, c_in, c_noise = self.scalings(sigma)
-        F_x = self.unet((c_in * x).to(torch.float16 if half else torch.float32), c_noise.flatten(), labels)
+        F_x = self.unet((c_in * x).to(self._dtype(x, force_fp32)), c_noise.flatten(), labels)
         D_x = c_skip * x + c_out * F_x.to(torch.float32)
         return (D_x, self.logvar(sigma)) if return_logvar else D_x
 
