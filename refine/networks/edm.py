@@ -660,7 +660,8 @@ class Preconditioner(nn.Module, ABC):
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
         labels = self._checked_labels(class_labels, x)
         c_skip, c_out, c_in, c_noise = self.scalings(sigma)
-        F_x = self.model((c_in * x).to(self._dtype(x, force_fp32)), c_noise.flatten(), class_labels=labels, augment_labels=augment_labels)
+        inputs = (c_in * x).to(self._dtype(x, force_fp32))
+        F_x = self.model(inputs, c_noise.flatten(), class_labels=labels, augment_labels=augment_labels)
         return c_skip * x + c_out * F_x[:, : self.img_channels].to(torch.float32)
 
     def _dtype(self, x: torch.Tensor, force_fp32: bool) -> torch.dtype:
