@@ -130,7 +130,7 @@ class DDPMPrecond(Preconditioner):
         force_fp32: bool = False,
         augment_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Denoise, see `Preconditioner.forward`. `force_fp32` and `augment_labels` change nothing.
+        """Denoise, see `Preconditioner.forward`; in `compute_dtype` by autocast. `augment_labels` are not used.
 
         Raises:
             ValueError: as there; or a conditional network is not given one class for each image.
@@ -138,8 +138,11 @@ class DDPMPrecond(Preconditioner):
         x = self._checked_images(x).to(torch.float32)
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
         c_skip, c_out, c_in, c_noise = self.scalings(sigma)
-        F_x = self.unet(c_in * x, c_noise.flatten().expand(len(x)), class_labels=self._classes(class_labels, x)).sample
-        return c_skip * x + c_out * F_x[:, : self.img_channels]
+        dtype = torch.float32 if force_fp32 else self.compute_dtype
+        time, classes = c_noise.flatten().expand(len(x)), self._classes(class_labels, x)
+        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+            F_x = self.unet(c_in * x, time, class_labels=classes).sample
+        return c_skip * x + c_out * F_x[:, : self.img_channels].to(torch.float32)
 
     def _classes(self, class_labels: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
         """One-hot rows as the indices that the U-Net takes."""

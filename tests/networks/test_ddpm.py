@@ -142,3 +142,17 @@ def test_denoiser_equals_the_librarys_own_arithmetic():
                     signal = scheduler.alphas_cumprod[t].double()
                     D_x = net(x_t / signal.sqrt(), ((1 - signal) / signal).sqrt())
                 assert error(D_x, expected) < 2e-4, (schedule, prediction, t)
+
+
+def test_compute_dtype():
+    """bfloat16 by autocast around float32 parameters; float32 again where it is asked for."""
+    pytest.importorskip("diffusers", reason="the optional package diffusers is not installed")
+    unet = {"block_out_channels": [8], "norm_num_groups": 4, "layers_per_block": 1}
+    unet |= {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "attention_head_dim": 8}
+    net = ddpm.DDPMPrecond(8, 1, **unet).eval().requires_grad_(False)
+    x, sigma = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 5.0])
+    expected = net(x, sigma)
+    net.compute_dtype = torch.bfloat16
+    D_x = net(x, sigma)
+    assert D_x.dtype == torch.float32 and 1e-5 < error(D_x, expected) < 3e-2
+    assert torch.equal(net(x, sigma, force_fp32=True), expected)

@@ -38,6 +38,16 @@ def test_golden(case):
     assert error(D_x, data[f"{other}:D"]) > TOLERANCE  # so the two can be told apart
 
 
+def test_compute_dtype():
+    """bfloat16 activations around float32 parameters; float32 again where it is asked for."""
+    net, data = copy.deepcopy(network(False)), arrays()
+    net.compute_dtype = torch.bfloat16
+    D_x = net(data["x"], data["sigma"], data["class_labels"])
+    assert D_x.dtype == torch.float32 and 1e-4 < error(D_x, data["fp32params:D"]) < 3e-2
+    exact = net(data["x"], data["sigma"], data["class_labels"], force_fp32=True)
+    assert error(exact, data["fp32params:D"]) < TOLERANCE
+
+
 def test_golden_without_labels():
     data = arrays()
     for labels in (None, torch.zeros(3, 10)):
