@@ -31,9 +31,9 @@ Variants = dict[str, Callable[[], None]]
 # name → (up, down, padding, gain, [(channels, size)]): the sizes of 32×32 and 256×256 generators and discriminators.
 # "same" is the filter after an upsampling convolution, whose output is one pixel wider than needed.
 UPFIRDN2D = {
-    "up 2": (2, 1, (2, 1, 2, 1), 4, [(512, 16), (128, 128), (3, 128)]),
-    "down 2": (1, 2, (1, 1, 1, 1), 1, [(512, 32), (128, 256), (3, 256)]),
-    "same size": (1, 1, (1, 1, 1, 1), 4, [(512, 33), (128, 257)]),
+    "up 2": (2, 1, (2, 1, 2, 1), 4, [(512, 4), (512, 16), (128, 128), (3, 128)]),
+    "down 2": (1, 2, (1, 1, 1, 1), 1, [(512, 8), (512, 32), (128, 256), (3, 256)]),
+    "same size": (1, 1, (1, 1, 1, 1), 4, [(512, 9), (512, 33), (128, 257)]),
 }
 BIAS_ACT = [(512, 32), (128, 256)]
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
