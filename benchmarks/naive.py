@@ -1,7 +1,7 @@
 """The same iteration as a straightforward port would do it: what `iteration.py` compares with.
 
-float32, eager, the default memory layout; one kernel per sample in modulated convolutions; the FIR filter and the
-U-Net's box filter as plain depthwise convolutions; attention written out; fresh noise for each network; Adam and the
+float32, eager, the default memory layout; one kernel per sample in modulated convolutions; reference ops; the U-Net's
+box filter as plain depthwise convolutions; attention written out; fresh noise for each network; Adam and the
 moving average tensor by tensor; losses read after every step.
 """
 
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from refine.config import RefineConfig
 from refine.networks import edm, stylegan2
 from refine.noise import SigmaLaw
+from torch_utils.ops import native
 from torch_utils.ops.conv2d_resample import conv2d_resample
 
 
@@ -39,6 +40,7 @@ def plain_layers(networks):
     """The layers as a port would write them, inside."""
     convs = [m for network in networks for m in network.modules() if isinstance(m, edm.Conv2d)]
     with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(native, "choose", lambda op, x, impl: "ref"))
         stack.enter_context(mock.patch.object(stylegan2, "modulated_conv2d", modulated_conv2d))
         stack.enter_context(mock.patch.object(edm, "scaled_dot_product", scaled_dot_product))
         stack.enter_context(mock.patch.object(edm, "_silu", F.silu))

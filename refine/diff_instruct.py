@@ -66,11 +66,11 @@ def student_gradient(teacher, aux, x, c, sigma, weighting: Weighting):
 @contextmanager
 def evaluating(*networks):
     """Eval mode inside, the previous mode of every module afterwards."""
-    before = [(module, module.training) for network in networks for module in network.modules()]
+    training = [module for network in networks for module in network.modules() if module.training]
     try:
-        for network in networks:
-            network.eval()
+        for module in training:
+            module.training = False
         yield
     finally:
-        for module, mode in before:
-            module.training = mode
+        for module in training:
+            module.training = True

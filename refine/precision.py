@@ -1,6 +1,6 @@
 """How an iteration computes: number formats, loss scaling for float16, torch.compile. Parameters stay float32."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -82,7 +82,9 @@ class LossScale:
         self.state.copy_(torch.stack([scale, torch.where(finite, (steps + 1) % self.interval, 0.0)]))
 
 
-def compile_networks(networks: Iterable[nn.Module], device: torch.device, backend: str = "inductor") -> str | None:
+def compile_networks(
+    networks: Iterable[nn.Module], device: torch.device, backend: str | Callable = "inductor"
+) -> str | None:
     """Have torch.compile translate networks at their first call; names and types of the modules stay.
 
     Returns:
