@@ -39,7 +39,7 @@ def set_precision(precision: str, networks: Iterable[nn.Module], device: torch.d
     elif precision == "tf32":
         return "tf32: a format of CUDA devices; here the same as fp32"
     elif precision == "fp16" or (precision == "bf16" and not _cpu_has_bf16()):
-        return f"{precision}: this processor has no {dtype} units and emulates them, which is slower than fp32"
+        return f"{precision}: this processor has no units for it and emulates them, which is slower than fp32"
     return None
 
 

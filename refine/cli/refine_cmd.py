@@ -141,7 +141,7 @@ def _opt(flag: str, name: str, text: str, **kwargs: Any):
     "--reuse-batch/--no-reuse-batch",
     "reuse_batch",
     default=None,
-    help="The student step takes the images of the auxiliary step: one forward pass less, noisier together.",
+    help="The student step takes the images of the auxiliary step: a forward pass less, but no longer independent.",
 )
 @_opt("--seed", "seed", "Random seed.", type=int)
 @_opt("--tick", "tick", "Print progress every so many kimg.", type=float)
@@ -437,7 +437,7 @@ def _train(training, run_dir, resumed: bool) -> int | None:
     run_dir.log(
         f"teacher     {trainer.config.teacher}, {sum(p.numel() for p in trainer.teacher.parameters()):,} parameters"
     )
-    threads = f" on {torch.get_num_threads()} threads" if trainer.device.type == "cpu" else ""
+    threads = f", threads: {torch.get_num_threads()}" if trainer.device.type == "cpu" else ""
     run_dir.log(f"computing   {trainer.config.precision}{threads}")
     for remark in trainer.remarks:
         run_dir.log(f"            {remark}")
