@@ -60,7 +60,7 @@ class Trainer:
         self.G_ema = copy.deepcopy(self.G).eval().requires_grad_(False)
         self.student_parameters = select_parameters(self.G, config.train)
         # eps as published; lr is set before every step.
-        # Fused, Adam reads and writes its tensors once: 4 to 6 times as fast on a CPU. And it can skip a step without
+        # Fused, Adam reads and writes its tensors once: 2.5 to 6 times as fast on a CPU. And it can skip a step without
         # the host knowing.
         options = {"eps": 1e-8, "fused": True}
         self.student_optimizer = torch.optim.Adam(self.student_parameters, betas=config.betas, **options)
