@@ -472,9 +472,12 @@ def command(
         chosen = choose_device(device)
     choose_ops(ops, chosen)
     further = [name.strip() for name in also.split(",") if name.strip()]
-    results = compare(**options, seed_ranges=seeds, device=chosen, also=further, cache=not no_cache)
-    if not is_first_process():
-        return
+    from refine.metrics.pipeline import joined_processes
+
+    with joined_processes():
+        results = compare(**options, seed_ranges=seeds, device=chosen, also=further, cache=not no_cache)
+        if not is_first_process():
+            return
     if as_json:
         click.echo(json.dumps(results, indent=2))
         return

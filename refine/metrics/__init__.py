@@ -3,13 +3,17 @@
 What is in which file:
 
     sampling.py           images of generators and diffusion models by seed
+    image_sets.py         images of folders, zip files and .npz
     detectors.py          images → features: load_detector
-    digits.py             the shipped detector
+      inception.py inception_weights.py     the network of FID, and the forms its weights come in
+      digits.py effnet.py exported.py       the shipped detector; ImageNet's; programs of torch.export
     statistics.py         features → streaming mean and covariance
-    frechet.py kernel.py precision_recall.py      one metric each
+    frechet.py frechet_infinity.py kernel.py precision_recall.py inception_score.py     one metric each
     references.py         what is compared with: load_reference
-    evaluate.py           all numbers of one set of images
-    paired.py             is one network better than another: differences over seed ranges
+      stored.py           other tools' caches, read without running anything in them
+    pipeline.py           batches ahead of the detector, on every process
+    evaluate.py per_class.py              all numbers of one set of images
+    contributions.py paired.py comparison.py      is one network better than another
     named.py              metrics by name, for training runs
 
 Import from these modules; the package itself imports nothing.

@@ -7,6 +7,7 @@ have seen is merged, so that all hold the same numbers. With one process nothing
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -54,6 +55,20 @@ def prefetched(items: Iterable[T]) -> Iterator[T]:
     finally:
         stop.set()
         thread.join()
+
+
+@contextlib.contextmanager
+def joined_processes() -> Iterator[None]:
+    """Under torchrun: one group of all processes for as long as the block lasts, over gloo, since what they exchange are
+    a few statistics on the CPU. Otherwise, and where there is a group already, nothing."""
+    mine = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized()
+    if mine:
+        torch.distributed.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        if mine:
+            torch.distributed.destroy_process_group()
 
 
 def rank_and_world() -> tuple[int, int]:

@@ -1,0 +1,152 @@
+"""What measuring costs: images/s of generator, detector and both as a pipeline, and whether memory grows with N.
+
+    python benchmarks/metrics.py [--quick]
+
+The pipeline makes images in one thread while the detector looks at the previous ones. What it reaches is bounded by the
+slower of the two where each has a core of its own (or a GPU), and by their sum where they share one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from refine.metrics.detectors import Detector, InceptionDetector, load_detector
+from refine.metrics.evaluate import evaluate
+from refine.metrics.frechet import frechet_distance
+from refine.metrics.inception import InceptionNetwork
+from refine.metrics.references import Reference
+from refine.metrics.sampling import Batch, sample_images
+from refine.networks.stylegan2 import Generator
+
+CIFAR = {"z_dim": 512, "c_dim": 0, "w_dim": 512, "img_resolution": 32, "img_channels": 3}
+
+
+def plain_reference(dim: int) -> Reference:
+    return Reference("standard normal", "0" * 64, torch.zeros(dim).double(), torch.eye(dim).double())
+
+
+def cases(quick: bool) -> Iterator[tuple[str, torch.nn.Module, Detector, int, int]]:
+    """(name, generator, detector, images, batch)."""
+    from refine.checkpoints import load_generator
+
+    # 100 images of 32 pixels fit the cache; as everywhere, channels_last halves a generator's time on a CPU
+    G = load_generator("digits-gan").to(memory_format=torch.channels_last)
+    yield "digits-gan, digits detector", G, load_detector("digits"), 500 if quick else 4000, 100
+    inception = InceptionDetector(InceptionNetwork().eval().requires_grad_(False), "random", "0" * 64)
+    yield "digits-gan, Inception", G, inception, 32 if quick else 96, 16
+    cifar = Generator(**CIFAR, mapping_kwargs={"num_layers": 2}, synthesis_kwargs={"channel_base": 16384}).eval()
+    cifar = cifar.requires_grad_(False).to(memory_format=torch.channels_last)
+    yield "StyleGAN2 of CIFAR-10 size, Inception", cifar, inception, 32 if quick else 96, 16
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def measure(
+    name: str, G: torch.nn.Module, detector: Detector, num: int, batch: int, repeats: int, device: str
+) -> float:
+    """Prints images/s of the parts and of the whole; returns the pipeline's as a part of the slower part's."""
+    G, detector = G.to(device), detector.to(device)
+    ready = list(sample_images(G, range(num), batch=batch, device=device))
+    features = detector(ready[0].images)
+    reference = plain_reference(features.shape[1])
+
+    def generator_alone() -> None:
+        for _ in sample_images(G, range(num), batch=batch, device=device):
+            pass
+        synchronise(device)
+
+    def detector_alone() -> None:
+        for images, _ in ready:
+            detector(images)
+        synchronise(device)
+
+    def pipeline() -> None:
+        evaluate(sample_images(G, range(num), batch=batch, device=device), detector, reference, kinds=())
+
+    def distance() -> None:  # once for all images, however many
+        frechet_distance(*moments, reference.mu, reference.sigma)
+
+    moments = torch.randn(reference.mu.shape).double(), torch.cov(torch.randn(len(reference.mu), 4096).double())
+    works = {"generator alone": generator_alone, "detector alone": detector_alone, "pipeline": pipeline}
+    best = dict.fromkeys(works, float("inf"))
+    for _ in range(repeats):  # interleaved: other work on the machine hits all alike
+        for key, work in works.items():
+            best[key] = min(best[key], seconds(work))
+    print(f"\n{name}: {num} images, batches of {batch}, {device}")
+    for key, duration in best.items():
+        print(f"  {key:<28}{num / duration:10.1f} images/s")
+    slower = max(best["generator alone"], best["detector alone"])
+    both = best["generator alone"] + best["detector alone"]
+    print(
+        f"  pipeline / slower part      {slower / best['pipeline']:10.2f}   (one after the other: {slower / both:.2f})"
+    )
+    print(f"  then the distance, once     {seconds(distance):10.2f} s")
+    return slower / best["pipeline"]
+
+
+def synchronise(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def peak_memory(num: int) -> float:
+    """MiB that a process of its own needs at most for a Fréchet distance in 2048 dimensions of `num` images."""
+    command = [sys.executable, __file__, f"--memory-of={num}"]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+class WideDetector:
+    """2048 features that cost nothing, so that only the statistics' memory is seen."""
+
+    name = space = "wide"
+    sha256, feature_dim, resize, fid_basis, judges_classes = "0" * 64, 2048, "none", None, False
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)[:, :1].float() + torch.arange(2048) % 7
+
+    def classify(self, images: torch.Tensor) -> None:
+        return None
+
+
+def print_memory(num: int) -> None:
+    images = (Batch(torch.randint(0, 256, [100, 3, 32, 32], dtype=torch.uint8), None) for _ in range(num // 100))
+    evaluate(images, WideDetector(), plain_reference(2048), kinds=("fd",))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few images, once")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)  # one core for making images, one for looking at them
+    if options.memory_of:
+        print_memory(options.memory_of)
+        return
+    print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, one thread for each part")
+    for case in cases(options.quick):
+        measure(*case, repeats=1 if options.quick else 3, device=options.device)
+    few, many = (peak_memory(num) for num in ((500, 2000) if options.quick else (1000, 20_000)))
+    print(f"\npeak memory, 2048 features: {few:.0f} MiB for few images, {many:.0f} MiB for many")
+
+
+if __name__ == "__main__":
+    main()
