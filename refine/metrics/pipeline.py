@@ -59,8 +59,8 @@ def prefetched(items: Iterable[T]) -> Iterator[T]:
 
 @contextlib.contextmanager
 def joined_processes() -> Iterator[None]:
-    """Under torchrun: one group of all processes for as long as the block lasts, over gloo, since what they exchange are
-    a few statistics on the CPU. Otherwise, and where there is a group already, nothing."""
+    """Under torchrun: one group of all processes for as long as the block lasts. It is gloo's, since they exchange
+    statistics on the CPU. Otherwise, and where there is a group already, nothing."""
     mine = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized()
     if mine:
         torch.distributed.init_process_group("gloo")
