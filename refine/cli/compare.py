@@ -468,13 +468,15 @@ def command(
     A distance is called FID only with the Inception-2015-12-05 weights as --detector.
     """
     check_numbers(options["num"], seeds, options["batch"])
+    from torch_utils.distributed import local_device
+
     with option("--device"):
-        chosen = choose_device(device)
+        chosen = local_device(choose_device(device))
     choose_ops(ops, chosen)
     further = [name.strip() for name in also.split(",") if name.strip()]
-    from refine.metrics.pipeline import joined_processes
+    from refine.metrics.pipeline import sharing
 
-    with joined_processes():
+    with sharing():
         results = compare(**options, seed_ranges=seeds, device=chosen, also=further, cache=not no_cache)
         if not is_first_process():
             return

@@ -100,7 +100,7 @@ class NamedMetric:
     def measure(self, G: torch.nn.Module, device: torch.device | str) -> dict[str, Any]:
         """Results of `evaluate`, and `seeds`; neither the network nor the caller's random state changes.
 
-        Under torchrun every process has to call it; all get the same results.
+        A process measures alone, unless all call this within `refine.metrics.pipeline.sharing`.
         """
         detector = self._detector.to(device)
         images = sample_images(G, my_share(range(self.num), self._batch), batch=self._batch, device=device)

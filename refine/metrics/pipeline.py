@@ -1,7 +1,7 @@
 """How images get from where they are made to the statistics: in batches, ahead of the detector, on every process.
 
-Under torchrun (an initialised `torch.distributed`) each process takes its own share of the seeds or files; what they
-have seen is merged, so that all hold the same numbers. With one process nothing of this happens.
+Under torchrun, within `sharing`, each process takes its own share of the seeds or files; what they have seen is merged,
+so that all hold the same numbers.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import os
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
-import torch
-import torch.distributed
+import torch.distributed as dist
 
 T = TypeVar("T")
 _AHEAD = 2  # batches that wait for the detector
+_PATIENCE = timedelta(hours=24)  # processes may be of unequal speed, and meet only once all images are seen
+_groups: list[dist.ProcessGroup] = []  # of the blocks of `sharing` that are open
 
 
 def prefetched(items: Iterable[T]) -> Iterator[T]:
@@ -58,24 +60,30 @@ def prefetched(items: Iterable[T]) -> Iterator[T]:
 
 
 @contextlib.contextmanager
-def joined_processes() -> Iterator[None]:
-    """Under torchrun: one group of all processes for as long as the block lasts. It is gloo's, since they exchange
-    statistics on the CPU. Otherwise, and where there is a group already, nothing."""
-    mine = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized()
+def sharing() -> Iterator[None]:
+    """For as long as the block lasts, all processes of torchrun measure together, each its share; all have to enter.
+
+    Outside of it a process measures alone, as the first one does while the others of a training run wait. What they
+    exchange are statistics on the CPU, over gloo; a process may be late by hours. With one process this is nothing.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not dist.is_initialized():
+        yield
+        return
+    mine = not dist.is_initialized()
     if mine:
-        torch.distributed.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=_PATIENCE)
+    _groups.append(dist.new_group(backend="gloo", timeout=_PATIENCE))
     try:
         yield
     finally:
+        _groups.pop()
         if mine:
-            torch.distributed.destroy_process_group()
+            dist.destroy_process_group()
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's number, and how many there are."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
+    """This process's number, and how many measure together."""
+    return (dist.get_rank(), dist.get_world_size()) if _groups else (0, 1)
 
 
 def my_share(items: Sequence[T], batch: int = 1) -> Sequence[T]:
@@ -87,9 +95,10 @@ def my_share(items: Sequence[T], batch: int = 1) -> Sequence[T]:
 
 
 def gathered(value: T) -> list[T]:
-    """The values of all processes, in the order of their numbers."""
-    if rank_and_world()[1] == 1:
+    """The values of all processes that measure together, in the order of their numbers."""
+    world = rank_and_world()[1]
+    if world == 1:
         return [value]
-    everyone: list[Any] = [None] * rank_and_world()[1]
-    torch.distributed.all_gather_object(everyone, value)
+    everyone: list[Any] = [None] * world
+    dist.all_gather_object(everyone, value, group=_groups[-1])
     return everyone

@@ -9,7 +9,7 @@ import torch
 import torch.multiprocessing
 
 from refine.metrics.evaluate import measure
-from refine.metrics.pipeline import my_share, prefetched
+from refine.metrics.pipeline import my_share, prefetched, sharing
 from refine.metrics.references import load_reference, save_reference
 from refine.metrics.sampling import sample_images
 from refine.metrics.statistics import FeatureStatistics
@@ -63,14 +63,17 @@ def numbers(path):
 def process(rank, port, path, out):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
-    torch.save(numbers(path), f"{out}{rank}")
-    failed = False
-    try:  # an error in one process ends all of them, instead of leaving the others waiting
-        images = iter(()) if rank else sample_images(PlainGenerator(), range(5))
-        measure(images if rank == 0 else _broken(), PixelDetector(), load_reference(path))
-    except ValueError as error:
-        failed = "only here" in str(error)
-    assert failed
+    if rank == 0:  # outside of `sharing` nobody is waited for
+        assert numbers(path)[2] == 45
+    with sharing():
+        torch.save(numbers(path), f"{out}{rank}")
+        failed = False
+        try:  # an error in one process ends all of them, instead of leaving the others waiting
+            images = _broken() if rank else sample_images(PlainGenerator(), range(5))
+            measure(images, PixelDetector(), load_reference(path))
+        except ValueError as error:
+            failed = "only here" in str(error)
+        assert failed
     torch.distributed.destroy_process_group()
 
 
