@@ -313,15 +313,9 @@ def _of_generator(G: torch.nn.Module, path: Path, detector: Detector | None, loo
 def _cached(path, content: str, num: int, batches, detector: Detector, looking: Looking, classes) -> Reference:
     key = json.dumps([_CACHE_VERSION, content, detector.sha256, detector.name, detector.resize, num])
     target = cache_dir() / "metrics" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
-    if looking.cache and target.is_file():
-        try:
-            reference = _from_arrays(target, _read_npz(target), "cache")
-            reference.check_detector(detector)
-            if reference.num != num:
-                raise ValueError(f"{target} holds {reference.num} images, expected {num}")
-            return replace(reference, name=path.name, sha256=content)
-        except ValueError as error:
-            print(f"measured again, because what was cached cannot be used: {error}", file=sys.stderr)
+    kept = _kept(target, num, detector) if looking.cache else None
+    if all(found is not None for found in gathered(kept and kept.num)):  # machines may have caches of their own
+        return replace(kept, name=path.name, sha256=content)
     statistics = _look(batches(), num, path.name, detector, looking)
     labels = {} if classes is None else {"classes": classes.numpy()}
     if looking.cache and rank_and_world()[0] == 0:
@@ -330,6 +324,21 @@ def _cached(path, content: str, num: int, batches, detector: Detector, looking: 
     features = statistics.features if statistics.keep_features else None
     mine = {"detector": detector.name, "detector_sha256": detector.sha256, "num": num, "features": features}
     return Reference(path.name, content, statistics.mean, statistics.covariance, classes=classes, **mine)
+
+
+def _kept(target: Path, num: int, detector: Detector) -> Reference | None:
+    """What was measured before, if it is there and whole."""
+    if not target.is_file():
+        return None
+    try:
+        reference = _from_arrays(target, _read_npz(target), "cache")
+        reference.check_detector(detector)
+        if reference.num != num:
+            raise ValueError(f"{target} holds {reference.num} images, expected {num}")
+        return reference
+    except ValueError as error:
+        print(f"measured again, because what was cached cannot be used: {error}", file=sys.stderr)
+        return None
 
 
 @torch.no_grad()
