@@ -8,6 +8,7 @@ from typing import Any
 SCHEDULES = ("constant", "cosine", "linear")
 TRAINABLE = ("all", "synthesis", "mapping")
 NOISE_MODES = ("random", "const", "none")
+OBJECTIVES = ("ikl", "dmd", "sid", "sim")
 OPS_MODES = ("auto", "native", "ref")  # those of torch_utils.custom_ops, without importing it
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
@@ -63,7 +64,14 @@ class RefineConfig:
 
     sigma: SigmaOptions = field(default_factory=SigmaOptions)  # noise levels of the student step
     aux_sigma: SigmaOptions = field(default_factory=SigmaOptions)  # noise levels of the auxiliary step
-    weighting: str = "1"  # on D_aux − D_teacher; see refine.noise.make_weighting
+    objective: str = "ikl"  # see refine.objectives
+    sid_alpha: float = 1.0  # α of sid; published with 1.0 to 1.2
+    weighting: str = "1"  # of the objective over noise levels; see refine.noise.make_weighting
+    guidance: float = 1.0  # of the teacher, where it knows a missing label. 1 = none
+    label_dist: tuple[float, ...] | None = None  # how often each class is drawn. None = uniformly
+    keep_distances: float = 0.0  # pull towards the student's own pairwise distances; see refine.diversity
+    keep_recall: float = 0.0  # stop, and keep no snapshot as the best, below this share of the recall at the start
+    sigma_init: float = 2.5  # noise level at which --gan=one-step uses the teacher's U-Net
     aux_steps: int = 1  # auxiliary steps per student step
     aux_warmup_kimg: float = 0.0  # images that aux follows before the student first moves
     ema_kimg: float = 50.0  # half-life of the student's moving average
@@ -95,7 +103,7 @@ class RefineConfig:
         self._expect(self.kimg > 0 and math.isfinite(self.kimg), "--kimg", self.kimg, "a number > 0")
         self._expect(self.batch >= 1, "--batch", self.batch, "at least 1")
         self._expect(self.batch_gpu is None or self.batch_gpu >= 1, "--batch-gpu", self.batch_gpu, "at least 1")
-        for name in ("lr", "aux_lr", "lr_rampup_kimg", "aux_warmup_kimg", "ema_kimg"):
+        for name in ("lr", "aux_lr", "lr_rampup_kimg", "aux_warmup_kimg", "ema_kimg", "keep_distances", "sid_alpha"):
             value = getattr(self, name)
             self._expect(value >= 0 and math.isfinite(value), _flag(name), value, "a number ≥ 0")
         for name in ("betas", "aux_betas"):
@@ -114,10 +122,20 @@ class RefineConfig:
         self._expect(not self.patience or self.metrics, "--patience", self.patience, "0, or --metrics to go by")
         self._expect(self.max_skips >= 1, "--max-skips", self.max_skips, "at least 1")
         self._expect(0 <= self.seed < 2**31, "--seed", self.seed, "0 to 2147483647")
-        choices = {"lr_schedule": SCHEDULES, "train": TRAINABLE, "noise_mode": NOISE_MODES, "precision": PRECISIONS}
+        self._expect(0 <= self.keep_recall <= 1, "--keep-recall", self.keep_recall, "0 to 1")
+        for name in ("guidance", "sigma_init"):
+            value = getattr(self, name)
+            self._expect(0 < value < math.inf, _flag(name), value, "a number > 0")
+        if self.label_dist is not None:
+            ok = all(0 <= p < math.inf for p in self.label_dist) and sum(self.label_dist) > 0
+            self._expect(ok, "--label-dist", list(self.label_dist), "numbers ≥ 0, not all of them 0")
+        choices = {"lr_schedule": SCHEDULES, "train": TRAINABLE, "noise_mode": NOISE_MODES}
+        choices |= {"precision": PRECISIONS, "objective": OBJECTIVES}
         for name, words in choices.items():
             self._expect(getattr(self, name) in words, _flag(name), getattr(self, name), f"one of {', '.join(words)}")
         self._expect(self.ops is None or self.ops in OPS_MODES, "--ops", self.ops, f"one of {', '.join(OPS_MODES)}")
+        if self.keep_recall and not self.metrics:
+            raise ValueError("--keep-recall needs a metric that measures recall: add --metrics and --ref")
         if self.metrics and self.ref is None:
             raise ValueError(f"--metrics={','.join(self.metrics)} needs reference statistics: add --ref=FILE.npz")
 
@@ -159,8 +177,8 @@ class RefineConfig:
         if unknown:
             raise ValueError(f"training options hold {', '.join(sorted(unknown))}, which this version does not know")
         values = dict(values)
-        for name in ("betas", "aux_betas", "metrics"):
-            if name in values:
+        for name in ("betas", "aux_betas", "metrics", "label_dist"):
+            if values.get(name) is not None:
                 values[name] = tuple(values[name])
         for name in ("sigma", "aux_sigma"):
             if isinstance(values.get(name), dict):
@@ -172,12 +190,15 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+# The published distillation settings (Luo et al. 2023): Adam (0, 0.999), lr 1e-5 for both, batch 128, EMA half-life
+# 500 kimg with 5 % ramp-up, ln σ ~ N(−1.2, 1.2²), one auxiliary step. The length of the runs is not published there.
+_PUBLISHED = {"kimg": 5000.0, "batch": 128, "lr": 1e-5, "aux_lr": 1e-5, "ema_kimg": 500.0, "tick": 50.0, "snap": 10}
+
 # Defaults of --preset; an option that is given wins. What differs from the dataclass has its reason beside it.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    # The published distillation settings, the nearest known proxy for refinement at 32×32 (Luo et al. 2023): Adam
-    # (0, 0.999), lr 1e-5 for both, batch 128, EMA half-life 500 kimg with 5 % ramp-up, ln σ ~ N(−1.2, 1.2²).
-    "cifar10": {"kimg": 5000.0, "batch": 128, "lr": 1e-5, "aux_lr": 1e-5, "ema_kimg": 500.0, "tick": 50.0, "snap": 10},
+    "cifar10": _PUBLISHED,  # the nearest known proxy for refinement at 32×32
+    "one-step": {**_PUBLISHED, "gan": "one-step"},  # sigma_init is that of SiD (Zhou et al. 2024)
     # The shipped digits pair: a small student needs larger rates than a CIFAR-10 one, digits want coarser noise than
     # photographs, and the run is short because precision falls again afterwards (README, "When it does not help").
     "demo": {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 LAWS = ("lognormal", "loguniform", "karras")
-WEIGHTINGS = ("1", "sigma^P", "dmd")
+WEIGHTINGS = ("1", "sigma^P")
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,7 @@ def make_weighting(text: str) -> Weighting:
 
     Args:
         text: '1': none, which is w(σ) = σ² on the difference of scores (Luo et al. 2023, Diff-Instruct);
-            'sigma^P' with a number P, such as 'sigma^-1': σ^P;
-            'dmd': 1 / mean|x − D_teacher| per sample (Yin et al. 2024, DMD, eq. 8).
+            'sigma^P' with a number P, such as 'sigma^-1': σ^P.
 
     Raises:
         ValueError: Any other text.
@@ -81,7 +80,7 @@ def make_weighting(text: str) -> Weighting:
     if text == "1":
         return lambda sigma, x, D_teacher: torch.ones_like(sigma)
     if text == "dmd":
-        return lambda sigma, x, D_teacher: 1 / (x - D_teacher).abs().mean(dim=[1, 2, 3], keepdim=True).clamp_min(1e-8)
+        raise ValueError("the normaliser of DMD belongs to its objective: --objective=dmd")
     name, _, power = text.partition("^")
     try:
         if name != "sigma" or not math.isfinite(float(power)):

@@ -47,6 +47,8 @@ class Snapshots:
         self.metrics, self.provenance, self.container = metrics or [], provenance or {}, container
         self.best: dict[str, Any] | None = None
         self.since_best = 0  # snapshots measured since the best one
+        self.start_recall: float | None = None  # of the first metric, where config.keep_recall asks for it
+        self.recall_lost = False
         self._grid_z, self._grid_c = self._fixed_latents()
         self._init_grid = self._grid(trainer.G_ema)
 
@@ -108,8 +110,18 @@ class Snapshots:
             text = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
             with tqdm.external_write_mode():
                 self.run_dir.log(f"metric {metric.name} at {kimg:.1f} kimg: {text}")
-            if index == 0 and snapshot is not None and math.isfinite(value):
+            if index == 0 and snapshot is None:
+                self.start_recall = results.get("recall")
+            elif index == 0 and self._recall_is_kept(results) and math.isfinite(value):
                 self._keep_best(metric, value, snapshot)
+
+    def _recall_is_kept(self, results: dict[str, Any]) -> bool:
+        """Whether the share of the recall that `--keep-recall` asks for is still there; it decides what is the best."""
+        share, recall = self.trainer.config.keep_recall, results.get("recall")
+        if not share or recall is None or self.start_recall is None:
+            return True
+        self.recall_lost = recall < share * self.start_recall
+        return not self.recall_lost
 
     def _keep_best(self, metric: NamedMetric, value: float, snapshot: str) -> None:
         self.since_best += 1

@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 
+from refine.bridge import Bridge, Guided, draw_labels, has_null_label, plan_bridge
 from refine.config import RefineConfig
-from refine.diff_instruct import aux_loss, student_gradient
+from refine.diff_instruct import aux_loss
+from refine.diversity import distance_gradient
 from refine.ema import ema_beta, update_ema
 from refine.noise import SigmaLaw, make_weighting
+from refine.objectives import make_objective
 from refine.precision import LossScale, compile_networks, set_precision
 from torch_utils import distributed
 from torch_utils.batch_slice import micro_batches
@@ -21,6 +24,8 @@ GAP_NAMES = [
     f"Gap/sigma_{low:g}-{high:g}" for low, high in zip((0, *SIGMA_EDGES), (*SIGMA_EDGES, math.inf), strict=True)
 ]
 
+MAX_CLASSES = 20  # the gap is reported for each class where there are no more
+
 
 class Trainer:
     """Refines a student with a teacher, step by step; `refine.training_run` calls it and writes the files.
@@ -28,7 +33,7 @@ class Trainer:
     Args:
         config: All options.
         student: Generator G(z, c), float32; its weights are where the run starts.
-        teacher: Denoiser D(x, sigma, c) with the same resolution, channels and number of classes.
+        teacher: Denoiser D(x, sigma, c); where its images or classes differ from the student's, `bridge` joins them.
         device: Where the networks run.
 
     Attributes:
@@ -45,11 +50,13 @@ class Trainer:
         teacher: torch.nn.Module,
         device: torch.device | str = "cpu",
     ):
-        check_pair(student, teacher)
+        self.bridge = check_pair(student, teacher)
         self.config, self.device = config, torch.device(device)
         self.sigma = SigmaLaw(**vars(config.sigma))
         self.aux_sigma = SigmaLaw(**vars(config.aux_sigma))
         self.weighting = make_weighting(config.weighting)
+        self.objective = make_objective(config.objective, config.sid_alpha)
+        self.label_prior = check_label_dist(config.label_dist, student, teacher)
 
         torch.manual_seed(config.seed)
         # channels_last is faster on a CPU: a 32×32 student 1.3 to 2 times, a U-Net's forward 1.1 to 1.2 times.
@@ -58,6 +65,8 @@ class Trainer:
         self.aux = copy.deepcopy(teacher).to(**place).train(config.dropout).requires_grad_(True)
         self.G = copy.deepcopy(student).to(**place).train()
         self.G_ema = copy.deepcopy(self.G).eval().requires_grad_(False)
+        # As it came; of the given weights also in a resumed run.
+        self.G_start = copy.deepcopy(self.G).requires_grad_(False) if config.keep_distances else None
         self.student_parameters = select_parameters(self.G, config.train)
         # eps as published; lr is set before every step.
         # Fused, Adam reads and writes its tensors once: 2.5 to 6 times as fast on a CPU. And it can skip a step without
@@ -73,7 +82,10 @@ class Trainer:
         if config.compile and (remark := compile_networks(computing, self.device)):
             self.remarks.append(remark)
         self.loss_scales = {name: LossScale(config.precision, self.device) for name in ("student", "aux")}
-        self._kept = []  # with --reuse-batch: images, still joined to G, and labels of the last auxiliary step
+        self.null_label = has_null_label(self.teacher)
+        if config.guidance != 1:
+            self.teacher = guided(self.teacher, config.guidance)
+        self._kept = []  # with --reuse-batch: images, still joined to G, latents, labels of the last auxiliary step
         self._sigma_edges = torch.tensor(SIGMA_EDGES, device=self.device)
 
         self.nimg = 0  # images through the student step
@@ -98,27 +110,33 @@ class Trainer:
         for z, c, drawing in self._micro_batches():
             with drawing:
                 with torch.set_grad_enabled(keep):
-                    x = self._images(z, c)
+                    x = self.bridge.images(self._images(self.G, z, c))
                 sigma = self.aux_sigma.sample(len(x), self.device)
-                loss = aux_loss(self.aux, x, c, sigma)
+                loss = aux_loss(self.aux, x, self._teacher_labels(c, len(x)), sigma)
             self.loss_scales["aux"].scale(loss.sum() / self.config.batch).backward()
             self.means.add("Loss/aux", loss)
             if keep:
-                self._kept.append((x, c))
+                self._kept.append((x, z, c))
         self._optimize("aux", self.aux_optimizer, list(self.aux.parameters()), lr)
 
     def student_step(self, lr: float) -> None:
-        """One step of the student along the difference of the two denoisers."""
+        """One step of the student along the objective's gradient."""
         self.student_optimizer.zero_grad(set_to_none=True)
         for z, c, drawing in self._micro_batches():
             with drawing:
-                x, c = self._kept.pop(0) if self._kept else (self._images(z, c), c)
+                if self._kept:
+                    x, z, c = self._kept.pop(0)
+                else:
+                    x = self.bridge.images(self._images(self.G, z, c))
                 sigma = self.sigma.sample(len(x), self.device)
-                gradient, gap = student_gradient(self.teacher, self.aux, x.detach(), c, sigma, self.weighting)
+                labels = self._teacher_labels(c, len(x))
+                gradient, gap = self.objective(self.teacher, self.aux, x.detach(), labels, sigma, self.weighting)
+                # ikl has no value, only a gradient: its mean square over pixels is reported.
+                self.means.add("Loss/student_gradient", gradient.square().mean(dim=[1, 2, 3]))
+                if self.G_start is not None:
+                    gradient = gradient + self.config.keep_distances * self._distance_gradient(x, z, c)
             x.backward(self.loss_scales["student"].scale(gradient / self.config.batch))
-            # The objective has no value of its own, only a gradient: its mean square over pixels is reported.
-            self.means.add("Loss/student_gradient", gradient.square().mean(dim=[1, 2, 3]))
-            self.means.add_binned(GAP_NAMES, torch.bucketize(sigma.flatten(), self._sigma_edges), gap)
+            self._report_gap(gap, sigma, c)
             self._report_diversity(x.detach(), c)
         self._optimize("student", self.student_optimizer, self.student_parameters, lr)
 
@@ -160,15 +178,31 @@ class Trainer:
         """Latents and labels of one whole batch, the same in every process."""
         n = self.config.batch
         z = torch.randn(n, self.G.z_dim, device=self.device)
-        c = None
-        if self.G.c_dim > 0:  # labels are uniform over the classes
-            labels = torch.randint(self.G.c_dim, [n, 1], device=self.device)
-            c = z.new_zeros(n, self.G.c_dim).scatter_(1, labels, 1.0)  # F.one_hot checks its input on the host
-        return z, c
+        return z, draw_labels(n, self.G.c_dim, self.label_prior, self.device) if self.G.c_dim else None
 
-    def _images(self, z: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:
-        options = {"noise_mode": self.config.noise_mode} if hasattr(self.G, "synthesis") else {}
-        return self.G(z, c, **options)
+    def _teacher_labels(self, c: torch.Tensor | None, n: int) -> torch.Tensor | None:
+        """What teacher and aux are told of images with the student's labels c, by the rules of `refine.bridge`."""
+        classes = self.bridge.teacher[2]
+        if classes and c is None and not self.null_label:
+            return draw_labels(n, classes, self.label_prior, self.device)
+        return c if classes else None
+
+    def _images(self, G: torch.nn.Module, z: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:
+        options = {"noise_mode": self.config.noise_mode} if hasattr(G, "synthesis") else {}
+        return G(z, c, **options)
+
+    @torch.no_grad()
+    def _distance_gradient(self, x: torch.Tensor, z: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:
+        gradient = distance_gradient(x, self.bridge.images(self._images(self.G_start, z, c)))
+        self.means.add("Loss/distances", gradient.square().mean(dim=[1, 2, 3]))
+        return gradient
+
+    def _report_gap(self, gap: torch.Tensor, sigma: torch.Tensor, c: torch.Tensor | None) -> None:
+        """mean|D_aux − D_teacher| by noise level and by class."""
+        self.means.add_binned(GAP_NAMES, torch.bucketize(sigma.flatten(), self._sigma_edges), gap)
+        if c is not None and c.shape[1] <= MAX_CLASSES:
+            names = [f"Gap/class_{index}" for index in range(c.shape[1])]
+            self.means.add_binned(names, c.argmax(dim=1), gap)
 
     def _report_diversity(self, x: torch.Tensor, c: torch.Tensor | None) -> None:
         """Standard deviation of pixels within the batch, and within its classes."""
@@ -251,16 +285,41 @@ class SkippedSteps:
         return total, row
 
 
-def check_pair(student: torch.nn.Module, teacher: torch.nn.Module) -> None:
-    """Raise ValueError unless student and teacher make images of the same shape with the same classes."""
-    pairs = [
-        ("img_resolution", student.img_resolution, teacher.img_resolution),
-        ("img_channels", student.img_channels, teacher.img_channels),
-        ("classes", student.c_dim, teacher.label_dim),
-    ]
-    for name, found, expected in pairs:
-        if found != expected:
-            raise ValueError(f"--gan has {name} {found}, but --teacher has {expected}; expected a pair that agrees")
+def check_pair(student: Any, teacher: Any) -> Bridge:
+    """The way from a student's images and labels to a teacher's.
+
+    Args:
+        student, teacher: Networks, or what `refine.checkpoints.peek` tells of them.
+
+    Raises:
+        ValueError: There is none.
+    """
+    return plan_bridge(
+        (student.img_resolution, student.img_channels, student.c_dim),
+        (teacher.img_resolution, teacher.img_channels, teacher.label_dim),
+    )
+
+
+def check_label_dist(prior: tuple[float, ...] | None, student: Any, teacher: Any) -> torch.Tensor | None:
+    """The prior of the classes as a tensor, or None for uniform.
+
+    Raises:
+        ValueError: It does not fit the networks.
+    """
+    if prior is None:
+        return None
+    classes = student.c_dim or teacher.label_dim
+    if len(prior) != classes:
+        raise ValueError(f"--label-dist has {len(prior)} numbers; expected one per class, which are {classes}")
+    return torch.tensor(prior, dtype=torch.float32)
+
+
+def guided(teacher: torch.nn.Module, guidance: float) -> torch.nn.Module:
+    """The teacher under classifier-free guidance. Raises ValueError where it does not know a missing label."""
+    try:
+        return Guided(teacher, guidance)
+    except ValueError as error:
+        raise ValueError(f"--guidance: {error}") from None
 
 
 def select_parameters(G: torch.nn.Module, train: str) -> list[torch.nn.Parameter]:

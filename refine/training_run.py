@@ -19,7 +19,7 @@ from torch_utils import distributed
 from torch_utils.misc import peak_memory
 
 # Why a run ends, or pauses, after an iteration; of several reasons the largest counts, in all processes alike.
-GO_ON, SAVE, TIME_IS_UP, SIGNALLED, NO_BETTER = range(5)
+GO_ON, SAVE, TIME_IS_UP, SIGNALLED, NO_BETTER, RECALL_LOST = range(6)
 
 
 class TrainingRun:
@@ -48,8 +48,8 @@ class TrainingRun:
             stop: Asked once an iteration; None = nothing ends the run early.
 
         Returns:
-            None if the run came to its end (its kimg, or no better snapshots), 0 if its time was up, or the number of
-            the signal that stopped it. The state is saved in any case.
+            None if the run came to its end (its kimg, no better snapshots, lost recall), 0 if its time was up, or the
+            number of the signal that stopped it. The state is saved in any case.
 
         Raises:
             ValueError: Too many steps in a row had NaN or infinite gradients.
@@ -68,6 +68,8 @@ class TrainingRun:
         elif reason == NO_BETTER and (best := self.snapshots.best) is not None:
             count = self.config.patience
             self._say(f"no better {best['metric']} in {count} snapshots: done, the best is {best['snapshot']}")
+        elif reason == RECALL_LOST:
+            self._say(f"less than {self.config.keep_recall:g} of the recall at the start is left: done")
         if monitor is not None:
             monitor.flush()
         return {TIME_IS_UP: 0, SIGNALLED: stop.signal or signal.SIGTERM}.get(reason)
@@ -76,6 +78,8 @@ class TrainingRun:
         """Iterations until the end or a reason to stop, which is returned."""
         config, trainer = self.config, self.trainer
         end = config.num_steps * config.batch
+        if self.snapshots.recall_lost:  # in a run that was resumed after its end
+            return RECALL_LOST
         with self._progress_bar(end, trainer.nimg, "img", "refine") as bar:
             since = time.time()
             while trainer.nimg < end:
@@ -121,6 +125,8 @@ class TrainingRun:
         reason = SIGNALLED if stop.signal is not None else reason
         if self.config.patience and distributed.is_main() and self.snapshots.since_best >= self.config.patience:
             reason = NO_BETTER
+        if distributed.is_main() and self.snapshots.recall_lost:
+            reason = RECALL_LOST
         reason = distributed.largest(reason)
         # On CUDA skipped steps are looked at now and then only: reading them waits for the device.
         self._iterations += 1
@@ -213,6 +219,8 @@ class TrainingRun:
             "tick_start": self.tick_start,
             "best": self.snapshots.best,
             "since_best": self.snapshots.since_best,
+            "start_recall": self.snapshots.start_recall,
+            "recall_lost": self.snapshots.recall_lost,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -224,3 +232,5 @@ class TrainingRun:
         self.trainer.load_state_dict(state)
         self.elapsed, self.begun, self.tick_start = state["elapsed"], state["begun"], state["tick_start"]
         self.snapshots.best, self.snapshots.since_best = state["best"], state["since_best"]
+        self.snapshots.start_recall = state.get("start_recall")
+        self.snapshots.recall_lost = state.get("recall_lost", False)

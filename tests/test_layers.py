@@ -12,8 +12,8 @@ import pytest
 LAYERS = [
     ("dnnlib",),
     ("torch_utils",),
-    ("refine.noise", "refine.images", "refine.ema", "refine.precision"),
-    ("refine.diff_instruct",),
+    ("refine.noise", "refine.images", "refine.ema", "refine.precision", "refine.bridge"),
+    ("refine.diff_instruct", "refine.objectives", "refine.diversity"),
     ("refine.networks",),
     ("refine.checkpoints", "refine"),  # `refine` is the lazy front door to load_generator and load_teacher
     ("refine.metrics",),
@@ -33,6 +33,7 @@ SCRIPTS = ("*.py", "benchmarks/**/*.py", "pretrained/recipes/**/*.py")
 ONLY = {
     "dnnlib": ("dnnlib",),
     "refine.diff_instruct": ("torch", "refine.noise"),
+    "refine.objectives": ("torch", "refine.noise", "refine.diff_instruct"),
     "refine.checkpoints.sniff": ("dnnlib",),
     "refine.checkpoints.diffusers_folder": (),
     "refine.checkpoints.index": (

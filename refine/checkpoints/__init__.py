@@ -12,6 +12,7 @@
     pt_files.py         what torch.save writes;  rosinality.py  the names in such files
     state_dicts.py      one network in plain safetensors or .npz;  diffusers_folder.py  folders of diffusers
     restricted_unpickler.py  reads a pickle without running it;  inert.py, tensors.py  its values, not read yet
+    custom.py     generators that a function of the user's own makes
     export.py     gives networks back in the formats they came in
 
     describe.py   what is in a file, for `python -m refine inspect`
@@ -32,7 +33,7 @@ from refine.checkpoints.sniff import sniff
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["NetworkInfo", "load_generator", "load_teacher", "peek", "resolve", "sniff"]
+__all__ = ["NetworkInfo", "load_generator", "load_teacher", "peek", "resolve", "sniff", "source_file"]
 
 
 @dataclass(frozen=True)
@@ -64,16 +65,22 @@ def load_generator(path_or_name: str | os.PathLike) -> torch.nn.Module:
     """The generator of a file: `G_ema` where there is one, otherwise the only generator in it.
 
     Args:
-        path_or_name: A file, a URL, or a name of `pretrained/index.toml`.
+        path_or_name: A file, a URL, a name of `pretrained/index.toml`, or `package.module:function` of the user's own
+            (docs/generators.md), which is then imported and called.
 
     Returns:
         Module in eval mode, float32, on the CPU, without gradients: `G(z, c, truncation_psi=1.0, noise_mode='const')` →
         images, float32 [N, img_channels, img_resolution, img_resolution], about [-1, 1]. Attributes z_dim, c_dim,
-        w_dim, num_ws, img_resolution, img_channels, mapping, synthesis.
+        w_dim, num_ws, img_resolution, img_channels, mapping, synthesis. Generators that are no StyleGAN2 take z and c
+        only, and have neither w_dim, num_ws, mapping nor synthesis.
 
     Raises:
         ValueError: the file cannot be used; one sentence says what it is and what was expected.
     """
+    if _is_reference(path_or_name):
+        from refine.checkpoints import custom
+
+        return custom.load_custom(custom.parse(path_or_name))
     return _load(path_or_name, kind="generator")
 
 
@@ -103,6 +110,9 @@ def peek(path_or_name: str | os.PathLike, kind: str) -> NetworkInfo:
     Raises:
         ValueError: as `load_generator` and `load_teacher`, except for faults that only show once weights are read.
     """
+    if kind == "generator" and _is_reference(path_or_name):  # only calling it can tell
+        G = load_generator(path_or_name)
+        return NetworkInfo(kind, G.img_resolution, G.img_channels, G.c_dim)
     path = resolve(path_or_name, kind)
     init_kwargs = _reader(path, kind)(path, kind, build=False)
     size = {name: init_kwargs.get(name) for name in ("img_resolution", "img_channels")}
@@ -111,6 +121,23 @@ def peek(path_or_name: str | os.PathLike, kind: str) -> NetworkInfo:
         if type(value) is not int:
             raise ValueError(f"{path}: its {name} is {str(value)[:40]!r}; expected a whole number")
     return NetworkInfo(kind, **size)
+
+
+def source_file(path_or_name: str | os.PathLike, kind: str | None = None) -> Path:
+    """The file that a network comes from; for `package.module:function` without a file, the module's source."""
+    if _is_reference(path_or_name):
+        from refine.checkpoints import custom
+
+        return custom.source_of(custom.parse(path_or_name))
+    return resolve(path_or_name, kind)
+
+
+def _is_reference(path_or_name: str | os.PathLike) -> bool:
+    if ":" not in str(path_or_name):  # the usual case, without importing torch
+        return False
+    from refine.checkpoints import custom
+
+    return custom.parse(path_or_name) is not None
 
 
 def _load(path_or_name: str | os.PathLike, kind: str) -> torch.nn.Module:

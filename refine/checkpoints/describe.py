@@ -55,9 +55,15 @@ def inspect_file(path: str | os.PathLike) -> dict[str, Any]:
         tensors = native.load_tensors(path)[0]
         table = {name: {"dtype": _dtype(t), "shape": list(t.shape)} for name, t in tensors.items()}
         return report | {"metadata": metadata["metadata"], "tensors": table}
-    networks = native.load_networks(path)
-    table = {name: inspect_network(network, metadata["networks"][name]) for name, network in networks.items()}
+    table = {name: _inspect_native(path, name, entry) for name, entry in metadata["networks"].items()}
     return report | {"provenance": metadata["provenance"], "networks": table}
+
+
+def _inspect_native(path: str | os.PathLike, name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    if entry["class"] == native.CUSTOM:  # of somebody's own code: its tensors can be counted, not more
+        loose = native.load_loose(path, name).values()
+        return inspect_network(torch.nn.ParameterList(torch.nn.Parameter(t, requires_grad=False) for t in loose), entry)
+    return inspect_network(native.load_networks(path, [name])[name], entry)
 
 
 _CONTAINERS = ("pickle", "torch", "npz", "safetensors")

@@ -28,6 +28,7 @@ from refine.checkpoints import registry
 from refine.checkpoints.sniff import HEADER_KEY, BrokenHeader, TensorInfo, read_safetensors_header, sniff
 
 FORMAT, VERSION = "gan-refine", 1
+CUSTOM = "custom"  # class of networks that the user's own code makes: see `refine.checkpoints.custom`
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -61,6 +62,11 @@ def save_networks(
     for name, network in networks.items():
         if not name or "." in name:
             raise ValueError(f"a network in a native file needs a name without dots, got {name!r}")
+        if hasattr(network, "custom_reference"):  # only its maker can build it again
+            sizes = {key: getattr(network, key) for key in ("img_resolution", "img_channels", "c_dim", "z_dim")}
+            table[name] = {"class": CUSTOM, "init_kwargs": {"reference": network.custom_reference, **sizes}}
+            tensors.update({f"{name}.{key}": value for key, value in network.state_dict().items()})
+            continue
         class_name = registry.registry_name(network)
         init_kwargs = json.loads(_to_json(network.init_kwargs, f"init_kwargs of {name}"))
         state = network.state_dict()
@@ -99,6 +105,11 @@ def load_networks(path: str | os.PathLike, names: Iterable[str] | None = None) -
         raise ValueError(f"{path}: the tensor {strays[0]!r} belongs to none of the networks {', '.join(table)}")
     networks = {}
     for name in names:
+        if table[name]["class"] == CUSTOM:
+            raise ValueError(
+                f"{path} holds a generator of somebody's own code, which a file cannot bring along; "
+                f"name the function that made it: {str(table[name]['init_kwargs'].get('reference'))[:100]}@{path}"
+            )
         try:
             mine = {key[len(name) + 1 :]: info for key, info in infos.items() if key.startswith(f"{name}.")}
             held = len(mine), sum(info.numel for info in mine.values())
@@ -118,6 +129,32 @@ def load_networks(path: str | os.PathLike, names: Iterable[str] | None = None) -
             f"{type(network).__name__} keeps {homeless[0]} out of its state_dict, so it cannot be loaded"
         )
     return networks
+
+
+def load_loose(path: str | os.PathLike, name: str) -> dict[str, torch.Tensor]:
+    """The tensors of one network of a native file, by their names in its state_dict; the network is not built.
+
+    Raises:
+        ValueError: the file is not a whole native file of networks.
+    """
+    _, infos = _read_header(path, kind="networks")
+    keys = [key for key in infos if key.startswith(f"{name}.")]
+    return dict(zip([key.removeprefix(f"{name}.") for key in keys], _read_tensors(path, keys), strict=True))
+
+
+def load_into(path: str | os.PathLike, name: str, network: torch.nn.Module) -> None:
+    """Reads one network's tensors into `network`, which must have exactly these names, shapes and dtypes.
+
+    Raises:
+        ValueError: the file is not a whole native file of networks, or the tensors do not fit.
+    """
+    tensors = load_loose(path, name)
+    try:
+        found = {key: (value.dtype, tuple(value.shape)) for key, value in tensors.items()}
+        _check_state(found, network.state_dict(), f"network {name}")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    network.load_state_dict(tensors)
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:

@@ -37,6 +37,7 @@ class NetworkClass:
 NETWORK_CLASSES: dict[str, NetworkClass] = {
     "stylegan2.Generator": NetworkClass("refine.networks.stylegan2", "Generator", "generator"),
     "stylegan2.Discriminator": NetworkClass("refine.networks.stylegan2", "Discriminator", "discriminator"),
+    "one_step.OneStepGenerator": NetworkClass("refine.networks.one_step", "OneStepGenerator", "generator"),
     "edm.EDMPrecond": NetworkClass("refine.networks.edm", "EDMPrecond", "teacher"),
     "edm.VPPrecond": NetworkClass("refine.networks.edm", "VPPrecond", "teacher"),
     "edm.VEPrecond": NetworkClass("refine.networks.edm", "VEPrecond", "teacher"),
@@ -50,6 +51,8 @@ NETWORK_CLASSES: dict[str, NetworkClass] = {
 
 def kind_of(class_name: str) -> str:
     """'generator', 'discriminator', 'teacher', 'classifier', or 'unknown'."""
+    if class_name == "custom":  # a generator of the user's own code, which only `refine.checkpoints.custom` can build
+        return "generator"
     return NETWORK_CLASSES[class_name].kind if class_name in NETWORK_CLASSES else "unknown"
 
 

@@ -119,10 +119,10 @@ class Side:
 
     def __init__(self, path: str | os.PathLike, device: str, batch: int, noise_mode: str, truncation_psi: float):
         from dnnlib import sha256_of_file
-        from refine.checkpoints import resolve
+        from refine.checkpoints import source_file
 
         self.network, self.is_teacher = load_any(path, device)
-        file = resolve(path)
+        file = source_file(path)
         self.path, self.name, self.sha256 = str(file), file.name, sha256_of_file(file)
         self.image_shape = [self.network.img_channels, self.network.img_resolution, self.network.img_resolution]
         self._common = {"device": device, "batch": batch}

@@ -15,6 +15,7 @@ from refine.cli.options import OPS_HELP, check_outdir, choose_device, choose_ops
 from refine.config import (
     CHANGEABLE,
     NOISE_MODES,
+    OBJECTIVES,
     OPS_MODES,
     PRECISIONS,
     PRESETS,
@@ -23,6 +24,8 @@ from refine.config import (
     RefineConfig,
     SigmaOptions,
 )
+
+ONE_STEP = "one-step"  # of --gan: the teacher's own U-Net as the generator
 
 
 def _numbers(text: str, names: str, count: int) -> list[float]:
@@ -75,6 +78,19 @@ def _seconds(text: str) -> float:
         ) from None
 
 
+def _label_dist(text: str) -> tuple[float, ...] | None:
+    """'uniform', a JSON list of numbers, or the path of a file with one."""
+    if text == "uniform":
+        return None
+    try:
+        numbers = json.loads(text if text.lstrip().startswith("[") else Path(text).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"found {text!r}; expected uniform, a JSON list, or a file with one ({error})") from None
+    if not isinstance(numbers, list) or not all(type(n) in (int, float) for n in numbers):
+        raise ValueError(f"found {text!r}; expected a JSON list of one number per class")
+    return tuple(float(n) for n in numbers)
+
+
 def _default(name: str) -> str:
     """Default of an option, for --help, with the presets that differ."""
 
@@ -94,8 +110,12 @@ def _opt(flag: str, name: str, text: str, **kwargs: Any):
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
-@click.option("--gan", metavar="FILE|URL|NAME", help="Generator to refine (the student).")
-@click.option("--teacher", metavar="FILE|URL|NAME", help="EDM diffusion model of the same data (the teacher).")
+@click.option(
+    "--gan",
+    metavar="FILE|URL|NAME|one-step|MODULE:FUNCTION",
+    help="Generator to refine (the student): a file, one-step = the teacher's own U-Net, or one of your own code.",
+)
+@click.option("--teacher", metavar="FILE|URL|NAME", help="Diffusion model of the same data (the teacher).")
 @click.option("--preset", type=click.Choice(list(PRESETS)), default=None, help="Defaults for a kind of run.")
 @_opt("--outdir", "outdir", "Where run folders are made.", metavar="DIR", type=click.Path(file_okay=False))
 @click.option("--desc", metavar="TEXT", help="Added to the run folder's name.")
@@ -122,7 +142,14 @@ def _opt(flag: str, name: str, text: str, **kwargs: Any):
 @click.option("--sigma-range", metavar="MIN,MAX", help="Range of those noise levels.  [default: 0.002,80]")
 @_opt("--aux-sigma", "aux_sigma", "Noise levels of the auxiliary step.", metavar="LAW")
 @click.option("--aux-sigma-range", metavar="MIN,MAX", help="Range of those noise levels.  [default: 0.002,80]")
-@_opt("--weighting", "weighting", "Weight on D_aux − D_teacher: 1 | sigma^P | dmd.", metavar="W")
+@_opt("--objective", "objective", "What the student follows; see docs/objectives.md.", type=click.Choice(OBJECTIVES))
+@_opt("--sid-alpha", "sid_alpha", "Alpha of the objective sid.", type=float)
+@_opt("--weighting", "weighting", "Weight of the objective over noise levels: 1 | sigma^P.", metavar="W")
+@_opt("--guidance", "guidance", "Classifier-free guidance of the teacher.", type=float)
+@_opt("--label-dist", "label_dist", "How often each class is drawn: uniform, or a JSON list or file.", metavar="LIST")
+@_opt("--keep-distances", "keep_distances", "Pull towards the student's own pairwise distances.", type=float)
+@_opt("--keep-recall", "keep_recall", "Stop below this share of the recall at the start; 0 = never.", type=float)
+@_opt("--sigma-init", "sigma_init", "Noise level of --gan=one-step.", type=float)
 @_opt("--aux-steps", "aux_steps", "Auxiliary steps per student step.", type=int)
 @_opt(
     "--aux-warmup-kimg",
@@ -171,6 +198,7 @@ def refine(resume, dry_run, **given):
 
     \b
     python refine.py --gan=digits-gan --teacher=digits-teacher --preset=demo
+    python refine.py --gan=one-step --teacher=digits-teacher --preset=one-step
     python refine.py --resume=latest
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # before torch is imported: not its page about a closed connection
@@ -199,12 +227,12 @@ def make_config(given: dict[str, Any]) -> RefineConfig:
         ValueError: A missing or impossible option; one line that names it.
     """
     given = {name: value for name, value in given.items() if value is not None}
-    for name in ("gan", "teacher"):
-        if name not in given:
-            what = "the generator to refine" if name == "gan" else "the diffusion model to learn from"
-            raise ValueError(f"--{name} is missing; expected {what}, a file or a name of pretrained/index.toml")
     preset = PRESETS[given.get("preset", "default")]
     parsed = {**preset, **given}
+    for name in ("gan", "teacher"):
+        if name not in parsed:
+            what = "the generator to refine" if name == "gan" else "the diffusion model to learn from"
+            raise ValueError(f"--{name} is missing; expected {what}, a file or a name of pretrained/index.toml")
     parsed |= _parse(given)
     for name in ("sigma", "aux_sigma"):
         flag = f"--{name.replace('_', '-')}"
@@ -219,10 +247,13 @@ def make_config(given: dict[str, Any]) -> RefineConfig:
     return RefineConfig(**parsed)
 
 
+_READERS = {"betas": _betas, "aux_betas": _betas, "time_limit": _seconds, "label_dist": _label_dist}
+
+
 def _parse(given: dict[str, Any]) -> dict[str, Any]:
     """Values of the options that are written as texts of their own kind."""
     parsed: dict[str, Any] = {}
-    for name, read in (("betas", _betas), ("aux_betas", _betas), ("time_limit", _seconds)):
+    for name, read in _READERS.items():
         if name in given:
             with option(f"--{name.replace('_', '-')}"):
                 parsed[name] = read(given[name])
@@ -318,7 +349,8 @@ def _run(
     if not distributed.is_main():
         inputs = _load_inputs(config)
     config = _with_absolute_paths(config)
-    desc = config.desc or f"{inputs['student_path'].stem}-{inputs['teacher_path'].stem}-batch{config.batch}"
+    student_name = ONE_STEP if config.gan == ONE_STEP else inputs["student_path"].stem
+    desc = config.desc or f"{student_name}-{inputs['teacher_path'].stem}-batch{config.batch}"
     if dry_run:
         place = {"run_dir": str(next_run_dir(config.outdir, desc)), "device": str(device)}
         if distributed.is_main():
@@ -329,48 +361,65 @@ def _run(
 
 def _load_inputs(config: RefineConfig) -> dict[str, Any]:
     """Student, teacher, their files and the metrics, checked against each other and the options."""
-    from refine.checkpoints import load_generator, load_teacher, peek, resolve
     from refine.metrics.named import NamedMetric
     from refine.noise import SigmaLaw, make_weighting
-    from refine.trainer import check_pair, select_parameters
+    from refine.trainer import check_label_dist, guided, select_parameters
 
     for flag, law in (("--sigma", config.sigma), ("--aux-sigma", config.aux_sigma)):
         with option(flag):
             SigmaLaw(**vars(law)).sample(1)
     with option("--weighting"):
         make_weighting(config.weighting)
-    with option("--gan"):
-        student_path = resolve(config.gan, "generator")
-        student_info = peek(student_path, "generator")
-    with option("--teacher"):
-        teacher_path = resolve(config.teacher, "teacher")
-        teacher_info = peek(teacher_path, "teacher")
-    check_pair(student_info, teacher_info)  # before either is built
-    with option("--gan"):
-        student = load_generator(student_path)
-    with option("--teacher"):
-        teacher = load_teacher(teacher_path)
+    inputs = _load_pair(config)
+    check_label_dist(config.label_dist, inputs["student"], inputs["teacher"])
+    if config.guidance != 1:
+        guided(inputs["teacher"], config.guidance)
     with option("--train"):
-        select_parameters(student, config.train)
+        select_parameters(inputs["student"], config.train)
     with option("--metrics"):
         metrics = [NamedMetric(name, config.ref) for name in config.metrics]
-    paths = {"student_path": student_path, "teacher_path": teacher_path}
-    return {**paths, "student": student, "teacher": teacher, "metrics": metrics}
+    return {**inputs, "metrics": metrics}
+
+
+def _load_pair(config: RefineConfig) -> dict[str, Any]:
+    """Student and teacher, and their files; a pair that does not fit is refused before either is built."""
+    from refine.checkpoints import load_generator, load_teacher, peek, source_file
+    from refine.networks.one_step import OneStepGenerator
+    from refine.trainer import check_pair
+
+    one_step = config.gan == ONE_STEP
+    with option("--gan"):
+        student_path = None if one_step else source_file(config.gan, "generator")
+        student_info = None if one_step else peek(config.gan, "generator")
+    with option("--teacher"):
+        teacher_path = source_file(config.teacher, "teacher")
+        teacher_info = peek(teacher_path, "teacher")
+    if not one_step:
+        check_pair(student_info, teacher_info)
+    with option("--gan"):
+        student = None if one_step else load_generator(config.gan)
+    with option("--teacher"):
+        teacher = load_teacher(teacher_path)
+    if one_step:
+        with option("--sigma-init"):
+            student, student_path = OneStepGenerator.from_teacher(teacher, config.sigma_init), teacher_path
+    return {"student_path": student_path, "teacher_path": teacher_path, "student": student, "teacher": teacher}
 
 
 def _with_absolute_paths(config: RefineConfig) -> RefineConfig:
     """For --resume from any folder; names stay names. A URL, which may hold a password, becomes its file."""
-    from refine.checkpoints import resolve
+    from refine.checkpoints import custom, resolve
     from refine.checkpoints.fetch import is_url
 
     given = {k: v for k in ("gan", "teacher", "ref") if (v := getattr(config, k))}
     absolute = {k: os.path.abspath(resolve(v)) for k, v in given.items() if is_url(v) or os.path.exists(v)}
+    if (reference := custom.parse(config.gan)) and reference.file:
+        absolute["gan"] = f"{reference}@{os.path.abspath(reference.file)}"
     return dataclasses.replace(config, **absolute)
 
 
 def _start(config, inputs, device, desc: str, resumed: tuple | None) -> tuple[Path, int | None]:
     """Make or reopen the run folder and train in it."""
-    from refine.checkpoints.export import can_write_like
     from refine.run_dir import RunDir, create_run_dir
     from refine.snapshots import file_provenance
     from refine.trainer import Trainer
@@ -386,7 +435,7 @@ def _start(config, inputs, device, desc: str, resumed: tuple | None) -> tuple[Pa
             folder = create_run_dir(config.outdir, desc) if distributed.is_main() else None
             folder = Path(distributed.text_of_main(str(folder)))
     run_dir = RunDir(folder, writes=distributed.is_main())
-    reason = can_write_like(inputs["student_path"])
+    reason = _no_container(config.gan, inputs["student_path"])
     training = TrainingRun(
         Trainer(config, inputs["student"], inputs["teacher"], device),
         run_dir,
@@ -417,6 +466,18 @@ def _start(config, inputs, device, desc: str, resumed: tuple | None) -> tuple[Pa
     return run_dir.path, _train(training, run_dir, resumed=state is not None)
 
 
+def _no_container(gan: str, path: Path) -> str | None:
+    """Why snapshots are not written into copies of the file that the GAN came in; None = they are."""
+    from refine.checkpoints import custom
+    from refine.checkpoints.export import can_write_like
+
+    if gan == ONE_STEP:
+        return "the one-step generator is made here, from the teacher"
+    if reference := custom.parse(gan):
+        return f"use them as {reference}@FILE"
+    return can_write_like(path)
+
+
 def _versions() -> dict[str, str]:
     import torch
 
@@ -437,6 +498,8 @@ def _train(training, run_dir, resumed: bool) -> int | None:
     run_dir.log(
         f"teacher     {trainer.config.teacher}, {sum(p.numel() for p in trainer.teacher.parameters()):,} parameters"
     )
+    for line in trainer.bridge.messages(trainer.null_label):
+        run_dir.log(f"bridge      {line}")
     threads = f", threads: {torch.get_num_threads()}" if trainer.device.type == "cpu" else ""
     run_dir.log(f"computing   {trainer.config.precision}{threads}")
     for remark in trainer.remarks:

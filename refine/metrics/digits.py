@@ -7,6 +7,8 @@ import itertools
 import torch
 from torch import nn
 
+from refine.bridge import plan_bridge
+
 
 class DigitsDetector(nn.Module):
     """Classifies 32×32 grey digits and embeds them for Fréchet and kernel distances.
@@ -56,7 +58,10 @@ class DigitsDetector(nn.Module):
         return self.classifier(torch.relu(self.embed_images(images)))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """z-scored features, float32 [N, feature_dim], of uint8 images [N, 1, 32, 32]."""
+        """z-scored features, float32 [N, feature_dim], of uint8 images [N, 1, 32, 32].
+
+        Images that are larger by a whole factor, or RGB, are reduced first, see `refine.bridge`.
+        """
         return (self.embed_images(self._from_uint8(images)) - self.feature_mean) / self.feature_std
 
     def classify(self, images: torch.Tensor) -> torch.Tensor:
@@ -75,9 +80,20 @@ class DigitsDetector(nn.Module):
 
     def _from_uint8(self, images: torch.Tensor) -> torch.Tensor:
         expected = (self.img_channels, self.img_resolution, self.img_resolution)
-        if images.dtype != torch.uint8 or images.shape[1:] != expected:
-            raise ValueError(
-                f"the digits detector got {str(images.dtype).removeprefix('torch.')} images of shape "
-                f"{list(images.shape)}, expected uint8 [N, {', '.join(map(str, expected))}]"
-            )
-        return images.to(torch.float32) / 127.5 - 1
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[2] != images.shape[3]:
+            raise self._fault(images, expected)
+        x = images.to(torch.float32) / 127.5 - 1
+        if images.shape[1:] == expected:
+            return x
+        try:  # larger or coloured: as a teacher of such digits would see them
+            bridge = plan_bridge((images.shape[2], images.shape[1], 0), (self.img_resolution, self.img_channels, 0))
+        except ValueError:
+            raise self._fault(images, expected) from None
+        return bridge.images(x).clamp(-1, 1)
+
+    @staticmethod
+    def _fault(images: torch.Tensor, expected: tuple[int, ...]) -> ValueError:
+        return ValueError(
+            f"the digits detector got {str(images.dtype).removeprefix('torch.')} images of shape "
+            f"{list(images.shape)}, expected uint8 [N, {', '.join(map(str, expected))}], or larger by a whole factor"
+        )

@@ -22,7 +22,7 @@ def files(tmp_path_factory):
     save_networks(folder / "gan.safetensors", {"G_ema": make_student()}, provenance={})
     save_networks(folder / "teacher.safetensors", {"ema": make_teacher()}, provenance={})
     save_networks(folder / "teacher16.safetensors", {"ema": make_teacher(3, 16)}, provenance={})
-    save_networks(folder / "uncond.safetensors", {"G_ema": make_student(0)}, provenance={})
+    save_networks(folder / "gan5.safetensors", {"G_ema": make_student(5)}, provenance={})
     (folder / "text.pkl").write_text("these are not the weights you are looking for\n")
     whole = (folder / "gan.safetensors").read_bytes()
     (folder / "truncated.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -50,7 +50,7 @@ FAULTS = {
     "a teacher as the GAN": (["--gan={}/teacher.safetensors", "--teacher={}/teacher.safetensors"], "--gan"),
     "a GAN as the teacher": (["--gan={}/gan.safetensors", "--teacher={}/gan.safetensors"], "--teacher"),
     "another resolution": (["--gan={}/gan.safetensors", "--teacher={}/teacher16.safetensors"], "img_resolution 8"),
-    "another number of classes": (["--gan={}/uncond.safetensors", "--teacher={}/teacher.safetensors"], "classes 0"),
+    "another number of classes": (["--gan={}/gan5.safetensors", "--teacher={}/teacher.safetensors"], "classes 5"),
     "an unknown option": (["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--magic=1"], "--magic"),
     "a negative batch": (["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--batch=-4"], "--batch"),
     "a word for a number": (["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--kimg=many"], "--kimg"),

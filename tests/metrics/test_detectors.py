@@ -6,6 +6,7 @@ import zipfile
 import pytest
 import torch
 
+from refine.bridge import reduce_images
 from refine.checkpoints.native import save_networks
 from refine.metrics import detectors
 from refine.metrics.detectors import ModuleDetector, load_detector, metric_names, observe, score_name
@@ -52,8 +53,8 @@ def test_native_detector_round_trip(tmp_path):
     torch.testing.assert_close(net(images) * net.feature_std + net.feature_mean, raw, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("images", [torch.zeros(1, 3, 32, 32), torch.zeros(1, 1, 28, 28), torch.zeros(1, 1, 32, 32)])
-def test_digits_detector_takes_grey_bytes_only(images):
+@pytest.mark.parametrize("images", [torch.zeros(1, 4, 32, 32), torch.zeros(1, 1, 28, 28), torch.zeros(1, 1, 32, 32)])
+def test_digits_detector_takes_bytes_of_digits_only(images):
     dtype = torch.float32 if images.shape == (1, 1, 32, 32) else torch.uint8
     with pytest.raises(ValueError, match=r"expected uint8 \[N, 1, 32, 32\]"):
         DigitsDetector()(images.to(dtype))
@@ -190,3 +191,13 @@ def test_what_is_no_detector_is_told(tmp_path, root):
         assert name in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="nosuchname"):
         load_detector("nosuchname")
+
+
+def test_digits_detector_sees_larger_and_coloured_images_reduced():
+    detector = load_detector("digits")
+    small = torch.randint(0, 256, [3, 1, 32, 32], dtype=torch.uint8)
+    assert torch.allclose(detector(small.expand(-1, 3, -1, -1)), detector(small), atol=1e-4)
+    large = torch.randint(0, 256, [3, 1, 64, 64], dtype=torch.uint8)
+    reduced = ((reduce_images(large / 127.5 - 1, 32).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    assert torch.allclose(detector(large), detector(reduced), atol=0.05)
+    assert (detector(large) - detector(small)).abs().max() > 0.5

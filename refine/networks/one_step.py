@@ -1,0 +1,95 @@
+"""A diffusion model's U-Net as a generator of one step: what one-step distillation starts from."""
+
+import math
+
+import torch
+from torch import nn
+
+from refine.networks import ddpm, edm, edm2
+
+DENOISERS = {
+    f"{module.__name__.rpartition('.')[2]}.{cls.__name__}": cls
+    for module, cls in (
+        *((edm, cls) for cls in (edm.EDMPrecond, edm.VPPrecond, edm.VEPrecond, edm.iDDPMPrecond)),
+        (edm2, edm2.Precond),
+        (ddpm, ddpm.DDPMPrecond),
+    )
+}
+
+
+class OneStepGenerator(nn.Module):
+    """G(z, c) = D(sigma_init · z; sigma_init, c): unit noise to images in one evaluation of a denoiser.
+
+    Args:
+        denoiser: Class of the denoiser, a key of `DENOISERS`, such as 'edm.EDMPrecond'.
+        sigma_init: The noise level, in units of [-1, 1] images; within the denoiser's range.
+        img_resolution, img_channels, c_dim: Of the images, and the number of classes.
+        denoiser_kwargs: The denoiser's other constructor arguments.
+
+    Attributes:
+        z_dim: img_channels · img_resolution²: a latent is an image of unit noise, flat or in its own shape. Its seeds
+            give the same noise as a diffusion model's.
+
+    Raises:
+        ValueError: An unknown class, or a noise level outside its range.
+    """
+
+    def __init__(
+        self, denoiser: str, sigma_init: float, img_resolution: int, img_channels: int, c_dim: int,
+        denoiser_kwargs: dict,
+    ):  # fmt: skip
+        super().__init__()
+        if denoiser not in DENOISERS:
+            raise ValueError(f"unknown denoiser {denoiser!r}; expected one of {', '.join(DENOISERS)}")
+        self.img_resolution, self.img_channels, self.c_dim = img_resolution, img_channels, c_dim
+        self.z_dim = img_channels * img_resolution**2
+        self.denoiser = DENOISERS[denoiser](
+            img_resolution=img_resolution, img_channels=img_channels, label_dim=c_dim, **denoiser_kwargs
+        )
+        low, high = self.denoiser.sigma_min, self.denoiser.sigma_max
+        if not max(low, 0) < sigma_init <= high or math.isinf(sigma_init):
+            raise ValueError(
+                f"sigma_init is {sigma_init:g}; expected a noise level of the network, {low:g} to {high:g}"
+            )
+        self.sigma_init = sigma_init
+        self.init_kwargs = {
+            "denoiser": denoiser,
+            "sigma_init": sigma_init,
+            "img_resolution": img_resolution,
+            "img_channels": img_channels,
+            "c_dim": c_dim,
+            "denoiser_kwargs": denoiser_kwargs,
+        }
+        self.train(False)
+
+    @classmethod
+    def from_teacher(cls, teacher: nn.Module, sigma_init: float) -> "OneStepGenerator":
+        """A generator that begins as a copy of `teacher`, float32.
+
+        Raises:
+            ValueError: The teacher is of no class of `DENOISERS`, or sigma_init is not in its range.
+        """
+        name = next((name for name, known in DENOISERS.items() if type(teacher) is known), type(teacher).__name__)
+        kwargs = dict(getattr(teacher, "init_kwargs", {}))
+        sizes = {key: kwargs.pop(key, 0) for key in ("img_resolution", "img_channels", "label_dim")}
+        G = cls(name, sigma_init, sizes["img_resolution"], sizes["img_channels"], sizes["label_dim"], kwargs)
+        G.denoiser.load_state_dict(teacher.state_dict())
+        return G.float()
+
+    def forward(self, z: torch.Tensor, c: torch.Tensor | None = None) -> torch.Tensor:
+        """Images for latents.
+
+        Args:
+            z: Unit noise, (N, z_dim) or (N, img_channels, img_resolution, img_resolution).
+            c: One-hot labels (N, c_dim); None = no label.
+
+        Returns:
+            (N, img_channels, img_resolution, img_resolution), float32.
+        """
+        z = z.reshape(-1, self.img_channels, self.img_resolution, self.img_resolution)
+        sigma = self.denoiser.round_sigma(self.sigma_init).to(z).reshape(1, 1, 1, 1)
+        return self.denoiser(sigma * z, sigma, c, force_fp32=True)
+
+    def train(self, mode: bool = True) -> "OneStepGenerator":
+        """Stays in eval mode: a generator is a function of z and c, without dropout and dropped labels."""
+        return super().train(False)

@@ -1,0 +1,62 @@
+"""The recipes of the paper's rows and of public pairs: commands that parse, networks of the official sizes that fit."""
+
+import importlib.util
+import sys
+
+import pytest
+
+from refine.checkpoints.index import pretrained_dir, read_index
+from tests.conftest import ROOT
+
+FOLDER = ROOT / "pretrained" / "recipes" / "paper"
+# Parameters, as published for the files that the commands name (students: counted by their own definition).
+TEACHERS = {
+    "cifar10-uncond-refine": 55_733_891,
+    "cifar10-cond-refine": 55_739_011,
+    "cifar10-uncond-distill": 55_733_891,
+    "cifar10-cond-distill": 55_739_011,
+    "imagenet64-distill": 295_899_267,
+    "ffhq256-bridge": 61_805_571,
+    "afhqv2-512-bridge": 61_805_571,
+    "church256": 113_673_219,
+}
+
+
+@pytest.fixture(scope="module")
+def estimate():
+    spec = importlib.util.spec_from_file_location("estimate", FOLDER / "estimate.py")
+    module = importlib.util.module_from_spec(spec)
+    path = list(sys.path)
+    spec.loader.exec_module(module)
+    sys.path[:] = path
+    return module
+
+
+def test_there_is_one_for_every_row():
+    assert {path.stem for path in FOLDER.glob("*.toml")} == set(TEACHERS)
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_commands_parse_and_networks_of_the_official_size_fit(estimate, name):
+    if name == "church256":
+        pytest.importorskip("diffusers")
+    recipe = estimate.read_recipe(FOLDER / f"{name}.toml")
+    config, trainer = estimate.assemble(recipe)
+    assert sum(p.numel() for p in trainer.teacher.parameters()) == TEACHERS[name]
+    assert all(p.is_meta for p in trainer.G.parameters())
+    index = read_index(pretrained_dir())
+    for value, kind in ((config.gan, "generator"), (config.teacher, "teacher")):
+        if value != "one-step" and not value.endswith("/"):
+            entry, network = index[value], trainer.G if kind == "generator" else trainer.teacher
+            assert entry.kind == kind and entry.resolution == network.img_resolution
+            assert entry.classes == (network.c_dim if kind == "generator" else network.label_dim)
+    assert bool(trainer.bridge.messages(trainer.null_label)) == name.endswith("bridge")
+    assert config.batch == 128 and config.lr == config.aux_lr == 1e-5
+
+
+def test_an_iteration_is_counted_and_the_estimate_printed(estimate):
+    recipe = estimate.read_recipe(FOLDER / "cifar10-cond-refine.toml")
+    result = estimate.dry_run(recipe)
+    assert 200e9 < result["flops_per_image"] < 300e9  # U-Net 42 GFLOP forward: 3 for aux's step, 2 for the student's
+    text = estimate.describe(recipe, result, tflops=40)
+    assert "2.42 → 2.27" in text and "GFLOP an image" in text and "hours on one GPU" in text
