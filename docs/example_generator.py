@@ -1,10 +1,12 @@
 """A generator that is no StyleGAN2: a convolutional decoder of digits, trained as a variational autoencoder.
 
-python docs/example_generator.py --out=decoder.pt
-PYTHONPATH=docs DECODER=decoder.pt python refine.py --gan=example_generator:decoder --teacher=digits-teacher --preset=demo
+    python docs/example_generator.py --out=decoder.pt
+    export PYTHONPATH=docs DECODER=decoder.pt
+    python refine.py --gan=example_generator:decoder --teacher=digits-teacher --preset=demo
 """
 
 import argparse
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -23,7 +25,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.first = nn.Linear(self.z_dim + self.c_dim, width * 4 * 4)
         widths = [width, width, width // 2, width // 4]
-        self.up = nn.ModuleList(nn.ConvTranspose2d(i, o, 4, 2, 1) for i, o in zip(widths, widths[1:], strict=False))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(i, o, 4, 2, 1) for i, o in itertools.pairwise(widths))
         self.last = nn.Conv2d(widths[-1], self.img_channels, 3, 1, 1)
 
     def forward(self, z, c):

@@ -1,4 +1,4 @@
-"""What the recipes of this folder cost: counted floating-point operations of one iteration, and time estimated from them.
+"""What the recipes of this folder cost: counted floating-point operations of an iteration, and the time they make.
 
     python pretrained/recipes/paper/estimate.py [RECIPE.toml …] [--tflops=40]
 
@@ -6,8 +6,8 @@ Every recipe is a dry run: its command is parsed as refine.py would, both networ
 PyTorch's meta device (no weights, no memory), and one whole iteration of the trainer runs there, backward passes
 included, while PyTorch counts multiplications and additions of convolutions, matrix products and attention.
 
---tflops is the speed that the GPU is assumed to sustain, in 10¹² operations a second. The default, 40, is a guess for an
-A100 in TF32 (156 at the peak); it is not measured, and neither is the time that follows from it.
+--tflops is the speed that the GPU is assumed to sustain, in 10¹² operations a second. The default, 40, is a guess for
+an A100 in TF32 (156 at the peak); it is not measured, and neither is the time that follows from it.
 """
 
 import shlex
@@ -19,20 +19,20 @@ import click
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[2]))
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
+import torch  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-from refine.checkpoints.registry import build_empty
-from refine.cli.refine_cmd import ONE_STEP, make_config
-from refine.cli.refine_cmd import refine as refine_command
-from refine.config import RefineConfig
-from refine.networks.one_step import OneStepGenerator
-from refine.trainer import Trainer
+from refine.checkpoints.registry import build_empty  # noqa: E402
+from refine.cli.refine_cmd import ONE_STEP, make_config  # noqa: E402
+from refine.cli.refine_cmd import refine as refine_command  # noqa: E402
+from refine.config import RefineConfig  # noqa: E402
+from refine.networks.one_step import OneStepGenerator  # noqa: E402
+from refine.trainer import Trainer  # noqa: E402
 
 
 def read_recipe(path: Path) -> dict:
