@@ -12,9 +12,9 @@ FOLDER = ROOT / "pretrained" / "recipes" / "paper"
 # Parameters, as published for the files that the commands name (students: counted by their own definition).
 TEACHERS = {
     "cifar10-uncond-refine": 55_733_891,
-    "cifar10-cond-refine": 55_739_011,
+    "cifar10-cond-refine": 55_735_299,
     "cifar10-uncond-distill": 55_733_891,
-    "cifar10-cond-distill": 55_739_011,
+    "cifar10-cond-distill": 55_735_299,
     "imagenet64-distill": 295_899_267,
     "ffhq256-bridge": 61_805_571,
     "afhqv2-512-bridge": 61_805_571,

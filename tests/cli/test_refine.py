@@ -68,6 +68,27 @@ FAULTS = {
         ["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--weighting=x"],
         "--weighting",
     ),
+    "the normaliser as a weighting": (
+        ["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--weighting=dmd"],
+        "--objective=dmd",
+    ),
+    "a prior that is no list": (
+        ["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--label-dist=often"],
+        "--label-dist",
+    ),
+    "a prior of other classes": (
+        ["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--label-dist=[1,2]"],
+        "--label-dist has 2 numbers",
+    ),
+    "guidance without a null label": (
+        ["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--guidance=2"],
+        "--guidance",
+    ),
+    "a function that is not there": (["--gan=json:nothing", "--teacher={}/teacher.safetensors"], "no function nothing"),
+    "an impossible sigma_init": (
+        ["--gan=one-step", "--teacher={}/teacher.safetensors", "--sigma-init=-1"],
+        "--sigma-init",
+    ),
     "an unknown metric": (
         ["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--metrics=is50k", "--ref=x.npz"],
         "--metrics",
