@@ -198,7 +198,7 @@ _PUBLISHED = {"kimg": 5000.0, "batch": 128, "lr": 1e-5, "aux_lr": 1e-5, "ema_kim
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "cifar10": _PUBLISHED,  # the nearest known proxy for refinement at 32×32
-    "one-step": {**_PUBLISHED, "gan": "one-step"},  # sigma_init is that of SiD (Zhou et al. 2024)
+    "one-step": _PUBLISHED,  # for --gan=one-step; sigma_init is that of SiD (Zhou et al. 2024)
     # The shipped digits pair: a small student needs larger rates than a CIFAR-10 one, digits want coarser noise than
     # photographs, and the run is short because precision falls again afterwards (README, "When it does not help").
     "demo": {

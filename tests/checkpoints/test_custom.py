@@ -157,7 +157,7 @@ def test_a_run_its_snapshot_and_going_on(here, capsys):
     code, out, err = call(capsys, "--gan=own_gan:make", "--teacher=teacher.safetensors", *options)
     assert code == 0, err
     assert "use them as own_gan:make@FILE" in out
-    snapshot = "runs/00000-own/network-snapshot-000000.safetensors"
+    snapshot = max((here / "runs/00000-own").glob("network-snapshot-0*.safetensors")).relative_to(here)
     refined = load_generator(f"own_gan:make@{snapshot}")
     assert not torch.equal(refined.layers[0].weight, load_generator("own_gan:make").layers[0].weight)
     files = json.loads((here / "runs/00000-own/training_options.json").read_text())["files"]
