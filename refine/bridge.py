@@ -93,11 +93,15 @@ def reduce_images(x: torch.Tensor, size: int) -> torch.Tensor:
     The numbers of Pillow's `resize(…, LANCZOS)`, with which the public 64×64 data sets were made, without its rounding
     to 8 bits: overshoot at edges is kept.
     """
-    matrix = lanczos_matrix(x.shape[-1], size).to(x)
+    matrix = _reduction(x.shape[-1], size, x.device, x.dtype)
     return matrix @ x @ matrix.T
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=8)  # on its device: copying it there would wait for a GPU once a step
+def _reduction(size_in: int, size_out: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    return lanczos_matrix(size_in, size_out).to(device=device, dtype=dtype)
+
+
 def lanczos_matrix(size_in: int, size_out: int, lobes: int = 3) -> torch.Tensor:
     """(size_out, size_in) float64: rows are sinc(t) sinc(t / lobes) around an output pixel's centre, with sum 1.
 

@@ -109,7 +109,10 @@ def test_files_that_cannot_be_used(function, tmp_path):
     kind = function.__name__.removeprefix("load_")
     path = tmp_path / "net.pkl"
     assert refusal(function, path) == f"{path}: no such file"
-    assert refusal(function, tmp_path) == f"{tmp_path} is a folder; expected a file, or a folder of diffusers (with config.json)"
+    assert (
+        refusal(function, tmp_path)
+        == f"{tmp_path} is a folder; expected a file, or a folder of diffusers (with config.json)"
+    )
     assert "neither a file nor a known name" in refusal(function, "no-such-network")
     for data, what in [
         (b"", "an empty file"),
