@@ -125,7 +125,8 @@ class Snapshots:
 
     def _keep_best(self, metric: NamedMetric, value: float, snapshot: str) -> None:
         self.since_best += 1
-        if self.best is None or value < self.best["value"]:
+        sign = 1 if metric.direction == "lower" else -1
+        if self.best is None or sign * value < sign * self.best["value"]:
             self.since_best = 0
             self.best = {"metric": metric.name, "value": value, "snapshot": snapshot, "kimg": self.trainer.nimg / 1000}
             for path in self.run_dir.path.glob(f"{Path(snapshot).stem}.*"):

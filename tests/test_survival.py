@@ -252,6 +252,14 @@ class Numbers(NamedMetric):
         return {"fd_fake": value}
 
 
+def test_the_best_is_the_highest_where_the_metric_says_so(tmp_path):
+    metric = Numbers(9.0, 5.0, 7.0, 4.0)
+    metric.direction = "higher"
+    training = make_run(tmp_path, metrics=[metric])
+    run(training)
+    assert training.snapshots.best["value"] == 7.0
+
+
 def test_patience_ends_a_run_that_does_not_get_better(tmp_path):
     training = make_run(tmp_path, metrics=[Numbers(9.0, 5.0, 3.0, 4.0, 3.5, 1.0)], kimg=1.0)
     training.config = dataclasses.replace(training.config, patience=2, metrics=("fd10-fake",), ref="x.npz")

@@ -173,7 +173,7 @@ def _opt(flag: str, name: str, text: str, **kwargs: Any):
 @_opt("--seed", "seed", "Random seed.", type=int)
 @_opt("--tick", "tick", "Print progress every so many kimg.", type=float)
 @_opt("--snap", "snap", "Save a snapshot every so many ticks; 0 = at the end.", type=int)
-@_opt("--metrics", "metrics", "Measured at every snapshot: fd<N>-<detector>, comma-separated, or none.", metavar="LIST")
+@_opt("--metrics", "metrics", "At every snapshot: fid50k_full, is50k, fd5k-<detector> …, or none.", metavar="LIST")
 @_opt("--ref", "ref", "Reference statistics of the metrics (.npz).", metavar="FILE|NAME")
 @_opt("--device", "device", "cpu, cuda or cuda:N; none = cuda where there is one.", metavar="DEVICE")
 @_opt("--ops", "ops", f"{OPS_HELP} None = $REFINE_OPS, else auto.", type=click.Choice(OPS_MODES))

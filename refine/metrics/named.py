@@ -60,6 +60,8 @@ class NamedMetric:
         ValueError: The name is no metric, or detector and reference cannot be read or do not fit.
     """
 
+    direction = "lower"
+
     def __init__(
         self,
         name: str,
