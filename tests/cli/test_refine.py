@@ -90,7 +90,7 @@ FAULTS = {
         "--sigma-init",
     ),
     "an unknown metric": (
-        ["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--metrics=is50k", "--ref=x.npz"],
+        ["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--metrics=fid50k_half", "--ref=x.npz"],
         "--metrics",
     ),
     "a missing reference": (
