@@ -3,8 +3,8 @@
     python pretrained/recipes/paper/estimate.py [RECIPE.toml …] [--tflops=40]
 
 Every recipe is a dry run: its command is parsed as refine.py would, both networks are built at their official sizes on
-PyTorch's meta device (no weights, no memory), and one whole iteration of the trainer runs there, backward passes
-included, while PyTorch counts multiplications and additions of convolutions, matrix products and attention.
+PyTorch's meta device (no weights, no memory), and one iteration of the trainer, backward passes included but without
+Adam, runs there while PyTorch counts multiplications and additions of convolutions, matrix products and attention.
 
 --tflops is the speed that the GPU is assumed to sustain, in 10¹² operations a second. The default, 40, is a guess for
 an A100 in TF32 (156 at the peak); it is not measured, and neither is the time that follows from it.
@@ -73,6 +73,7 @@ def dry_run(recipe: dict) -> dict:
         the student step together, for one image of the batch.
     """
     config, trainer = assemble(recipe)
+    trainer._optimize = lambda *_: None  # Adam has no matrix products, and its fused form takes no meta tensors
     with FlopCounterMode(display=False) as counter:
         trainer.step()
     return {
