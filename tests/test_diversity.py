@@ -48,7 +48,7 @@ def test_a_run_with_it_differs_and_resumes(tmp_path):
 
 
 class FallingRecall:
-    name, key = "fake", "fd"
+    name, key, direction = "fake", "fd", "lower"
 
     def __init__(self):
         self.calls = 0
