@@ -28,7 +28,8 @@ def demo(outdir: str, gan: str, num: int, seed: int, **given: str | float | None
     Controls: --lr=0 (the student rests), --aux-lr=0 (aux stays the teacher, so there is no gradient).
     """
     from refine.cli.compare import compare
-    from refine.cli.refine_cmd import make_config, run
+    from refine.cli.launch import run
+    from refine.cli.refine_cmd import make_config
     from refine.report import text_table
 
     start = time.monotonic()

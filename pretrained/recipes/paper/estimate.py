@@ -28,7 +28,8 @@ else:
     import tomli as tomllib
 
 from refine.checkpoints.registry import build_empty  # noqa: E402
-from refine.cli.refine_cmd import ONE_STEP, make_config  # noqa: E402
+from refine.cli.launch import ONE_STEP  # noqa: E402
+from refine.cli.refine_cmd import make_config  # noqa: E402
 from refine.cli.refine_cmd import refine as refine_command  # noqa: E402
 from refine.config import RefineConfig  # noqa: E402
 from refine.networks.one_step import OneStepGenerator  # noqa: E402
