@@ -8,32 +8,12 @@
 #include <new>
 #include <vector>
 
-#include "kernels.h"
+#include "four_taps.h"
 
 namespace refine {
 namespace {
 
-constexpr int64_t kWideStep = 32;  // from so many channels on, a pixel is a loop of its own
-
-// out[i] = Σ_j weight[j] · row[j][i] over `count` rows, four at a time.
-template <int Count, bool Add, class In, class Out, class Acc>
-inline void sum_rows_fixed(Out* __restrict__ out, const In* const* row, const Acc* weight, int64_t length) {
-    const In* r0 = row[0];
-    const In* r1 = row[Count > 1 ? 1 : 0];
-    const In* r2 = row[Count > 2 ? 2 : 0];
-    const In* r3 = row[Count > 3 ? 3 : 0];
-    const Acc w0 = weight[0], w1 = weight[Count > 1 ? 1 : 0], w2 = weight[Count > 2 ? 2 : 0];
-    const Acc w3 = weight[Count > 3 ? 3 : 0];
-#pragma GCC ivdep
-    for (int64_t i = 0; i < length; ++i) {
-        Acc sum = w0 * Acc(load(r0[i]));
-        if (Count > 1) sum += w1 * Acc(load(r1[i]));
-        if (Count > 2) sum += w2 * Acc(load(r2[i]));
-        if (Count > 3) sum += w3 * Acc(load(r3[i]));
-        if (Add) sum += Acc(load(out[i]));
-        store(&out[i], sum);
-    }
-}
+constexpr int64_t kManyChannels = 32;  // from so many channels on, a pixel is a loop of its own
 
 template <bool Add, class In, class Out, class Acc>
 inline void sum_rows_up_to_4(Out* out, const In* const* row, const Acc* weight, int64_t count, int64_t length) {
@@ -59,18 +39,49 @@ void sum_rows(Out* out, const In* const* row, const Acc* weight, int64_t count, 
     }
 }
 
+// Taps in correlation order, gain included; as column · row where the filter has rank one up to rounding.
+template <class Acc>
+struct Taps {
+    bool separable = true;
+    std::vector<Acc> all, column, row;
+
+    explicit Taps(const Upfirdn2dCall& call) {
+        const Acc* f = reinterpret_cast<const Acc*>(call.f);
+        const int64_t height = call.fh, width = call.fw;
+        if (height == 0) {
+            for (int64_t i = 0; i < width; ++i) row.push_back(f[call.flip ? i : width - 1 - i]);
+            column = row;
+        } else {
+            for (int64_t i = 0; i < height * width; ++i) all.push_back(f[call.flip ? i : height * width - 1 - i]);
+            int64_t pivot = 0;
+            for (int64_t i = 0; i < height * width; ++i)
+                if (std::fabs(all[i]) > std::fabs(all[pivot])) pivot = i;
+            const Acc top = all[pivot];
+            for (int64_t i = 0; i < height; ++i) column.push_back(all[i * width + pivot % width]);
+            for (int64_t j = 0; j < width; ++j) row.push_back(top == 0 ? 0 : all[pivot / width * width + j] / top);
+            const Acc rounding = sizeof(Acc) == 8 ? Acc(4e-16) : Acc(2.4e-7);
+            for (int64_t i = 0; i < height * width; ++i) {
+                const Acc error = all[i] - column[i / width] * row[i % width];
+                separable = separable && std::fabs(error) <= rounding * std::fabs(all[i]);  // false for a NaN
+            }
+            for (Acc& tap : all) tap *= Acc(call.gain);
+        }
+        for (Acc& tap : row) tap *= Acc(call.gain);
+    }
+};
+
 template <class Number>
 class Filter {
     using Acc = typename AccOf<Number>::type;
 
 public:
-    explicit Filter(const Upfirdn2dCall& call)
+    Filter(const Upfirdn2dCall& call, const Taps<Acc>& taps)
         : call_(call),
+          taps_(taps),
           x_{call.w, call.out_w, call.fw, call.upx, call.downx, call.px0},
           y_{call.h, call.out_h, call.fh ? call.fh : call.fw, call.upy, call.downy, call.py0},
           step_(call.channels_last ? call.c : 1),
           images_(call.channels_last ? call.n : call.n * call.c) {
-        arrange_taps();
         left_ = at_least(-first_sample(x_, 0), 0);
         const Window last = unclipped_window(x_, x_.out - 1);
         // Rounded up: outputs of both phases read as many samples.
@@ -84,23 +95,14 @@ public:
     // False: no memory for the rows in work.
     bool run() const {
         const int64_t rows = images_ * y_.out, numbers = rows * x_.out * step_;
-        const int64_t threads = numbers < 16384 ? 1 : at_least(at_most(call_.threads, rows), 1);
-        bool failed = false;
-#pragma omp parallel for num_threads(int(threads)) if (threads > 1) schedule(static)
-        for (int64_t part = 0; part < threads; ++part) {
-            try {
-                Work work(*this);
-                const int64_t begin = rows * part / threads, end = rows * (part + 1) / threads;
-                int64_t image = begin / y_.out, row = begin % y_.out;
-                for (int64_t i = begin; i < end; ++i) {
-                    output_row(image, row, work);
-                    if (++row == y_.out) row = 0, ++image;
-                }
-            } catch (const std::bad_alloc&) {
-                failed = true;
+        return share_rows(rows, numbers, call_.threads, [&](int64_t begin, int64_t end) {
+            Work work(*this);
+            int64_t image = begin / y_.out, row = begin % y_.out;
+            for (int64_t i = begin; i < end; ++i) {
+                output_row(image, row, work);
+                if (++row == y_.out) row = 0, ++image;
             }
-        }
-        return !failed;
+        });
     }
 
 private:
@@ -115,41 +117,15 @@ private:
         std::vector<Acc> weights;
         explicit Work(const Filter& f)
             : held(f.held_ * f.step_),
-              sum(f.separable_ ? 0 : f.x_.out * f.step_),
-              row(f.separable_ ? 0 : f.x_.out * f.step_),
+              sum(f.taps_.separable ? 0 : f.x_.out * f.step_),
+              row(f.taps_.separable ? 0 : f.x_.out * f.step_),
               scratch(std::max(f.x_.out, f.x_.in) * f.step_),
-              lanes(f.lane_ * f.stride_ * (f.step_ < kWideStep ? f.step_ : 0)),
-              phase(f.step_ < kWideStep ? f.x_.out * f.step_ : 0),
+              lanes(f.lane_ * f.stride_ * (f.step_ < kManyChannels ? f.step_ : 0)),
+              phase(f.step_ < kManyChannels ? f.x_.out * f.step_ : 0),
               inputs(f.y_.taps),
               shifted(f.x_.taps),
               weights(std::max(f.x_.taps, f.y_.taps)) {}
     };
-
-    // Taps in correlation order, gain included; as column · row where the filter has rank one up to rounding.
-    void arrange_taps() {
-        const Acc* f = reinterpret_cast<const Acc*>(call_.f);
-        const int64_t height = y_.taps, width = x_.taps;
-        separable_ = true;
-        if (call_.fh == 0) {
-            for (int64_t i = 0; i < width; ++i) row_taps_.push_back(f[call_.flip ? i : width - 1 - i]);
-            column_taps_ = row_taps_;
-        } else {
-            for (int64_t i = 0; i < height * width; ++i) taps_.push_back(f[call_.flip ? i : height * width - 1 - i]);
-            int64_t pivot = 0;
-            for (int64_t i = 0; i < height * width; ++i)
-                if (std::fabs(taps_[i]) > std::fabs(taps_[pivot])) pivot = i;
-            const Acc top = taps_[pivot];
-            for (int64_t i = 0; i < height; ++i) column_taps_.push_back(taps_[i * width + pivot % width]);
-            for (int64_t j = 0; j < width; ++j) row_taps_.push_back(top == 0 ? 0 : taps_[pivot / width * width + j] / top);
-            const Acc rounding = sizeof(Acc) == 8 ? Acc(4e-16) : Acc(2.4e-7);
-            for (int64_t i = 0; i < height * width; ++i) {
-                const Acc error = taps_[i] - column_taps_[i / width] * row_taps_[i % width];
-                separable_ = separable_ && std::fabs(error) <= rounding * std::fabs(taps_[i]);  // false for a NaN
-            }
-            for (Acc& tap : taps_) tap *= Acc(call_.gain);
-        }
-        for (Acc& tap : row_taps_) tap *= Acc(call_.gain);
-    }
 
     // Along a row the window repeats: `period` outputs on, it lies `stride` samples further with the same taps.
     void prepare_phases() {
@@ -172,17 +148,17 @@ private:
         Number* out = reinterpret_cast<Number*>(call_.y) + (image * y_.out + row_index) * x_.out * step_;
         Acc* samples = work.held.data() + left_ * step_;  // zeros to both sides stay as they are
         for (int64_t j = 0; j < win.count; ++j) work.inputs[j] = input_row(image, win.first + j);
-        if (separable_) {
-            for (int64_t j = 0; j < win.count; ++j) work.weights[j] = column_taps_[win.tap + j * y_.up];
+        if (taps_.separable) {
+            for (int64_t j = 0; j < win.count; ++j) work.weights[j] = taps_.column[win.tap + j * y_.up];
             sum_rows(samples, work.inputs.data(), work.weights.data(), win.count, x_.in * step_, work.scratch.data());
-            filter_row(out, row_taps_.data(), work);
+            filter_row(out, taps_.row.data(), work);
             return;
         }
         std::fill(work.sum.begin(), work.sum.end(), Acc(0));
         for (int64_t j = 0; j < win.count; ++j) {
             const Acc one = 1;
             sum_rows_fixed<1, false>(samples, &work.inputs[j], &one, x_.in * step_);
-            filter_row(work.row.data(), &taps_[(win.tap + j * y_.up) * x_.taps], work);
+            filter_row(work.row.data(), &taps_.all[(win.tap + j * y_.up) * x_.taps], work);
             const Acc* row = work.row.data();
             sum_rows_fixed<1, true>(work.sum.data(), &row, &one, x_.out * step_);
         }
@@ -195,9 +171,7 @@ private:
     void filter_row(Out* out, const Acc* taps, Work& work) const {
         const Acc* held = work.held.data();
         if (period_ == 1 && (stride_ == 1 || x_.out == 1)) return filter_dense(out, taps, work);
-        if (step_ == 1 && period_ == 2 && stride_ == 1) return filter_up_2(out, taps, work);
-        if (step_ == 1 && period_ == 1 && stride_ == 2) return filter_down_2(out, taps, work);
-        if (step_ < kWideStep) return filter_lanes(out, taps, work);
+        if (step_ < kManyChannels) return filter_lanes(out, taps, work);
         for (int64_t o = 0; o < x_.out; ++o) {  // whole vectors of channels
             const Phase& phase = phases_[o % period_];
             const Acc* from = held + (phase.shift + o / period_ * stride_) * step_;
@@ -219,38 +193,6 @@ private:
         gather_taps(phase, work.held.data() + phase.shift * step_, taps, work);
         const int64_t length = x_.out * step_;
         sum_rows(out, work.shifted.data(), work.weights.data(), phase.count, length, work.scratch.data());
-    }
-
-    template <class Out>
-    void filter_up_2(Out* __restrict__ out, const Acc* taps, Work& work) const {
-        const Acc* held = work.held.data();
-        const Phase &even = phases_[0], &odd = phases_[1];
-        if (x_.taps != 4) return filter_lanes(out, taps, work);
-        const Acc a0 = taps[even.tap], a1 = taps[even.tap + 2], b0 = taps[odd.tap], b1 = taps[odd.tap + 2];
-        const Acc *from_even = held + even.shift, *from_odd = held + odd.shift;
-        const int64_t pairs = x_.out / 2;
-#pragma GCC ivdep
-        for (int64_t m = 0; m < pairs; ++m) {
-            store(&out[2 * m], a0 * from_even[m] + a1 * from_even[m + 1]);
-            store(&out[2 * m + 1], b0 * from_odd[m] + b1 * from_odd[m + 1]);
-        }
-        if (x_.out % 2) store(&out[2 * pairs], a0 * from_even[pairs] + a1 * from_even[pairs + 1]);
-    }
-
-    template <class Out>
-    void filter_down_2(Out* __restrict__ out, const Acc* taps, Work& work) const {
-        const Acc* from = work.held.data() + phases_[0].shift;
-        if (x_.taps != 4) return filter_lanes(out, taps, work);
-        Acc* __restrict__ even = work.lanes.data();
-        Acc* __restrict__ odd = even + lane_;
-        for (int64_t m = 0; m < x_.out + 1; ++m) {
-            even[m] = from[2 * m];
-            odd[m] = from[2 * m + 1];
-        }
-        const Acc t0 = taps[0], t1 = taps[1], t2 = taps[2], t3 = taps[3];
-#pragma GCC ivdep
-        for (int64_t m = 0; m < x_.out; ++m)
-            store(&out[m], t0 * even[m] + t1 * odd[m] + (t2 * even[m + 1] + t3 * odd[m + 1]));
     }
 
     // Any period and stride, few channels: samples sorted into `stride` lanes make every phase one loop over a row.
@@ -292,18 +234,36 @@ private:
     }
 
     const Upfirdn2dCall& call_;
+    const Taps<Acc>& taps_;
     const Axis x_, y_;
     const int64_t step_, images_;  // numbers of a sample that lie side by side; images (or planes)
     int64_t left_, held_, lane_, period_, stride_;  // zeros before a row in work; its length and a lane's, in samples
-    bool separable_;
-    std::vector<Acc> taps_, column_taps_, row_taps_;
     std::vector<Phase> phases_;
     std::vector<Window> windows_;  // of every output row
 };
 
+template <int Up, int Down, class Number, class Acc>
+bool run_four_taps(const Upfirdn2dCall& call, const Taps<Acc>& taps) {
+    if (call.channels_last) return FourTapPixels<Up, Down, Number>(call, taps.column.data(), taps.row.data()).run();
+    return FourTapPlanes<Up, Down, Number>(call, taps.column.data(), taps.row.data()).run();
+}
+
 template <class Number>
-int run(const Upfirdn2dCall& call) {
-    return Filter<Number>(call).run() ? kOk : kOutOfMemory;
+bool run(const Upfirdn2dCall& call) {
+    const Taps<typename AccOf<Number>::type> taps(call);
+    const bool square = call.upx == call.upy && call.downx == call.downy;
+    const bool four = taps.separable && taps.column.size() == 4 && taps.row.size() == 4;
+    if (square && four && (!call.channels_last || call.c >= kManyChannels)) {
+        if (call.upx == 1 && call.downx == 1) return run_four_taps<1, 1, Number>(call, taps);
+        if (call.upx == 2 && call.downx == 1) return run_four_taps<2, 1, Number>(call, taps);
+        if (call.upx == 1 && call.downx == 2) return run_four_taps<1, 2, Number>(call, taps);
+    }
+    return Filter<Number>(call, taps).run();
+}
+
+template <class Number>
+int status_of(const Upfirdn2dCall& call) {
+    return run<Number>(call) ? kOk : kOutOfMemory;
 }
 
 }  // namespace
@@ -316,10 +276,10 @@ extern "C" int refine_upfirdn2d(const void* packed) {
     if (call.n * call.c * call.out_h * call.out_w == 0) return kOk;
     try {
         switch (call.dtype) {
-            case kFloat32: return run<float>(call);
-            case kFloat64: return run<double>(call);
-            case kFloat16: return run<Float16>(call);
-            case kBFloat16: return run<BFloat16>(call);
+            case kFloat32: return status_of<float>(call);
+            case kFloat64: return status_of<double>(call);
+            case kFloat16: return status_of<Float16>(call);
+            case kBFloat16: return status_of<BFloat16>(call);
         }
     } catch (const std::bad_alloc&) {
         return kOutOfMemory;

@@ -1,0 +1,110 @@
+// Whole vectors of 32 bytes, as GCC and Clang know them on every processor; wider than a register they take two.
+
+#pragma once
+
+#include "kernels.h"
+
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+namespace refine {
+
+template <class Acc>
+struct VecOf {
+    typedef Acc type __attribute__((vector_size(32)));
+    typedef int64_t bits __attribute__((vector_size(32)));
+};
+template <class Acc>
+using Vec = typename VecOf<Acc>::type;
+template <class Acc>
+constexpr int kLanes = 32 / sizeof(Acc);
+
+// Number → Acc, a vector of them. No alignment is asked for.
+template <class Number, class Acc = typename AccOf<Number>::type>
+inline Vec<Acc> load_vec(const Number* from) {
+    Vec<Acc> v;
+    if constexpr (sizeof(Number) == sizeof(Acc)) {
+        memcpy(&v, from, sizeof(v));
+    } else {
+        Acc values[kLanes<Acc>];
+        for (int i = 0; i < kLanes<Acc>; ++i) values[i] = load(from[i]);
+        memcpy(&v, values, sizeof(v));
+    }
+    return v;
+}
+
+template <class Number, class Acc>
+inline void store_vec(Number* to, const Vec<Acc>& v) {
+    if constexpr (sizeof(Number) == sizeof(Acc)) {
+        memcpy(to, &v, sizeof(v));
+    } else {
+        Acc values[kLanes<Acc>];
+        memcpy(values, &v, sizeof(v));
+        for (int i = 0; i < kLanes<Acc>; ++i) store(&to[i], values[i]);
+    }
+}
+
+#ifdef __F16C__
+template <>
+inline Vec<float> load_vec<Float16, float>(const Float16* from) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+
+template <>
+inline void store_vec<Float16, float>(Float16* to, const Vec<float>& v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+#endif
+
+// The first `count` lanes, zeros for the rest: whatever stands there, NaN included, is gone.
+template <class Acc>
+inline Vec<Acc> first_lanes(const Vec<Acc>& v, int64_t count) {
+    Acc values[kLanes<Acc>];
+    memcpy(values, &v, sizeof(v));
+    for (int i = 0; i < kLanes<Acc>; ++i) values[i] = i < count ? values[i] : Acc(0);
+    Vec<Acc> kept;
+    memcpy(&kept, values, sizeof(kept));
+    return kept;
+}
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define REFINE_SHUFFLES
+#endif
+#endif
+
+// a0 a1 … b0 b1 … → the even numbers of both, or the odd ones.
+template <int Odd, class Acc>
+inline Vec<Acc> every_second(const Vec<Acc>& a, const Vec<Acc>& b) {
+#ifdef REFINE_SHUFFLES
+    if constexpr (sizeof(Acc) == 4)
+        return __builtin_shufflevector(a, b, Odd, 2 + Odd, 4 + Odd, 6 + Odd, 8 + Odd, 10 + Odd, 12 + Odd, 14 + Odd);
+    else
+        return __builtin_shufflevector(a, b, Odd, 2 + Odd, 4 + Odd, 6 + Odd);
+#else
+    constexpr int half = kLanes<Acc> / 2;
+    Vec<Acc> v;
+    for (int i = 0; i < half; ++i) v[i] = a[2 * i + Odd], v[half + i] = b[2 * i + Odd];
+    return v;
+#endif
+}
+
+// a0 b0 a1 b1 …: the lower half of that, or the upper.
+template <int Upper, class Acc>
+inline Vec<Acc> interleave(const Vec<Acc>& a, const Vec<Acc>& b) {
+    constexpr int first = Upper ? kLanes<Acc> / 2 : 0;
+#ifdef REFINE_SHUFFLES
+    if constexpr (sizeof(Acc) == 4)
+        return __builtin_shufflevector(a, b, first, 8 + first, first + 1, 9 + first, first + 2, 10 + first, first + 3,
+                                       11 + first);
+    else
+        return __builtin_shufflevector(a, b, first, 4 + first, first + 1, 5 + first);
+#else
+    Vec<Acc> v;
+    for (int i = 0; i < kLanes<Acc> / 2; ++i) v[2 * i] = a[first + i], v[2 * i + 1] = b[first + i];
+    return v;
+#endif
+}
+
+}  // namespace refine
