@@ -91,7 +91,7 @@ def bias_act(
     if impl is None and x.device.type == "cpu" and x.numel() < _WORTH_A_CALL:
         impl = "torch"
     if native.choose("bias_act", x, impl) == "native":
-        return torch.ops.refine.bias_act(x, b, dim, act, alpha, gain, clamp)
+        return _native(x, b, dim, act, alpha, gain, clamp)
     return _reference(x, b, dim, act, alpha, gain, clamp)
 
 
@@ -106,7 +106,7 @@ def _reference(x, b, dim, act, alpha, gain, clamp):
 
 # The compiled kernels, registered as torch.ops.refine.bias_act; its derivatives are ops, too. clamp < 0 = off.
 
-_RECORD = struct.Struct("=13q3d2q")  # BiasActCall of kernels.h
+_RECORD = struct.Struct("=13q3d")  # BiasActCall of kernels.h
 _CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 _PIECEWISE_LINEAR = ("linear", "relu", "lrelu")  # no second derivative
 _OPTIONS = "int dim, str act, float alpha, float gain, float clamp"
@@ -122,6 +122,15 @@ def _extents(x: torch.Tensor, dim: int, layout: torch.memory_format) -> tuple[in
     if layout == torch.channels_last:
         sizes, dim = [sizes[0], *sizes[2:], sizes[1]], (0, 3, 1, 2)[dim]
     return math.prod(sizes[:dim]), sizes[dim], math.prod(sizes[dim + 1 :])
+
+
+def _native(x, b, *options):
+    """The op; called directly where that makes no difference but in time."""
+    if not native.can_skip_dispatch(x):
+        return torch.ops.refine.bias_act(x, b, *options)
+    if torch.is_grad_enabled() and (x.requires_grad or (b is not None and b.requires_grad)):
+        return _Differentiable.apply(x, b, *options)
+    return _forward(x, b, *options)
 
 
 def _forward(x, b, dim, act, alpha, gain, clamp):
@@ -180,7 +189,7 @@ def _run(order, g, dy, x, b, dim, act, alpha, gain, clamp, db=None):
         db_address = db.data_ptr()
     addresses = (x.data_ptr(), b_address, dy_address, g_address, out.data_ptr(), db_address, partial_address)
     codes = (native.DTYPES[x.dtype], _CODES[act], order)
-    native.run("bias_act", x, _RECORD, *addresses, *codes, *extents, alpha, gain, clamp)
+    native.run("bias_act", x, _RECORD.pack(*addresses, *codes, *extents, alpha, gain, clamp))
     if partial_address:
         db.copy_(partial.sum([0, 2]))
     return out
@@ -215,8 +224,21 @@ def _backward(ctx, dy):
     need_x, need_b = ctx.needs_input_grad[:2]
     if not (need_x or need_b):
         return (None,) * 7
-    dx, db = torch.ops.refine.bias_act_grad(dy, x, b, *ctx.options, need_b)
+    direct = native.can_skip_dispatch(dy) and not torch.is_grad_enabled()
+    dx, db = (_grad if direct else torch.ops.refine.bias_act_grad)(dy, x, b, *ctx.options, need_b)
     return (dx if need_x else None, db if need_b else None, *[None] * 5)
+
+
+class _Differentiable(torch.autograd.Function):
+    """What register_autograd makes of the same functions, without its costs."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        y = _forward(*inputs)
+        _save(ctx, inputs, y)
+        return y
+
+    backward = staticmethod(_backward)
 
 
 def _save_grad(ctx, inputs, output):

@@ -78,7 +78,6 @@ public:
           y_{call.h, call.out_h, call.py0},
           from_(reinterpret_cast<const Number*>(call.x)),
           to_(reinterpret_cast<Number*>(call.y)),
-          column_taps_(column_taps),
           row_taps_(row_taps),
           planes_(call.n * call.c),
           threads_(call.threads),
@@ -90,6 +89,13 @@ public:
         written_ = round_up(x_.out, kWritten);
         const int64_t reach = written_ / Up + 4;  // samples of a lane that outputs can touch
         lane_ = round_up(at_least((left_ + 1) / Down + read_ / Down, reach), kVec);
+        one_ = Down == 2 && left_ % 2 ? lane_ + left_ / 2 : left_ / Down;
+        two_ = left_ % 2 ? left_ / 2 + 1 : lane_ + left_ / 2;
+        for (int64_t row = 0; row < y_.out; ++row) {
+            const int64_t first = y_.first(row), tap = y_.tap(row);
+            lines_.push_back({first, first >= 0 && first + kMeet <= y_.in, {}});
+            for (int j = 0; j < kMeet; ++j) lines_.back().weights[j] = column_taps[tap + j * Up];
+        }
         zeros_.resize(read_);
         tail_.resize(2 * read_);
         tail_begin_ = at_least(numbers_ - read_, 0);
@@ -125,6 +131,13 @@ private:
         }
     }
 
+    // The samples that meet an output row: first of them, and whether all lie in the image.
+    struct Line {
+        int64_t first;
+        bool inside;
+        Acc weights[kMeet];
+    };
+
     // `read_` numbers can be read from what it returns.
     const Number* input_row(int64_t plane, int64_t row) const {
         if (row < 0 || row >= y_.in) return zeros_.data();
@@ -135,34 +148,40 @@ private:
     // The rows that meet output row `row`, weighted, into the row in work; for down 2 in two lanes, so that the next
     // step reads neighbours.
     void sum_rows(int64_t plane, int64_t row, Acc* held) const {
-        const int64_t first = y_.first(row), tap = y_.tap(row);
+        const Line& line = lines_[row];
         const Number* rows[kMeet];
-        Acc weights[kMeet];
-        for (int j = 0; j < kMeet; ++j) {
-            rows[j] = input_row(plane, first + j);
-            weights[j] = column_taps_[tap + j * Up];
+        if (line.inside && plane + 1 < planes_ && read_ <= x_.in * y_.in) {  // almost always
+            const Number* top = from_ + (plane * y_.in + line.first) * x_.in + begin_;
+            for (int j = 0; j < kMeet; ++j) rows[j] = top + j * x_.in;
+        } else {
+            for (int j = 0; j < kMeet; ++j) rows[j] = input_row(plane, line.first + j);
         }
-        Acc* one = held + (Down == 2 && left_ % 2 ? lane_ + left_ / 2 : left_ / Down);  // samples 0, 2, 4 …
-        Acc* two = held + (left_ % 2 ? left_ / 2 + 1 : lane_ + left_ / 2);              // and 1, 3, 5 …
-        for (int64_t i = 0; i < width_; i += kRead) {
-            const V a = weighted(rows, weights, i);
-            const int64_t rest = width_ - i;
+        const V w0 = line.weights[0] + V{}, w1 = line.weights[1] + V{};
+        const V w2 = line.weights[kMeet - 2] + V{}, w3 = line.weights[kMeet - 1] + V{};
+        const auto weighted = [&](int64_t i) {
+            const V sum = w0 * load_vec(rows[0] + i) + w1 * load_vec(rows[1] + i);
+            if constexpr (kMeet == 2) return sum;
+            else return sum + (w2 * load_vec(rows[kMeet - 2] + i) + w3 * load_vec(rows[kMeet - 1] + i));
+        };
+        Acc *one = held + one_, *two = held + two_;
+        int64_t i = 0;
+        for (; i + kRead <= width_; i += kRead) {
+            const V a = weighted(i);
             if (Down == 1) {
-                store_vec<Acc, Acc>(one + i, rest >= kVec ? a : first_lanes<Acc>(a, rest));
+                store_vec<Acc, Acc>(one + i, a);
                 continue;
             }
-            const V b = weighted(rows, weights, i + kVec);
-            const V even = every_second<0, Acc>(a, b), odd = every_second<1, Acc>(a, b);
-            const bool whole = rest >= kRead;
-            store_vec<Acc, Acc>(one + i / 2, whole ? even : first_lanes<Acc>(even, (rest + 1) / 2));
-            store_vec<Acc, Acc>(two + i / 2, whole ? odd : first_lanes<Acc>(odd, rest / 2));
+            const V b = weighted(i + kVec);
+            store_vec<Acc, Acc>(one + i / 2, every_second<0, Acc>(a, b));
+            store_vec<Acc, Acc>(two + i / 2, every_second<1, Acc>(a, b));
         }
-    }
-
-    static V weighted(const Number* const* rows, const Acc* w, int64_t i) {
-        const V sum = w[0] * load_vec(rows[0] + i) + w[1] * load_vec(rows[1] + i);
-        if constexpr (kMeet == 2) return sum;
-        else return sum + (w[2] * load_vec(rows[2] + i) + w[3] * load_vec(rows[3] + i));
+        const int64_t rest = width_ - i;
+        if (rest == 0) return;
+        const V a = weighted(i);
+        if (Down == 1) return store_vec<Acc, Acc>(one + i, first_lanes<Acc>(a, rest));
+        const V b = rest > kVec ? weighted(i + kVec) : V{};
+        store_vec<Acc, Acc>(one + i / 2, first_lanes<Acc>(every_second<0, Acc>(a, b), (rest + 1) / 2));
+        store_vec<Acc, Acc>(two + i / 2, first_lanes<Acc>(every_second<1, Acc>(a, b), rest / 2));
     }
 
     void filter_row(const Acc* held, Number* out) const {
@@ -189,11 +208,13 @@ private:
     const FourTapAxis<Up, Down> x_, y_;
     const Number* const from_;
     Number* const to_;
-    const Acc *const column_taps_, *const row_taps_;
+    const Acc* const row_taps_;
     const int64_t planes_, threads_, numbers_;
     int64_t begin_, width_;  // samples of a row that count
     int64_t left_, lane_;    // zeros before them in a row in work; numbers of such a row, or of one of its two lanes
+    int64_t one_, two_;      // where samples 0, 1, 2 … of it stand; for down 2 samples 0, 2, 4 … and 1, 3, 5 …
     int64_t read_, written_, tail_begin_;
+    std::vector<Line> lines_;  // of every output row
     std::vector<Number> zeros_, tail_;  // for rows beside the image, and for rows near the end of the tensor
 };
 

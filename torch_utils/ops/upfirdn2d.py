@@ -8,6 +8,7 @@ Three implementations give the same numbers: compiled kernels (kernels.h, upfird
 plain torch, and the reference, which follows the four steps to the letter.
 """
 
+import functools
 import math
 import struct
 from collections.abc import Sequence
@@ -101,7 +102,7 @@ def upfirdn2d(
         raise ValueError(f"image {tuple(x.shape[2:])} with up {up} and padding {padding} is smaller than the filter")
     chosen = native.choose("upfirdn2d", x, impl)
     if chosen == "native":
-        return torch.ops.refine.upfirdn2d(x, f, up, down, padding, flip_filter, gain)
+        return _native(x, f, up, down, padding, flip_filter, gain)
     return (_reference if chosen == "ref" else _plain_torch)(x, f, up, down, padding, flip_filter, gain)
 
 
@@ -243,31 +244,41 @@ def _depthwise(x, f, up, down, padding):
 
 # The compiled kernels, registered as torch.ops.refine.upfirdn2d.
 
-_RECORD = struct.Struct("=20qd2q")  # Upfirdn2dCall of kernels.h
+_ADDRESSES, _GEOMETRY = struct.Struct("=3q"), struct.Struct("=17qd")  # Upfirdn2dCall of kernels.h
 native.LIBRARY.define(
     "upfirdn2d(Tensor x, Tensor? f, int[] up, int[] down, SymInt[] padding, bool flip_filter, float gain) -> Tensor"
 )
 
 
-def _out_size(x, f, up, down, padding):
-    fw, fh = filter_size(f)
-    x0, x1, y0, y1 = padding
-    height = (x.shape[2] * up[1] + y0 + y1 - fh) // down[1] + 1
-    return x.shape[0], x.shape[1], height, (x.shape[3] * up[0] + x0 + x1 - fw) // down[0] + 1
+def _out_size(x_size, taps, up, down, padding):
+    (n, c, h, w), (fw, fh), (x0, x1, y0, y1) = x_size, taps, padding
+    return n, c, (h * up[1] + y0 + y1 - fh) // down[1] + 1, (w * up[0] + x0 + x1 - fw) // down[0] + 1
 
 
 def _empty_output(x, f, up, down, padding):
-    size = _out_size(x, f, up, down, padding)
+    size = _out_size(x.shape, filter_size(f), up, down, padding)
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=native.layout_of(x))
 
 
+def _native(x, *options):
+    """The op; called directly where that makes no difference but in time."""
+    if not native.can_skip_dispatch(x):
+        return torch.ops.refine.upfirdn2d(x, *options)
+    if x.requires_grad and torch.is_grad_enabled():
+        return _Differentiable.apply(x, *options)
+    return _kernel(x, *options)
+
+
 def _kernel(x, f, up, down, padding, flip_filter, gain):
+    up, down, padding = tuple(up), tuple(down), tuple(padding)
     if native.function("upfirdn2d", x) is None:
-        y = _plain_torch(x, f, tuple(up), tuple(down), tuple(padding), flip_filter, gain)
+        y = _plain_torch(x, f, up, down, padding, flip_filter, gain)
         return y.contiguous(memory_format=native.layout_of(x))
+    dtype = native.acc_dtype(x.dtype)
     if f is None:
-        f = torch.ones([1, 1], dtype=native.acc_dtype(x.dtype), device=x.device)
-    f = f.to(x.device, native.acc_dtype(x.dtype)).contiguous()
+        f = torch.ones([1, 1], dtype=dtype, device=x.device)
+    elif f.dtype != dtype or f.device != x.device or not f.is_contiguous():
+        f = f.to(x.device, dtype).contiguous()
     if f.ndim == 2 or not x.is_cuda:
         return _run(x, f, up, down, padding, flip_filter, gain)
     (upx, upy), (downx, downy), (x0, x1, y0, y1), gain = up, down, padding, math.sqrt(gain)  # one pass per axis
@@ -275,17 +286,24 @@ def _kernel(x, f, up, down, padding, flip_filter, gain):
     return _run(x, f[:, None], (1, upy), (1, downy), (0, 0, y0, y1), flip_filter, gain)
 
 
-def _run(x, f, up, down, padding, flip_filter, gain):
-    y = _empty_output(x, f, up, down, padding)
+def _run(x, f, *options):
+    layout = native.layout_of(x)
+    size, geometry = _plan(x.shape, f.shape, x.dtype, layout, *options)
+    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
     if y.numel() == 0:
         return y
-    layout = native.layout_of(x)
     x = x.contiguous(memory_format=layout)
-    fh, fw = f.shape if f.ndim == 2 else (0, f.shape[0])
-    what = (x.data_ptr(), f.data_ptr(), y.data_ptr(), native.DTYPES[x.dtype], layout == torch.channels_last)
-    geometry = (*x.shape, *y.shape[2:], fh, fw, *up, *down, padding[0], padding[2], flip_filter)
-    native.run("upfirdn2d", x, _RECORD, *what, *geometry, gain)
+    native.run("upfirdn2d", x, _ADDRESSES.pack(x.data_ptr(), f.data_ptr(), y.data_ptr()) + geometry)
     return y
+
+
+@functools.lru_cache(maxsize=1024)  # a network calls the op with the same few sizes again and again
+def _plan(x_size, f_size, dtype, layout, up, down, padding, flip_filter, gain):
+    """(size of the output, what the record holds between addresses and threads)."""
+    size = _out_size(x_size, (f_size[-1], f_size[0]), up, down, padding)
+    fh, fw = f_size if len(f_size) == 2 else (0, f_size[0])
+    geometry = (*x_size, *size[2:], fh, fw, *up, *down, padding[0], padding[2], flip_filter)
+    return size, _GEOMETRY.pack(native.DTYPES[dtype], layout == torch.channels_last, *geometry, gain)
 
 
 def _save_geometry(ctx, inputs, output):
@@ -300,8 +318,20 @@ def _adjoint(ctx, dy):
     x1 = w * upx - out_w * downx + x0 - upx + 1
     y1 = h * upy - out_h * downy + y0 - upy + 1
     padding = (fw - x0 - 1, x1, fh - y0 - 1, y1)
-    dx = torch.ops.refine.upfirdn2d(dy, ctx.f, ctx.down, ctx.up, padding, not ctx.flip_filter, ctx.gain)
+    dx = _native(dy, ctx.f, ctx.down, ctx.up, padding, not ctx.flip_filter, ctx.gain)
     return dx, None, None, None, None, None, None
+
+
+class _Differentiable(torch.autograd.Function):
+    """What register_autograd makes of the same functions, without its costs."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        y = _kernel(*inputs)
+        _save_geometry(ctx, inputs, y)
+        return y
+
+    backward = staticmethod(_adjoint)
 
 
 native.LIBRARY.impl("upfirdn2d", _kernel, "CPU")

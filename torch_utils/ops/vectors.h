@@ -57,15 +57,14 @@ inline void store_vec<Float16, float>(Float16* to, const Vec<float>& v) {
 }
 #endif
 
-// The first `count` lanes, zeros for the rest: whatever stands there, NaN included, is gone.
+// The first `count` ≥ 0 lanes, zeros for the rest: whatever stands there, NaN included, is gone.
 template <class Acc>
 inline Vec<Acc> first_lanes(const Vec<Acc>& v, int64_t count) {
-    Acc values[kLanes<Acc>];
-    memcpy(values, &v, sizeof(v));
-    for (int i = 0; i < kLanes<Acc>; ++i) values[i] = i < count ? values[i] : Acc(0);
-    Vec<Acc> kept;
-    memcpy(&kept, values, sizeof(kept));
-    return kept;
+    using Bits = typename VecOf<Acc>::bits;
+    static constexpr int64_t ones[8] = {-1, -1, -1, -1, 0, 0, 0, 0};
+    Bits mask;
+    memcpy(&mask, reinterpret_cast<const char*>(ones) + 32 - at_most(count, kLanes<Acc>) * sizeof(Acc), sizeof(mask));
+    return Vec<Acc>(Bits(v) & mask);
 }
 
 #if defined(__has_builtin)
