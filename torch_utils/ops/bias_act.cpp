@@ -7,7 +7,7 @@
 #include <new>
 #include <vector>
 
-#include "kernels.h"
+#include "vectors.h"
 
 namespace refine {
 namespace {
@@ -53,6 +53,33 @@ Loop<Acc> loop_of(const BiasActCall& call) {
     return nullptr;
 }
 
+// The frequent activations also take x and its bias as they are: `one` for all numbers, or b[i] each.
+template <class Acc>
+using BiasedLoop = void (*)(const Acc* x, const Acc* b, Acc one, Acc* out, int64_t length, const Epilogue<Acc>& e);
+
+template <int A, bool Clamped, class Acc>
+void biased_loop(const Acc* x, const Acc* b, Acc one, Acc* out, int64_t length, const Epilogue<Acc>& e) {
+    const Epilogue<Acc> epilogue = e;
+    if (b) {
+#pragma GCC ivdep
+        for (int64_t i = 0; i < length; ++i)
+            out[i] = bias_act_element<A, 0, Clamped>(x[i] + b[i], Acc(0), Acc(0), epilogue);
+    } else {
+#pragma GCC ivdep
+        for (int64_t i = 0; i < length; ++i)
+            out[i] = bias_act_element<A, 0, Clamped>(x[i] + one, Acc(0), Acc(0), epilogue);
+    }
+}
+
+template <class Acc>
+BiasedLoop<Acc> biased_loop_of(const BiasActCall& call) {
+    const bool clamped = call.clamp >= 0;
+    if (call.order != 0) return nullptr;
+    if (call.act == kLinear) return clamped ? biased_loop<kLinear, true, Acc> : biased_loop<kLinear, false, Acc>;
+    if (call.act == kLrelu) return clamped ? biased_loop<kLrelu, true, Acc> : biased_loop<kLrelu, false, Acc>;
+    return nullptr;
+}
+
 template <class Number>
 class Pass {
     using Acc = typename AccOf<Number>::type;
@@ -62,6 +89,7 @@ public:
     Pass(const BiasActCall& call, Loop<Acc> loop)
         : call_(call),
           loop_(loop),
+          biased_(kConverts ? nullptr : biased_loop_of<Acc>(call)),
           x_(reinterpret_cast<const Number*>(call.x)),
           b_(reinterpret_cast<const Number*>(call.b)),
           dy_(reinterpret_cast<const Number*>(call.dy)),
@@ -92,7 +120,7 @@ private:
     static const Acc* as_acc(const Number* from, Acc* buffer, int64_t length) {
         if (!from) return buffer;
         if constexpr (kConverts) {
-            for (int64_t i = 0; i < length; ++i) buffer[i] = load(from[i]);
+            load_many(from, buffer, length);
             return buffer;
         } else {
             return from;
@@ -106,7 +134,7 @@ private:
         if constexpr (kConverts) {
             loop_(z, dy, g, work.out, length, epilogue_);
             Number* __restrict__ out = out_ + first;
-            for (int64_t i = 0; i < length; ++i) store(&out[i], work.out[i]);
+            store_many(work.out, out, length);
             return work.out;
         } else {
             loop_(z, dy, g, out_ + first, length, epilogue_);
@@ -116,7 +144,26 @@ private:
 
     const Acc* piece_with_one_bias(int64_t first, int64_t length, Acc b, Buffers& work) const {
         if (b == Acc(0)) return piece(first, length, as_acc(x_ + first, work.z, length), work);
-        for (int64_t i = 0; i < length; ++i) work.z[i] = Acc(load(x_[first + i])) + b;
+        if constexpr (!kConverts) {
+            if (biased_) {
+                biased_(x_ + first, nullptr, b, out_ + first, length, epilogue_);
+                return out_ + first;
+            }
+        }
+        const Acc* x = as_acc(x_ + first, work.z, length);
+        for (int64_t i = 0; i < length; ++i) work.z[i] = x[i] + b;
+        return piece(first, length, work.z, work);
+    }
+
+    const Acc* piece_with_biases(int64_t first, int64_t length, const Acc* biases, Buffers& work) const {
+        if constexpr (!kConverts) {
+            if (biased_) {
+                biased_(x_ + first, biases, Acc(0), out_ + first, length, epilogue_);
+                return out_ + first;
+            }
+        }
+        const Acc* x = as_acc(x_ + first, work.z, length);
+        for (int64_t i = 0; i < length; ++i) work.z[i] = x[i] + biases[i];
         return piece(first, length, work.z, work);
     }
 
@@ -159,8 +206,8 @@ private:
         std::vector<Acc> biases(line);
         for (int64_t i = 0; i < line && b_; ++i) biases[i] = Acc(load(b_[i % period / call_.inner]));
         const int64_t lines = ceil_div(numbers_, line);
-        // At most 64 partial sums however many threads there are, so the result does not depend on them.
-        const int64_t block = call_.db ? ceil_div(lines, 64) : 1, parts = ceil_div(lines, block);
+        // At most 32 partial sums however many threads there are, so the result does not depend on them.
+        const int64_t block = call_.db ? at_least(ceil_div(lines, 32), 8) : 1, parts = ceil_div(lines, block);
         std::vector<double> totals(call_.db ? parts * call_.channels : 0);
         std::vector<Acc> all_sums(call_.db ? parts * line : 0);
 #pragma omp parallel for num_threads(threads(parts)) if (threads(parts) > 1) schedule(static)
@@ -171,8 +218,7 @@ private:
             for (int64_t k = part * block; k < end; ++k) {
                 for (int64_t i = 0; i < std::min(line, numbers_ - k * line); i += kPiece) {
                     const int64_t first = k * line + i, length = std::min({kPiece, line - i, numbers_ - first});
-                    for (int64_t j = 0; j < length; ++j) work.z[j] = Acc(load(x_[first + j])) + biases[i + j];
-                    const Acc* out = piece(first, length, work.z, work);
+                    const Acc* out = piece_with_biases(first, length, &biases[i], work);
                     if (sums) add(sums + i, out, length);
                 }
                 if (sums && (k % 64 == 63 || k == end - 1)) flush(sums, line, period, &totals[part * call_.channels]);
@@ -189,8 +235,10 @@ private:
     }
 
     // Float sums of few numbers each go into double.
-    void flush(Acc* sums, int64_t line, int64_t period, double* totals) const {
-        for (int64_t i = 0; i < line; i += period)
+    void flush(Acc* __restrict__ sums, int64_t line, int64_t period, double* __restrict__ totals) const {
+        for (int64_t i = 0; i < line && call_.inner == 1; i += period)
+            for (int64_t c = 0; c < call_.channels; ++c) totals[c] += sums[i + c];
+        for (int64_t i = 0; i < line && call_.inner > 1; i += period)
             for (int64_t c = 0; c < call_.channels; ++c)
                 for (int64_t j = 0; j < call_.inner; ++j) totals[c] += sums[i + c * call_.inner + j];
         std::fill(sums, sums + line, Acc(0));
@@ -203,6 +251,7 @@ private:
 
     const BiasActCall& call_;
     const Loop<Acc> loop_;
+    const BiasedLoop<Acc> biased_;  // null: there is none
     const Number *x_, *b_, *dy_, *g_;
     Number* out_;
     const int64_t numbers_;

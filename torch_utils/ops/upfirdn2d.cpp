@@ -119,7 +119,7 @@ private:
             : held(f.held_ * f.step_),
               sum(f.taps_.separable ? 0 : f.x_.out * f.step_),
               row(f.taps_.separable ? 0 : f.x_.out * f.step_),
-              scratch(std::max(f.x_.out, f.x_.in) * f.step_),
+              scratch(std::max(f.x_.out, f.held_) * f.step_),
               lanes(f.lane_ * f.stride_ * (f.step_ < kManyChannels ? f.step_ : 0)),
               phase(f.step_ < kManyChannels ? f.x_.out * f.step_ : 0),
               inputs(f.y_.taps),
@@ -171,6 +171,7 @@ private:
     void filter_row(Out* out, const Acc* taps, Work& work) const {
         const Acc* held = work.held.data();
         if (period_ == 1 && (stride_ == 1 || x_.out == 1)) return filter_dense(out, taps, work);
+        if (step_ < kManyChannels && period_ == 1 && x_.taps * stride_ <= 32) return filter_and_pick(out, taps, work);
         if (step_ < kManyChannels) return filter_lanes(out, taps, work);
         for (int64_t o = 0; o < x_.out; ++o) {  // whole vectors of channels
             const Phase& phase = phases_[o % period_];
@@ -195,14 +196,29 @@ private:
         sum_rows(out, work.shifted.data(), work.weights.data(), phase.count, length, work.scratch.data());
     }
 
+    // Downsampling, few channels: every sample is filtered, in whole vectors, and those that count are picked. Sorting the
+    // samples first would take longer than what is computed in vain, but for long filters and large steps.
+    template <class Out>
+    void filter_and_pick(Out* out, const Acc* taps, Work& work) const {
+        const Phase& phase = phases_[0];
+        gather_taps(phase, work.held.data() + phase.shift * step_, taps, work);
+        const int64_t length = ((x_.out - 1) * stride_ + 1) * step_;
+        Acc* sums = work.lanes.data();
+        sum_rows(sums, work.shifted.data(), work.weights.data(), phase.count, length, work.scratch.data());
+        copy_samples(out, 1, sums, stride_, x_.out);
+    }
+
     // Any period and stride, few channels: samples sorted into `stride` lanes make every phase one loop over a row.
     template <class Out>
     void filter_lanes(Out* out, const Acc* taps, Work& work) const {
         const Acc* held = work.held.data();
         if (stride_ > 1) {
-            for (int64_t lane = 0; lane < stride_; ++lane)
-                for (int64_t m = 0; m < lane_; ++m)
-                    copy(&work.lanes[(lane * lane_ + m) * step_], held + at_most(m * stride_ + lane, held_ - 1) * step_);
+            for (int64_t lane = 0; lane < stride_; ++lane) {
+                const int64_t whole = at_least(at_most((held_ - 1 - lane) / stride_ + 1, lane_), 0);
+                Acc* to = &work.lanes[lane * lane_ * step_];
+                copy_samples(to, 1, held + lane * step_, stride_, whole);
+                std::fill(to + whole * step_, to + lane_ * step_, Acc(0));
+            }
             held = work.lanes.data();
         }
         for (int64_t p = 0; p < std::min(period_, x_.out); ++p) {
@@ -219,18 +235,23 @@ private:
             }
             Acc* sums = work.phase.data();
             sum_rows(sums, work.shifted.data(), work.weights.data(), phase.count, length, work.scratch.data());
-            for (int64_t m = 0; m < outputs; ++m) copy(out + (m * period_ + p) * step_, sums + m * step_);
+            copy_samples(out + p * step_, period_, sums, 1, outputs);
         }
     }
 
-    // One sample.
+    // `count` samples, of which every to_every-th, from_every-th is written, read.
     template <class Out>
-    void copy(Out* to, const Acc* from) const {
-        if (step_ == 3) {  // images
-            store(&to[0], from[0]), store(&to[1], from[1]), store(&to[2], from[2]);
-        } else {
-            for (int64_t i = 0; i < step_; ++i) store(&to[i], from[i]);
-        }
+    void copy_samples(Out* to, int64_t to_every, const Acc* from, int64_t from_every, int64_t count) const {
+        if (step_ == 1) return copy_samples_of<1>(to, to_every, from, from_every, count);
+        if (step_ == 3) return copy_samples_of<3>(to, 3 * to_every, from, 3 * from_every, count);  // images
+        copy_samples_of<0>(to, step_ * to_every, from, step_ * from_every, count);
+    }
+
+    template <int Step, class Out>
+    void copy_samples_of(Out* __restrict__ to, int64_t to_step, const Acc* __restrict__ from, int64_t from_step,
+                         int64_t count) const {
+        for (int64_t m = 0; m < count; ++m)
+            for (int64_t i = 0; i < (Step ? Step : step_); ++i) store(&to[m * to_step + i], from[m * from_step + i]);
     }
 
     const Upfirdn2dCall& call_;

@@ -45,6 +45,25 @@ inline void store_vec(Number* to, const Vec<Acc>& v) {
     }
 }
 
+// Loops over 16-bit numbers would not become vectors.
+typedef uint16_t Halves __attribute__((vector_size(16)));
+typedef uint32_t Words __attribute__((vector_size(32)));
+
+template <>
+inline Vec<float> load_vec<BFloat16, float>(const BFloat16* from) {
+    Halves halves;
+    memcpy(&halves, from, sizeof(halves));
+    return Vec<float>(__builtin_convertvector(halves, Words) << 16);
+}
+
+template <>
+inline void store_vec<BFloat16, float>(BFloat16* to, const Vec<float>& v) {  // as store() in kernels.h
+    const Words bits = Words(v), nan = Words(v != v);
+    const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const Halves halves = __builtin_convertvector((nan & 0x7fc0u) | (~nan & rounded), Halves);
+    memcpy(to, &halves, sizeof(halves));
+}
+
 #ifdef __F16C__
 template <>
 inline Vec<float> load_vec<Float16, float>(const Float16* from) {
@@ -56,6 +75,21 @@ inline void store_vec<Float16, float>(Float16* to, const Vec<float>& v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 #endif
+
+// Any count of them, side by side.
+template <class Number, class Acc>
+inline void load_many(const Number* from, Acc* __restrict__ to, int64_t count) {
+    int64_t i = 0;
+    for (; i + kLanes<Acc> <= count; i += kLanes<Acc>) store_vec<Acc, Acc>(to + i, load_vec(from + i));
+    for (; i < count; ++i) to[i] = load(from[i]);
+}
+
+template <class Number, class Acc>
+inline void store_many(const Acc* from, Number* __restrict__ to, int64_t count) {
+    int64_t i = 0;
+    for (; i + kLanes<Acc> <= count; i += kLanes<Acc>) store_vec<Number, Acc>(to + i, load_vec(from + i));
+    for (; i < count; ++i) store(&to[i], from[i]);
+}
 
 // The first `count` ≥ 0 lanes, zeros for the rest: whatever stands there, NaN included, is gone.
 template <class Acc>
