@@ -2,12 +2,16 @@
 
     python benchmarks/ops.py [--device=cpu] [--batch=8] [--threads=2] [--only=upfirdn2d] [--match=512x32] [--json=FILE]
 
-Every row times its variants in turns, several rounds, and keeps the fastest of each. "best torch" is the fastest of
-the plain-torch forms known here. A row that misses its goal says so.
+Every row times its variants in turns, for a second and at least twice, and keeps the fastest of each. "best torch"
+is the fastest of the plain-torch forms known here. A row that misses its goal says so. All of it takes about four
+minutes on two quiet cores; on a busy machine --cpu-time (processor seconds of one thread) is steadier than the clock.
+Memory that is given back is used again, as in a training loop: else the system's page faults, which differ from process
+to process, are what is measured (--fresh-memory shows them).
 On a GPU the ops are also compared with a device copy of the same bytes.
 """
 
 import copy
+import ctypes
 import functools
 import json
 import platform
@@ -39,23 +43,46 @@ BIAS_ACT = [(512, 32), (128, 256)]
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-def fastest(variants: Variants, rounds: int, device: torch.device) -> dict[str, float]:
-    """Seconds of the fastest call of each variant; one call to warm up, then rounds in turns."""
-    times = {name: [] for name in variants}
-    for _ in range(rounds + 1):
-        for name, function in variants.items():
-            times[name].append(seconds(function, device))
-    return {name: min(values[1:]) for name, values in times.items()}
+class Stopwatch:
+    """How long calls take.
+
+    Args:
+        device: Where they compute.
+        budget: Seconds to spend on a row; two calls of each variant happen in any case.
+        cpu_time: Processor seconds instead of the clock's.
+    """
+
+    def __init__(self, device: torch.device, budget: float, cpu_time: bool):
+        self.device, self.budget = device, budget
+        self._now = time.process_time if cpu_time else time.perf_counter
+
+    def fastest(self, variants: Variants) -> dict[str, float]:
+        """Seconds of the fastest call of each variant, called in turns."""
+        times = {name: [] for name in variants}
+        start = time.perf_counter()
+        while len(next(iter(times.values()))) < 2 or time.perf_counter() - start < self.budget:
+            for name, function in variants.items():
+                times[name].append(self.seconds(function))
+        return {name: min(values) for name, values in times.items()}
+
+    def seconds(self, function: Callable[[], None]) -> float:
+        self._synchronize()
+        start = self._now()
+        function()
+        self._synchronize()
+        return self._now() - start
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
-def seconds(function: Callable[[], None], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+def keep_memory() -> None:
+    """Lets glibc neither map large blocks one by one nor return them to the system."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 256 << 20)):  # M_MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD
+            libc.mallopt(parameter, value)
 
 
 def plain_torch_forms(f: torch.Tensor, up: int, down: int, padding: tuple, gain: float) -> dict[str, Callable]:
@@ -81,7 +108,8 @@ def with_backward(function: Callable, x: torch.Tensor, *others: torch.Tensor) ->
     return lambda: torch.autograd.grad(function(x, *others), [x, *others], dy)
 
 
-def bench_upfirdn2d(batch: int, rounds: int, device: torch.device, match: str = ""):
+def bench_upfirdn2d(batch: int, watch: Stopwatch, match: str = ""):
+    device = watch.device
     f = setup_filter([1, 3, 3, 1], device=device)
     for name, (up, down, padding, gain, shapes) in UPFIRDN2D.items():
         for channels, size in shapes:
@@ -99,7 +127,7 @@ def bench_upfirdn2d(batch: int, rounds: int, device: torch.device, match: str = 
                     else:
                         x = x.detach().requires_grad_()
                         variants = {key: with_backward(form, x) for key, form in forms.items()}
-                    times = fastest(variants, rounds, device)
+                    times = watch.fastest(variants)
                     torch_forms = {key: value for key, value in times.items() if key not in ("ref", "native")}
                     yield {
                         "row": f"upfirdn2d {name:9} {channels}x{size}² {layout:13} {mode}",
@@ -109,22 +137,23 @@ def bench_upfirdn2d(batch: int, rounds: int, device: torch.device, match: str = 
                         "vs_torch": min(torch_forms.values()) / times["native"],
                         "goal_torch": 0.95,
                         "best_torch": min(torch_forms, key=torch_forms.get),
-                        **bandwidth(x, forms["native"], times["native"], mode, device),
+                        **bandwidth(x, forms["native"], times["native"], mode, watch),
                     }
 
 
-def bandwidth(x, form, native_seconds: float, mode: str, device: torch.device) -> dict:
+def bandwidth(x, form, native_seconds: float, mode: str, watch: Stopwatch) -> dict:
     """On a GPU: bytes read and written per second, relative to a device copy that moves as many."""
-    if device.type != "cuda" or mode != "forward":
+    if watch.device.type != "cuda" or mode != "forward":
         return {}
     moved = (x.numel() + form(x).numel()) * x.element_size()
-    source = torch.empty(moved // 2, dtype=torch.uint8, device=device)
+    source = torch.empty(moved // 2, dtype=torch.uint8, device=watch.device)
     target = torch.empty_like(source)
-    copy = min(seconds(lambda: target.copy_(source), device) for _ in range(10))
+    copy = min(watch.seconds(lambda: target.copy_(source)) for _ in range(10))
     return {"share_of_copy": copy / native_seconds}
 
 
-def bench_bias_act(batch: int, rounds: int, device: torch.device, match: str = ""):
+def bench_bias_act(batch: int, watch: Stopwatch, match: str = ""):
+    device = watch.device
     for channels, size in BIAS_ACT:
         if match not in f"{channels}x{size}":
             continue
@@ -139,18 +168,19 @@ def bench_bias_act(batch: int, rounds: int, device: torch.device, match: str = "
                 else:
                     x, b = x.detach().requires_grad_(), b.detach().requires_grad_()
                     variants = {key: with_backward(form, x, b) for key, form in forms.items()}
-                times = fastest(variants, rounds, device)
+                times = watch.fastest(variants)
                 yield {
                     "row": f"bias_act  lrelu     {channels}x{size}² {layout:13} {mode}",
                     "native_ms": times["native"] * 1e3,
                     "vs_ref": times["ref"] / times["native"],
                     "goal_ref": goal,
-                    **bandwidth(x, forms["native"], times["native"], mode, device),
+                    **bandwidth(x, forms["native"], times["native"], mode, watch),
                 }
 
 
-def bench_generator(batch: int, rounds: int, device: torch.device):
+def bench_generator(batch: int, watch: Stopwatch):
     """Forward and backward of the 32×32 generator (channel_max 512) against its grouped form in plain float32 torch."""
+    device = watch.device
     G = Generator(512, 0, 512, 32, 3, {"num_layers": 2}, {"channel_max": 512}).to(device)
     formats = {"contiguous": G, "channels_last": copy.deepcopy(G).to(memory_format=torch.channels_last)}
     ws = torch.randn(batch, G.num_ws, 512, device=device)
@@ -178,7 +208,7 @@ def bench_generator(batch: int, rounds: int, device: torch.device):
         "bfloat16": variant(amp=True),
         "bfloat16 channels_last": variant("channels_last", amp=True),
     }
-    times = fastest(variants, rounds, device)
+    times = watch.fastest(variants)
     for name, best in times.items():
         goal = {"float32": 1.7, "bfloat16": 2.5}.get(name)
         against = "plain" if device.type == "cuda" and goal else "grouped"
@@ -208,13 +238,19 @@ BENCHMARKS = {"upfirdn2d": bench_upfirdn2d, "bias_act": bench_bias_act, "generat
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True, help="OpenMP threads on a CPU.")
-@click.option("--rounds", type=click.IntRange(min=1), default=4, show_default=True, help="Timed calls of each variant.")
+@click.option("--budget", type=click.FloatRange(min=0), default=1, show_default=True, help="Seconds to spend on a row.")
+@click.option("--cpu-time", is_flag=True, help="Processor seconds of one thread instead of the clock's.")
+@click.option("--fresh-memory", is_flag=True, help="Leave it to the system when memory is given back and faulted in.")
 @click.option("--only", type=click.Choice(list(BENCHMARKS)), multiple=True, help="Repeatable; all without it.")
 @click.option("--match", default="", help="Only rows of upfirdn2d and bias_act whose size has this in it, e.g. 512x32.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Also write the rows to this file.")
-def main(device, batch, threads, rounds, only, match, json_file):
+def main(device, batch, threads, budget, cpu_time, fresh_memory, only, match, json_file):
+    if not fresh_memory:
+        keep_memory()
+    threads = 1 if cpu_time else threads
     torch.set_num_threads(threads)
     device = torch.device(device)
+    watch = Stopwatch(device, budget, cpu_time)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     print(
         f"torch {torch.__version__}, {name}, {threads} threads, batch {batch}; × the reference, × the best plain torch"
@@ -222,7 +258,7 @@ def main(device, batch, threads, rounds, only, match, json_file):
     rows = []
     for part in only or BENCHMARKS:
         options = {} if part == "generator" else {"match": match}
-        for row in BENCHMARKS[part](batch, rounds, device, **options):
+        for row in BENCHMARKS[part](batch, watch, **options):
             rows.append(row)
             print(line(row), flush=True)
     missed = [row["row"] for row in rows if misses(row)]

@@ -204,7 +204,9 @@ private:
         const int64_t period = call_.channels * call_.inner;
         const int64_t repeats = at_least(at_most(kPiece / period, call_.outer), 1), line = period * repeats;
         std::vector<Acc> biases(line);
-        for (int64_t i = 0; i < line && b_; ++i) biases[i] = Acc(load(b_[i % period / call_.inner]));
+        for (int64_t c = 0; c < call_.channels && b_; ++c)
+            std::fill_n(&biases[c * call_.inner], call_.inner, Acc(load(b_[c])));
+        for (int64_t i = period; i < line; i += period) std::copy_n(biases.begin(), period, biases.begin() + i);
         const int64_t lines = ceil_div(numbers_, line);
         // At most 32 partial sums however many threads there are, so the result does not depend on them.
         const int64_t block = call_.db ? at_least(ceil_div(lines, 32), 8) : 1, parts = ceil_div(lines, block);
