@@ -266,6 +266,8 @@ private:
 template <int Up, int Down, class Number, class Acc>
 bool run_four_taps(const Upfirdn2dCall& call, const Taps<Acc>& taps) {
     if (call.channels_last) return FourTapPixels<Up, Down, Number>(call, taps.column.data(), taps.row.data()).run();
+    if (FourTapNarrow<Up, Down, Number>::serves(call))
+        return FourTapNarrow<Up, Down, Number>(call, taps.column.data(), taps.row.data()).run();
     return FourTapPlanes<Up, Down, Number>(call, taps.column.data(), taps.row.data()).run();
 }
 
