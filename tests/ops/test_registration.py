@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.ops import require_native
 from torch_utils import custom_ops
@@ -41,6 +42,40 @@ def test_opcheck(device, layout):
     tests = ("test_schema", "test_faketensor")  # the third derivative is refused
     arguments = (images(device, layout), images(device, layout), x, b, 1, "tanh", 0.0, 1.0, -1.0)
     torch.library.opcheck(ops.bias_act_grad2.default, arguments, test_utils=tests)
+
+
+class Seen(TorchDispatchMode):
+    """Collects the names of the ops that a mode is shown."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_calls_past_the_dispatcher_agree_with_those_through_it(device, layout):
+    x, b = images(device, layout), torch.randn(3, device=device, requires_grad=True)
+    f = setup_filter([1, 3, 3, 1], device=device)
+
+    def call():
+        y = bias_act(upfirdn2d(x, f, up=2, padding=2, impl="native"), b, act="swish", impl="native")
+        first = torch.autograd.grad(y.square().sum(), [x, b], create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), [x, b])
+        with torch.no_grad():
+            plain = bias_act(upfirdn2d(x, f, down=2, padding=2, impl="native"), b, impl="native")
+        return [y, *first, *second, plain]
+
+    with Seen() as seen:
+        through = call()
+    assert {"refine.upfirdn2d.default", "refine.bias_act.default", "refine.bias_act_grad.default"} <= seen.names
+    for direct, expected in zip(call(), through, strict=True):
+        torch.testing.assert_close(direct, expected, rtol=0, atol=0)
+        assert direct.stride() == expected.stride()
 
 
 def test_third_derivatives_are_refused_in_one_line():

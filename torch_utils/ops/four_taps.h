@@ -36,24 +36,33 @@ bool share_rows(int64_t rows, int64_t numbers, int64_t most_threads, const Work&
     return !failed;
 }
 
-// out[i] = Σ_j weight[j] · row[j][i] over `Count` rows, at most four.
+// out[i] = Σ_j weight[j] · row[j][i] over `Count` rows, at most four; + out[i] with Add. `out` may be one of the rows.
 template <int Count, bool Add, class In, class Out, class Acc>
-inline void sum_rows_fixed(Out* __restrict__ out, const In* const* row, const Acc* weight, int64_t length) {
-    const In* r0 = row[0];
-    const In* r1 = row[Count > 1 ? 1 : 0];
-    const In* r2 = row[Count > 2 ? 2 : 0];
-    const In* r3 = row[Count > 3 ? 3 : 0];
-    const Acc w0 = weight[0], w1 = weight[Count > 1 ? 1 : 0], w2 = weight[Count > 2 ? 2 : 0];
-    const Acc w3 = weight[Count > 3 ? 3 : 0];
-#pragma GCC ivdep
-    for (int64_t i = 0; i < length; ++i) {
-        Acc sum = w0 * Acc(load(r0[i]));
-        if (Count > 1) sum += w1 * Acc(load(r1[i]));
-        if (Count > 2) sum += w2 * Acc(load(r2[i]));
-        if (Count > 3) sum += w3 * Acc(load(r3[i]));
-        if (Add) sum += Acc(load(out[i]));
-        store(&out[i], sum);
-    }
+inline void sum_rows_fixed(Out* out, const In* const* row, const Acc* weight, int64_t length) {
+    using V = Vec<Acc>;
+    constexpr int lanes = kLanes<Acc>, last = Count - 1;
+    const V w0 = weight[0] + V{}, w1 = weight[last > 1 ? 1 : last] + V{};
+    const V w2 = weight[last > 2 ? 2 : last] + V{}, w3 = weight[last] + V{};
+    const auto sum = [&](const In* r0, const In* r1, const In* r2, const In* r3, const Out* before) {
+        V v = w0 * load_vec(r0);
+        if (Count > 1) v += w1 * load_vec(r1);
+        if (Count > 2) v += w2 * load_vec(r2);
+        if (Count > 3) v += w3 * load_vec(r3);
+        if (Add) v += load_vec(before);
+        return v;
+    };
+    const In *r0 = row[0], *r1 = row[last > 1 ? 1 : last], *r2 = row[last > 2 ? 2 : last], *r3 = row[last];
+    int64_t i = 0;
+    for (; i + lanes <= length; i += lanes)
+        store_vec<Out, Acc>(out + i, sum(r0 + i, r1 + i, r2 + i, r3 + i, out + i));
+    const size_t rest = size_t(length - i);
+    if (rest == 0) return;
+    In ends[4][lanes] = {};
+    Out end[lanes] = {};
+    for (int j = 0; j < Count; ++j) memcpy(ends[j], row[j] + i, rest * sizeof(In));
+    if (Add) memcpy(end, out + i, rest * sizeof(Out));
+    store_vec<Out, Acc>(end, sum(ends[0], ends[1], ends[2], ends[3], end));
+    memcpy(out + i, end, rest * sizeof(Out));
 }
 
 template <int Up, int Down>

@@ -90,7 +90,6 @@ def can_skip_dispatch(x: torch.Tensor) -> bool:
         and type(x) in _PLAIN
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
-        and torch.autograd.forward_ad._current_level < 0
         and not torch.autograd._profiler_enabled()
         and not torch.jit.is_tracing()
     )

@@ -263,12 +263,13 @@ private:
     std::vector<Window> windows_;  // of every output row
 };
 
-template <int Up, int Down, class Number, class Acc>
-bool run_four_taps(const Upfirdn2dCall& call, const Taps<Acc>& taps) {
-    if (call.channels_last) return FourTapPixels<Up, Down, Number>(call, taps.column.data(), taps.row.data()).run();
-    if (FourTapNarrow<Up, Down, Number>::serves(call))
-        return FourTapNarrow<Up, Down, Number>(call, taps.column.data(), taps.row.data()).run();
-    return FourTapPlanes<Up, Down, Number>(call, taps.column.data(), taps.row.data()).run();
+// Templates cost seconds of the first build, so each dtype has those that networks use with it.
+template <int Up, int Down, class Number>
+bool run_four_taps(const Upfirdn2dCall& call, const float* column, const float* row) {
+    if (call.channels_last) return FourTapPixels<Up, Down, Number>(call, column, row).run();
+    if constexpr (std::is_same_v<Number, float>)
+        if (FourTapNarrow<Up, Down, float>::serves(call)) return FourTapNarrow<Up, Down, float>(call, column, row).run();
+    return FourTapPlanes<Up, Down, Number>(call, column, row).run();
 }
 
 template <class Number>
@@ -276,10 +277,13 @@ bool run(const Upfirdn2dCall& call) {
     const Taps<typename AccOf<Number>::type> taps(call);
     const bool square = call.upx == call.upy && call.downx == call.downy;
     const bool four = taps.separable && taps.column.size() == 4 && taps.row.size() == 4;
-    if (square && four && (!call.channels_last || call.c >= kManyChannels)) {
-        if (call.upx == 1 && call.downx == 1) return run_four_taps<1, 1, Number>(call, taps);
-        if (call.upx == 2 && call.downx == 1) return run_four_taps<2, 1, Number>(call, taps);
-        if (call.upx == 1 && call.downx == 2) return run_four_taps<1, 2, Number>(call, taps);
+    if constexpr (!std::is_same_v<Number, double>) {
+        const float *column = taps.column.data(), *row = taps.row.data();
+        if (square && four && (!call.channels_last || call.c >= kManyChannels)) {
+            if (call.upx == 1 && call.downx == 1) return run_four_taps<1, 1, Number>(call, column, row);
+            if (call.upx == 2 && call.downx == 1) return run_four_taps<2, 1, Number>(call, column, row);
+            if (call.upx == 1 && call.downx == 2) return run_four_taps<1, 2, Number>(call, column, row);
+        }
     }
     return Filter<Number>(call, taps).run();
 }
