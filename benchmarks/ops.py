@@ -2,7 +2,7 @@
 
     python benchmarks/ops.py [--device=cpu] [--batch=8] [--threads=2] [--only=upfirdn2d] [--match=512x32] [--json=FILE]
 
-Every row times its variants in turns, for a second and at least twice, and keeps the fastest of each. "best torch"
+Every row times its variants in turns, for half a second and at least twice, and keeps the fastest of each. "best torch"
 is the fastest of the plain-torch forms known here. A row that misses its goal says so. All of it takes about four
 minutes on two quiet cores; on a busy machine --cpu-time (processor seconds of one thread) is steadier than the clock.
 Memory that is given back is used again, as in a training loop: else the system's page faults, which differ from process
@@ -238,7 +238,7 @@ BENCHMARKS = {"upfirdn2d": bench_upfirdn2d, "bias_act": bench_bias_act, "generat
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True, help="OpenMP threads on a CPU.")
-@click.option("--budget", type=click.FloatRange(min=0), default=1, show_default=True, help="Seconds to spend on a row.")
+@click.option("--budget", type=click.FloatRange(min=0), default=0.5, show_default=True, help="Seconds to spend on a row.")
 @click.option("--cpu-time", is_flag=True, help="Processor seconds of one thread instead of the clock's.")
 @click.option("--fresh-memory", is_flag=True, help="Leave it to the system when memory is given back and faulted in.")
 @click.option("--only", type=click.Choice(list(BENCHMARKS)), multiple=True, help="Repeatable; all without it.")
