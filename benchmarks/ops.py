@@ -238,7 +238,7 @@ BENCHMARKS = {"upfirdn2d": bench_upfirdn2d, "bias_act": bench_bias_act, "generat
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True, help="OpenMP threads on a CPU.")
-@click.option("--budget", type=click.FloatRange(min=0), default=0.5, show_default=True, help="Seconds to spend on a row.")
+@click.option("--budget", type=click.FloatRange(min=0), default=0.5, show_default=True, help="Seconds for a row.")
 @click.option("--cpu-time", is_flag=True, help="Processor seconds of one thread instead of the clock's.")
 @click.option("--fresh-memory", is_flag=True, help="Leave it to the system when memory is given back and faulted in.")
 @click.option("--only", type=click.Choice(list(BENCHMARKS)), multiple=True, help="Repeatable; all without it.")
