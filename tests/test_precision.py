@@ -123,7 +123,7 @@ class NoWaiting(TorchDispatchMode):
 
 @pytest.mark.parametrize("options", [{}, {"precision": "fp16"}, {"reuse_batch": True}, {"batch_gpu": 4}])
 def test_an_iteration_reads_nothing_back(options):
-    trainer = make_trainer(dropout=True, weighting="dmd", **options)
+    trainer = make_trainer(dropout=True, objective="dmd", **options)
     trainer.step()  # Adam makes its state
     with NoWaiting():
         trainer.step()
@@ -161,7 +161,7 @@ def test_a_reused_batch_gives_the_student_its_own_images():
     """With aux at rest the student's gradient is that of `student_step` on the very images of the auxiliary step."""
     trainer = make_trainer(reuse_batch=True)
     trainer.aux_step(0.0, keep=True)
-    (x, c), *_ = trainer._kept
+    (x, _, c), *_ = trainer._kept
     trainer.student_step(0.0)
     got = [p.grad.clone() for p in trainer.student_parameters if p.grad is not None]
     assert sum(bool(g.abs().max() > 0) for g in got) > 10

@@ -31,7 +31,8 @@ def fresh(monkeypatch, tmp_path):
     monkeypatch.setattr(custom_ops, "SOURCES", tmp_path / "sources")
     monkeypatch.setenv("REFINE_OPS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("REFINE_OPS", raising=False)
+    for name in ("REFINE_OPS", "REFINE_CACHE", "XDG_CACHE_HOME"):  # nothing of the user's is seen, or cleaned
+        monkeypatch.delenv(name, raising=False)
     (tmp_path / "sources").mkdir()
     for op in custom_ops.OPS:
         (tmp_path / "sources" / f"{op}.cpp").write_text(f'extern "C" int refine_{op}(const void*) {{ return 0; }}')
