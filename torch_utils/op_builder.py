@@ -16,9 +16,10 @@ from torch_utils import toolchain
 from torch_utils.toolchain import Compiler, CudaToolkit, Missing
 
 # No -std: the sources ask for what every compiler of today has by default. No -ffast-math: a NaN has to stay one.
-CXX_FLAGS = ("-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math")  # traps: or no loop with a choice vectorises
+# -O2 builds in two thirds of the time of -O3, and its code is as fast; traps: or no loop with a choice vectorises.
+CXX_FLAGS = ("-O2", "-ftree-vectorize", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 # Taken where the compiler knows them; without OpenMP the ops run on one thread.
-OPTIONAL_CXX_FLAGS = ("-fopenmp",)
+OPTIONAL_CXX_FLAGS = ("-fopenmp", "-fvect-cost-model=dynamic")
 NVCC_FLAGS = ("-O3", "-Xcompiler=-fPIC", "--threads=0")
 
 # The first that fits an error message explains it.
