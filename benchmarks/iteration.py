@@ -91,19 +91,19 @@ def parts_of(trainer: Trainer) -> dict[str, Callable[[], object]]:
     """The iteration's five passes through a network, alone."""
     G, aux, teacher, n = trainer.G, trainer.aux, trainer.teacher, trainer.config.batch
     z, c = trainer._latents()
-    x = trainer._images(z, c).detach()
+    x = trainer._images(trainer.G, z, c).detach()
     sigma = trainer.sigma.sample(n, trainer.device)
 
     def student():
         G.zero_grad(set_to_none=True)
-        trainer._images(z, c).backward(x)
+        trainer._images(trainer.G, z, c).backward(x)
 
     def aux_training():
         aux.zero_grad(set_to_none=True)
         aux_loss(aux, x, c, sigma).mean().backward()
 
     return {
-        "student forward (for the auxiliary step)": torch.no_grad()(lambda: trainer._images(z, c)),
+        "student forward (for the auxiliary step)": torch.no_grad()(lambda: trainer._images(trainer.G, z, c)),
         "student forward + backward": student,
         "teacher forward": torch.no_grad()(lambda: teacher(x, sigma, c)),
         "auxiliary forward": torch.no_grad()(lambda: aux(x, sigma, c)),
