@@ -91,6 +91,6 @@ def test_two_processes_hold_the_numbers_of_one(tmp_path):
     torch.multiprocessing.spawn(process, (port, tmp_path / "r.npz", str(tmp_path / "out")), nprocs=2)
     expected = numbers(tmp_path / "r.npz")
     for rank in range(2):
-        values, contributions, num = torch.load(tmp_path / f"out{rank}")
+        values, contributions, num = torch.load(tmp_path / f"out{rank}", weights_only=True)
         assert num == 45 and values == pytest.approx(expected[0], rel=1e-10)
         torch.testing.assert_close(contributions, expected[1], rtol=1e-8, atol=1e-10)
