@@ -15,6 +15,7 @@ from refine.checkpoints.native import save_networks
 from refine.config import NOT_IN_SNAPSHOTS, RefineConfig
 from refine.images import image_grid, save_png, to_uint8
 from refine.metrics.named import NamedMetric
+from refine.metrics.pipeline import sharing
 from refine.metrics.sampling import latents_of_seeds
 from refine.monitor import Monitor
 from refine.run_dir import RunDir, kimg_name
@@ -55,28 +56,23 @@ class Snapshots:
     def begin(self, monitor: Monitor | None) -> None:
         """Pictures and metrics of the student as it came."""
         if distributed.is_main():
-            self._begin(monitor)
-        distributed.wait_for_main()
-
-    def save(self, monitor: Monitor | None) -> None:
-        """Networks, pictures and metrics of now. The first process does it; the others wait, and know the outcome."""
-        trainer = self.trainer
-        distributed.check_equal([trainer.G, trainer.G_ema, trainer.aux])
-        if distributed.is_main():
-            self._save(monitor)
-        distributed.wait_for_main()
-
-    def _begin(self, monitor: Monitor) -> None:
-        save_png(self.run_dir.path / "fakes_init.png", self._init_grid)
-        monitor.image("Fakes/before", self._init_grid, 0)
-        monitor.options(self.trainer.config.as_dict())
+            save_png(self.run_dir.path / "fakes_init.png", self._init_grid)
+            monitor.image("Fakes/before", self._init_grid, 0)
+            monitor.options(self.trainer.config.as_dict())
         self._measure(monitor, snapshot=None)
 
-    def _save(self, monitor: Monitor) -> None:
-        trainer, nimg = self.trainer, self.trainer.nimg
-        kimg = nimg / 1000
-        number = kimg_name(nimg, trainer.config.short_intervals)
+    def save(self, monitor: Monitor | None) -> None:
+        """Networks, pictures and metrics of now. All processes measure, the first one writes and knows the best."""
+        trainer = self.trainer
+        distributed.check_equal([trainer.G, trainer.G_ema, trainer.aux])
+        number = kimg_name(trainer.nimg, trainer.config.short_intervals)
         name = f"network-snapshot-{number}.safetensors"
+        if distributed.is_main():
+            self._save(name, monitor)
+        self._measure(monitor, snapshot=name)
+
+    def _save(self, name: str, monitor: Monitor) -> None:
+        trainer, kimg = self.trainer, self.trainer.nimg / 1000
         provenance = {**self.provenance, "options": _portable(trainer.config), "kimg": kimg}
         networks = {"G_ema": trainer.G_ema, "G": trainer.G}
         save_networks(self.run_dir.path / name, networks, provenance=provenance)
@@ -84,23 +80,28 @@ class Snapshots:
             theirs = {key: networks[key] for key in members(self.container) if key in networks}
             write_like(self.container, (self.run_dir.path / name).with_suffix(".pkl"), theirs)
         grid = self._grid(trainer.G_ema)
-        save_png(self.run_dir.path / f"fakes{number}.png", grid)
+        picture = name.replace("network-snapshot-", "fakes")
+        save_png((self.run_dir.path / picture).with_suffix(".png"), grid)
         gap = torch.full([grid.shape[0], grid.shape[1], 8], 255, dtype=torch.uint8)
         monitor.image("Fakes/now", grid, kimg)
         monitor.image("Fakes/before_after", torch.cat([self._init_grid, gap, grid], dim=2), kimg)
-        self._measure(monitor, snapshot=name)
 
-    def _measure(self, monitor: Monitor, snapshot: str | None) -> None:
-        """Metrics of G_ema now; a failing metric is reported and does not end the run."""
+    def _measure(self, monitor: Monitor | None, snapshot: str | None) -> None:
+        """Metrics of G_ema now, by all processes; a failing metric is reported and does not end the run."""
+        distributed.wait_for_main()  # where there is no metric, too: nobody is ahead of what is being written
         kimg, device = self.trainer.nimg / 1000, self.trainer.device
         for index, metric in enumerate(self.metrics):
             try:
-                with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                    results = metric.measure(self.trainer.G_ema, device)
+                with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), sharing():
+                    results = metric.measure(self.trainer.G_ema, device, progress=True)
                 value = float(results[metric.key])
-            except Exception as error:  # noqa: BLE001 - whatever it is, the training is worth more
+            except Exception as error:
+                if distributed.is_lost_connection(error):
+                    raise
                 reason = " ".join(str(error).split()) or type(error).__name__
                 self.run_dir.log(f"metric {metric.name} failed: {reason}")
+                continue
+            if monitor is None:
                 continue
             numbers = {key: value for key, value in results.items() if isinstance(value, float) and key != "seconds"}
             monitor.scalars({f"Metrics/{metric.name}/{key}": value for key, value in numbers.items()}, kimg)

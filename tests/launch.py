@@ -15,20 +15,21 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.launch"])
 
 
-def launch(args, log: Path, environment: dict[str, str] | None = None, prepare=None):
-    """Start `python refine.py *args`; what it prints goes to `log`. `prepare`, a function, runs in it before."""
-    process = CONTEXT.Process(target=_main, args=([str(arg) for arg in args], str(log), environment or {}, prepare))
+def launch(args, log: Path, environment: dict[str, str] | None = None, prepare=None, command: str = "refine"):
+    """Start a command, such as `python refine.py *args`; what it prints goes to `log`. `prepare` runs in it before."""
+    arguments = (command, [str(arg) for arg in args], str(log), environment or {}, prepare)
+    process = CONTEXT.Process(target=_main, args=arguments)
     process.start()
     return process
 
 
-def launch_ranks(args, folder: Path, count: int, prepare=None, ranks=None, port: int | None = None):
+def launch_ranks(args, folder: Path, count: int, prepare=None, ranks=None, port=None, command: str = "refine"):
     """The processes that torchrun would start on one machine, and the logs they write; `prepare` gets the rank."""
     port = port or free_port()
     common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     logs = [folder / f"rank{rank}.txt" for rank in range(count)]
     processes = [
-        launch(args, logs[rank], {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, prepare)
+        launch(args, logs[rank], {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, prepare, command)
         for rank in (range(count) if ranks is None else ranks)
     ]
     return processes, logs
@@ -53,7 +54,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _main(args: list[str], log: str, environment: dict[str, str], prepare) -> None:
+def _main(command: str, args: list[str], log: str, environment: dict[str, str], prepare) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -61,4 +62,4 @@ def _main(args: list[str], log: str, environment: dict[str, str], prepare) -> No
     os.environ.update(environment)
     if prepare is not None:
         prepare()
-    run_command("refine", args)
+    run_command(command, args)

@@ -1,5 +1,7 @@
 """Several processes train as one, and end as one."""
 
+import functools
+import json
 import os
 import signal
 import time
@@ -9,6 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from refine.checkpoints.native import save_networks
+from refine.metrics.detectors import load_detector
+from refine.metrics.references import save_reference
+from refine.metrics.statistics import FeatureStatistics
 from refine.run_dir import training_states
 from refine.trainer import Trainer
 from tests.launch import free_port, launch, launch_ranks, wait
@@ -59,6 +64,83 @@ def test_two_and_four_processes_equal_one(pair, tmp_path):
         assert logs[1].read_text() == "" and f"processes   {count}" in logs[0].read_text()
         assert len(list((tmp_path / str(count)).iterdir())) == 1  # one run folder for all
     assert not torch.equal(one["G.synthesis.b8.conv1.weight"], make_student().synthesis.b8.conv1.weight)
+
+
+class Pixels(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)[:, :5].float() / 255
+
+
+def blind(_seed):
+    raise RuntimeError("the parrot is blind")
+
+
+def count_images_and_fail_the_second_metric(counts):
+    from refine.metrics import named
+
+    look, calls = named.sample_images, []
+
+    def counted(G, seeds, **options):
+        calls.append(len(seeds))
+        (counts / f"rank{os.environ['RANK']}-counts.txt").write_text(" ".join(map(str, calls)))
+        if len(calls) % 2 == 0 and os.environ.get("RANK") == "1":
+            return map(blind, seeds)
+        return look(G, seeds, **options)
+
+    named.sample_images = counted
+
+
+def test_all_ranks_measure_and_a_metric_that_fails_in_one_ends_nothing(pair, tmp_path):
+    torch.jit.script(Pixels()).save(tmp_path / "pixels.pt")
+    detector = load_detector(tmp_path / "pixels.pt")
+    features = FeatureStatistics(keep_features=True).update(torch.rand(30, 5))
+    save_reference(tmp_path / "ref.npz", features, detector)
+    metrics = ",".join(f"{kind}250-{tmp_path}/pixels.pt" for kind in ("fd", "kid"))
+    options = (*pair, *STEPS, f"--metrics={metrics}", f"--ref={tmp_path}/ref.npz")
+    found = {}
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        prepare = functools.partial(count_images_and_fail_the_second_metric, folder)
+        processes, logs = launch_ranks([*options, f"--outdir={folder}"], folder, count, prepare)
+        assert wait(processes) == [0] * count, texts(logs)
+        run = folder / "00000-x"
+        lines = [json.loads(line)["results"] for line in (run / "metric-fd250-pixels.jsonl").read_text().splitlines()]
+        found[count] = [(line["fd_pixels"], line["recall"], line["num"]) for line in lines]
+        assert len(lines) == 3
+        failures = logs[0].read_text().count("metric kid250-pixels failed: the parrot is blind")
+        assert failures == (3 if count == 2 else 0), texts(logs)
+        assert logs[0].read_text().count("metric kid250-pixels at") == (3 if count == 1 else 0)
+    assert found[2][0] == pytest.approx(found[1][0], rel=1e-9) and found[2] != found[1]
+    assert found[2][2] == pytest.approx(found[1][2], rel=1e-3)  # after training in another order of additions
+    assert [(tmp_path / "2" / f"rank{rank}-counts.txt").read_text() for rank in range(2)] == [
+        " ".join([share] * 6) for share in ("100", "150")
+    ]
+
+
+def test_two_ranks_generate_what_one_does(pair, tmp_path):
+    network = pair[0].replace("--gan", "--network")
+    for count in (1, 2):
+        (tmp_path / str(count)).mkdir()
+        args = [network, "--seeds=0-10,40", "--batch=3", "--device=cpu", f"--outdir={tmp_path}/out{count}"]
+        processes, logs = launch_ranks(args, tmp_path / str(count), count, command="generate")
+        assert wait(processes) == [0] * count, texts(logs)
+        assert logs[0].read_text().endswith(f"12 images and grid.png in {tmp_path}/out{count}\n")
+    assert logs[1].read_text() == ""
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / f"out{count}").iterdir()} for count in (1, 2))
+    assert one == two and len(one) == 13
+
+
+def test_what_one_rank_cannot_generate_ends_all_with_its_message(tmp_path):
+    G = make_student()
+    with torch.no_grad():
+        G.mapping.embed.weight[:, 2] = float("nan")  # images of class 2
+    save_networks(tmp_path / "gan.safetensors", {"G_ema": G}, provenance={})
+    args = [f"--network={tmp_path}/gan.safetensors", "--seeds=0-9", "--batch=1", "--device=cpu"]
+    processes, logs = launch_ranks([*args, f"--outdir={tmp_path}/out"], tmp_path, 2, command="generate")
+    codes = wait(processes)
+    assert None not in codes and 0 not in codes, texts(logs)
+    assert "NaN or infinity" in logs[0].read_text() and "Traceback" not in texts(logs)
 
 
 def raise_in_rank_1():

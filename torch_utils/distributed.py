@@ -15,15 +15,17 @@ import socket
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+T = TypeVar("T")
 TIMEOUT = timedelta(seconds=50)  # for a process to join, and for any exchange between processes in step
-PATIENCE = timedelta(hours=24)  # for rank 0 to measure and to write, while the others have nothing to do
+PATIENCE = timedelta(hours=24)  # for rank 0 to write, and for all to measure, which takes them unequal time
 BUCKET = 2**24  # elements that are averaged at once: 64 MiB of float32
 
-_groups: dict[str, dist.ProcessGroup] = {}
+_groups: dict[str, dist.ProcessGroup] = {}  # empty outside of `session`
 _store: list[dist.Store] = []
 
 
@@ -87,7 +89,7 @@ def session(cuda: bool) -> Iterator[None]:
         yield
         _part()
     except BaseException as error:
-        if _is_lost_connection(error):
+        if is_lost_connection(error):
             raise _loss() from error
         if not _leave_message(str(error) or type(error).__name__):
             raise _loss() from error  # all of them met the same: one voice is enough
@@ -181,11 +183,17 @@ def _loss() -> LostProcess:
     return LostProcess(f"rank {rank()} {lost}", told=False)
 
 
-def _is_lost_connection(error: BaseException) -> bool:
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether an exchange failed because another process is gone."""
     if isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError):
         return True
     texts = ("onnection closed by peer", "Connection reset", "Broken pipe", "Timed out", "timeout")  # gloo's words
     return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+
+
+def is_joined() -> bool:
+    """Whether this process is in a `session` with others."""
+    return bool(_groups)
 
 
 # Exchanges. Every process must come to each of them, in the same order.
@@ -240,6 +248,15 @@ def text_of_main(text: str) -> str:
     texts = [text]
     dist.broadcast_object_list(texts, src=0, group=_groups["numbers"])
     return texts[0]
+
+
+def gathered(value: T) -> list[T]:
+    """The values of all processes in the order of their ranks, pickled, on the host; waits for the slowest for long."""
+    if not _groups:
+        return [value]
+    everyone: list[Any] = [None] * world_size()
+    dist.all_gather_object(everyone, value, group=_groups["waiting"])
+    return everyone
 
 
 def wait_for_main() -> None:

@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from refine.cli.main import option
-from refine.cli.options import OPS_HELP, check_outdir, choose_device, choose_ops, parse_ints
+from refine.cli.options import OPS_HELP, check_outdir, parse_ints, prepare_device
+from refine.cli.processes import one_voice, together
 from refine.config import OPS_MODES
 
 if TYPE_CHECKING:
@@ -271,6 +272,7 @@ class Job:
 
         from refine.metrics.evaluate import measure
         from refine.metrics.pipeline import my_share, rank_and_world
+        from refine.metrics.sampling import with_progress
 
         runs = []
         rank, world = rank_and_world()
@@ -280,7 +282,7 @@ class Job:
             for index in self.seed_ranges:
                 seeds = my_share(range(index * self.num, (index + 1) * self.num), self.batch)
                 with option(f"--{name}"):
-                    images = _counted(side.sample(seeds), lambda count: bar.update(count * world))
+                    images = with_progress(side.sample(seeds), lambda count: bar.update(count * world))
                     found = measure(images, self.detector, self.reference, self.kinds, contributions=True)
                 found.features = None
                 runs.append(found)
@@ -310,12 +312,6 @@ def _curve_point(kimg: float, side: Side, before: list[Measurement], runs: list[
     from refine.metrics.comparison import differences, summarise
 
     return {"kimg": kimg, "name": side.name, **summarise(runs), "difference": differences(before, runs)}
-
-
-def _counted(batches: Iterator[Batch], update: Callable[[int], Any]) -> Iterator[Batch]:
-    for batch in batches:
-        yield batch
-        update(len(batch.images))
 
 
 def _summary(results: dict[str, Any]) -> str:
@@ -467,16 +463,13 @@ def command(
 
     A distance is called FID only with the Inception-2015-12-05 weights as --detector.
     """
-    check_numbers(options["num"], seeds, options["batch"])
-    from torch_utils.distributed import local_device
-
-    with option("--device"):
-        chosen = local_device(choose_device(device))
-    choose_ops(ops, chosen)
+    with one_voice():
+        check_numbers(options["num"], seeds, options["batch"])
+        chosen = prepare_device(device, ops)
     further = [name.strip() for name in also.split(",") if name.strip()]
     from refine.metrics.pipeline import sharing
 
-    with sharing():
+    with together(cuda=False), sharing():
         results = compare(**options, seed_ranges=seeds, device=chosen, also=further, cache=not no_cache)
         if not is_first_process():
             return

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from refine.cli.main import option
-from refine.cli.options import OPS_HELP, check_outdir, choose_device, choose_ops, parse_ints
+from refine.cli.options import OPS_HELP, check_outdir, parse_ints, prepare_device
+from refine.cli.processes import one_voice, together
 from refine.config import OPS_MODES
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 MAX_SEED = 2**32 - 1
 GRID_IMAGES = 400  # the grid shows the first so many
+WRITERS = 4  # threads that compress images
 
 
 def generate(
@@ -44,6 +47,8 @@ def generate(
         device: Where the network runs.
         progress: Show a bar with the time left on stderr.
 
+    Within `refine.metrics.pipeline.sharing` every process makes its share of the images, and the first one the grid.
+
     Returns:
         The paths of the images, in the order of the seeds, and that of the grid at the end.
 
@@ -54,7 +59,8 @@ def generate(
     from tqdm import tqdm
 
     from refine.cli.compare import load_any
-    from refine.images import save_image_grid, save_png
+    from refine.images import save_image_grid
+    from refine.metrics.pipeline import gathered, my_share, prefetched, rank_and_world
     from refine.metrics.sampling import latents_of_seeds, sample_images, sample_teacher
 
     with option("--network"):
@@ -63,24 +69,36 @@ def generate(
         latents_of_seeds(seeds[:1], [1], net.label_dim if is_teacher else net.c_dim, class_index)
     with option("--outdir"):
         folder = check_outdir(outdir)
+    paths = [folder / f"seed{seed:04d}.png" for seed in seeds]
+    share, (rank, world) = my_share(range(len(seeds)), batch), rank_and_world()
+    mine = seeds[share.start : share.stop]
     common = {"classes": class_index, "batch": batch, "device": device}
     stylegan = {"truncation_psi": truncation_psi, "noise_mode": noise_mode}
-    batches = sample_teacher(net, seeds, **common) if is_teacher else sample_images(net, seeds, **common, **stylegan)
+    batches = sample_teacher(net, mine, **common) if is_teacher else sample_images(net, mine, **common, **stylegan)
     shown: list[torch.Tensor] = []
-    paths: list[Path] = []
-    with tqdm(total=len(seeds), unit="img", desc="generate", disable=not progress) as bar, option("--network"):
-        for images, _ in batches:
+    done, disable = share.start, not progress or rank > 0
+    with tqdm(total=len(seeds), unit="img", desc="generate", disable=disable) as bar, option("--network"):
+        for images, _ in prefetched(batches):
             images = images.cpu()
             with option("--outdir"):
-                folder.mkdir(parents=True, exist_ok=True)  # not before there is something to write
-                for image in images:
-                    paths.append(folder / f"seed{seeds[len(paths)]:04d}.png")
-                    save_png(paths[-1], image)
-            shown += images[: GRID_IMAGES - len(shown)]
-            bar.update(len(images))
-    with option("--outdir"):
-        save_image_grid(folder / "grid.png", torch.stack(shown))
+                _write(images, paths[done : done + len(images)])
+            shown += images[: max(GRID_IMAGES - done, 0)]
+            done += len(images)
+            bar.update(len(images) * world)
+    whole = [image for part in gathered(shown) for image in part]
+    if rank == 0:
+        with option("--outdir"):
+            save_image_grid(folder / "grid.png", torch.stack(whole))
     return [*paths, folder / "grid.png"]
+
+
+def _write(images: torch.Tensor, paths: Sequence[Path]) -> None:
+    """PNG files of uint8 images [N, C, H, W], some at a time: compressing does not hold Python's lock."""
+    from refine.images import save_png
+
+    paths[0].parent.mkdir(parents=True, exist_ok=True)  # not before there is something to write
+    with ThreadPoolExecutor(WRITERS) as writers:
+        list(writers.map(save_png, paths, images))
 
 
 def _parse_seeds(_ctx: click.Context, _param: click.Parameter, value: str) -> list[int]:
@@ -115,8 +133,12 @@ def _parse_seeds(_ctx: click.Context, _param: click.Parameter, value: str) -> li
 @click.option("--ops", type=click.Choice(OPS_MODES), help=f"{OPS_HELP}  [default: $REFINE_OPS, else auto]")
 def command(device: str | None, ops: str | None, **options: Any) -> None:
     """Makes images by seed: the same seed gives the same latent as in NVIDIA's tools."""
-    with option("--device"):
-        device = choose_device(device)
-    choose_ops(ops, device)
-    paths = generate(**options, device=device)
-    click.echo(f"{len(paths) - 1} images and grid.png in {paths[-1].parent}")
+    with one_voice():
+        device = prepare_device(device, ops)
+    from refine.metrics.pipeline import sharing
+    from torch_utils import distributed
+
+    with together(cuda=False), sharing():
+        paths = generate(**options, device=device)
+        if distributed.is_main():
+            click.echo(f"{len(paths) - 1} images and grid.png in {paths[-1].parent}")

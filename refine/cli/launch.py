@@ -1,6 +1,5 @@
 """From checked options to a run: networks are loaded and compared, the run folder is made, the training begins."""
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -12,20 +11,10 @@ import click
 
 from refine.cli.main import option
 from refine.cli.options import check_outdir, choose_device, choose_ops
+from refine.cli.processes import one_voice, together
 from refine.config import CHANGEABLE, RefineConfig
 
 ONE_STEP = "one-step"  # of --gan: the teacher's own U-Net as the generator
-
-
-@contextlib.contextmanager
-def one_voice():
-    """Of several processes that were given the same wrong options, the first one complains."""
-    try:
-        yield
-    except (ValueError, OSError):
-        if os.environ.get("RANK", "0") != "0":
-            raise click.exceptions.Exit(2) from None
-        raise
 
 
 def run(
@@ -70,13 +59,8 @@ def run(
     with one_voice():
         choose_ops(config.ops, device_name.partition(":")[0])
     resumed = None if state is None else (state_path, state, notes)
-    try:
-        with distributed.session(cuda=device_name.startswith("cuda")):
-            path, stopped = _run(config, resumed, device_name, dry_run)
-    except distributed.LostProcess as error:
-        if error.told and not distributed.is_main():
-            raise click.exceptions.Exit(1) from None
-        raise
+    with together(cuda=device_name.startswith("cuda")):
+        path, stopped = _run(config, resumed, device_name, dry_run)
     if stopped is not None:  # 0: the time was up, which was asked for; else as a shell counts signals
         raise click.exceptions.Exit(128 + stopped if stopped else 0)
     return path
@@ -88,6 +72,8 @@ def _run(
     """The part of `run` that all processes do together; the run folder, and what `TrainingRun.run` returns."""
     import torch
 
+    from refine.metrics.named import NamedMetric
+    from refine.metrics.pipeline import sharing
     from refine.run_dir import next_run_dir
     from torch_utils import distributed
 
@@ -100,6 +86,8 @@ def _run(
     distributed.wait_for_main()
     if not distributed.is_main():
         inputs = _load_inputs(config)
+    with option("--metrics"), sharing():  # all processes look at the images of --ref
+        metrics = [NamedMetric(name, config.ref, device=device) for name in config.metrics]
     config = _with_absolute_paths(config)
     student_name = ONE_STEP if config.gan == ONE_STEP else inputs["student_path"].stem
     desc = config.desc or f"{student_name}-{inputs['teacher_path'].stem}-batch{config.batch}"
@@ -108,12 +96,11 @@ def _run(
         if distributed.is_main():
             click.echo(json.dumps({**config.as_dict(), **place}, indent=2))
         return None, None
-    return _start(config, inputs, device, desc, resumed)
+    return _start(config, {**inputs, "metrics": metrics}, device, desc, resumed)
 
 
 def _load_inputs(config: RefineConfig) -> dict[str, Any]:
-    """Student, teacher, their files and the metrics, checked against each other and the options."""
-    from refine.metrics.named import NamedMetric
+    """Student, teacher and their files, checked against each other and the options."""
     from refine.noise import SigmaLaw, make_weighting
     from refine.trainer import check_label_dist, guided, select_parameters
 
@@ -128,9 +115,7 @@ def _load_inputs(config: RefineConfig) -> dict[str, Any]:
         guided(inputs["teacher"], config.guidance)
     with option("--train"):
         select_parameters(inputs["student"], config.train)
-    with option("--metrics"):
-        metrics = [NamedMetric(name, config.ref) for name in config.metrics]
-    return {**inputs, "metrics": metrics}
+    return inputs
 
 
 def _load_pair(config: RefineConfig) -> dict[str, Any]:

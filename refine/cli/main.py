@@ -70,6 +70,8 @@ def run_command(command: click.Command | str, args: Sequence[str] | None = None)
     # Read when torch loads OpenMP. Threads that spin while they wait are good on an idle machine only: beside one other
     # busy process, a refinement step on two cores took 9 to 14 s with spinning threads and 2.3 s with sleeping ones.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # not torch's page about a closed connection
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     code = 1
     try:
         command = _load_command(command) if isinstance(command, str) else command

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from refine.cli.main import option
+
 OPS_HELP = "Compiled ops: auto = where they can be had, native = or an error, ref = plain torch."
 
 
@@ -49,6 +51,26 @@ def choose_ops(mode: str | None, device: str) -> None:
                 custom_ops.load(op, device.partition(":")[0])
         except custom_ops.NativeUnavailable as error:
             raise ValueError(f"--ops=native: {error}") from None
+
+
+def prepare_device(name: str | None, ops: str | None) -> str:
+    """The device of this process, under torchrun a GPU of its own, with threads and ops chosen for it.
+
+    Args:
+        name: As for `choose_device`.
+        ops: As for `choose_ops`.
+
+    Raises:
+        ValueError: As these say; the message begins with the option.
+    """
+    from torch_utils.distributed import local_device
+    from torch_utils.threads import set_threads
+
+    set_threads()
+    with option("--device"):
+        device = local_device(choose_device(name))
+    choose_ops(ops, device)
+    return device
 
 
 def check_outdir(path: str | os.PathLike) -> Path:

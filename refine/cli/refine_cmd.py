@@ -1,16 +1,16 @@
 """`python refine.py --gan=… --teacher=…`: refine a generator with a diffusion model."""
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
 import click
 
-from refine.cli.launch import one_voice, run
+from refine.cli.launch import run
 from refine.cli.main import option
 from refine.cli.option_values import betas, duration, label_dist, sigma_law, sigma_range
 from refine.cli.options import OPS_HELP
+from refine.cli.processes import one_voice
 from refine.config import (
     CHANGEABLE,
     NOISE_MODES,
@@ -135,8 +135,6 @@ def refine(resume, dry_run, **given):
     python refine.py --gan=one-step --teacher=digits-teacher --preset=one-step
     python refine.py --resume=latest
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # before torch is imported: not its page about a closed connection
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with one_voice():
         config = None if resume else make_config(given)
         states, changes = _find_states(resume, given) if resume else ([], {})

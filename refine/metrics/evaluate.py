@@ -150,12 +150,14 @@ def _look(batches, detector, reference, kinds: Collection[str], contributions: b
     try:
         for images, classes in prefetched(batches):
             _look_at(seen, images, classes, detector, reference, kinds)
-    except ValueError as caught:
+    except Exception as caught:  # noqa: BLE001 - raised below, once the others, who would wait for this one, know
         error = caught
-    parts = gathered((seen, error))
+    parts = gathered((seen, error and (str(error) or type(error).__name__)))
+    if error is not None:
+        raise error
     for _, failure in parts:
         if failure is not None:
-            raise failure
+            raise ValueError(failure)
     whole = parts[0][0]
     for part, _ in parts[1:]:
         whole.merge(part)

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from refine.metrics.detectors import INCEPTION_SPACE, load_detector, metric_names, score_name
 from refine.metrics.evaluate import evaluate
-from refine.metrics.pipeline import my_share
+from refine.metrics.pipeline import my_share, rank_and_world
 from refine.metrics.references import Looking, load_reference
-from refine.metrics.sampling import sample_images
+from refine.metrics.sampling import sample_images, with_progress
 
 EXAMPLES = "fid50k_full, kid50k_full, pr50k3_full, is50k, fidinf50k_full, or fd5k-<detector>, such as fd5k-digits"
 
@@ -99,14 +100,22 @@ class NamedMetric:
             raise ValueError(f"{name} needs features of the reference, but {self._reference.name} holds none of them")
         self.key = self._key(match[1])
 
-    def measure(self, G: torch.nn.Module, device: torch.device | str) -> dict[str, Any]:
+    def measure(self, G: torch.nn.Module, device: torch.device | str, progress: bool = False) -> dict[str, Any]:
         """Results of `evaluate`, and `seeds`; neither the network nor the caller's random state changes.
 
         A process measures alone, unless all call this within `refine.metrics.pipeline.sharing`.
+
+        Args:
+            G: Generator in eval mode on `device`.
+            device: Where images are made and looked at.
+            progress: Show a bar with the time left on stderr, if that is a terminal.
         """
-        detector = self._detector.to(device)
+        detector, (rank, world) = self._detector.to(device), rank_and_world()
         images = sample_images(G, my_share(range(self.num), self._batch), batch=self._batch, device=device)
-        results = evaluate(images, detector, self._reference, self._asked)
+        disable = None if progress and rank == 0 else True
+        with tqdm(total=self.num, unit="img", desc=self.name, leave=False, disable=disable) as bar:
+            counted = with_progress(images, lambda count: bar.update(count * world))
+            results = evaluate(counted, detector, self._reference, self._asked)
         if self.key not in results:
             raise ValueError(f"{self.name} could not be measured: {detector.name} and the reference do not allow it")
         return {**results, "seeds": f"0-{self.num - 1}"}

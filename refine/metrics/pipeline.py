@@ -7,19 +7,16 @@ so that all hold the same numbers.
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import timedelta
 from typing import Any, TypeVar
 
-import torch.distributed as dist
+from torch_utils import distributed
 
 T = TypeVar("T")
 _AHEAD = 2  # batches that wait for the detector
-_PATIENCE = timedelta(hours=24)  # processes may be of unequal speed, and meet only once all images are seen
-_groups: list[dist.ProcessGroup] = []  # of the blocks of `sharing` that are open
+_open: list[bool] = []  # blocks of `sharing`, and whether there are other processes in them
 
 
 def prefetched(items: Iterable[T]) -> Iterator[T]:
@@ -61,29 +58,20 @@ def prefetched(items: Iterable[T]) -> Iterator[T]:
 
 @contextlib.contextmanager
 def sharing() -> Iterator[None]:
-    """For as long as the block lasts, all processes of torchrun measure together, each its share; all have to enter.
+    """For as long as the block lasts, all processes of a `distributed.session` measure together, each its share.
 
-    Outside of it a process measures alone, as the first one does while the others of a training run wait. What they
-    exchange are statistics on the CPU, over gloo; a process may be late by hours. With one process this is nothing.
+    All have to enter, and may be late by hours. Outside of it a process measures alone.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not dist.is_initialized():
-        yield
-        return
-    mine = not dist.is_initialized()
-    if mine:
-        dist.init_process_group("gloo", timeout=_PATIENCE)
-    _groups.append(dist.new_group(backend="gloo", timeout=_PATIENCE))
+    _open.append(distributed.is_joined())
     try:
         yield
     finally:
-        _groups.pop()
-        if mine:
-            dist.destroy_process_group()
+        _open.pop()
 
 
 def rank_and_world() -> tuple[int, int]:
     """This process's number, and how many measure together."""
-    return (dist.get_rank(), dist.get_world_size()) if _groups else (0, 1)
+    return (distributed.rank(), distributed.world_size()) if any(_open) else (0, 1)
 
 
 def my_share(items: Sequence[T], batch: int = 1) -> Sequence[T]:
@@ -96,9 +84,4 @@ def my_share(items: Sequence[T], batch: int = 1) -> Sequence[T]:
 
 def gathered(value: T) -> list[T]:
     """The values of all processes that measure together, in the order of their numbers."""
-    world = rank_and_world()[1]
-    if world == 1:
-        return [value]
-    everyone: list[Any] = [None] * world
-    dist.all_gather_object(everyone, value, group=_groups[-1])
-    return everyone
+    return distributed.gathered(value) if any(_open) else [value]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -124,6 +124,13 @@ def sample_teacher(
         labels = None if drawn is None else F.one_hot(drawn, teacher.label_dim).float().to(device)
         images = heun_sampler(teacher, noise.to(device), labels, num_steps=num_steps)
         yield Batch(_quantised(images, part), drawn)
+
+
+def with_progress(batches: Iterator[Batch], update: Callable[[int], Any]) -> Iterator[Batch]:
+    """The same batches; `update` is told the number of images of each, once it has been used."""
+    for batch in batches:
+        yield batch
+        update(len(batch.images))
 
 
 def _split(seeds: Sequence[int], classes: int | Sequence[int] | None, batch: int) -> Iterator[tuple]:

@@ -1,5 +1,6 @@
 """Batches ahead of their use, and several processes that hold the same numbers as one."""
 
+import os
 import socket
 import threading
 import time
@@ -14,6 +15,7 @@ from refine.metrics.references import load_reference, save_reference
 from refine.metrics.sampling import sample_images
 from refine.metrics.statistics import FeatureStatistics
 from tests.metrics.networks import PixelDetector, PlainGenerator
+from torch_utils import distributed
 
 
 def test_items_come_in_order_and_errors_where_they_happened():
@@ -62,23 +64,20 @@ def numbers(path):
 
 def process(rank, port, path, out):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
-    if rank == 0:  # outside of `sharing` nobody is waited for
-        assert numbers(path)[2] == 45
-    with sharing():
-        torch.save(numbers(path), f"{out}{rank}")
-        failed = False
-        try:  # an error in one process ends all of them, instead of leaving the others waiting
-            images = _broken() if rank else sample_images(PlainGenerator(), range(5))
-            measure(images, PixelDetector(), load_reference(path))
-        except ValueError as error:
-            failed = "only here" in str(error)
-        assert failed
-    torch.distributed.destroy_process_group()
+    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with distributed.session(cuda=False):
+        if rank == 0:  # outside of `sharing` nobody is waited for
+            assert numbers(path)[2] == 45
+        with sharing():
+            torch.save(numbers(path), f"{out}{rank}")
+            for kind in (ValueError, RuntimeError):  # one process's error is all processes' error: nobody waits for it
+                with pytest.raises(kind if rank else ValueError, match="only here"):
+                    images = _broken(kind) if rank else sample_images(PlainGenerator(), range(5))
+                    measure(images, PixelDetector(), load_reference(path))
 
 
-def _broken():
-    raise ValueError("only here")
+def _broken(kind):
+    raise kind("only here")
     yield
 
 
