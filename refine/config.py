@@ -134,10 +134,11 @@ class RefineConfig:
         for name, words in choices.items():
             self._expect(getattr(self, name) in words, _flag(name), getattr(self, name), f"one of {', '.join(words)}")
         self._expect(self.ops is None or self.ops in OPS_MODES, "--ops", self.ops, f"one of {', '.join(OPS_MODES)}")
-        if self.keep_recall and not self.metrics:
+        if self.keep_recall and not (self.metrics and self.ref):
             raise ValueError("--keep-recall needs a metric that measures recall: add --metrics and --ref")
-        if self.metrics and self.ref is None:
-            raise ValueError(f"--metrics={','.join(self.metrics)} needs reference statistics: add --ref=FILE.npz")
+        compared = [name for name in self.metrics if not name.startswith("is")]  # an Inception Score needs no other
+        if compared and self.ref is None:
+            raise ValueError(f"--metrics={','.join(compared)} needs reference statistics: add --ref=FILE.npz")
 
     @staticmethod
     def _expect(condition: bool, flag: str, found: Any, expected: str) -> None:

@@ -54,7 +54,10 @@ def nearest_pairs(features: torch.Tensor, count: int = PAIRS) -> tuple[list[tupl
 def nearest_real(images: Mapping[str, torch.Tensor], detector: Detector, reference: Reference) -> Image.Image | None:
     """Generated images, each with the real ones that are nearest in feature space: does the network copy, or invent?
 
-    None if the reference has no images to show.
+    Args:
+        images: Network's name → images, uint8 [N, C, H, W]; the first `ROWS` are shown.
+        detector: The feature space.
+        reference: The real images; None is returned if it has no images to show.
     """
     if reference.features is None or not isinstance(reference.images, ImageSet):
         return None

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from refine.metrics.sampling import Batch
 
 MIN_RANGES = 3
-PANEL_IMAGES = 64  # that look-alikes and nearest real images are searched for
+PANEL_IMAGES = 64  # that look-alikes are searched for
 
 
 def compare(
@@ -338,16 +338,16 @@ def _write_report(
 ) -> None:
     from dnnlib import replaced_atomically
     from refine.images import save_png
-    from refine.panels import curve_figure, look_alikes, nearest_real
+    from refine.panels import ROWS, curve_figure, look_alikes, nearest_real
     from refine.report import side_by_side, write_html
 
     pictures, columns = _grids(sides)
     metric = results["metric"]
     captions = [f"{name}: {results[name]['name']}, {metric} {results[name][metric]['mean']:.3g}" for name in sides]
     figures = {"comparison": side_by_side(*pictures, captions, columns)}
-    images = {name: _panel_images(side) for name, side in sides.items()}
-    figures["diversity"] = look_alikes(images, detector)
-    nearest = nearest_real(images, detector, reference)
+    # look-alikes of one class tell of missing diversity; what is held against real images is of different classes
+    figures["diversity"] = look_alikes(_panel_images(sides, [0] * PANEL_IMAGES), detector)
+    nearest = nearest_real(_panel_images(sides, range(ROWS)), detector, reference)
     figures |= {} if nearest is None else {"nearest": nearest}
     figures |= {"curve": curve_figure(results)} if "curve" in results else {}
     with option("--outdir"):
@@ -359,13 +359,15 @@ def _write_report(
             temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
-def _panel_images(side: Side) -> torch.Tensor:
-    """Some images of a network, of one class where there are classes: there, look-alikes tell of missing diversity."""
+def _panel_images(sides: dict[str, Side], classes: Sequence[int]) -> dict[str, torch.Tensor]:
+    """An image for each of the classes, which count modulo the network's own; of the seeds 0, 1, …"""
     import torch
 
-    seeds = range(PANEL_IMAGES)
-    classes = [0] * len(seeds) if side.num_classes > 1 else None
-    return torch.cat([batch.images for batch in side.sample(seeds, classes, noise_mode="const")])
+    def images(side: Side) -> torch.Tensor:
+        own = [index % side.num_classes for index in classes] if side.num_classes > 1 else None
+        return torch.cat([batch.images for batch in side.sample(range(len(classes)), own, noise_mode="const")])
+
+    return {name: images(side) for name, side in sides.items()}
 
 
 def _grids(sides: dict[str, Side]) -> tuple[list[torch.Tensor], int]:
@@ -415,7 +417,15 @@ def _parse_ranges(_ctx: click.Context, _param: click.Parameter, value: str) -> l
     metavar="FILE|NAME",
     help="Feature space: digits, inception-2015-12-05, effnet-lite0, or a file with a detector.",
 )
-@click.option("--num", type=click.IntRange(min=2), default=2000, show_default=True, help="Images per seed range.")
+@click.option(
+    "--num",
+    "--num-images",
+    "num",
+    type=click.IntRange(min=2),
+    default=2000,
+    show_default=True,
+    help="Images per seed range; the longer name is for torchrun, which takes --num for its own.",
+)
 @click.option(
     "--seeds",
     default="0,1,2",
