@@ -275,8 +275,7 @@ for _name, _implementation, _fake in (
     ),
     ("bias_act_grad2", _grad2, lambda g, dy, x, b, *options: _fake_like(x)),
 ):
-    native.LIBRARY.impl(_name, _implementation, "CPU")
-    native.LIBRARY.impl(_name, _implementation, "CUDA")
+    native.implement(_name, _implementation)
     torch.library.register_fake(f"refine::{_name}", _fake, lib=native.LIBRARY)
 torch.library.register_autograd("refine::bias_act", _backward, setup_context=_save, lib=native.LIBRARY)
 torch.library.register_autograd("refine::bias_act_grad", _backward_grad, setup_context=_save_grad, lib=native.LIBRARY)

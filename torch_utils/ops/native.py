@@ -3,7 +3,9 @@
 The kernels are built at first use by `torch_utils.custom_ops`; where they cannot be had, callers take plain torch.
 """
 
+import functools
 import struct
+import sys
 from collections.abc import Callable
 
 import torch
@@ -12,6 +14,25 @@ from torch_utils import custom_ops
 
 # The ops that torch.library knows, `torch.ops.refine.*`.
 LIBRARY = torch.library.Library("refine", "DEF")
+
+
+def implement(name: str, function: Callable) -> None:
+    """What the op `name` of LIBRARY does, on the CPU and on CUDA.
+
+    torch.compile would look into it where a compiled network calls it, and translate it anew for every size, in vain.
+    """
+
+    @functools.lru_cache(maxsize=1)
+    def hidden() -> Callable:
+        return torch.compiler.disable(function)
+
+    def implementation(*args):
+        # Whoever compiles has imported the compiler, which takes as long as torch itself.
+        return (hidden() if "torch._dynamo" in sys.modules else function)(*args)
+
+    LIBRARY.impl(name, implementation, "CPU")
+    LIBRARY.impl(name, implementation, "CUDA")
+
 
 IMPLEMENTATIONS = (None, "native", "torch", "ref")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # as in kernels.h

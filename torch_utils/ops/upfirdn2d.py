@@ -334,8 +334,7 @@ class _Differentiable(torch.autograd.Function):
     backward = staticmethod(_adjoint)
 
 
-native.LIBRARY.impl("upfirdn2d", _kernel, "CPU")
-native.LIBRARY.impl("upfirdn2d", _kernel, "CUDA")
+native.implement("upfirdn2d", _kernel)
 torch.library.register_fake(
     "refine::upfirdn2d",
     lambda x, f, up, down, padding, flip_filter, gain: _empty_output(x, f, up, down, padding),
