@@ -3,7 +3,8 @@
     python benchmarks/long_run.py [--times=10] [--patience=0] [--outdir=long-out]
 
 Goes on where it was if it is called again. Draws long-run.png from the run's own stats.jsonl and metric-*.jsonl, and
-prints one line for scripts: peak memory and seconds a kimg of the first and the last quarter, first, best and last FD.
+prints one line for scripts: peak memory and processor seconds a kimg of the first and the last quarter, first, best and
+last FD.
 """
 
 import json
@@ -35,11 +36,11 @@ def summary(stats: list[dict], distances: list[tuple[float, float]]) -> str:
         return median(line[name] for line in part)
 
     memory = [of(part, "Resources/peak_cpumem_gb") for part in (first, last)]
-    speed = [1000 / of(part, "Timing/img_per_sec") for part in (first, last)]
+    speed = [of(part, "Timing/cpu_sec_per_kimg") for part in (first, last)]
     best, end = min(distances[1:], key=lambda pair: pair[1]), distances[-1]
     return (
         f"long run: {stats[-1]['kimg']:.1f} kimg; peak memory {memory[0]:.3f} -> {memory[1]:.3f} GiB "
-        f"(x{memory[1] / memory[0]:.3f}); {speed[0]:.1f} -> {speed[1]:.1f} s/kimg (x{speed[1] / speed[0]:.2f}); "
+        f"(x{memory[1] / memory[0]:.3f}); {speed[0]:.1f} -> {speed[1]:.1f} CPU s/kimg (x{speed[1] / speed[0]:.2f}); "
         f"fd before={distances[0][1]:.2f} best={best[1]:.2f} at {best[0]:.1f} kimg last={end[1]:.2f} "
         f"last/best={end[1] / best[1]:.3f}"
     )
@@ -52,7 +53,7 @@ def draw(stats: list[dict], distances: list[tuple[float, float]], path: Path) ->
     kimg = [line["kimg"] for line in stats]
     curves = [
         ("FD-digits", [k for k, _ in distances], [fd for _, fd in distances], "o-"),
-        ("seconds per kimg", kimg, [1000 / line["Timing/img_per_sec"] for line in stats], "-"),
+        ("processor seconds per kimg", kimg, [line["Timing/cpu_sec_per_kimg"] for line in stats], "-"),
         ("peak memory (GiB)", kimg, [line["Resources/peak_cpumem_gb"] for line in stats], "-"),
     ]
     for axes, (title, x, y, style) in zip(figure.subplots(1, 3), curves, strict=True):

@@ -21,7 +21,7 @@ class FakeMetric(NamedMetric):
     def __init__(self):
         self.name, self.key, self.calls = "fd10-fake", "fd_fake", 0
 
-    def measure(self, G, device):
+    def measure(self, G, device, progress=False):
         torch.rand(7)  # a metric that disturbs the random state
         self.calls += 1
         return {"fd_fake": {1: 5.0, 2: 1.0, 3: 2.0}[self.calls], "recall": 0.5, "class_histogram": [0.5, 0.5]}
@@ -73,7 +73,7 @@ def test_the_best_snapshot_is_kept(tmp_path):
 
 def test_a_failing_metric_does_not_end_the_run(tmp_path):
     class Failing(FakeMetric):
-        def measure(self, G, device):
+        def measure(self, G, device, progress=False):
             raise ValueError("images are empty")
 
     training = make_run(tmp_path, metrics=[Failing()])
