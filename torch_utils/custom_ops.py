@@ -28,6 +28,7 @@ from torch_utils.toolchain import Compiler, CudaToolkit
 
 MODES = ("auto", "native", "ref")
 OPS = ("upfirdn2d", "bias_act")
+CPU_OPS = ("group_norm_silu",)  # a GPU has plain torch for these
 SOURCES = Path(__file__).parent / "ops"
 
 _mode: str | None = None  # None = as the environment says
