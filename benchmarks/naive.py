@@ -43,7 +43,6 @@ def plain_layers(networks):
         stack.enter_context(mock.patch.object(native, "choose", lambda op, x, impl: "ref"))
         stack.enter_context(mock.patch.object(stylegan2, "modulated_conv2d", modulated_conv2d))
         stack.enter_context(mock.patch.object(edm, "scaled_dot_product", scaled_dot_product))
-        stack.enter_context(mock.patch.object(edm, "_silu", F.silu))
         for conv in convs:
             stack.enter_context(mock.patch.object(conv, "box_filter", False))
         yield

@@ -27,8 +27,7 @@ from torch_utils.op_cache import Candidate
 from torch_utils.toolchain import Compiler, CudaToolkit
 
 MODES = ("auto", "native", "ref")
-OPS = ("upfirdn2d", "bias_act")
-CPU_OPS = ("group_norm_silu",)  # a GPU has plain torch for these
+OPS = {"cpu": ("upfirdn2d", "bias_act", "group_norm_silu"), "cuda": ("upfirdn2d", "bias_act")}
 SOURCES = Path(__file__).parent / "ops"
 
 _mode: str | None = None  # None = as the environment says
@@ -54,7 +53,7 @@ def load(op: str, device_type: str = "cpu") -> ctypes.CDLL | None:
     """The compiled library of an op; built at the first call where it is not in the cache.
 
     Args:
-        op: 'upfirdn2d' or 'bias_act'.
+        op: One of `OPS`.
         device_type: 'cpu' or 'cuda'; for others there is no library.
 
     Returns:
@@ -224,6 +223,8 @@ def describe_wanted(op: str, device_type: str, portable: bool = False) -> Wanted
 
     if device_type == "cuda" and getattr(torch.version, "hip", None):
         raise NativeUnavailable("this torch is built for ROCm; the compiled ops are for CUDA")
+    if op in OPS["cpu"] and op not in OPS[device_type]:
+        raise NativeUnavailable(f"{op} is compiled for CPUs only")
     main = SOURCES / f"{op}.{'cu' if device_type == 'cuda' else 'cpp'}"
     if not main.is_file():
         raise NativeUnavailable(f"{main} is missing; this installation is not complete")

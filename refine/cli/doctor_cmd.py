@@ -53,7 +53,8 @@ def examine() -> dict[str, Any]:
         "mode": custom_ops.get_mode(),
     }
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    ops = {op: {device: try_op(op, device) for device in devices} for op in custom_ops.OPS}
+    has = custom_ops.OPS
+    ops = {op: {device: try_op(op, device) for device in devices if op in has[device]} for op in has["cpu"]}
     ok = all(result["ok"] for results in ops.values() for result in results.values())
     return {**facts, **ops, "advice": _advice(facts), "ok": ok}
 
@@ -137,21 +138,24 @@ def try_op(op: str, device: str) -> dict[str, Any]:
 
 
 def _example(op: str, device: str, impl: str) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
-    """A typical call in a 64×64 generator, forward and backward: returns value and gradient of x."""
+    """A typical call at 64×64, forward and backward: returns value and gradient of x."""
     import torch
 
     from torch_utils.ops.bias_act import bias_act
+    from torch_utils.ops.group_norm_silu import group_norm_silu
     from torch_utils.ops.upfirdn2d import setup_filter, upfirdn2d
 
     generator = torch.Generator().manual_seed(0)
     x = torch.randn([4, 64, 64, 64], generator=generator).to(device).requires_grad_()
     b = torch.randn([64], generator=generator).to(device)
     f = setup_filter([1, 3, 3, 1], device=device)
-    dy = torch.randn([4, 64, 64, 64] if op == "bias_act" else [4, 64, 128, 128], generator=generator).to(device)
+    dy = torch.randn([4, 64, 128, 128] if op == "upfirdn2d" else [4, 64, 64, 64], generator=generator).to(device)
 
     def run() -> tuple[torch.Tensor, torch.Tensor]:
         if op == "bias_act":
             y = bias_act(x, b, act="lrelu", impl=impl)
+        elif op == "group_norm_silu":
+            y = group_norm_silu(x, 16, 1 + b, b, impl=impl)
         else:
             y = upfirdn2d(x, f, up=2, padding=(2, 1, 2, 1), gain=4, impl=impl)
         return y.detach(), torch.autograd.grad(y, x, dy)[0]
@@ -230,9 +234,9 @@ def as_text(report: dict[str, Any]) -> str:
     ]
     from torch_utils.custom_ops import OPS
 
-    for op in OPS:
+    for op in OPS["cpu"]:
         rows += [(f"{op}", f"{device}: {_verdict(result)}") for device, result in report[op].items()]
-    lines = [f"{name:<10} {text}" for name, text in rows]
+    lines = [f"{name:<15} {text}" for name, text in rows]
     return "\n".join([*lines, *(f"→ {line}" for line in report["advice"])])
 
 

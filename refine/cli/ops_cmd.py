@@ -44,7 +44,7 @@ def build(device: str, portable: bool) -> int:
     elif device == "auto" and custom_ops.find_compiler("cuda") is None:
         devices = ["cpu"]
         click.echo("no nvcc, so no ops for CUDA", err=True)
-    built = [_build_one(op, name, portable and name == "cpu") for name in devices for op in custom_ops.OPS]
+    built = [_build_one(op, name, portable and name == "cpu") for name in devices for op in custom_ops.OPS[name]]
     return 0 if all(built) else 1
 
 
@@ -79,7 +79,7 @@ def clean() -> None:
 
     count = 0
     for folder in op_cache.cache_folders():
-        for entry in [path for op in OPS for path in folder.glob(f"{op}-*-*") if path.is_dir()]:
+        for entry in [path for op in OPS["cpu"] for path in folder.glob(f"{op}-*-*") if path.is_dir()]:
             with option("clean"):
                 shutil.rmtree(entry)
             count += 1

@@ -47,8 +47,9 @@ def choose_ops(mode: str | None, device: str) -> None:
         custom_ops.set_mode(mode)
     if custom_ops.get_mode() == "native":
         try:
-            for op in custom_ops.OPS:
-                custom_ops.load(op, device.partition(":")[0])
+            kind = device.partition(":")[0]
+            for op in custom_ops.OPS.get(kind, custom_ops.OPS["cpu"]):
+                custom_ops.load(op, kind)
         except custom_ops.NativeUnavailable as error:
             raise ValueError(f"--ops=native: {error}") from None
 

@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from torch_utils.ops.group_norm_silu import group_norm_silu
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Initialisation
 
@@ -152,6 +154,23 @@ class GroupNorm(nn.Module):
         return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
+class GroupNormSilu(GroupNorm):
+    """Group normalisation and silu. An embedding, (N, C), comes in ahead (`before`) or in between (`scale`, `shift`).
+
+    `before` may be added in place, so x has to be a convolution's own output then, which its gradient does not need.
+    """
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        before: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
+        shift: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        embedding = {"before": before, "scale": scale, "shift": shift}
+        return group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, **embedding, inplace=True)
+
+
 class PositionalEmbedding(nn.Module):
     """Noise level as cosines and sines of geometrically spaced frequencies, 1 to 1/max_positions.
 
@@ -233,10 +252,10 @@ class UNetBlock(nn.Module):
         self.num_heads = num_heads if attention else 0
         resample = {"up": up, "down": down, "resample_filter": resample_filter}
 
-        self.norm0 = GroupNorm(in_channels, eps)
+        self.norm0 = GroupNormSilu(in_channels, eps)
         self.conv0 = Conv2d(in_channels, out_channels, kernel=3, init=init, **resample)
         self.affine = Linear(emb_channels, out_channels * (2 if adaptive_scale else 1), init=init)
-        self.norm1 = GroupNorm(out_channels, eps)
+        self.norm1 = GroupNormSilu(out_channels, eps)
         self.conv1 = Conv2d(out_channels, out_channels, kernel=3, init=init_zero)
         self.skip = None
         if in_channels != out_channels or up or down:
@@ -248,13 +267,13 @@ class UNetBlock(nn.Module):
             self.proj = Conv2d(out_channels, out_channels, kernel=1, init=init_zero)
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:  # [N C_in H W], [N E] → [N C_out H' W']
-        h = self.conv0(_silu(self.norm0(x)))
-        params = self.affine(emb)[:, :, None, None].to(h.dtype)
+        h = self.conv0(self.norm0(x))
+        params = self.affine(emb)
         if self.adaptive_scale:
             scale, shift = params.chunk(2, dim=1)
-            h = _silu(torch.addcmul(shift, self.norm1(h), scale + 1))
+            h = self.norm1(h, scale=scale, shift=shift)
         else:
-            h = _silu(self.norm1(h.add_(params)))  # a convolution's own output, which its gradient does not need
+            h = self.norm1(h, before=params)
         h = self.conv1(F.dropout(h, self.dropout, self.training))
         h = self._residual(h, x if self.skip is None else self.skip(x))
         if self.num_heads:
@@ -270,11 +289,6 @@ class UNetBlock(nn.Module):
         # Within a head the channels run q0 k0 v0 q1 k1 v1 …: that is how the published weights are laid out.
         q, k, v = qkv.reshape(n, self.num_heads, -1, 3, height * width).unbind(3)  # [N heads c HW]
         return scaled_dot_product(q, k, v).reshape(n, -1, height, width)
-
-
-def _silu(x: torch.Tensor) -> torch.Tensor:
-    """x · sigmoid(x); in place where no gradient will ask for x, which saves a pass over fresh memory."""
-    return F.silu(x, inplace=not x.requires_grad)
 
 
 def scaled_dot_product(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -446,7 +460,7 @@ class SongUNet(_UNet):
         if f"{prefix}_in0" not in self.dec and self.decoder_type == "skip":  # the deepest level has no image to enlarge
             up = Conv2d(self.out_channels, self.out_channels, kernel=0, up=True, resample_filter=self.resample_filter)
             self.dec[f"{prefix}_aux_up"] = up
-        self.dec[f"{prefix}_aux_norm"] = GroupNorm(width, eps=1e-6)
+        self.dec[f"{prefix}_aux_norm"] = GroupNormSilu(width, eps=1e-6)
         self.dec[f"{prefix}_aux_conv"] = Conv2d(width, self.out_channels, kernel=3, init=self.init.scaled(1e-5))
 
     def forward(
@@ -491,7 +505,7 @@ class SongUNet(_UNet):
             if name.endswith("aux_up"):
                 image = layer(image)
             elif name.endswith("aux_norm"):
-                normed = _silu(layer(x))
+                normed = layer(x)
             elif name.endswith("aux_conv"):
                 image = layer(normed) if image is None else image + layer(normed)
             else:
@@ -540,7 +554,7 @@ class DhariwalUNet(_UNet):
         widths = [model_channels * mult for mult in channel_mult]
         skips = self._build_encoder(in_channels, widths[0], widths, num_blocks, attn_resolutions, block, init)
         width = self._build_decoder(skips, widths, num_blocks, lambda res, _: res in attn_resolutions, block)
-        self.out_norm = GroupNorm(width)
+        self.out_norm = GroupNormSilu(width)
         self.out_conv = Conv2d(width, out_channels, kernel=3, init=init_zero)
 
     def forward(
@@ -567,7 +581,7 @@ class DhariwalUNet(_UNet):
             if x.shape[1] != layer.in_channels:
                 x = torch.cat([x, skips.pop()], dim=1)
             x = layer(x, emb)
-        return self.out_conv(_silu(self.out_norm(x)))
+        return self.out_conv(self.out_norm(x))
 
 
 UNETS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}

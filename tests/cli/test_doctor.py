@@ -34,7 +34,7 @@ def fresh(monkeypatch, tmp_path):
     for name in ("REFINE_OPS", "REFINE_CACHE", "XDG_CACHE_HOME"):  # nothing of the user's is seen, or cleaned
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "sources").mkdir()
-    for op in custom_ops.OPS:
+    for op in custom_ops.OPS["cpu"]:
         (tmp_path / "sources" / f"{op}.cpp").write_text(f'extern "C" int refine_{op}(const void*) {{ return 0; }}')
     return tmp_path
 
@@ -51,13 +51,13 @@ def test_modes_are_the_same_everywhere():
 def test_ops_build_list_clean(capsys, fresh):
     code, out, err = run(capsys, "ops", "build", "--device=cpu", "--portable")
     lines = out.splitlines()
-    assert code == 0 and [line.split(": ")[0] for line in lines] == [f"{op} (cpu)" for op in custom_ops.OPS]
+    assert code == 0 and [line.split(": ")[0] for line in lines] == [f"{op} (cpu)" for op in custom_ops.OPS["cpu"]]
     paths = [line.split(": ")[1] for line in lines]
     assert all(path.startswith(str(fresh / "cache")) and os.path.isfile(path) for path in paths)
-    assert len(err.splitlines()) == 2 and "-march=native" not in next((fresh / "cache").glob("*/*.log")).read_text()
+    assert len(err.splitlines()) == 3 and "-march=native" not in next((fresh / "cache").glob("*/*.log")).read_text()
     listed = json.loads(run(capsys, "ops", "list", "--json")[1])
     assert sorted(listed) == sorted(paths)
-    assert run(capsys, "ops", "clean")[1] == "2 folders removed\n"
+    assert run(capsys, "ops", "clean")[1] == "3 folders removed\n"
     assert run(capsys, "ops", "list")[1] == "none\n"
 
 
@@ -65,7 +65,8 @@ def test_ops_build_fails_in_one_line_per_op(capsys, fresh, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     code, out, err = run(capsys, "ops", "build", "--device=cpu")
     assert code == 1 and out == ""
-    assert err.splitlines() == [f"{op} (cpu): CXX is no-such-compiler, which is not there" for op in custom_ops.OPS]
+    why = "CXX is no-such-compiler, which is not there"
+    assert err.splitlines() == [f"{op} (cpu): {why}" for op in custom_ops.OPS["cpu"]]
 
 
 def test_native_that_cannot_be_had_is_one_line(capsys, fresh, monkeypatch):
@@ -97,13 +98,13 @@ def test_doctor_on_this_machine(root):
     result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     report = json.loads(result.stdout)
     assert result.returncode == (0 if report["ok"] else 1), result.stderr
-    for op in custom_ops.OPS:
+    for op in custom_ops.OPS["cpu"]:
         found = report[op]["cpu"]
         assert found["ok"] and found["max_error"] <= doctor_cmd.TOLERANCE and os.path.isfile(found["path"]), found
         assert found["speedup"] > 0 and found["speedup_over_reference"] > 0
     assert report["python"].startswith(sys.version.split()[0]) and report["compiler"]["version"]
     text = doctor_cmd.as_text(report)
-    assert all(f"\n{op:<10} cpu: compiled" in text for op in custom_ops.OPS)
+    assert all(f"\n{op:<15} cpu: compiled" in text for op in custom_ops.OPS["cpu"])
 
 
 @pytest.fixture
@@ -123,8 +124,8 @@ def bare_machine(fresh, monkeypatch):
 def test_doctor_says_what_to_install(bare_machine, capsys):
     code, out, err = run(capsys, "doctor")
     assert code == 1 and err == ""
-    for op in custom_ops.OPS:
-        assert f"{op:<10} cpu: plain torch is used: no C++ compiler was found" in out
+    for op in custom_ops.OPS["cpu"]:
+        assert f"{op:<15} cpu: plain torch is used: no C++ compiler was found" in out
     advice = [line for line in out.splitlines() if line.startswith("→ ")]
     assert "install g++" in advice[0] and "pip install ninja" in advice[1] and "Read-only" in advice[2]
     code, out, _ = run(capsys, "doctor", "--json")

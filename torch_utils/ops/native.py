@@ -43,7 +43,7 @@ def choose(op: str, x: torch.Tensor, impl: str | None) -> str:
     """'native', 'torch' or 'ref': what runs `op` on `x`.
 
     Args:
-        op: 'upfirdn2d' or 'bias_act'.
+        op: Of `custom_ops.OPS`.
         x: The image; only its device and dtype count.
         impl: As the caller asked. None = native where it can be had and serves `x`, else plain torch.
 
