@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from refine.networks.stylegan2 import Generator
 from torch_utils import custom_ops
 from torch_utils.ops.bias_act import bias_act
+from torch_utils.ops.group_norm_silu import group_norm_silu
 from torch_utils.ops.upfirdn2d import setup_filter, upfirdn2d
 
 Variants = dict[str, Callable[[], None]]
@@ -40,6 +41,7 @@ UPFIRDN2D = {
     "same size": (1, 1, (1, 1, 1, 1), 4, [(512, 9), (512, 33), (128, 257)]),
 }
 BIAS_ACT = [(512, 32), (128, 256)]
+GROUP_NORM_SILU = [(64, 8), (64, 16), (16, 32), (256, 32)]  # of the digits teacher, and of CIFAR-10's
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -178,6 +180,36 @@ def bench_bias_act(batch: int, watch: Stopwatch, match: str = ""):
                 }
 
 
+def bench_group_norm_silu(batch: int, watch: Stopwatch, match: str = ""):
+    """With the embedding added ahead, as in the blocks of a SongUNet; there is no kernel for GPUs."""
+    for channels, size in GROUP_NORM_SILU if watch.device.type == "cpu" else ():
+        if match not in f"{channels}x{size}":
+            continue
+        for layout, memory_format in LAYOUTS.items():
+            x = torch.randn(batch, channels, size, size).to(memory_format=memory_format)
+            others = [torch.ones(channels), torch.zeros(channels), torch.randn(batch, channels)]
+
+            def form(x, weight, bias, before, impl):
+                return group_norm_silu(x, min(32, len(weight) // 4), weight, bias, 1e-6, before, impl=impl)
+
+            forms = {impl: functools.partial(form, impl=impl) for impl in ("ref", "torch", "native")}
+            for mode in ("forward", "forward+backward"):
+                if mode == "forward":
+                    timed = {key: functools.partial(form, x, *others) for key, form in forms.items()}
+                else:
+                    leaves = [t.detach().requires_grad_() for t in (x, *others)]
+                    timed = {key: with_backward(form, *leaves) for key, form in forms.items()}
+                times = watch.fastest(timed)
+                yield {
+                    "row": f"group_norm_silu     {channels}x{size}² {layout:13} {mode}",
+                    "native_ms": times["native"] * 1e3,
+                    "vs_ref": times["ref"] / times["native"],
+                    "vs_torch": times["torch"] / times["native"],
+                    "goal_torch": 1.4,
+                    "best_torch": "torch",
+                }
+
+
 def bench_generator(batch: int, watch: Stopwatch):
     """Forward and backward of the 32×32 generator (channel_max 512) against its grouped form in plain float32 torch."""
     device = watch.device
@@ -231,7 +263,12 @@ def line(row: dict) -> str:
     return text + ("   MISSES " + ", ".join(misses(row)) if misses(row) else "")
 
 
-BENCHMARKS = {"upfirdn2d": bench_upfirdn2d, "bias_act": bench_bias_act, "generator": bench_generator}
+BENCHMARKS = {
+    "upfirdn2d": bench_upfirdn2d,
+    "bias_act": bench_bias_act,
+    "group_norm_silu": bench_group_norm_silu,
+    "generator": bench_generator,
+}
 
 
 @click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
@@ -242,7 +279,7 @@ BENCHMARKS = {"upfirdn2d": bench_upfirdn2d, "bias_act": bench_bias_act, "generat
 @click.option("--cpu-time", is_flag=True, help="Processor seconds of one thread instead of the clock's.")
 @click.option("--fresh-memory", is_flag=True, help="Leave it to the system when memory is given back and faulted in.")
 @click.option("--only", type=click.Choice(list(BENCHMARKS)), multiple=True, help="Repeatable; all without it.")
-@click.option("--match", default="", help="Only rows of upfirdn2d and bias_act whose size has this in it, e.g. 512x32.")
+@click.option("--match", default="", help="Only rows of single ops whose size has this in it, e.g. 512x32.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Also write the rows to this file.")
 def main(device, batch, threads, budget, cpu_time, fresh_memory, only, match, json_file):
     if not fresh_memory:

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 
 from torch_utils.ops import native
 
-# With fewer numbers the call costs more than the passes over memory do.
+# With fewer numbers the call costs more than the passes over memory do; planes of few numbers are torch's strength.
 _WORTH_A_CALL = 16384
+_WORTH_A_PLANE = 64
 
 
 def group_norm_silu(
@@ -51,25 +52,31 @@ def group_norm_silu(
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (N, C, ...) with C a multiple of {num_groups} groups")
     if (scale is None) != (shift is None):
         raise ValueError("scale and shift come together; expected both or neither")
-    weight, bias = (_checked(t, x, (x.shape[1:2],)) for t in (weight, bias))
-    rows = (x.shape[:2], (1, x.shape[1]))
-    before, scale, shift = (None if t is None else _checked(t, x, rows) for t in (before, scale, shift))
+    n, c = x.shape[:2]
+    weight, bias = _checked(weight, x, (c,)), _checked(bias, x, (c,))
+    before, scale, shift = (None if t is None else _checked(t, x, (n, c), (1, c)) for t in (before, scale, shift))
     served = x.dtype == torch.float32 and x.device.type == "cpu"
-    if impl is None and (not served or x.numel() < _WORTH_A_CALL):
+    if impl is None and not (served and _pays(x)):
         impl = "torch"
     if impl == "native" and not served:
         raise RuntimeError(f"group_norm_silu has no compiled kernel for {x.dtype} on {x.device.type}")
     chosen = native.choose("group_norm_silu", x, impl)
     if chosen == "native":
-        before, scale, shift = (None if t is None else t.expand(x.shape[:2]) for t in (before, scale, shift))
+        if n > 1:
+            before, scale, shift = (t if t is None or len(t) > 1 else t.expand(n, c) for t in (before, scale, shift))
         return _native(x, weight, bias, before, scale, shift, num_groups, eps)
     return _plain(x, weight, bias, before, scale, shift, num_groups, eps, inplace, chosen == "torch")
 
 
-def _checked(t: torch.Tensor, x: torch.Tensor, shapes: tuple) -> torch.Tensor:
+def _pays(x: torch.Tensor) -> bool:
+    numbers, planes = x.numel(), x.shape[0] * x.shape[1]
+    return numbers >= _WORTH_A_CALL and (numbers >= _WORTH_A_PLANE * planes or not x.is_contiguous())
+
+
+def _checked(t: torch.Tensor, x: torch.Tensor, *shapes: tuple[int, ...]) -> torch.Tensor:
     if t.shape not in shapes:
-        raise ValueError(f"a parameter has shape {tuple(t.shape)}; expected {tuple(shapes[0])} for x {tuple(x.shape)}")
-    return t.to(x.dtype)
+        raise ValueError(f"a parameter has shape {tuple(t.shape)}; expected {shapes[0]} for x of {tuple(x.shape)}")
+    return t if t.dtype == x.dtype else t.to(x.dtype)
 
 
 def _plain(x, weight, bias, before, scale, shift, num_groups, eps, add_inplace=False, silu_inplace=False):
