@@ -164,9 +164,12 @@ struct Gradients {  // dx = dz · a − (x − m) · b − q, in place of dz
     }
 };
 
-REFINE_INLINE float sum_of(V v) {
-    for (int i = 0; i < 3; ++i) v = every_second<0, float>(v, v) + every_second<1, float>(v, v);
-    return v[0];
+REFINE_INLINE float sum_of(const V& v) {
+    typedef float Half __attribute__((vector_size(16)));
+    Half halves[2];
+    memcpy(halves, &v, sizeof(v));
+    const Half sums = halves[0] + halves[1];
+    return (sums[0] + sums[2]) + (sums[1] + sums[3]);
 }
 
 template <class Work, class Size>
@@ -197,10 +200,11 @@ struct Planes {
         for (int64_t c = 0; c < channels; ++c) {
             const Lanes lanes{all(k.m[c]), all(k.a[c]), all(k.b[c]), all(k.q[c])};
             for (int64_t i = 0; i < area; i += kStretch * kWide) {
-                V sums[3] = {};
+                V sums[3] = {V{}, V{}, V{}};  // {} alone becomes a slow `rep stos`
                 each_vector(std::min(kStretch * kWide, area - i), [&](int64_t j, auto size) REFINE_LAMBDA {
                     add_step(work, c * area + i + j, size, lanes, sums);
                 });
+#pragma GCC unroll 3
                 for (int s = 0; s < Work::kSums; ++s) totals[s * channels + c] += sum_of(sums[s]);
             }
         }
@@ -227,9 +231,10 @@ struct Pixels {
             const int64_t lines = at_most((numbers - from) / line, kLines), length = lines ? line : numbers - from;
             each_vector(length, [&](int64_t i, auto size) REFINE_LAMBDA {
                 const Lanes lanes{load_vec(k.m + i), load_vec(k.a + i), load_vec(k.b + i), load_vec(k.q + i)};
-                V total[3] = {};
+                V total[3] = {V{}, V{}, V{}};
                 for (int64_t at = from + i, end = at + at_least(lines, 1) * line; at < end; at += line)
                     add_step(work, at, size, lanes, total);
+#pragma GCC unroll 3
                 for (int s = 0; s < Work::kSums; ++s) store_vec<float, float>(sums + s * line + i, total[s]);
             });
             for (int s = 0; s < Work::kSums; ++s)
