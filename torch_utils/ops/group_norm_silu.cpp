@@ -56,7 +56,7 @@ REFINE_INLINE V clamped(V z, V low, V high) {  // a NaN stays one
 #endif
 }
 
-// 1 + e^−z, correct to 1.5 units in the last place; beyond −88.7 and 87.3 constant. A NaN stays one.
+// 1 + e^−z, wrong by at most 1.5 units in the last place (so silu by 3), constant beyond −88.7 and 87.3. A NaN stays one.
 REFINE_INLINE V one_and_exp(V z) {
     const V low = all(-88.7f), high = all(87.3f);
     z = clamped(z, low, high);

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 
 from torch_utils.ops import native
 
-# With fewer numbers the call costs more than the passes over memory do; planes of few numbers are torch's strength.
+# With fewer numbers the call costs more than the passes over memory do.
 _WORTH_A_CALL = 16384
-_WORTH_A_PLANE = 64
 
 
 def group_norm_silu(
@@ -56,7 +55,7 @@ def group_norm_silu(
     weight, bias = _checked(weight, x, (c,)), _checked(bias, x, (c,))
     before, scale, shift = (None if t is None else _checked(t, x, (n, c), (1, c)) for t in (before, scale, shift))
     served = x.dtype == torch.float32 and x.device.type == "cpu"
-    if impl is None and not (served and _pays(x)):
+    if impl is None and not (served and x.numel() >= _WORTH_A_CALL):
         impl = "torch"
     if impl == "native" and not served:
         raise RuntimeError(f"group_norm_silu has no compiled kernel for {x.dtype} on {x.device.type}")
@@ -66,11 +65,6 @@ def group_norm_silu(
             before, scale, shift = (t if t is None or len(t) > 1 else t.expand(n, c) for t in (before, scale, shift))
         return _native(x, weight, bias, before, scale, shift, num_groups, eps)
     return _plain(x, weight, bias, before, scale, shift, num_groups, eps, inplace, chosen == "torch")
-
-
-def _pays(x: torch.Tensor) -> bool:
-    numbers, planes = x.numel(), x.shape[0] * x.shape[1]
-    return numbers >= _WORTH_A_CALL and (numbers >= _WORTH_A_PLANE * planes or not x.is_contiguous())
 
 
 def _checked(t: torch.Tensor, x: torch.Tensor, *shapes: tuple[int, ...]) -> torch.Tensor:
@@ -206,8 +200,8 @@ class _Differentiable(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
-native.LIBRARY.impl("group_norm_silu", _forward, "CPU")
-native.LIBRARY.impl("group_norm_silu_grad", _grad, "CPU")
+native.implement("group_norm_silu", _forward)
+native.implement("group_norm_silu_grad", _grad)
 torch.library.register_fake("refine::group_norm_silu", _fake, lib=native.LIBRARY)
 torch.library.register_fake(
     "refine::group_norm_silu_grad", lambda dy, stats, *inputs: _empty_grads(*inputs[:6]), lib=native.LIBRARY
