@@ -39,6 +39,7 @@ constexpr int64_t kWide = kLanes<float>;
 constexpr int64_t kStretch = 64;          // numbers that a lane sums up in float
 constexpr int64_t kLine = 128;            // pixels: a line has so many numbers at least
 constexpr int64_t kLines = 16;            // so many lines are gone through column by column
+constexpr int64_t kPart = 16;            // pixels: a part has a multiple of so many channels, a line of the cache
 constexpr int64_t kPlanes = 4096;        // planes: a task of several groups has so many numbers at most
 constexpr int64_t kSmallTensor = 32768;  // not worth waking threads
 
@@ -184,6 +185,10 @@ REFINE_INLINE void add_step(const Work& work, int64_t i, Size size, const Lanes&
 struct Planes {
     const int64_t channels, area, tasks, line;
 
+    static int64_t start(const GroupNormSiluCall& call, int64_t image, int64_t channel) {
+        return (image * call.c + channel) * call.area;
+    }
+
     explicit Planes(const GroupNormSiluCall& call)
         : channels(channels_of(call)), area(call.area), tasks(call.n * call.c / channels), line(channels) {}
 
@@ -211,12 +216,28 @@ struct Planes {
     }
 };
 
-// A task is an image: lines of so many pixels that whole vectors fit, each number of a line with its channel's.
+// A task is an image: lines of so many pixels that whole vectors fit, each number of a line with its channel's. Where
+// there are more threads than images and a line is a pixel, it is a part of the channels; the sums are the same.
 struct Pixels {
-    const int64_t channels, area, tasks, line;
+    const int64_t channels, area, tasks, line, step;  // from line to line
+
+    static int64_t start(const GroupNormSiluCall& call, int64_t image, int64_t channel) {
+        return image * call.c * call.area + channel;
+    }
 
     explicit Pixels(const GroupNormSiluCall& call)
-        : channels(call.c), area(call.area), tasks(call.n), line(line_of(call.c)) {}
+        : channels(call.c / parts_of(call)),
+          area(call.area),
+          tasks(call.n * parts_of(call)),
+          line(channels == call.c ? line_of(call.c) : channels),
+          step(channels == call.c ? line : call.c) {}
+
+    static int64_t parts_of(const GroupNormSiluCall& call) {
+        int64_t parts = 1;
+        const auto divides = [&](int64_t p) { return call.groups % p == 0 && call.c % (p * kPart) == 0; };
+        while (line_of(call.c) == call.c && call.n * parts < call.threads && divides(2 * parts)) parts *= 2;
+        return parts;
+    }
 
     static int64_t line_of(int64_t channels) {  // a multiple of the channels and of a vector
         const int64_t whole = channels % 8 == 0 ? channels : channels % 4 == 0 ? 2 * channels : 8 * channels;
@@ -227,19 +248,20 @@ struct Pixels {
     void run(const Work& work, const Coefs& k, float* sums, double* totals) const {
         const int64_t numbers = area * channels;
         std::fill_n(totals, channels * Work::kSums, 0.0);
-        for (int64_t from = 0; from < numbers;) {
-            const int64_t lines = at_most((numbers - from) / line, kLines), length = lines ? line : numbers - from;
+        for (int64_t done = 0; done < numbers;) {
+            const int64_t lines = at_most((numbers - done) / line, kLines), length = lines ? line : numbers - done;
+            const int64_t from = done / line * step;
             each_vector(length, [&](int64_t i, auto size) REFINE_LAMBDA {
                 const Lanes lanes{load_vec(k.m + i), load_vec(k.a + i), load_vec(k.b + i), load_vec(k.q + i)};
                 V total[3] = {V{}, V{}, V{}};
-                for (int64_t at = from + i, end = at + at_least(lines, 1) * line; at < end; at += line)
+                for (int64_t at = from + i, end = at + at_least(lines, 1) * step; at < end; at += step)
                     add_step(work, at, size, lanes, total);
 #pragma GCC unroll 3
                 for (int s = 0; s < Work::kSums; ++s) store_vec<float, float>(sums + s * line + i, total[s]);
             });
             for (int s = 0; s < Work::kSums; ++s)
                 for (int64_t i = 0; i < length; i += channels) add(totals + s * channels, sums + s * line + i);
-            from += at_least(lines, 1) * line;
+            done += at_least(lines, 1) * line;
         }
     }
 
@@ -305,7 +327,7 @@ private:
             row = task * pass.layout_.channels;
             image = row / call.c;
             first = row % call.c;
-            start = row * call.area;
+            start = Layout::start(call, image, first);
             stats = reinterpret_cast<double*>(call.stats) + row / pass.per_group_ * 2;
         }
     };
