@@ -19,7 +19,9 @@ using namespace winograd;
 
 constexpr int64_t kBlockBytes = 384 * 1024;       // of V and M
 constexpr int64_t kLeastTiles = 128;               // of a block: or U, read once a block, would take longer than the sums
-constexpr int64_t kWeightBytes = 8 * 1024 * 1024;  // of U: more outputs are served in turns
+constexpr int64_t kWeightBytes = 8 << 20;         // of U: more outputs are served in turns …
+constexpr int64_t kFewTiles = 64;                 // … and where so few share U, it stays in the second-level cache:
+constexpr int64_t kCachedWeightBytes = 1 << 20;
 constexpr int64_t kDepth = 256;                   // channels of a product: a panel of U fits the first-level cache
 
 // One call, as the Python side packs it: eight bytes a field.
@@ -102,7 +104,8 @@ public:
 
 private:
     int64_t outputs_of_a_turn() const {
-        const int64_t panels = at_least(kWeightBytes / (kPoints * 4 * kPanel * call_.c), 1);
+        const int64_t bytes = strips_ * tiles_x_ <= kFewTiles ? kCachedWeightBytes : kWeightBytes;
+        const int64_t panels = at_least(bytes / (kPoints * 4 * kPanel * call_.c), 1);
         return at_most(panels * kPanel, call_.k);
     }
     int64_t tiles_of_a_block() const {
@@ -204,11 +207,22 @@ private:
 
     int64_t u_point() const { return ceil_div(outputs_, kPanel) * call_.c * kPanel + kPanel; }
 
-    void transform_panel(int64_t k, float* u) const {
-        constexpr int kSome = 8;  // channels at a time
+    static constexpr int64_t kPart = 64;  // channels of a panel that a thread takes at once
+
+    void transform_weights(int64_t k, int64_t panels, float* u) const {
+        const int64_t parts = ceil_div(call_.c, kPart);
+#pragma omp parallel for num_threads(threads_) if (threads_ > 1) schedule(static)
+        for (int64_t i = 0; i < panels * parts; ++i) {
+            const int64_t panel = i / parts, c = i % parts * kPart;
+            transform_part(k + panel * kPanel, c, at_most(c + kPart, call_.c), u + panel * call_.c * kPanel);
+        }
+    }
+
+    void transform_part(int64_t k, int64_t first, int64_t end, float* u) const {
+        constexpr int kSome = 8;  // channels that are read at once
         float taps[kSome * 9 * kPanel] = {};
-        for (int64_t c = 0; c < call_.c; ++c) {
-            if (c % kSome == 0) load_taps(k, c, at_most(call_.c - c, kSome), taps);
+        for (int64_t c = first; c < end; ++c) {
+            if (c % kSome == 0) load_taps(k, c, at_most(end - c, kSome), taps);
             for (int half = 0; half < kPanel; half += 8) {
                 const float* from = taps + c % kSome * 9 * kPanel + half;
                 V8 columns[kPatch][3];
@@ -239,10 +253,12 @@ private:
             float* to = taps + tap * kPanel;
             if (call_.wc == 1) {
                 transpose(from, call_.wk, to, 9 * kPanel, outputs, channels);
-                continue;
+            } else if (call_.wk == 1) {
+                for (int64_t i = 0; i < channels; ++i) std::copy_n(from + i * call_.wc, outputs, to + i * 9 * kPanel);
+            } else {
+                for (int64_t i = 0; i < channels; ++i)
+                    for (int64_t j = 0; j < outputs; ++j) to[i * 9 * kPanel + j] = from[i * call_.wc + j * call_.wk];
             }
-            for (int64_t i = 0; i < channels; ++i)
-                for (int64_t j = 0; j < outputs; ++j) to[i * 9 * kPanel + j] = from[i * call_.wc + j * call_.wk];
         }
     }
 
@@ -295,9 +311,7 @@ private:
         const auto in = strips_for(threads_, call_.c), out = strips_for(threads_, outputs_);
         for (int64_t k = 0; k < call_.k; k += outputs_) {
             const int64_t panels = ceil_div(at_most(call_.k - k, outputs_), kPanel);
-#pragma omp parallel for num_threads(threads_) if (threads_ > 1) schedule(static)
-            for (int64_t panel = 0; panel < panels; ++panel)
-                transform_panel(k + panel * kPanel, u.data() + panel * call_.c * kPanel);
+            transform_weights(k, panels, u.data());
             if (alone) {
 #pragma omp parallel for num_threads(workers) if (workers > 1) schedule(static, 1)
                 for (int64_t worker = 0; worker < workers; ++worker) {
