@@ -27,7 +27,7 @@ from torch_utils.op_cache import Candidate
 from torch_utils.toolchain import Compiler, CudaToolkit
 
 MODES = ("auto", "native", "ref")
-OPS = {"cpu": ("upfirdn2d", "bias_act", "group_norm_silu"), "cuda": ("upfirdn2d", "bias_act")}
+OPS = {"cpu": ("upfirdn2d", "bias_act", "group_norm_silu", "conv3x3"), "cuda": ("upfirdn2d", "bias_act")}
 SOURCES = Path(__file__).parent / "ops"
 
 _mode: str | None = None  # None = as the environment says

@@ -142,12 +142,14 @@ def _example(op: str, device: str, impl: str) -> Callable[[], tuple[torch.Tensor
     import torch
 
     from torch_utils.ops.bias_act import bias_act
+    from torch_utils.ops.conv3x3 import conv3x3
     from torch_utils.ops.group_norm_silu import group_norm_silu
     from torch_utils.ops.upfirdn2d import setup_filter, upfirdn2d
 
     generator = torch.Generator().manual_seed(0)
     x = torch.randn([4, 64, 64, 64], generator=generator).to(device).requires_grad_()
     b = torch.randn([64], generator=generator).to(device)
+    w = torch.randn([64, 64, 3, 3], generator=generator).to(device)
     f = setup_filter([1, 3, 3, 1], device=device)
     dy = torch.randn([4, 64, 128, 128] if op == "upfirdn2d" else [4, 64, 64, 64], generator=generator).to(device)
 
@@ -156,6 +158,8 @@ def _example(op: str, device: str, impl: str) -> Callable[[], tuple[torch.Tensor
             y = bias_act(x, b, act="lrelu", impl=impl)
         elif op == "group_norm_silu":
             y = group_norm_silu(x, 16, 1 + b, b, impl=impl)
+        elif op == "conv3x3":
+            y = conv3x3(x, w, b, impl=impl)
         else:
             y = upfirdn2d(x, f, up=2, padding=(2, 1, 2, 1), gain=4, impl=impl)
         return y.detach(), torch.autograd.grad(y, x, dy)[0]

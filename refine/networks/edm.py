@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from torch_utils.ops.conv3x3 import conv2d
 from torch_utils.ops.group_norm_silu import group_norm_silu
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,7 +127,7 @@ class Conv2d(nn.Module):
 
     def _conv(self, x: torch.Tensor, padding: int) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.conv2d(x, self.weight.to(x.dtype), bias, padding=padding)
+        return conv2d(x, self.weight.to(x.dtype), bias, padding=padding)
 
     def _resample(self, x: torch.Tensor, padding: int) -> torch.Tensor:
         if self.box_filter and padding == 0:  # the same numbers as below, several times faster on a CPU

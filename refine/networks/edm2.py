@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from refine.networks.edm import Preconditioner, _check_choice, _record_init_kwargs, scaled_dot_product
+from torch_utils.ops.conv3x3 import conv2d
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Operations that preserve magnitude (EDM2, section 2)
@@ -83,7 +84,7 @@ class MPConv(nn.Module):
         fan_in = self.weight[0].numel()
         weight = normalize(self.weight.to(torch.float32), dims) * (gain / math.sqrt(fan_in))
         weight = weight.to(x.dtype)
-        return F.linear(x, weight) if weight.ndim == 2 else F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+        return F.linear(x, weight) if weight.ndim == 2 else conv2d(x, weight, padding=weight.shape[-1] // 2)
 
 
 class Block(nn.Module):

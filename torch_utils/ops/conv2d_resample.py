@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from torch_utils.ops.conv3x3 import conv2d
 from torch_utils.ops.upfirdn2d import (
     Pair,
     add_padding,
@@ -76,7 +77,7 @@ def _conv(x, w, groups, flip_weight, stride=1, padding=(0, 0, 0, 0)):
     if not (x0 == x1 >= 0 and y0 == y1 >= 0):  # conv2d itself pads evenly only
         x, x0, y0 = F.pad(x, padding), 0, 0
     w = w if flip_weight else w.flip([2, 3])
-    return _convolve(F.conv2d, x, w, stride=stride, padding=(y0, x0), groups=groups)
+    return _convolve(conv2d, x, w, stride=stride, padding=(y0, x0), groups=groups)
 
 
 def _upsampling_conv(x, w, f, up, p, groups, flip_weight):
