@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.ops import require_native
 from torch_utils import custom_ops
@@ -182,6 +183,16 @@ def test_mistakes_are_told():
 # As torch sees it.
 
 
+def test_flops_are_those_of_torch():
+    x, w, b, dy = random_call((2, 17, 9, 6, 7))
+    counts = []
+    for function in (compiled, reference):
+        with FlopCounterMode(display=False) as counter:
+            torch.autograd.grad(function(x, w, b), [x, w], dy)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
 def test_opcheck():
     x, w, b, dy = random_call((2, 17, 9, 6, 7), "channels_last")
     torch.library.opcheck(torch.ops.refine.conv3x3.default, (x, w, b, False))
@@ -221,7 +232,7 @@ def test_used_where_it_pays():
     assert is_compiled(lambda: conv2d(x, w, b, padding=1))
     assert is_compiled(lambda: conv2d(x, w, padding=(1, 1)))
     assert is_compiled(lambda: conv2d_resample(x, w, padding=1))
-    few, small, tiles = random_call((2, 8, 24, 8, 8)), random_call((9, 16, 16, 2, 2)), random_call((1, 16, 16, 8, 8))
+    few, small, one = (random_call(shape) for shape in ((2, 8, 24, 8, 8), (50, 16, 16, 2, 2), (1, 16, 16, 8, 8)))
     others = {
         "no padding": lambda: conv2d(x, w, b),
         "stride": lambda: conv2d(x, w, b, padding=1, stride=2),
@@ -230,7 +241,7 @@ def test_used_where_it_pays():
         "float64": lambda: conv2d(x.double(), w.double(), b.double(), padding=1),
         "few channels": lambda: conv2d(few[0], few[1], padding=1),
         "small images": lambda: conv2d(small[0], small[1], padding=1),
-        "few tiles": lambda: conv2d(tiles[0], tiles[1], padding=1),
+        "one image": lambda: conv2d(one[0], one[1], padding=1),
     }
     assert [name for name, call in others.items() if is_compiled(call)] == []
     with torch.autocast("cpu", torch.bfloat16):

@@ -5,11 +5,13 @@ Gray, arXiv 1509.09308), forward and for both gradients. Its largest error is ab
 convolution. The result does not depend on the number of threads.
 """
 
+import math
 import struct
 
 import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 from torch_utils.ops import native
 
@@ -69,23 +71,20 @@ def _is_served(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> bool
 
 def _pays(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> bool:
     """Whether `conv2d` should call the kernel: it serves this call, autocast, transforms and forward-mode derivatives
-    do not want a say, and it is faster. Fewer than 16 channels leave too little for transforming an image; few tiles,
-    for transforming the weights."""
-    if w.shape[2:] != (3, 3) or min(w.shape[:2]) < _FEWEST_CHANNELS or x.ndim != 4 or not _is_served(x, w, b):
+    do not want a say, and it is faster. Transforming the weights takes as long as some 100 pixels do, tiles that lie
+    mostly outside of their image are a waste, and few channels leave a direct convolution little to do."""
+    if w.shape[2:] != (3, 3) or w.shape[1] < 16 or x.ndim != 4 or not _is_served(x, w, b):
         return False
     n, _, height, width = x.shape
-    tiles = n * -(-height // 4) * -(-width // 4)
+    tiles_of_an_image = -(-height // 4) * -(-width // 4)
     return (
-        tiles >= _FEWEST_TILES
-        and 16 * tiles <= 2 * n * height * width  # else most of a tile lies outside
+        n * height * width >= 128
+        and height * width >= 8 * tiles_of_an_image
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and native.choose("conv3x3", x, None) == "native"
     )
-
-
-_FEWEST_CHANNELS, _FEWEST_TILES = 16, 8
 
 
 # The compiled kernel, registered as torch.ops.refine.conv3x3. turned: `w` is that of the convolution whose gradient to
@@ -193,3 +192,16 @@ for _name, _implementation, _fake, _setup, _derivative in (
     native.LIBRARY.impl(_name, _implementation, "CPU")
     torch.library.register_fake(f"refine::{_name}", _fake, lib=native.LIBRARY)
     torch.library.register_autograd(f"refine::{_name}", _derivative, setup_context=_setup, lib=native.LIBRARY)
+
+
+# Counted as what they stand for, a direct convolution, so that numbers of FLOPs can be compared.
+
+
+@register_flop_formula(torch.ops.refine.conv3x3)
+def _flops(x, w, b, turned, *, out_shape):
+    return 2 * 9 * x[1] * math.prod(out_shape)
+
+
+@register_flop_formula(torch.ops.refine.conv3x3_weight_grad)
+def _weight_grad_flops(dy, x, channels_last, *, out_shape):
+    return 2 * 9 * x[1] * math.prod(dy)
