@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "products.h"
+#include "scratch.h"
 #include "winograd.h"
 
 namespace refine {
@@ -17,37 +18,23 @@ namespace {
 
 using namespace winograd;
 
-constexpr int64_t kBlockBytes = 384 * 1024;       // of V and M
-constexpr int64_t kLeastTiles = 128;               // of a block: or U, read once a block, would take longer than the sums
-constexpr int64_t kWeightBytes = 8 << 20;         // of U: more outputs are served in turns …
-constexpr int64_t kFewTiles = 64;                 // … and where so few share U, it stays in the second-level cache:
-constexpr int64_t kCachedWeightBytes = 1 << 20;
+// All of these are measured; results do not depend on them but for the rounding of sums over tiles.
+constexpr int64_t kBlockBytes = 384 << 10;        // of V and M, which then share the second-level cache
+constexpr int64_t kLeastTiles = 64;               // of a block
+constexpr int64_t kCachedWeightBytes = 1 << 20;   // of U. If it is larger …
+constexpr int64_t kLeastTilesPerRead = 128;       // … a block is, too: each reads all of U from memory
+constexpr int64_t kWeightBytes = 8 << 20;         // of U; more outputs are served in turns. And where …
+constexpr int64_t kFewTiles = 64;                 // … so few share it, turns are so short that U is cached
 constexpr int64_t kDepth = 256;                   // channels of a product: a panel of U fits the first-level cache
 
 // One call, as the Python side packs it: eight bytes a field.
 struct Conv3x3Call {
-    int64_t x, w, b, y;             // addresses; b may be 0
-    int64_t weight_grad;            // 0: y = x ∗ w + b. 1: w = the gradient to the weights, where y is that to the outputs
-    int64_t x_pixels, y_pixels;     // layouts: 1 = channels_last
-    int64_t n, c, k, h, width;      // images, channels of x and of y, size
-    int64_t wk, wc, wy, wx;         // strides of w in numbers; turned by half a turn they are negative
+    int64_t x, w, b, y;          // addresses; b may be 0
+    int64_t weight_grad;         // 0: y = x ∗ w + b. 1: y is the gradient to the outputs, w becomes that to the weights
+    int64_t x_pixels, y_pixels;  // layouts: 1 = channels_last
+    int64_t n, c, k, h, width;   // images, channels of x and of y, size
+    int64_t wk, wc, wy, wx;      // strides of w in numbers; those of a kernel that is turned are negative
     int64_t threads, stream;
-};
-
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-// Numbers that are not set. A vector may reach beyond the last.
-class Buffer {
-public:
-    explicit Buffer(int64_t numbers) : memory_(new float[numbers + 32]) {
-        const auto address = reinterpret_cast<uintptr_t>(memory_.get());
-        data_ = memory_.get() + (64 - address % 64) % 64 / sizeof(float);
-    }
-    float* data() const { return data_; }
-
-private:
-    std::unique_ptr<float[]> memory_;
-    float* data_;
 };
 
 // A (rows × columns) matrix for each point. Strides that are multiples of a large power of two would fold all of them
@@ -109,7 +96,8 @@ private:
         return at_most(panels * kPanel, call_.k);
     }
     int64_t tiles_of_a_block() const {
-        return at_least(kBlockBytes / (kPoints * 4 * (call_.c + outputs_)), kLeastTiles);
+        const bool cached = kPoints * 4 * call_.c * call_.k <= kCachedWeightBytes;
+        return at_least(kBlockBytes / (kPoints * 4 * (call_.c + outputs_)), cached ? kLeastTiles : kLeastTilesPerRead);
     }
 
     // -----------------------------------------------------------------------------------------------------------------
@@ -207,6 +195,8 @@ private:
 
     int64_t u_point() const { return ceil_div(outputs_, kPanel) * call_.c * kPanel + kPanel; }
 
+    bool is_of_planes() const { return call_.wc == 9 && call_.wy == 3 && call_.wx == 1; }
+
     static constexpr int64_t kPart = 64;  // channels of a panel that a thread takes at once
 
     void transform_weights(int64_t k, int64_t panels, float* u) const {
@@ -247,7 +237,7 @@ private:
     void load_taps(int64_t k, int64_t c, int64_t channels, float* taps) const {
         const float* w = reinterpret_cast<const float*>(call_.w) + k * call_.wk + c * call_.wc;
         const int64_t outputs = at_most(call_.k - k, kPanel);
-        if (call_.wc == 9 && call_.wy == 3 && call_.wx == 1) return transpose(w, call_.wk, taps, kPanel, outputs, channels * 9);
+        if (is_of_planes()) return transpose(w, call_.wk, taps, kPanel, outputs, channels * 9);
         for (int tap = 0; tap < 9; ++tap) {
             const float* from = w + tap / 3 * call_.wy + tap % 3 * call_.wx;
             float* to = taps + tap * kPanel;
@@ -280,8 +270,7 @@ private:
     }
 
     void store_taps(const V8* values, float* w, int64_t channels) const {
-        const bool planes = call_.wc == 9 && call_.wy == 3 && call_.wx == 1;
-        if (channels == 8 && planes) {  // eight taps of eight channels at once
+        if (channels == 8 && is_of_planes()) {  // eight taps of eight channels at once
             V8 some[8];
             REFINE_UNROLL for (int i = 0; i < 8; ++i) some[i] = values[i];
             transpose8(some);
@@ -316,8 +305,8 @@ private:
 #pragma omp parallel for num_threads(workers) if (workers > 1) schedule(static, 1)
                 for (int64_t worker = 0; worker < workers; ++worker) {
                     const Share share(blocks_, worker, workers);
-                    for (int64_t block = share.first; block < share.end; ++block)
-                        forward_block(block, k, u.data(), v[worker].data(), m[worker].data(), &in[worker], &out[worker], 1);
+                    for (int64_t i = share.first; i < share.end; ++i)
+                        forward_block(i, k, u.data(), v[worker].data(), m[worker].data(), &in[worker], &out[worker], 1);
                 }
             } else {
                 for (int64_t block = 0; block < blocks_; ++block)
@@ -354,8 +343,8 @@ private:
         for (int64_t c = 0; c < call_.c; c += kDepth) {
             const int64_t depth = at_most(call_.c - c, kDepth);
             for (int64_t k = 0; k < outputs; k += kPanel)
-                product(tiles, outputs - k, {v + c, v_.row, 1}, u + k * call_.c + c * kPanel, kPanel, depth, m + k, m_.row,
-                        c > 0);
+                product(tiles, outputs - k, {v + c, v_.row, 1}, u + k * call_.c + c * kPanel, kPanel, depth, m + k,
+                        m_.row, c > 0);
         }
     }
 
@@ -370,8 +359,9 @@ private:
         float* to = direct ? y_.row(n, y0) + k0 : work.pixels.data();
         for (int64_t tile = 0; tile < tiles_x_; ++tile) {
             const int64_t width = direct ? at_most(call_.width - tile * kTile, kTile) : kTile;
+            float* corner = to + tile * kTile * pixel;
             for (int64_t k = 0; k < count; k += 8)
-                output_tile(m + tile * m_.row + k, bias(k0 + k), to + tile * kTile * pixel + k, row, pixel, height, width);
+                output_tile(m + tile * m_.row + k, bias(k0 + k), corner + k, row, pixel, height, width);
         }
         if (direct) return;
         for (int64_t r = 0; r < height; ++r) {
