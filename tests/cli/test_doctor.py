@@ -54,10 +54,10 @@ def test_ops_build_list_clean(capsys, fresh):
     assert code == 0 and [line.split(": ")[0] for line in lines] == [f"{op} (cpu)" for op in custom_ops.OPS["cpu"]]
     paths = [line.split(": ")[1] for line in lines]
     assert all(path.startswith(str(fresh / "cache")) and os.path.isfile(path) for path in paths)
-    assert len(err.splitlines()) == 3 and "-march=native" not in next((fresh / "cache").glob("*/*.log")).read_text()
+    assert len(err.splitlines()) == 4 and "-march=native" not in next((fresh / "cache").glob("*/*.log")).read_text()
     listed = json.loads(run(capsys, "ops", "list", "--json")[1])
     assert sorted(listed) == sorted(paths)
-    assert run(capsys, "ops", "clean")[1] == "3 folders removed\n"
+    assert run(capsys, "ops", "clean")[1] == "4 folders removed\n"
     assert run(capsys, "ops", "list")[1] == "none\n"
 
 
