@@ -37,8 +37,9 @@ SHAPES = [
 
 
 @pytest.fixture(autouse=True)
-def _native():
+def _native(monkeypatch):
     require_native()
+    monkeypatch.setattr("torch_utils.ops.conv3x3._IS_MEASURED", True)  # whatever this processor is
 
 
 @pytest.fixture
@@ -246,6 +247,12 @@ def test_used_where_it_pays():
     assert [name for name, call in others.items() if is_compiled(call)] == []
     with torch.autocast("cpu", torch.bfloat16):
         assert conv2d(x, w, b, padding=1).dtype == torch.bfloat16
+
+
+def test_only_on_processors_like_the_measured_one(monkeypatch):
+    x, w, b, _ = random_call((2, 16, 24, 8, 8))
+    monkeypatch.setattr("torch_utils.ops.conv3x3._IS_MEASURED", False)
+    assert not is_compiled(lambda: conv2d(x, w, b, padding=1))
 
 
 def test_transforms_and_forward_mode_take_torch():
