@@ -195,7 +195,7 @@ for _name, _implementation, _fake, _setup, _derivative in (
     ("conv3x3", _forward, _empty_output, _save, _backward),
     ("conv3x3_weight_grad", _weight_grad, _empty_weight, _save_weight_grad, _backward_weight_grad),
 ):
-    native.LIBRARY.impl(_name, _implementation, "CPU")
+    native.implement(_name, _implementation)
     torch.library.register_fake(f"refine::{_name}", _fake, lib=native.LIBRARY)
     torch.library.register_autograd(f"refine::{_name}", _derivative, setup_context=_setup, lib=native.LIBRARY)
 
