@@ -7,6 +7,7 @@ recipe tends to collapse to one image per class, so this one begins as a variati
 generator as its decoder), which draws all digits, roughly; then a critic joins and plays the game with gradient
 penalties on real and generated images (R3GAN: Huang et al. 2024, arXiv 2501.05441), while the reconstruction term stays
 as an anchor (VAE-GAN: Larsen et al. 2016, arXiv 1512.09300). The same command goes on where a killed run stopped.
+With --no-classes nobody is told which digit an image shows: an unconditional generator, for docs/objectives.md.
 """
 
 import itertools
@@ -30,7 +31,6 @@ from refine.networks.stylegan2 import Generator, MinibatchStdLayer  # noqa: E402
 
 GENERATOR = {
     "z_dim": 32,
-    "c_dim": NUM_CLASSES,
     "w_dim": 64,
     "img_resolution": RESOLUTION,
     "img_channels": 1,
@@ -43,33 +43,35 @@ SAVE_SECONDS = 30  # what a kill costs at most; a checkpoint is 6 MB
 
 
 class Critic(nn.Module):
-    """Images (N, 1, 32, 32) in [-1, 1] and one-hot labels (N, 10) → logits (N,); larger is more real.
+    """Images (N, 1, 32, 32) in [-1, 1] and one-hot labels (N, classes) → logits (N,); larger is more real.
 
-    Stride-2 convolutions, minibatch standard deviation, and a projection of the label (Miyato & Koyama 2018).
+    Stride-2 convolutions, minibatch standard deviation, and a projection of the label (Miyato & Koyama 2018) where
+    there are classes.
     """
 
-    def __init__(self, width: int = 48, group_size: int = 4):
+    def __init__(self, classes: int, width: int = 48, group_size: int = 4):
         super().__init__()
         widths = [1, width, 2 * width, 4 * width]
         self.down = nn.ModuleList(nn.Conv2d(i, o, 4, 2, 1) for i, o in itertools.pairwise(widths))
         self.mbstd = MinibatchStdLayer(group_size)
         self.last = nn.Conv2d(widths[-1] + 1, widths[-1], 3, 1, 1)
         self.out = nn.Linear(widths[-1], 1)
-        self.embed = nn.Linear(NUM_CLASSES, widths[-1], bias=False)
+        self.embed = nn.Linear(classes, widths[-1], bias=False) if classes else None
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         for conv in self.down:
             x = F.leaky_relu(conv(x), 0.2)
         x = F.leaky_relu(self.last(self.mbstd(x)), 0.2).mean(dim=[2, 3])
-        return self.out(x)[:, 0] + (x * self.embed(c)).sum(dim=1)
+        logits = self.out(x)[:, 0]
+        return logits if self.embed is None else logits + (x * self.embed(c)).sum(dim=1)
 
 
 class Encoder(nn.Module):
-    """Images (N, 1, 32, 32) and labels (N, 10) → mean and log-variance of z, (N, z_dim) each."""
+    """Images (N, 1, 32, 32) and labels (N, classes) → mean and log-variance of z, (N, z_dim) each."""
 
-    def __init__(self, z_dim: int, width: int = 32):
+    def __init__(self, z_dim: int, classes: int, width: int = 32):
         super().__init__()
-        widths = [1 + NUM_CLASSES, width, 2 * width, 4 * width]
+        widths = [1 + classes, width, 2 * width, 4 * width]
         self.down = nn.ModuleList(nn.Conv2d(i, o, 4, 2, 1) for i, o in itertools.pairwise(widths))
         self.out = nn.Linear(widths[-1] * (RESOLUTION // 8) ** 2, 2 * z_dim)
 
@@ -100,11 +102,12 @@ class Run:
     def __init__(self, options: dict):
         torch.manual_seed(options["seed"])
         self.options = options
-        self.G = Generator(**GENERATOR).train().to(memory_format=torch.channels_last)
-        self.G_ema = Generator(**GENERATOR).eval().requires_grad_(False)
+        self.classes = NUM_CLASSES if options["classes"] else 0
+        self.G = Generator(c_dim=self.classes, **GENERATOR).train().to(memory_format=torch.channels_last)
+        self.G_ema = Generator(c_dim=self.classes, **GENERATOR).eval().requires_grad_(False)
         self.G_ema.load_state_dict(self.G.state_dict())
-        self.D = Critic().train().to(memory_format=torch.channels_last)
-        self.E = Encoder(self.G.z_dim)
+        self.D = Critic(self.classes).train().to(memory_format=torch.channels_last)
+        self.E = Encoder(self.G.z_dim, self.classes)
         self.opt_G = torch.optim.Adam(self.G.parameters(), lr=options["glr"], betas=(0.0, 0.99))
         self.opt_D = torch.optim.Adam(self.D.parameters(), lr=options["dlr"], betas=(0.0, 0.99))
         self.opt_E = torch.optim.Adam(self.E.parameters(), lr=ENCODER_LR, betas=(0.9, 0.99))
@@ -131,7 +134,7 @@ class Run:
         n = self.options["batch"]
         self._set_rates()
         pick = torch.randint(len(images), (n,), generator=self.rng)
-        real, c = images[pick], F.one_hot(labels[pick], NUM_CLASSES).float()
+        real, c = images[pick], F.one_hot(labels[pick], NUM_CLASSES)[:, : self.classes].float()
         rec, kl = self._autoencode(real, c)
         losses = {}
         if self.nimg < self.options["vae_kimg"] * 1000:
@@ -221,6 +224,7 @@ class Run:
 @click.option("--augment", type=click.FloatRange(0, 1), default=0.3, show_default=True, help="Probability of a shift.")
 @click.option("--ema-kimg", type=float, default=10, show_default=True, help="Half-life of the moving average.")
 @click.option("--snap-kimg", type=float, default=10, show_default=True, help="Keep a generator every so many kimg.")
+@click.option("--classes/--no-classes", default=True, show_default=True, help="Whether the labels are used.")
 @click.option("--seed", type=int, default=0, show_default=True)
 def main(out, workdir, stop_kimg, snap_kimg, **options):
     workdir = Path(workdir or f"{out}.work")
@@ -263,11 +267,11 @@ def _save(path: Path, state: dict) -> None:
 
 
 def _picture(G: nn.Module, path: Path) -> None:
-    """A row of ten images per class, from the same ten latents."""
+    """A row of ten images per class, where there are classes."""
     from refine.images import save_image_grid
 
     z = torch.from_numpy(np.random.RandomState(0).randn(100, G.z_dim))
-    c = torch.eye(NUM_CLASSES).repeat_interleave(10, dim=0)
+    c = torch.eye(NUM_CLASSES).repeat_interleave(10, dim=0)[:, : G.c_dim]
     with torch.no_grad():
         save_image_grid(path, G(z, c, noise_mode="const"), 10)
 

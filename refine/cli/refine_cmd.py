@@ -132,7 +132,7 @@ def refine(resume, dry_run, **given):
 
     \b
     python refine.py --gan=digits-gan --teacher=digits-teacher --preset=demo
-    python refine.py --gan=one-step --teacher=digits-teacher --preset=one-step
+    python refine.py --gan=one-step --teacher=digits-teacher --preset=one-step-demo
     python refine.py --resume=latest
     """
     with one_voice():
