@@ -25,6 +25,8 @@ constexpr int64_t kCachedWeightBytes = 1 << 20;   // of U. If it is larger …
 constexpr int64_t kLeastTilesPerRead = 128;       // … a block is, too: each reads all of U from memory
 constexpr int64_t kWeightBytes = 8 << 20;         // of U; more outputs are served in turns. And where …
 constexpr int64_t kFewTiles = 64;                 // … so few share it, turns are so short that U is cached
+constexpr int64_t kGroupBytes = 4 << 20;          // of sums of weight gradients, of …
+constexpr int64_t kMostGroups = 8;                // … that many groups of blocks
 constexpr int64_t kDepth = 256;                   // channels of a product: a panel of U fits the first-level cache
 
 // One call, as the Python side packs it: eight bytes a field.
@@ -400,34 +402,72 @@ private:
     // -----------------------------------------------------------------------------------------------------------------
     // Gradient to the weights.
 
+    // Blocks are summed in groups, as many for any number of threads, and their sums are added at the end.
+    int64_t groups() const {
+        return at_least(at_most(kGroupBytes / (kPoints * 4 * call_.c * outputs_), at_most(kMostGroups, blocks_)), 1);
+    }
+
     void weight_grad() const {
+        const int64_t groups = this->groups();
+        const bool alone = threads_ == 1 || groups >= threads_;  // a group a worker; few groups are shared
+        const int64_t workers = alone ? at_most(threads_, groups) : 1;
         const Matrices sums(outputs_, call_.c);  // (outputs × channels)
-        const Buffer s(sums.numbers()), v(v_.numbers()), d(m_.numbers());
+        std::vector<Buffer> v, d, s;
+        for (int64_t i = 0; i < workers; ++i) v.emplace_back(v_.numbers()), d.emplace_back(m_.numbers());
+        for (int64_t i = 0; i < groups; ++i) s.emplace_back(sums.numbers());
         const auto in = strips_for(threads_, call_.c), out = strips_for(threads_, call_.k);
-#pragma omp parallel num_threads(threads_) if (threads_ > 1)
         for (int64_t k = 0; k < call_.k; k += outputs_) {
             const int64_t count = at_most(call_.k - k, outputs_);
-            for (int64_t block = 0; block < blocks_; ++block) {
-                const int64_t first = block * block_, strips = at_most(strips_ - first, block_);
-                const bool has_both = blocks_ == 1 && k > 0;  // of the turn before
-#pragma omp for schedule(static, 1)
-                for (int64_t worker = 0; worker < threads_; ++worker) {
-                    const Share share(has_both ? 0 : strips, worker, threads_);
-                    for (int64_t i = share.first; i < share.end; ++i) {
-                        samples(first + i, v.data() + i * tiles_x_ * v_.row, in[worker]);
-                        output_grads(first + i, d.data() + i * tiles_x_ * m_.row, out[worker]);
-                    }
+            const auto sum_group = [&](int64_t group, int64_t worker, int64_t helpers) {
+                const Share share(blocks_, group, groups);
+                for (int64_t i = share.first; i < share.end; ++i)
+                    sum_block(i, i > share.first, k, count, sums, s[group].data(), v[worker].data(), d[worker].data(),
+                              &in[worker], &out[worker], helpers);
+            };
+            if (alone) {
+#pragma omp parallel for num_threads(workers) if (workers > 1) schedule(static, 1)
+                for (int64_t worker = 0; worker < workers; ++worker) {
+                    const Share share(groups, worker, workers);
+                    for (int64_t group = share.first; group < share.end; ++group) sum_group(group, worker, 1);
                 }
-#pragma omp for schedule(static)
-                for (int64_t p = 0; p < kPoints; ++p)
-                    for (int64_t c = 0; c < call_.c; c += kPanel)
-                        product(count, call_.c - c, {d.data() + p * m_.point + k, 1, m_.row},
-                                v.data() + p * v_.point + c, v_.row, strips * tiles_x_, s.data() + p * sums.point + c,
-                                sums.row, block > 0);
+            } else {
+                for (int64_t group = 0; group < groups; ++group) sum_group(group, 0, threads_);
+            }
+#pragma omp parallel for num_threads(threads_) if (threads_ > 1) schedule(static)
+            for (int64_t i = 0; i < count; ++i) {
+                for (int64_t group = 1; group < groups; ++group)
+                    add_row(s[0].data() + i * sums.row, s[group].data() + i * sums.row, sums.point);
+                store_weights(s[0].data() + i * sums.row, sums, k + i);
+            }
+        }
+    }
+
+    void sum_block(int64_t block, bool add, int64_t k, int64_t count, const Matrices& sums, float* s, float* v, float* d,
+                   const Strip* in, const Strip* out, int64_t workers) const {
+        const int64_t first = block * block_, strips = at_most(strips_ - first, block_);
+        const bool has_both = blocks_ == 1 && k > 0;  // of the turn before
+#pragma omp parallel num_threads(workers) if (workers > 1)
+        {
+#pragma omp for schedule(static, 1)
+            for (int64_t worker = 0; worker < workers; ++worker) {
+                const Share share(has_both ? 0 : strips, worker, workers);
+                for (int64_t i = share.first; i < share.end; ++i) {
+                    samples(first + i, v + i * tiles_x_ * v_.row, in[worker]);
+                    output_grads(first + i, d + i * tiles_x_ * m_.row, out[worker]);
+                }
             }
 #pragma omp for schedule(static)
-            for (int64_t i = 0; i < count; ++i) store_weights(s.data() + i * sums.row, sums, k + i);
+            for (int64_t p = 0; p < kPoints; ++p)
+                for (int64_t c = 0; c < call_.c; c += kPanel)
+                    product(count, call_.c - c, {d + p * m_.point + k, 1, m_.row}, v + p * v_.point + c, v_.row,
+                            strips * tiles_x_, s + p * sums.point + c, sums.row, add);
         }
+    }
+
+    // An output's row at every point.
+    void add_row(float* to, const float* from, int64_t point) const {
+        for (int64_t p = 0; p < kPoints; ++p)
+            for (int64_t c = 0; c < call_.c; ++c) to[p * point + c] += from[p * point + c];
     }
 
     const Conv3x3Call& call_;
