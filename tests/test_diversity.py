@@ -53,7 +53,7 @@ class FallingRecall:
     def __init__(self):
         self.calls = 0
 
-    def measure(self, G, device):
+    def measure(self, G, device, progress=False):
         self.calls += 1
         return {"fd": 10.0 - self.calls, "recall": 1.0 - 0.2 * (self.calls - 1)}  # 1.0 at the start, then 0.8, 0.6
 
