@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from refine.networks.stylegan2 import Generator
 from torch_utils import custom_ops
 from torch_utils.ops.bias_act import bias_act
+from torch_utils.ops.conv3x3 import conv3x3
 from torch_utils.ops.group_norm_silu import group_norm_silu
 from torch_utils.ops.upfirdn2d import setup_filter, upfirdn2d
 
@@ -42,6 +43,7 @@ UPFIRDN2D = {
 }
 BIAS_ACT = [(512, 32), (128, 256)]
 GROUP_NORM_SILU = [(64, 8), (64, 16), (16, 32), (256, 32)]  # of the digits teacher, and of CIFAR-10's
+CONV3X3 = [(16, 32), (48, 16), (64, 8), (256, 32), (256, 16)]
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -182,32 +184,46 @@ def bench_bias_act(batch: int, watch: Stopwatch, match: str = ""):
 
 def bench_group_norm_silu(batch: int, watch: Stopwatch, match: str = ""):
     """With the embedding added ahead, as in the blocks of a SongUNet; there is no kernel for GPUs."""
+
+    def form(x, weight, bias, before, impl):
+        return group_norm_silu(x, min(32, len(weight) // 4), weight, bias, 1e-6, before, impl=impl)
+
     for channels, size in GROUP_NORM_SILU if watch.device.type == "cpu" else ():
-        if match not in f"{channels}x{size}":
-            continue
-        for layout, memory_format in LAYOUTS.items():
-            x = torch.randn(batch, channels, size, size).to(memory_format=memory_format)
-            others = [torch.ones(channels), torch.zeros(channels), torch.randn(batch, channels)]
+        others = [torch.ones(channels), torch.zeros(channels), torch.randn(batch, channels)]
+        if match in f"{channels}x{size}":
+            yield from cpu_op_rows("group_norm_silu", form, (batch, channels, size), others, watch, goal=1.4)
 
-            def form(x, weight, bias, before, impl):
-                return group_norm_silu(x, min(32, len(weight) // 4), weight, bias, 1e-6, before, impl=impl)
 
-            forms = {impl: functools.partial(form, impl=impl) for impl in ("ref", "torch", "native")}
-            for mode in ("forward", "forward+backward"):
-                if mode == "forward":
-                    timed = {key: functools.partial(form, x, *others) for key, form in forms.items()}
-                else:
-                    leaves = [t.detach().requires_grad_() for t in (x, *others)]
-                    timed = {key: with_backward(form, *leaves) for key, form in forms.items()}
-                times = watch.fastest(timed)
-                yield {
-                    "row": f"group_norm_silu     {channels}x{size}² {layout:13} {mode}",
-                    "native_ms": times["native"] * 1e3,
-                    "vs_ref": times["ref"] / times["native"],
-                    "vs_torch": times["torch"] / times["native"],
-                    "goal_torch": 1.4,
-                    "best_torch": "torch",
-                }
+def bench_conv3x3(batch: int, watch: Stopwatch, match: str = ""):
+    """Winograd's filtering against torch's convolution; there is no kernel for GPUs."""
+    for channels, size in CONV3X3 if watch.device.type == "cpu" else ():
+        others = [torch.randn(channels, channels, 3, 3) / (3 * channels**0.5), torch.zeros(channels)]
+        if match in f"{channels}x{size}":
+            yield from cpu_op_rows("conv3x3", conv3x3, (batch, channels, size), others, watch, goal=1.25)
+
+
+def cpu_op_rows(name: str, form: Callable, extent: tuple[int, int, int], others: list, watch: Stopwatch, goal: float):
+    """Rows of form(x, *others, impl=…) for x of (N, C, H, H), in both layouts, forward and with backward."""
+    batch, channels, size = extent
+    forms = {impl: functools.partial(form, impl=impl) for impl in ("ref", "torch", "native")}
+    for layout, memory_format in LAYOUTS.items():
+        x = torch.randn(batch, channels, size, size).to(memory_format=memory_format)
+        others = [t.to(memory_format=memory_format) if t.ndim == 4 else t for t in others]
+        for mode in ("forward", "forward+backward"):
+            if mode == "forward":
+                timed = {key: functools.partial(form, x, *others) for key, form in forms.items()}
+            else:
+                leaves = [t.detach().requires_grad_() for t in (x, *others)]
+                timed = {key: with_backward(form, *leaves) for key, form in forms.items()}
+            times = watch.fastest(timed)
+            yield {
+                "row": f"{name:19} {channels}x{size}² {layout:13} {mode}",
+                "native_ms": times["native"] * 1e3,
+                "vs_ref": times["ref"] / times["native"],
+                "vs_torch": times["torch"] / times["native"],
+                "goal_torch": goal,
+                "best_torch": "torch",
+            }
 
 
 def bench_generator(batch: int, watch: Stopwatch):
@@ -267,6 +283,7 @@ BENCHMARKS = {
     "upfirdn2d": bench_upfirdn2d,
     "bias_act": bench_bias_act,
     "group_norm_silu": bench_group_norm_silu,
+    "conv3x3": bench_conv3x3,
     "generator": bench_generator,
 }
 
