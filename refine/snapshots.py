@@ -115,6 +115,7 @@ class Snapshots:
                 self.start_recall = results.get("recall")
             elif index == 0 and self._recall_is_kept(results) and math.isfinite(value):
                 self._keep_best(metric, value, snapshot)
+        distributed.wait_for_main()  # processes are not equally fast, and other exchanges are not so patient
 
     def _recall_is_kept(self, results: dict[str, Any]) -> bool:
         """Whether the share of the recall that `--keep-recall` asks for is still there; it decides what is the best."""

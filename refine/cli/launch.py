@@ -88,6 +88,7 @@ def _run(
         inputs = _load_inputs(config)
     with option("--metrics"), sharing():  # all processes look at the images of --ref
         metrics = [NamedMetric(name, config.ref, device=device) for name in config.metrics]
+    distributed.wait_for_main()
     config = _with_absolute_paths(config)
     student_name = ONE_STEP if config.gan == ONE_STEP else inputs["student_path"].stem
     desc = config.desc or f"{student_name}-{inputs['teacher_path'].stem}-batch{config.batch}"
