@@ -40,8 +40,9 @@ from tests.checkpoints.builders import Call, Format, Global, dumps, edm2_file, e
 from tests.checkpoints.rosinality_reference import random_generator
 
 with atheris.instrument_imports(include=["refine.checkpoints"]):
-    import refine.checkpoints.pickles  # noqa: F401 - some modules are imported when needed, and then not instrumented
-    from refine.checkpoints import describe, load_generator, load_teacher, peek, state_dicts
+    import refine.checkpoints.foreign.raw_pickle  # noqa: F401 - some modules are imported when needed, and then not instrumented
+    from refine.checkpoints import describe, load_generator, load_teacher, peek
+    from refine.checkpoints.foreign import state_dicts
 
 TRAP = "REFINE_FUZZ_TRAP"
 SECONDS, BYTES = 2.0, 1 << 30

@@ -33,7 +33,7 @@ from refine.config import PRECISIONS, RefineConfig
 from refine.diff_instruct import aux_loss
 from refine.networks.edm import EDMPrecond
 from refine.networks.stylegan2 import Generator
-from refine.trainer import Trainer
+from refine.training.trainer import Trainer
 
 
 def demo_pair():

@@ -31,7 +31,8 @@ import json, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from refine.checkpoints import containers, load_generator, load_teacher, nvidia_pickle, pickles, state_dicts
+from refine.checkpoints.foreign import container, nvidia, raw_pickle, state_dicts
+from refine.checkpoints import load_generator, load_teacher
 from refine.networks.edm import EDMPrecond
 from refine.networks.stylegan2 import Generator
 import benchmarks.load as sizes
@@ -41,7 +42,7 @@ def peak():
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith('VmHWM'))
 
 what, kind, path = sys.argv[1:]
-warm = nvidia_pickle.COMMON_RULES
+warm = nvidia.COMMON_RULES
 before, cpu, wall = peak(), time.process_time(), time.perf_counter()
 if what == 'read':
     data = Path(path).read_bytes()

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from digits import load_digits
 
 from refine.checkpoints import load_generator, load_teacher
-from refine.metrics.comparison import summarise
+from refine.evaluation.comparison import summarise
 from refine.metrics.detectors import load_detector
 from refine.metrics.evaluate import Measurement, measure
 from refine.metrics.references import Reference

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from refine.config import RefineConfig
 from refine.networks import edm, stylegan2
 from refine.noise import SigmaLaw
-from torch_utils.ops import native
-from torch_utils.ops.conv2d_resample import conv2d_resample
+from refine.torch_utils.ops import native
+from refine.torch_utils.ops.conv2d_resample import conv2d_resample
 
 
 def modulated_conv2d(x, weight, styles, noise=None, up=1, padding=0, resample_filter=None, demodulate=True, fused=None):
@@ -49,7 +49,7 @@ def plain_layers(networks):
 
 
 class NaiveIteration:
-    """`refine.trainer.Trainer.step` for one batch, with the mathematics of `refine.diff_instruct` and none of its care.
+    """`Trainer.step` for one batch, with the mathematics of `refine.diff_instruct` and none of its care.
 
     Args:
         config: Batch, rates and noise levels.

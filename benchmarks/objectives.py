@@ -19,11 +19,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dnnlib import replaced_atomically
 from refine.checkpoints import load_generator, load_teacher
 from refine.config import PRESETS, RefineConfig, SigmaOptions
+from refine.dnnlib import replaced_atomically
 from refine.metrics.named import NamedMetric
-from refine.trainer import Trainer
+from refine.training.trainer import Trainer
 
 VARIANTS = {
     "ikl": {},

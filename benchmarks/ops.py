@@ -26,11 +26,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from refine.networks.stylegan2 import Generator
-from torch_utils import custom_ops
-from torch_utils.ops.bias_act import bias_act
-from torch_utils.ops.conv3x3 import conv3x3
-from torch_utils.ops.group_norm_silu import group_norm_silu
-from torch_utils.ops.upfirdn2d import setup_filter, upfirdn2d
+from refine.torch_utils.build import custom_ops
+from refine.torch_utils.ops.bias_act import bias_act
+from refine.torch_utils.ops.conv3x3 import conv3x3
+from refine.torch_utils.ops.group_norm_silu import group_norm_silu
+from refine.torch_utils.ops.upfirdn2d import setup_filter, upfirdn2d
 
 Variants = dict[str, Callable[[], None]]
 

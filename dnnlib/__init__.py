@@ -1,7 +1,8 @@
 """Small helpers that know nothing of torch, GANs or diffusion: everything here is the standard library."""
 
-from dnnlib.util import (
+from refine.dnnlib.util import (
     EasyDict,
+    check_outdir,
     format_bytes,
     format_count,
     format_kimg,
@@ -13,6 +14,7 @@ from dnnlib.util import (
 
 __all__ = [
     "EasyDict",
+    "check_outdir",
     "format_bytes",
     "format_count",
     "format_kimg",

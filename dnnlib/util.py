@@ -136,3 +136,18 @@ def sha256_of_file(path: str | os.PathLike) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def check_outdir(path: str | os.PathLike) -> Path:
+    """The folder as a Path, if files can be written to it or it can be made; it is not made here.
+
+    Raises:
+        ValueError: Something else is there, or it cannot be written to.
+    """
+    folder = Path(path)
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise ValueError(f"{existing} is a file; expected a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"{existing} cannot be written to; expected a folder that can")
+    return folder

@@ -1,8 +1,8 @@
 """A generator that is no StyleGAN2: a convolutional decoder of digits, trained as a variational autoencoder.
 
-    python docs/example_generator.py --out=decoder.pt
-    export PYTHONPATH=docs DECODER=decoder.pt
-    python refine.py --gan=example_generator:decoder --teacher=digits-teacher --preset=demo
+python docs/example_generator.py --out=decoder.pt
+export PYTHONPATH=docs DECODER=decoder.pt
+python refine.py --gan=example_generator:decoder --teacher=digits-teacher --preset=demo
 """
 
 import argparse

@@ -9,10 +9,17 @@
 `import refine` is cheap: torch is imported when a function of this API is first used.
 """
 
+import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from refine.checkpoints import load_generator, load_teacher
+
+# Our `dnnlib` and `torch_utils` are `refine.dnnlib` and `refine.torch_utils` to every import, so that they neither hide
+# NVIDIA's packages of these names nor are hidden by them. In a wheel they lie in this folder; in a checkout, beside it.
+if not (Path(__file__).parent / "dnnlib").is_dir():
+    __path__.append(str(Path(__file__).parents[1]))
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load_generator", "load_teacher"]
@@ -20,9 +27,7 @@ __all__ = ["__version__", "load_generator", "load_teacher"]
 
 def __getattr__(name: str) -> Any:
     if name in ("load_generator", "load_teacher"):
-        from refine import checkpoints
-
-        return getattr(checkpoints, name)
+        return getattr(importlib.import_module("refine.checkpoints"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -82,11 +82,6 @@ def plan_bridge(student: tuple[int, int, int], teacher: tuple[int, int, int]) ->
     raise ValueError(f"--gan has {name} {found}, but --teacher has {expected}; expected {wanted}")
 
 
-def has_null_label(teacher: torch.nn.Module) -> bool:
-    """Whether a conditional teacher was trained to denoise without a label, too (with label dropout)."""
-    return teacher.label_dim > 0 and getattr(getattr(teacher, "model", None), "label_dropout", 0) > 0
-
-
 def reduce_images(x: torch.Tensor, size: int) -> torch.Tensor:
     """(N, C, R, R) → (N, C, size, size) by a Lanczos filter that is widened to keep aliases out. Differentiable.
 
@@ -112,41 +107,3 @@ def lanczos_matrix(size_in: int, size_out: int, lobes: int = 3) -> torch.Tensor:
     t = (torch.arange(size_in, dtype=torch.float64, device="cpu") + 0.5 - centres[:, None]) / scale
     weight = torch.where(t.abs() < lobes, torch.sinc(t) * torch.sinc(t / lobes), 0.0)
     return weight / weight.sum(dim=1, keepdim=True)
-
-
-def draw_labels(n: int, classes: int, prior: torch.Tensor | None, device: torch.device | str) -> torch.Tensor:
-    """One-hot labels (n, classes), uniform over the classes or by their `prior` (classes,), which need not sum to 1."""
-    if prior is None:
-        index = torch.randint(classes, [n, 1], device=device)
-    else:
-        index = torch.multinomial(prior.to(device), n, replacement=True)[:, None]
-    return torch.zeros(n, classes, device=device).scatter_(1, index, 1.0)  # F.one_hot checks its input on the host
-
-
-class Guided(torch.nn.Module):
-    """A denoiser under classifier-free guidance: D(x; σ) + w (D(x; σ, c) − D(x; σ)) (Ho & Salimans 2022).
-
-    Args:
-        teacher: Denoiser that was trained with label dropout.
-        guidance: w; 1 = none, more moves images towards what is typical of their class.
-
-    Raises:
-        ValueError: The teacher does not know a missing label.
-    """
-
-    def __init__(self, teacher: torch.nn.Module, guidance: float):
-        super().__init__()
-        if not has_null_label(teacher):
-            what = "was trained without label dropout" if teacher.label_dim else "has no classes"
-            raise ValueError(f"found {guidance:g}, but --teacher {what}; expected a teacher that knows a missing label")
-        self.teacher, self.guidance = teacher, guidance
-
-    def forward(self, x: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
-        if class_labels is None:
-            return self.teacher(x, sigma)
-        # one batch of both: no larger peak than aux's own backward pass, and half the launches
-        twice = self.teacher(
-            torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([torch.zeros_like(class_labels), class_labels])
-        )
-        free, labelled = twice.chunk(2)
-        return free + self.guidance * (labelled - free)

@@ -9,7 +9,7 @@ SCHEDULES = ("constant", "cosine", "linear")
 TRAINABLE = ("all", "synthesis", "mapping")
 NOISE_MODES = ("random", "const", "none")
 OBJECTIVES = ("ikl", "dmd", "sid", "sim")
-OPS_MODES = ("auto", "native", "ref")  # those of torch_utils.custom_ops, without importing it
+OPS_MODES = ("auto", "native", "ref")  # those of torch_utils.build.custom_ops, without importing it
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 
@@ -69,7 +69,7 @@ class RefineConfig:
     weighting: str = "1"  # of the objective over noise levels; see refine.noise.make_weighting
     guidance: float = 1.0  # of the teacher, where it knows a missing label. 1 = none
     label_dist: tuple[float, ...] | None = None  # how often each class is drawn. None = uniformly
-    keep_distances: float = 0.0  # pull towards the student's own pairwise distances; see refine.diversity
+    keep_distances: float = 0.0  # pull towards the student's own pairwise distances; see refine.training.diversity
     keep_recall: float = 0.0  # stop, and keep no snapshot as the best, below this share of the recall at the start
     sigma_init: float = 2.5  # noise level at which --gan=one-step uses the teacher's U-Net
     aux_steps: int = 1  # auxiliary steps per student step

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dnnlib import replaced_atomically
+from refine.dnnlib import replaced_atomically
 
 #: How `to_uint8` quantises, in words; printed beside every number that was measured on quantised images.
 QUANTISATION = "uint8: x*127.5+128, clamped to [0, 255], truncated"

@@ -7,8 +7,6 @@ import sys
 import time
 from pathlib import Path
 
-import refine.monitor
-import refine.training_run  # noqa: F401 - what the forks are to find imported
 from refine.cli.main import run_command
 
 CONTEXT = multiprocessing.get_context("forkserver")

@@ -5,8 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from refine.bridge import Guided, draw_labels, has_null_label, lanczos_matrix, plan_bridge, reduce_images
-from tests.test_trainer import make_run, make_student, make_teacher, run
+from refine.bridge import lanczos_matrix, plan_bridge, reduce_images
+from refine.guidance import Guided, has_null_label
+from refine.pair import draw_labels
+from tests.training.test_trainer import make_run, make_student, make_teacher, run
 
 
 @pytest.mark.parametrize(("size", "target"), [(64, 32), (64, 16), (96, 32), (8, 8)])

@@ -5,7 +5,7 @@ import torch
 
 from refine import load_generator
 from tests.conftest import ROOT
-from tests.test_trainer import make_run, make_teacher, run
+from tests.training.test_trainer import make_run, make_teacher, run
 
 
 @pytest.fixture

@@ -86,18 +86,19 @@ def test_packages_are_listed_and_exist(project, root):
     listed = set(project["tool"]["setuptools"]["packages"])
     for package in listed:
         assert (root / folders.get(package, package.replace(".", "/"))).is_dir(), package
-    found = {
-        ".".join(path.parent.relative_to(root).parts)
-        for top in ("dnnlib", "torch_utils", "refine")
-        for path in (root / top).rglob("*.py")
-    }
-    assert found == listed - {"refine.pretrained"}
-    for package in found:
-        assert (root / package.replace(".", "/") / "__init__.py").is_file(), package
+    found = {}
+    for top in ("dnnlib", "torch_utils", "refine"):
+        for path in (root / top).rglob("*.py"):
+            package = ".".join(path.parent.relative_to(root).parts)
+            found[package if top == "refine" else f"refine.{package}"] = path.parent
+    assert set(found) == listed - {"refine.pretrained"}
+    for package, folder in found.items():
+        assert (folder / "__init__.py").is_file(), package
+        assert root / folders.get(package, package.replace(".", "/")) == folder
 
 
 def test_sources_of_the_compiled_ops_are_packaged(project, root):
-    patterns = project["tool"]["setuptools"]["package-data"]["torch_utils.ops"]
+    patterns = project["tool"]["setuptools"]["package-data"]["refine.torch_utils.ops"]
     files = [path for path in (root / "torch_utils" / "ops").iterdir() if path.suffix in (".h", ".cpp", ".cu")]
     assert len(files) >= 5 and all(any(path.match(pattern) for pattern in patterns) for path in files)
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from refine.checkpoints.index import pretrained_dir, read_index
+from refine.checkpoints.sources.index import pretrained_dir, read_index
 from tests.conftest import ROOT
 
 FOLDER = ROOT / "pretrained" / "recipes" / "paper"

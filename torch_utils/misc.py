@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from torch_utils.distributed import is_main, sum_tensor
+from refine.torch_utils.distributed import is_main, sum_tensor
 
 
 class RunningMeans:

@@ -16,10 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from dnnlib import sha256_of_file
-from refine.bridge import has_null_label
 from refine.checkpoints import load_teacher, resolve
 from refine.checkpoints.native import save_networks
+from refine.dnnlib import sha256_of_file
+from refine.guidance import has_null_label
 
 
 @torch.no_grad()

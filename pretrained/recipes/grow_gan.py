@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from dnnlib import sha256_of_file
 from refine.checkpoints import load_generator, resolve
 from refine.checkpoints.native import save_networks
+from refine.dnnlib import sha256_of_file
 from refine.networks.stylegan2 import Generator
 
 

@@ -23,8 +23,8 @@ import torch.nn.functional as F  # noqa: E402
 from digits import load_digits  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from dnnlib import replaced_atomically  # noqa: E402
 from refine.checkpoints.native import save_networks  # noqa: E402
+from refine.dnnlib import replaced_atomically  # noqa: E402
 from refine.metrics.digits import DigitsDetector  # noqa: E402
 
 HELD_OUT_PER_CLASS = 100

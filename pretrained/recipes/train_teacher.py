@@ -22,13 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the recipes run 
 
 from digits import NUM_CLASSES, RESOLUTION, load_digits
 
-from dnnlib import replaced_atomically
 from refine.checkpoints.native import save_networks
-from refine.ema import ema_beta, update_ema
+from refine.dnnlib import replaced_atomically
 from refine.images import save_image_grid
 from refine.networks.edm import EDMPrecond
 from refine.networks.edm_loss import EDMLoss
 from refine.networks.sampler import heun_sampler
+from refine.training.ema import ema_beta, update_ema
 
 NETWORK = {
     "img_resolution": RESOLUTION,

@@ -16,7 +16,7 @@ import click
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import dnnlib
+from refine import dnnlib
 
 
 def updated(text: str, folder: Path) -> tuple[str, list[Path]]:

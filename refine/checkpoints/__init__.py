@@ -27,8 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from refine.checkpoints.index import resolve
 from refine.checkpoints.sniff import sniff
+from refine.checkpoints.sources.index import resolve
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +78,7 @@ def load_generator(path_or_name: str | os.PathLike) -> torch.nn.Module:
         ValueError: the file cannot be used; one sentence says what it is and what was expected.
     """
     if _is_reference(path_or_name):
-        from refine.checkpoints import custom
+        from refine.checkpoints.sources import custom
 
         return custom.load_custom(custom.parse(path_or_name))
     return _load(path_or_name, kind="generator")
@@ -126,7 +126,7 @@ def peek(path_or_name: str | os.PathLike, kind: str) -> NetworkInfo:
 def source_file(path_or_name: str | os.PathLike, kind: str | None = None) -> Path:
     """The file that a network comes from; for `package.module:function` without a file, the module's source."""
     if _is_reference(path_or_name):
-        from refine.checkpoints import custom
+        from refine.checkpoints.sources import custom
 
         return custom.source_of(custom.parse(path_or_name))
     return resolve(path_or_name, kind)
@@ -135,7 +135,7 @@ def source_file(path_or_name: str | os.PathLike, kind: str | None = None) -> Pat
 def _is_reference(path_or_name: str | os.PathLike) -> bool:
     if ":" not in str(path_or_name):  # the usual case, without importing torch
         return False
-    from refine.checkpoints import custom
+    from refine.checkpoints.sources import custom
 
     return custom.parse(path_or_name) is not None
 
@@ -176,7 +176,7 @@ def _read_native(path: Path, kind: str, build: bool) -> Any:
 
 
 def _read_container(path: Path, kind: str, build: bool) -> Any:
-    from refine.checkpoints.containers import open_container
+    from refine.checkpoints.foreign.opening import open_container
 
     with open_container(path, expected=_EXPECTED[kind]) as container:
         of_kind = [name for name, found in container.members.items() if found == kind]

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-import dnnlib
+from refine import dnnlib
 from refine.checkpoints import native, registry
-from refine.checkpoints.containers import open_container
+from refine.checkpoints.foreign.opening import open_container
 from refine.checkpoints.sniff import sniff
 
 

@@ -14,9 +14,11 @@ from collections.abc import Mapping
 
 import torch
 
-import dnnlib
-from refine.checkpoints import native, registry, rosinality, state_dicts
-from refine.checkpoints.containers import open_container, write_back
+from refine import dnnlib
+from refine.checkpoints import native, registry
+from refine.checkpoints.foreign import rosinality, state_dicts
+from refine.checkpoints.foreign.container import write_back
+from refine.checkpoints.foreign.opening import open_container
 from refine.checkpoints.sniff import sniff
 
 FORMATS = ("like", "native", "plain", "rosinality")

@@ -23,12 +23,12 @@ import safetensors
 import safetensors.torch
 import torch
 
-import dnnlib
+from refine import dnnlib
 from refine.checkpoints import registry
 from refine.checkpoints.sniff import HEADER_KEY, BrokenHeader, TensorInfo, read_safetensors_header, sniff
 
 FORMAT, VERSION = "gan-refine", 1
-CUSTOM = "custom"  # class of networks that the user's own code makes: see `refine.checkpoints.custom`
+CUSTOM = "custom"  # class of networks that the user's own code makes: see `refine.checkpoints.sources.custom`
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,

@@ -51,7 +51,7 @@ NETWORK_CLASSES: dict[str, NetworkClass] = {
 
 def kind_of(class_name: str) -> str:
     """'generator', 'discriminator', 'teacher', 'classifier', or 'unknown'."""
-    if class_name == "custom":  # a generator of the user's own code, which only `refine.checkpoints.custom` can build
+    if class_name == "custom":  # a generator of the user's own code, which only `sources.custom` can build
         return "generator"
     return NETWORK_CLASSES[class_name].kind if class_name in NETWORK_CLASSES else "unknown"
 

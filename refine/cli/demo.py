@@ -4,7 +4,8 @@ import time
 
 import click
 
-from refine.cli.main import option, run_command
+from refine.cli.main import run_command
+from refine.errors import option
 
 STUDENT, TEACHER, REFERENCE = "digits-gan", "digits-teacher", "digits-reference"
 
@@ -27,10 +28,10 @@ def demo(outdir: str, gan: str, num: int, seed: int, **given: str | float | None
 
     Controls: --lr=0 (the student rests), --aux-lr=0 (aux stays the teacher, so there is no gradient).
     """
-    from refine.cli.compare import compare
-    from refine.cli.launch import run
     from refine.cli.refine_cmd import make_config
-    from refine.report import text_table
+    from refine.evaluation.compare import compare
+    from refine.evaluation.report import text_table
+    from refine.training.assemble import run
 
     start = time.monotonic()
     own = {"gan": gan, "preset": "demo", "outdir": outdir, "seed": seed, "desc": f"demo-seed{seed}"}

@@ -40,7 +40,7 @@ def examine() -> dict[str, Any]:
     """
     import torch
 
-    from torch_utils import custom_ops, toolchain
+    from refine.torch_utils.build import custom_ops, toolchain
 
     facts = {
         "python": f"{platform.python_version()} ({platform.system()} {platform.machine()})",
@@ -63,7 +63,7 @@ def _cuda_facts() -> dict[str, Any]:
     """CUDA of torch, driver and toolkit; None for what is not there."""
     import torch
 
-    from torch_utils import custom_ops, toolchain
+    from refine.torch_utils.build import custom_ops, toolchain
 
     driver, nvcc = toolchain.driver_version(), custom_ops.find_compiler("cuda")
     facts = {"runtime": torch.version.cuda, "driver": None if driver is None else "{}.{}".format(*driver)}
@@ -87,7 +87,7 @@ def _gpus() -> list[dict[str, Any]]:
 
 
 def _compiler_facts() -> dict[str, str] | None:
-    from torch_utils import toolchain
+    from refine.torch_utils.build import toolchain
 
     compiler = toolchain.find_cxx()
     return None if compiler is None else {"command": str(compiler), "version": compiler.version}
@@ -95,7 +95,7 @@ def _compiler_facts() -> dict[str, str] | None:
 
 def _cache_facts() -> dict[str, Any]:
     """Where libraries are looked for, and which of these folders is written to."""
-    from torch_utils import op_cache
+    from refine.torch_utils.build import op_cache
 
     folders = [str(folder) for folder in op_cache.cache_folders()]
     try:
@@ -111,7 +111,7 @@ def try_op(op: str, device: str) -> dict[str, Any]:
         ok; path and built, or reason; max_error, of value and gradient, relative to the largest one; speedup and
         speedup_over_reference of forward and backward, plain torch's best form and the reference being 1.
     """
-    from torch_utils import custom_ops
+    from refine.torch_utils.build import custom_ops
 
     start = time.perf_counter()
     try:
@@ -141,10 +141,10 @@ def _example(op: str, device: str, impl: str) -> Callable[[], tuple[torch.Tensor
     """A typical call at 64×64, forward and backward: returns value and gradient of x."""
     import torch
 
-    from torch_utils.ops.bias_act import bias_act
-    from torch_utils.ops.conv3x3 import conv3x3
-    from torch_utils.ops.group_norm_silu import group_norm_silu
-    from torch_utils.ops.upfirdn2d import setup_filter, upfirdn2d
+    from refine.torch_utils.ops.bias_act import bias_act
+    from refine.torch_utils.ops.conv3x3 import conv3x3
+    from refine.torch_utils.ops.group_norm_silu import group_norm_silu
+    from refine.torch_utils.ops.upfirdn2d import setup_filter, upfirdn2d
 
     generator = torch.Generator().manual_seed(0)
     x = torch.randn([4, 64, 64, 64], generator=generator).to(device).requires_grad_()
@@ -236,7 +236,7 @@ def as_text(report: dict[str, Any]) -> str:
         ("cache", cache["writable"] or "none that can be written"),
         ("ops", f"{report['mode']}  (--ops or REFINE_OPS: auto, native, ref)"),
     ]
-    from torch_utils.custom_ops import OPS
+    from refine.torch_utils.build.custom_ops import OPS
 
     for op in OPS["cpu"]:
         rows += [(f"{op}", f"{device}: {_verdict(result)}") for device, result in report[op].items()]

@@ -22,7 +22,7 @@ def export(network: str, like: str | None, out: str, format_name: str | None) ->
     With --like=original.pkl the result is that pickle with refined numbers in it: whatever loads the original loads it.
     """
     from refine.checkpoints import resolve
-    from refine.cli.main import option
+    from refine.errors import option
 
     suffix = out.rpartition(".")[2].lower()
     defaults = {"pt": "rosinality", "safetensors": "native"}
@@ -63,9 +63,9 @@ def export(network: str, like: str | None, out: str, format_name: str | None) ->
 
 def _write_like(original, out: str, networks: dict) -> list[str]:
     """Puts those networks into the container that it has names for."""
-    from refine.checkpoints.containers import open_container
     from refine.checkpoints.export import write_like
-    from refine.cli.main import option
+    from refine.checkpoints.foreign.opening import open_container
+    from refine.errors import option
 
     with option("--like"), open_container(original) as container:
         wanted = {name: network for name, network in networks.items() if name in container.members}

@@ -5,15 +5,16 @@ mistyped option answer at once. They raise ValueError (or OSError) for what the 
 one line of it.
 """
 
-import contextlib
 import importlib
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
 import click
+
+from refine.errors import describe_os_error
 
 _COMMANDS = {  # name -> module, attribute
     "refine": ("refine.cli.refine_cmd", "refine"),
@@ -106,26 +107,6 @@ def describe_failure(error: BaseException) -> tuple[int, str]:
         return 1, f"Error: out of memory; try a smaller --batch-gpu or --batch ({details})"
     details = f"{type(error).__name__}: {_one_line(str(error))[:300]}"
     return 1, f"Error: this should not have happened ({details}); REFINE_DEBUG=1 shows the traceback"
-
-
-def describe_os_error(error: OSError) -> str:
-    """`path: reason`, without error numbers and Python's quoting."""
-    reason = error.strerror or str(error) or type(error).__name__
-    return f"{error.filename}: {reason}" if error.filename is not None else reason
-
-
-@contextlib.contextmanager
-def option(name: str) -> Iterator[None]:
-    """Puts the option's name before the message of a ValueError or OSError raised inside: `--gan: x.pkl is a text
-    file`.
-
-    A message that already begins with an option's name is left alone.
-    """
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        message = describe_os_error(error) if isinstance(error, OSError) else str(error)
-        raise ValueError(message if message.startswith("--") else f"{name}: {message}") from error
 
 
 def _load_command(name: str) -> click.Command:

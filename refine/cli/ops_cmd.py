@@ -5,7 +5,7 @@ import shutil
 
 import click
 
-from refine.cli.main import option
+from refine.errors import option
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -36,7 +36,7 @@ def build(device: str, portable: bool) -> int:
     """
     import torch
 
-    from torch_utils import custom_ops
+    from refine.torch_utils.build import custom_ops
 
     devices = ["cpu", "cuda"] if device == "auto" else [device]
     if device == "auto" and torch.version.cuda is None:
@@ -50,7 +50,7 @@ def build(device: str, portable: bool) -> int:
 
 def _build_one(op: str, device: str, portable: bool) -> bool:
     """Whether it is there now; says where, or why not."""
-    from torch_utils import custom_ops
+    from refine.torch_utils.build import custom_ops
 
     try:
         library = custom_ops.obtain(op, device, portable)
@@ -65,7 +65,7 @@ def _build_one(op: str, device: str, portable: bool) -> bool:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 def list_libraries(as_json: bool) -> None:
     """Lists the libraries in the cache, those of other versions and machines included."""
-    from torch_utils import op_cache
+    from refine.torch_utils.build import op_cache
 
     paths = [str(path) for folder in op_cache.cache_folders() for path in sorted(folder.glob("*-*-*/*.so"))]
     click.echo(json.dumps(paths, indent=2) if as_json else "\n".join(paths) or "none")
@@ -74,8 +74,8 @@ def list_libraries(as_json: bool) -> None:
 @ops.command()
 def clean() -> None:
     """Removes every compiled op from the cache; what is needed is built again at its next use."""
-    from torch_utils import op_cache
-    from torch_utils.custom_ops import OPS
+    from refine.torch_utils.build import op_cache
+    from refine.torch_utils.build.custom_ops import OPS
 
     count = 0
     for folder in op_cache.cache_folders():

@@ -6,11 +6,8 @@ from typing import Any
 
 import click
 
-from refine.cli.launch import run
-from refine.cli.main import option
 from refine.cli.option_values import betas, duration, label_dist, sigma_law, sigma_range
 from refine.cli.options import OPS_HELP
-from refine.cli.processes import one_voice
 from refine.config import (
     CHANGEABLE,
     NOISE_MODES,
@@ -23,6 +20,9 @@ from refine.config import (
     RefineConfig,
     SigmaOptions,
 )
+from refine.errors import option
+from refine.processes import one_voice
+from refine.training.assemble import run
 
 
 def _default(name: str) -> str:
@@ -191,7 +191,7 @@ def _find_states(resume: str, given: dict[str, Any]) -> tuple[list[Path], dict[s
     if fixed := [f"--{name.replace('_', '-')}" for name in given if name not in CHANGEABLE]:
         names = ", ".join(sorted(f"--{name.replace('_', '-')}" for name in CHANGEABLE))
         raise ValueError(f"--resume goes on with the options of the run; {fixed[0]} cannot be changed, only {names}")
-    from refine.run_dir import find_training_states
+    from refine.training.run_dir import find_training_states
 
     with option("--resume"):
         return find_training_states(outdir if resume == "latest" else resume), {**given, **_parse(given)}

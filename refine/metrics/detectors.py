@@ -23,10 +23,10 @@ from typing import Protocol
 
 import torch
 
-from dnnlib import sha256_of_file
 from refine.checkpoints import resolve
 from refine.checkpoints.native import load_networks, read_metadata
 from refine.checkpoints.sniff import sniff
+from refine.dnnlib import sha256_of_file
 from refine.metrics.digits import DigitsDetector
 from refine.metrics.exported import is_exported, load_exported
 from refine.metrics.inception import CLASSES, FEATURES, InceptionNetwork

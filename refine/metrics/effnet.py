@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from dnnlib import sha256_of_file
+from refine.dnnlib import sha256_of_file
 from refine.metrics.stored import read_stored, tensors_in
 
 SIZE = 224

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dnnlib import sha256_of_file
+from refine.dnnlib import sha256_of_file
 from refine.metrics.sampling import Batch
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from torch_utils import distributed
+from refine.torch_utils import distributed
 
 T = TypeVar("T")
 _AHEAD = 2  # batches that wait for the detector

@@ -28,10 +28,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from dnnlib import replaced_atomically, sha256_of_file
 from refine.checkpoints import load_generator, resolve
-from refine.checkpoints.fetch import cache_dir
 from refine.checkpoints.sniff import Sniffed, sniff
+from refine.checkpoints.sources.fetch import cache_dir
+from refine.dnnlib import replaced_atomically, sha256_of_file
 from refine.metrics.detectors import Detector
 from refine.metrics.image_sets import ImageSet, SampleArray
 from refine.metrics.pipeline import gathered, my_share, prefetched, rank_and_world

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from refine.checkpoints import nvidia_pickle, pickles, pt_files
-from refine.checkpoints.containers import saying
-from refine.checkpoints.inert import Refused, Stub
-from refine.checkpoints.restricted_unpickler import Machine
+from refine.checkpoints.foreign import nvidia, raw_pickle, torch_save
+from refine.checkpoints.foreign.container import saying
+from refine.checkpoints.pickles.inert import Refused, Stub
+from refine.checkpoints.pickles.machine import Machine
+from refine.checkpoints.pickles.tensors import Array, TensorRef
 from refine.checkpoints.sniff import sniff
-from refine.checkpoints.tensors import Array, TensorRef
 
 _LAYERS = {
     "activation": ("ReLU", "Softmax"),
@@ -35,7 +35,7 @@ LAYER_RULES = {
     stub.name: stub
     for module, names in _LAYERS.items()
     for name in names
-    for stub in [Stub(f"torch.nn.modules.{module}.{name}", new=nvidia_pickle.ModuleDict)]
+    for stub in [Stub(f"torch.nn.modules.{module}.{name}", new=nvidia.ModuleDict)]
 }
 _MAX_ARRAY_BYTES = 4 << 30
 
@@ -51,7 +51,7 @@ def read_stored(path: str | os.PathLike, expected: str) -> Any:
     found = sniff(path)
     with open(path, "rb") as stream, saying(str(path)):
         if found.kind == "torch":
-            value, _ = pt_files.read_zip(Path(path), stream, expected)
+            value, _ = torch_save.read_zip(Path(path), stream, expected)
         elif found.kind == "pickle":
             value = _read_pickle(Path(path), stream, expected)
         else:
@@ -61,9 +61,9 @@ def read_stored(path: str | os.PathLike, expected: str) -> Any:
 
 
 def _read_pickle(path: Path, stream: Any, expected: str) -> Any:
-    if pickles.is_legacy_torch(stream):
-        return pt_files.read_legacy(path, stream, expected)[0]
-    rules = nvidia_pickle.rules([]) | LAYER_RULES
+    if raw_pickle.is_legacy_torch(stream):
+        return torch_save.read_legacy(path, stream, expected)[0]
+    rules = nvidia.rules([]) | LAYER_RULES
     return Machine(stream, os.fstat(stream.fileno()).st_size, rules).load()
 
 
@@ -78,8 +78,8 @@ def _loaded(value: Any, budget: list[int], depth: int) -> Any:
         if budget[1] < 0:
             raise Refused(f"it holds more than {_MAX_ARRAY_BYTES >> 30} GiB of arrays")
         return value.read_exact()  # in the file's own dtype: statistics are float64
-    if isinstance(value, nvidia_pickle.Persistent | nvidia_pickle.ModuleDict):
-        return _loaded(nvidia_pickle.collect(value), budget, depth + 1)
+    if isinstance(value, nvidia.Persistent | nvidia.ModuleDict):
+        return _loaded(nvidia.collect(value), budget, depth + 1)
     if isinstance(value, dict):
         return {str(key): _loaded(item, budget, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from torch_utils.ops.conv3x3 import conv2d
-from torch_utils.ops.group_norm_silu import group_norm_silu
+from refine.torch_utils.ops.conv3x3 import conv2d
+from refine.torch_utils.ops.group_norm_silu import group_norm_silu
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Initialisation

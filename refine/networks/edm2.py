@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from refine.networks.edm import Preconditioner, _check_choice, _record_init_kwargs, scaled_dot_product
-from torch_utils.ops.conv3x3 import conv2d
+from refine.torch_utils.ops.conv3x3 import conv2d
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Operations that preserve magnitude (EDM2, section 2)

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from torch_utils.ops.bias_act import ACTIVATIONS, bias_act
-from torch_utils.ops.conv2d_resample import conv2d_resample
-from torch_utils.ops.upfirdn2d import downsample2d, setup_filter, upsample2d
+from refine.torch_utils.ops.bias_act import ACTIVATIONS, bias_act
+from refine.torch_utils.ops.conv2d_resample import conv2d_resample
+from refine.torch_utils.ops.upfirdn2d import downsample2d, setup_filter, upsample2d
 
 NOISE_MODES = ("random", "const", "none")
 ARCHITECTURES = ("orig", "skip", "resnet")

@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from refine.checkpoints import export, load_generator, load_teacher, native
-from refine.checkpoints.containers import open_container
+from refine.checkpoints.foreign.opening import open_container
 from refine.cli.main import run_command
-from tests.checkpoints import test_tf_pickle as tf
 from tests.checkpoints.builders import Format, edm_file, stylegan2_file, write
-from tests.checkpoints.rosinality_reference import random_generator
-from tests.checkpoints.test_nvidia_pickle import (
+from tests.checkpoints.foreign import test_tensorflow as tf
+from tests.checkpoints.foreign.test_nvidia import (
     FORMATS,
     PICKLES,
     assert_same,
@@ -20,6 +19,7 @@ from tests.checkpoints.test_nvidia_pickle import (
     golden_teacher,
     load_members,
 )
+from tests.checkpoints.rosinality_reference import random_generator
 
 
 def globals_of(path):

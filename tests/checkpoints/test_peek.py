@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from refine.checkpoints import load_generator, load_teacher, native, peek, registry, state_dicts
+from refine.checkpoints import load_generator, load_teacher, native, peek, registry
+from refine.checkpoints.foreign import state_dicts
 from refine.networks.edm import VPPrecond
 from refine.networks.stylegan2 import Generator
 from tests.checkpoints.builders import Format, edm_file, stylegan2_file

@@ -8,10 +8,11 @@ import sys
 
 import pytest
 
-from refine.cli import doctor_cmd, options
+from refine import device
+from refine.cli import doctor_cmd
 from refine.cli import main as cli
 from refine.config import OPS_MODES, RefineConfig
-from torch_utils import custom_ops, op_cache, toolchain
+from refine.torch_utils.build import custom_ops, op_cache, toolchain
 
 needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
@@ -81,14 +82,14 @@ def test_native_that_cannot_be_had_is_one_line(capsys, fresh, monkeypatch):
 
 
 def test_choose_ops(fresh, monkeypatch):
-    options.choose_ops(None, "cpu")
+    device.choose_ops(None, "cpu")
     assert custom_ops.get_mode() == "auto"
-    options.choose_ops("ref", "cuda:1")
+    device.choose_ops("ref", "cuda:1")
     assert custom_ops.get_mode() == "ref" and custom_ops.load("bias_act") is None
     monkeypatch.setattr(custom_ops, "_mode", None)
     monkeypatch.setenv("REFINE_OPS", "quick")
     with pytest.raises(ValueError, match="REFINE_OPS is 'quick'"):
-        options.choose_ops(None, "cpu")
+        device.choose_ops(None, "cpu")
 
 
 @needs_gxx

@@ -8,8 +8,8 @@ import torch
 from refine.checkpoints import native
 from refine.cli.main import run_command
 from tests.checkpoints.builders import Format, stylegan2_file, write
+from tests.checkpoints.foreign.test_nvidia import golden_network
 from tests.checkpoints.rosinality_reference import random_generator
-from tests.checkpoints.test_nvidia_pickle import golden_network
 from tests.golden import ROOT
 
 PICKLES = ROOT / "pickles"

@@ -7,6 +7,7 @@ import sys
 import click
 import pytest
 
+from refine import errors
 from refine.cli import main as cli
 
 SCRIPTS = ["refine.py", "compare_fid.py", "generate.py"]
@@ -121,10 +122,10 @@ def test_option_names_the_option():
         (ValueError("--teacher: y is bad"), "--teacher: y is bad"),
         (IsADirectoryError(21, "Is a directory", "x"), "--gan: x: Is a directory"),
     ]:
-        with pytest.raises(ValueError) as caught, cli.option("--gan"):
+        with pytest.raises(ValueError) as caught, errors.option("--gan"):
             raise error
         assert str(caught.value) == text and caught.value.__cause__ is error
-    with pytest.raises(KeyError), cli.option("--gan"):
+    with pytest.raises(KeyError), errors.option("--gan"):
         raise KeyError("not for the user")
 
 

@@ -13,7 +13,7 @@ from refine.checkpoints.native import save_networks
 from refine.cli.main import run_command
 from refine.networks import edm2
 from refine.networks.edm import EDMPrecond
-from tests.test_trainer import make_student, make_teacher
+from tests.training.test_trainer import make_student, make_teacher
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-import dnnlib
+from refine import dnnlib
 
 
 def test_easy_dict_items_are_attributes():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from refine.checkpoints.index import read_index
+from refine.checkpoints.sources.index import read_index
 from refine.metrics import detectors
 from refine.metrics.detectors import load_detector, metric_names, observe, score_name
 from refine.metrics.inception import InceptionNetwork, resize_like_tensorflow1

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from refine.evaluation.paired import bootstrap_interval, paired_difference
 from refine.metrics.contributions import frechet_contributions, kernel_contributions
 from refine.metrics.frechet import frechet_distance
 from refine.metrics.frechet_infinity import frechet_infinity
 from refine.metrics.inception_score import inception_score
 from refine.metrics.kernel import kernel_distance
-from refine.metrics.paired import bootstrap_interval, paired_difference
 from refine.metrics.precision_recall import precision_recall
 from refine.metrics.statistics import FeatureStatistics
 from tests.golden import read_json

@@ -14,8 +14,8 @@ from refine.metrics.pipeline import my_share, prefetched, sharing
 from refine.metrics.references import load_reference, save_reference
 from refine.metrics.sampling import sample_images
 from refine.metrics.statistics import FeatureStatistics
+from refine.torch_utils import distributed
 from tests.metrics.networks import PixelDetector, PlainGenerator
-from torch_utils import distributed
 
 
 def test_items_come_in_order_and_errors_where_they_happened():

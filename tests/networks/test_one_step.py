@@ -8,15 +8,15 @@ import torch
 from refine import load_generator, load_teacher
 from refine.checkpoints import peek
 from refine.checkpoints.native import save_networks
-from refine.cli.compare import Side, check_same_images
-from refine.cli.generate import generate
 from refine.config import PRESETS, RefineConfig
+from refine.evaluation.compare import Side, check_same_images
+from refine.evaluation.generate import generate
 from refine.metrics.sampling import latents_of_seeds
 from refine.networks import edm2
 from refine.networks.edm import EDMPrecond, VPPrecond, iDDPMPrecond
 from refine.networks.one_step import OneStepGenerator
 from tests.cli.test_refine import call
-from tests.test_trainer import make_run, make_teacher, run
+from tests.training.test_trainer import make_run, make_teacher, run
 
 KWARGS = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1}
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from torch_utils.ops import native
+from refine.torch_utils.ops import native
 
 
 class Activation(NamedTuple):

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from torch_utils.ops.conv3x3 import conv2d
-from torch_utils.ops.upfirdn2d import (
+from refine.torch_utils.ops.conv3x3 import conv2d
+from refine.torch_utils.ops.upfirdn2d import (
     Pair,
     add_padding,
     down_padding,

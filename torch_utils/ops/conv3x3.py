@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from torch_utils.ops import native
+from refine.torch_utils.ops import native
 
 # With AVX-512 torch's convolutions are up to twice as fast; the kernel's vectors have 32 bytes everywhere.
 _IS_MEASURED = torch.backends.cpu.get_cpu_capability() == "AVX2"

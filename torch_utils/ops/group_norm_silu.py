@@ -11,7 +11,7 @@ import struct
 import torch
 import torch.nn.functional as F
 
-from torch_utils.ops import native
+from refine.torch_utils.ops import native
 
 # With fewer numbers the call costs more than the passes over memory do.
 _WORTH_A_CALL = 16384

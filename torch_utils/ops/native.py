@@ -1,6 +1,6 @@
 """How the ops call their compiled kernels: one packed record per call, through a C function without torch in it.
 
-The kernels are built at first use by `torch_utils.custom_ops`; where they cannot be had, callers take plain torch.
+The kernels are built at first use by `refine.torch_utils.build`; where they cannot be had, callers take plain torch.
 """
 
 import functools
@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from torch_utils import custom_ops
+from refine.torch_utils.build import custom_ops
 
 # The ops that torch.library knows, `torch.ops.refine.*`.
 LIBRARY = torch.library.Library("refine", "DEF")

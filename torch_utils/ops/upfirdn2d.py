@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from torch_utils.ops import native
+from refine.torch_utils.ops import native
 
 Pair = int | Sequence[int]
 

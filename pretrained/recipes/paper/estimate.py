@@ -28,12 +28,12 @@ else:
     import tomli as tomllib
 
 from refine.checkpoints.registry import build_empty  # noqa: E402
-from refine.cli.launch import ONE_STEP  # noqa: E402
 from refine.cli.refine_cmd import make_config  # noqa: E402
 from refine.cli.refine_cmd import refine as refine_command  # noqa: E402
 from refine.config import RefineConfig  # noqa: E402
 from refine.networks.one_step import OneStepGenerator  # noqa: E402
-from refine.trainer import Trainer  # noqa: E402
+from refine.training.assemble import ONE_STEP  # noqa: E402
+from refine.training.trainer import Trainer  # noqa: E402
 
 
 def read_recipe(path: Path) -> dict:

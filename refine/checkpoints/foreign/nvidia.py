@@ -1,0 +1,285 @@
+"""Pickles of NVIDIA's PyTorch programs: StyleGAN2-ADA (also as trained by the StyleGAN3 code), EDM and EDM2.
+
+Each of their objects is a call of one function with a table: class name, attributes, and the source text of its class,
+which their own loader executes. Here only the first two are looked at. From the tree of attributes come constructor
+arguments and tensors of our own classes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from refine.checkpoints.foreign.container import FileNetwork, plain
+from refine.checkpoints.pickles.inert import Buildable, Refused, Stub, shown
+from refine.checkpoints.pickles.machine import COMMON_RULES
+from refine.checkpoints.pickles.tensors import NUMPY_RULES, TENSOR_RULES, VALUE_RULES, TensorRef
+from refine.networks import edm, edm2, stylegan2
+
+PERSISTENCE_VERSION = 6  # of every public file
+_MAX_DEPTH, _MAX_TENSORS = 12, 20_000
+
+GENERATOR_ARGS = ("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels", "mapping_kwargs", "synthesis_kwargs")
+_PRECONDS = {"EDMPrecond": edm.EDMPrecond, "VPPrecond": edm.VPPrecond, "VEPrecond": edm.VEPrecond}
+_PRECONDS["iDDPMPrecond"] = edm.iDDPMPrecond
+
+
+class Persistent:
+    """An object of one of NVIDIA's classes: its name and its attributes."""
+
+    __slots__ = ("class_name", "state")
+
+    def __init__(self, class_name: str, state: dict):
+        self.class_name, self.state = class_name, state
+
+
+class ModuleDict(Buildable):
+    """`torch.nn.ModuleDict`, the one module that EDM files name directly."""
+
+    __slots__ = ("state",)
+
+    def __init__(self) -> None:
+        self.state: dict = {}
+
+    def build(self, state: Any) -> None:
+        if not isinstance(state, dict) or self.state:
+            raise Refused("it gives a ModuleDict an unusual state")
+        self.state = state
+
+
+def rules(seen: list[str]) -> dict[str, Stub]:
+    """The allowed globals of these files; names of classes met are appended to `seen`."""
+
+    def reconstruct(meta: Any) -> Persistent:
+        if not isinstance(meta, dict) or meta.get("type") != "class":
+            raise Refused("it reconstructs an object without saying that it is one of a class")
+        if type(meta.get("version")) is not int or meta["version"] != PERSISTENCE_VERSION:
+            raise Refused(f"its objects are not of version {PERSISTENCE_VERSION} of NVIDIA's persistence")
+        if not isinstance(meta.get("class_name"), str) or not isinstance(meta.get("state"), dict):
+            raise Refused("it reconstructs an object without class name or state")
+        seen.append(str(meta["class_name"]))
+        return Persistent(str(meta["class_name"]), meta["state"])
+
+    stubs = (
+        Stub("torch_utils.persistence._reconstruct_persistent_obj", call=reconstruct),
+        Stub("dnnlib.util.EasyDict", new=dict),
+        Stub("torch.nn.modules.container.ModuleDict", new=ModuleDict),
+    )
+    return {**COMMON_RULES, **TENSOR_RULES, **NUMPY_RULES, **VALUE_RULES, **{stub.name: stub for stub in stubs}}
+
+
+def members(value: Mapping[Any, Any]) -> tuple[str, dict[str, tuple[str, Callable[[], FileNetwork]]]] | None:
+    """What a snapshot's table holds: (family, name → (kind, how to describe the network)); None = no such table."""
+    found = {str(key): item for key, item in value.items() if isinstance(item, Persistent)}
+    ema = found.get("ema")
+    if ema is not None and ema.class_name in _PRECONDS:
+        return "an EDM pickle", {"ema": ("teacher", _later(describe_teacher, ema))}
+    encoder = found.get("encoder")
+    if ema is not None and _is_edm2(ema) and (encoder is None or encoder.class_name == _PIXELS):
+        return "an EDM2 pickle", {"ema": ("teacher", _later(describe_teacher, ema))}
+    generators = {name: found[name] for name in ("G_ema", "G") if name in found}
+    if not generators or not all(_is_stylegan2(item) for item in generators.values()):
+        return None
+    result = {name: ("generator", _later(describe_generator, item)) for name, item in generators.items()}
+    if "D" in found:
+        result["D"] = ("discriminator", _later(describe_discriminator, found["D"]))
+    return "a StyleGAN2 pickle", result
+
+
+def _later(describe: Callable[[Persistent], FileNetwork], item: Persistent) -> Callable[[], FileNetwork]:
+    return lambda: describe(item)
+
+
+def family(value: Any, seen: list[str], named: Iterable[str] = ()) -> str | None:
+    """What a file of NVIDIA's is that cannot be read, as far as the classes and globals it names tell."""
+    names = set(seen)
+    table = value if isinstance(value, dict) else {}
+    if "SynthesisInput" in names:
+        xl = {"SuperresGenerator", "ProjectedDiscriminator"} & names
+        xl = xl or any(name.startswith(_XL_MODULES) for name in named)
+        return "a StyleGAN-XL generator" if xl else "a StyleGAN3 generator"
+    if {"ProjectedDiscriminator", "FastganSynthesis"} & names:
+        return "a Projected GAN or StyleGAN-XL checkpoint"
+    if {"MPConv", "MPFourier", "EDM2Loss"} & names or ("Precond" in names and not names & set(_PRECONDS)):
+        latent = bool(names & {"StabilityVAEEncoder"})
+        return f"an EDM2 diffusion model{' of latents, not of pixels' if latent else ''}"
+    if names & set(_PRECONDS):
+        return "an EDM file without 'ema', perhaps a training state"
+    if {"TriPlaneGenerator", "OSGDecoder"} & names:
+        return "an EG3D generator"
+    if isinstance(value, Persistent):
+        return f"a pickled object of the class {shown(value.class_name)}"
+    if any(isinstance(item, Persistent) for item in table.values()):
+        objects = {shown(str(key)): item for key, item in table.items() if isinstance(item, Persistent)}
+        held = ", ".join(f"{key} ({shown(item.class_name)})" for key, item in objects.items())
+        return f"a pickle of NVIDIA's programs that holds {held[:160]}"
+    if {"raw_mean", "raw_cov"} <= set(table):
+        return "a file of cached statistics of StyleGAN's metrics"
+    return None
+
+
+_PIXELS = "StandardRGBEncoder"  # of EDM2's networks whose images are images
+_XL_MODULES = ("timm.", "pg_modules.", "feature_networks.")  # of the pretrained features of its discriminator
+
+
+# StyleGAN2.
+
+
+def _is_stylegan2(item: Persistent) -> bool:
+    return item.class_name == "Generator" and _child(item, "synthesis", "b4") is not None
+
+
+def describe_generator(item: Persistent) -> FileNetwork:
+    """Arguments and tensors of a generator, in any of the three styles in which its arguments were written."""
+    kwargs = _init_kwargs(item, GENERATOR_ARGS)
+    mapping, synthesis = _table(kwargs.pop("mapping_kwargs", None)), kwargs.pop("synthesis_kwargs", None)
+    options = {key: kwargs.pop(key) for key in list(kwargs) if key not in GENERATOR_ARGS}
+    # The StyleGAN3 code writes options of the synthesis network among the others, and has defaults of its own.
+    last = f"b{kwargs.get('img_resolution')}"
+    flattened = synthesis is None and bool(options or _attribute(item, ("synthesis", last), "use_fp16"))
+    options.pop("fused_modconv_default", None)
+    synthesis = {**_table(synthesis), **options}
+    if flattened:
+        synthesis = {"num_fp16_res": 4, "conv_clamp": 256, **synthesis}
+    for path, name, table in (
+        (("synthesis", "b4", "conv1"), "conv_clamp", synthesis),
+        (("mapping",), "w_avg_beta", mapping),
+    ):
+        live = _attribute(item, path, name, missing=_MISSING)
+        if live is not _MISSING and (name in table or live != _DEFAULTS[name]):
+            table[name] = live
+    kwargs.update(mapping_kwargs=mapping, synthesis_kwargs=synthesis)
+    return FileNetwork("stylegan2.Generator", kwargs, collect(item))
+
+
+_MISSING = object()
+_DEFAULTS = {"conv_clamp": None, "w_avg_beta": 0.995}  # of our own classes, and of StyleGAN2-ADA's
+
+
+def describe_discriminator(item: Persistent) -> FileNetwork:
+    """Arguments and tensors of a discriminator."""
+    if item.class_name != "Discriminator" or _child(item, "b4") is None:
+        raise Refused(f"it is a {shown(item.class_name)}, not a discriminator of StyleGAN2")
+    kwargs = _init_kwargs(item, tuple(inspect.signature(stylegan2.Discriminator).parameters))
+    blocks = [block for name in _modules(item) if name != "b4" and (block := _child(item, name, "conv1")) is not None]
+    if blocks and "conv_clamp" not in kwargs and _attribute(blocks[0], (), "conv_clamp") is not None:
+        # Another default than StyleGAN2-ADA's: the StyleGAN3 code.
+        kwargs["conv_clamp"] = _attribute(blocks[0], (), "conv_clamp")
+        kwargs.setdefault("num_fp16_res", 4)
+    return FileNetwork("stylegan2.Discriminator", kwargs, collect(item))
+
+
+# EDM and EDM2.
+
+# Arguments that are used only later, so that the constructor would take anything for them.
+_NUMBERS = {"dropout", "label_dropout", "sigma_min", "sigma_max", "sigma_data", "beta_d", "beta_min", "epsilon_t"}
+_NUMBERS |= {"label_balance", "concat_balance", "res_balance", "attn_balance", "clip_act"}
+
+
+def _is_edm2(item: Persistent) -> bool:
+    return item.class_name == "Precond" and _child(item, "unet", "enc") is not None
+
+
+def describe_teacher(item: Persistent) -> FileNetwork:
+    """Arguments and tensors of a preconditioned denoiser; attributes win over the arguments that once set them."""
+    cls = edm2.Precond if _is_edm2(item) else _PRECONDS[item.class_name]
+    names = [name for name, p in inspect.signature(cls).parameters.items() if p.kind is not p.VAR_KEYWORD]
+    kwargs = _init_kwargs(item, tuple(names))
+    for name in names:
+        live = item.state.get(name)
+        if name != "model_type" and isinstance(live, bool | int | float | TensorRef):
+            value = plain(live, name)
+            if name in kwargs or value != inspect.signature(cls).parameters[name].default:
+                kwargs[name] = value
+    for name in _NUMBERS & kwargs.keys():
+        value = 0 if name == "clip_act" and kwargs[name] is None else kwargs[name]
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise Refused(f"its {name} is no number")
+    attributes = {}
+    for name in ("sigma_min", "sigma_max"):
+        if name not in names and name in item.state:
+            value = plain(item.state[name], name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+                raise Refused(f"its {name} is no positive number")
+            attributes[name] = float(value)
+    class_name = "edm2.Precond" if cls is edm2.Precond else f"edm.{item.class_name}"
+    return FileNetwork(class_name, kwargs, collect(item), attributes=attributes)
+
+
+# The tree of modules.
+
+
+def collect(item: Any) -> dict[str, TensorRef]:
+    """All parameters and buffers of a module and of those below it, named as in its state_dict.
+
+    Raises:
+        Refused: the tree is no tree of modules, or too deep or too large.
+    """
+    tensors: dict[str, TensorRef] = {}
+    visited = 0
+
+    def walk(module: Any, prefix: str, depth: int) -> None:
+        nonlocal visited
+        visited += 1
+        if depth > _MAX_DEPTH or visited > _MAX_TENSORS:
+            raise Refused("its modules are nested too deeply, or too many")
+        transient = module.state.get("_non_persistent_buffers_set", ())
+        for kind in ("_parameters", "_buffers"):
+            for name, value in _entries(module, kind):
+                if value is None or (kind == "_buffers" and isinstance(transient, set) and name in transient):
+                    continue
+                if not isinstance(value, TensorRef) or prefix + name in tensors or len(tensors) >= _MAX_TENSORS:
+                    raise Refused(f"{shown(prefix + name)} is no tensor, or there are too many")
+                tensors[prefix + name] = value
+        for name, child in _entries(module, "_modules"):
+            if child is not None:
+                if not isinstance(child, Persistent | ModuleDict):
+                    raise Refused(f"{shown(prefix + name)} is no module")
+                walk(child, f"{prefix}{name}.", depth + 1)
+
+    walk(item, "", 0)
+    return tensors
+
+
+def _entries(module: Persistent | ModuleDict, kind: str) -> list[tuple[str, Any]]:
+    table = module.state.get(kind, {})
+    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table):
+        raise Refused(f"a module's {kind} is no table")
+    return [(str(name), value) for name, value in table.items()]
+
+
+def _modules(item: Persistent | ModuleDict) -> dict[str, Any]:
+    return dict(_entries(item, "_modules"))
+
+
+def _child(item: Persistent | ModuleDict, *path: str) -> Persistent | ModuleDict | None:
+    for name in path:
+        item = _modules(item).get(name)
+        if not isinstance(item, Persistent | ModuleDict):
+            return None
+    return item
+
+
+def _attribute(item: Persistent | ModuleDict, path: tuple[str, ...], name: str, missing: Any = None) -> Any:
+    """A plain attribute of a module below, or `missing`."""
+    child = _child(item, *path)
+    return plain(child.state[name], name) if child is not None and name in child.state else missing
+
+
+def _table(value: Any) -> dict[str, Any]:
+    if value is not None and not isinstance(value, dict):
+        raise Refused("its init kwargs hold something else where a table is expected")
+    return dict(value or {})
+
+
+def _init_kwargs(item: Persistent, names: tuple[str, ...]) -> dict[str, Any]:
+    """The arguments that the object was constructed with, positional ones by name."""
+    kwargs, args = item.state.get("_init_kwargs", {}), item.state.get("_init_args", ())
+    if not isinstance(kwargs, dict) or not isinstance(args, tuple) or len(args) > len(names):
+        raise Refused("its objects do not tell the arguments that they were made with")
+    given = plain(dict(zip(names, args, strict=False))) | plain(kwargs)
+    if len(given) < len(args) + len(kwargs):
+        raise Refused("its objects tell an argument twice")
+    return given

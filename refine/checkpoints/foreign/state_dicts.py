@@ -1,0 +1,238 @@
+"""One network as a flat table of its own tensor names: safetensors or `.npz`, with the constructor arguments beside it.
+
+The arguments are a JSON object, either {"class": "stylegan2.Generator", "init_kwargs": {…}} or the init kwargs alone
+(then of a StyleGAN2 generator, or of an EDMPrecond where `model_type` is among them), found, in this order,
+
+    in the call              `open_container(path, init_kwargs={…}, class_name='edm.VPPrecond')`
+    in the file              safetensors: the metadata 'class' and 'init_kwargs'; npz: an array of text 'init_kwargs'
+    beside the file          `NAME.json` beside `NAME.safetensors`
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import zipfile
+import zlib
+from collections.abc import Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+from refine.checkpoints import registry
+from refine.checkpoints.foreign import diffusers_folder
+from refine.checkpoints.foreign.container import Container, FileNetwork, plain, saying
+from refine.checkpoints.native import _DTYPES
+from refine.checkpoints.pickles.inert import Blob, Refused, shown
+from refine.checkpoints.pickles.tensors import Storage, TensorRef
+from refine.checkpoints.sniff import BrokenHeader, TensorInfo, read_safetensors_header
+
+_MAX_JSON_BYTES = 1 << 20
+_MAX_INFLATION, _SPARE_BYTES = 4, 64 << 20  # compressed weights: 1.1 times, or 2 where they are rounded
+_NPY_DTYPES = {"f2": torch.float16, "f4": torch.float32, "f8": torch.float64}
+
+
+def open_safetensors(path: Path, stream: BinaryIO, expected: str, **given: Any) -> Container:
+    """The network of a plain safetensors file.
+
+    Raises:
+        ValueError: it is broken, or nothing tells its class and arguments.
+    """
+    try:
+        infos, metadata = read_safetensors_header(path)
+    except BrokenHeader as error:
+        raise ValueError(f"{path} is a safetensors file {error}") from None
+    with saying(str(path)):
+        from_diffusers = None if given else diffusers_folder.describe(path)
+    if from_diffusers is not None:
+        return _open_diffusers(path, stream, infos, from_diffusers)
+    _check_arguments(path, metadata, given, "a safetensors file of another program", expected)
+    with saying(str(path)):
+        return _container(path, stream, _refs(stream, infos), dict(metadata), "a plain safetensors file", given)
+
+
+def _refs(stream: BinaryIO, infos: Mapping[str, TensorInfo]) -> dict[str, TensorRef]:
+    refs = {}
+    for name, info in infos.items():
+        if info.dtype not in _DTYPES:
+            raise Refused(f"{shown(name)} has dtype {info.dtype}")
+        refs[name] = _ref(stream, _DTYPES[info.dtype], info.shape, info.start, info.end - info.start)
+    return refs
+
+
+def _open_diffusers(path: Path, stream: BinaryIO, infos: Mapping[str, TensorInfo], init_kwargs: dict) -> Container:
+    """The denoiser of a folder of diffusers, opened by its weights file."""
+    with saying(str(path)):
+        refs = {diffusers_folder.our_name(name): ref for name, ref in _refs(stream, infos).items()}
+        network = FileNetwork("ddpm.DDPMPrecond", plain(init_kwargs), refs)
+        return Container(path, stream, "a UNet2DModel of diffusers", {"ema": ("teacher", lambda: network)})
+
+
+def open_npz(path: Path, stream: BinaryIO, expected: str, **given: Any) -> Container:
+    """The network of a NumPy archive.
+
+    Raises:
+        ValueError: it is broken, holds other arrays than numbers, or nothing tells its class and arguments.
+    """
+    size = os.fstat(stream.fileno()).st_size
+    refs, metadata = {}, {}
+    try:
+        with zipfile.ZipFile(stream) as archive, saying(str(path)):
+            inflated = sum(info.file_size for info in archive.infolist())
+            if inflated > _MAX_INFLATION * size + _SPARE_BYTES:
+                raise Refused("its arrays claim many times the memory that the file is long")
+            for info in archive.infolist():
+                name = info.filename.removesuffix(".npy")
+                dtype, shape, fortran, start = _npy_header(archive, info)
+                if dtype.startswith(("U", "S")):
+                    metadata[name] = _npy_text(archive, info)
+                    continue
+                if dtype not in _NPY_DTYPES:
+                    raise Refused(f"{shown(name)} has dtype {shown(dtype)}; expected floating point numbers")
+                refs[name] = _npy_ref(archive, stream, info, _NPY_DTYPES[dtype], shape, fortran, start, size)
+    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError, EOFError, KeyError, zlib.error):
+        raise ValueError(f"{path} is a broken or cut-off NumPy archive; expected {expected}") from None
+    _check_arguments(path, metadata, given, "a NumPy archive (.npz)", expected)
+    with saying(str(path)):
+        return _container(path, stream, refs, metadata, "a NumPy archive of one network", given, inflated)
+
+
+def _npy_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[str, tuple[int, ...], bool, int]:
+    """dtype ('f4', or 'U…' for text), shape, whether in Fortran order, and where the data begin."""
+    with archive.open(info) as entry:
+        magic = entry.read(8)
+        if magic[:6] != b"\x93NUMPY" or magic[6:7] not in (b"\x01", b"\x02", b"\x03"):
+            raise Refused(f"{shown(info.filename)} is no array")
+        width = 2 if magic[6] == 1 else 4
+        length = int.from_bytes(entry.read(width), "little")
+        if length > 10_000:
+            raise Refused(f"{shown(info.filename)} has an overlong header")
+        text = entry.read(length).decode("latin-1")
+    match = re.fullmatch(
+        r"\{'descr': '([<|=])([A-Za-z]\d+)', 'fortran_order': (True|False), 'shape': (\([\d, ]*\)), \}\s*", text
+    )
+    if not match:
+        raise Refused(f"{shown(info.filename)} is no plain array of numbers")
+    try:
+        shape = ast.literal_eval(match[4])
+    except (SyntaxError, ValueError):
+        raise Refused(f"{shown(info.filename)} has an impossible shape") from None
+    shape = shape if isinstance(shape, tuple) else (shape,)
+    return match[2], shape, match[3] == "True", 8 + width + length
+
+
+def _npy_text(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> str:
+    if info.file_size > _MAX_JSON_BYTES:
+        raise Refused(f"{shown(info.filename)} is an overlong text")
+    with archive.open(info) as entry:
+        try:
+            array = np.lib.format.read_array(entry, allow_pickle=False)
+        except ValueError:
+            raise Refused(f"{shown(info.filename)} is a broken array") from None
+    return str(array.reshape(-1)[0]) if array.size == 1 else ""
+
+
+def _npy_ref(archive, stream, info, dtype, shape, fortran, start, size) -> TensorRef:
+    if info.compress_type == zipfile.ZIP_STORED:
+        stream.seek(info.header_offset + 26)
+        lengths = stream.read(4)
+        start += info.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
+        end = info.header_offset + info.file_size
+        if end > size:
+            raise Refused("the archive is cut off")
+        return _ref(stream, dtype, shape, start, None, fortran, limit=size)
+    data = archive.read(info)  # no longer than the entry says, or zipfile raises
+    return _ref(BytesIO(data), dtype, shape, start, None, fortran, limit=len(data))
+
+
+def _ref(stream, dtype, shape, start, length=None, fortran=False, limit=None) -> TensorRef:
+    if len(shape) > 8 or any(size >= 1 << 40 for size in shape):
+        raise Refused("an array has an impossible shape")
+    steps, step = [], 1
+    for size in shape if fortran else reversed(shape):
+        steps.append(step)
+        step *= size
+    nbytes = step * dtype.itemsize
+    if (length is not None and length != nbytes) or (limit is not None and start + nbytes > limit):
+        raise Refused("an array has other data than its shape says")
+    stride = tuple(steps if fortran else reversed(steps))
+    return TensorRef.checked(Storage(dtype, step, Blob(stream, start, nbytes), 0), 0, tuple(shape), stride)
+
+
+def _container(
+    path: Path,
+    stream: BinaryIO,
+    refs: dict[str, TensorRef],
+    metadata: Mapping[str, str],
+    family: str,
+    given: dict,
+    nbytes: int = 0,
+) -> Container:
+    class_name, init_kwargs = _arguments(path, metadata, **given)
+    kind = registry.kind_of(class_name)
+    name = {"generator": "G_ema", "discriminator": "D", "teacher": "ema"}.get(kind)
+    if name is None:
+        raise Refused(f"it names the class {shown(class_name)}; expected a generator, discriminator or teacher")
+    network = FileNetwork(class_name, init_kwargs, refs)
+    return Container(path, stream, family, {name: (kind, lambda: network)}, nbytes=nbytes)
+
+
+def _check_arguments(path: Path, metadata: Mapping[str, str], given: dict, what: str, expected: str) -> None:
+    """Whether anything tells how the network is built; otherwise the file could be of any program."""
+    if given.get("init_kwargs") is None and "init_kwargs" not in metadata and not path.with_suffix(".json").is_file():
+        raise ValueError(
+            f"{path} is {what}, and nothing tells how its network is built (init kwargs in its metadata, or in "
+            f"{path.stem}.json beside it); expected {expected}"
+        )
+
+
+def _arguments(
+    path: Path, metadata: Mapping[str, str], init_kwargs: dict | None = None, class_name: str | None = None
+) -> tuple[str, dict[str, Any]]:
+    table: Any = {}
+    if init_kwargs is not None:
+        table = init_kwargs
+    elif "init_kwargs" in metadata:
+        table = {"init_kwargs": _json(metadata["init_kwargs"]), "class": metadata.get("class")}
+    else:
+        beside = path.with_suffix(".json")
+        if beside.stat().st_size > _MAX_JSON_BYTES:
+            raise Refused(f"{beside.name} beside it is too long")
+        table = _json(beside.read_text(encoding="utf-8"))
+    if isinstance(table, dict) and "init_kwargs" in table:
+        class_name, table = class_name or table.get("class"), table["init_kwargs"]
+    if not isinstance(table, dict):
+        raise Refused("its init kwargs are no table")
+    class_name = class_name or ("edm.EDMPrecond" if "model_type" in table else "stylegan2.Generator")
+    if not isinstance(class_name, str):
+        raise Refused("its class is no name")
+    return class_name, plain(table)
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise Refused("its init kwargs are no valid JSON") from None
+
+
+def save_plain(path: str | os.PathLike, network: torch.nn.Module) -> None:
+    """Writes one network as plain safetensors: its own tensor names, class and init kwargs as metadata.
+
+    Raises:
+        ValueError: the class is not one of the registry.
+        OSError: the file cannot be written.
+    """
+    import safetensors.torch
+
+    from refine import dnnlib
+
+    metadata = {"class": registry.registry_name(network), "init_kwargs": json.dumps(network.init_kwargs)}
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in network.state_dict().items()}
+    with dnnlib.replaced_atomically(path) as temporary:
+        safetensors.torch.save_file(state, temporary, metadata=metadata)

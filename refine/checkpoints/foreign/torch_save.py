@@ -1,0 +1,200 @@
+"""Opens what torch.save writes: its zip format, and the stream format from before torch 1.6.
+
+Both go through the same machine as all pickles; torch.load is not used. What the tables in such files mean is for
+`rosinality` to say.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from refine.checkpoints.foreign import nvidia, rosinality
+from refine.checkpoints.foreign.container import Container, saying
+from refine.checkpoints.pickles.inert import Blob, Buildable, Refused, Stub, shown
+from refine.checkpoints.pickles.machine import Machine
+from refine.checkpoints.pickles.tensors import STORAGE_RULES, Array, Storage, TensorRef, storage_id
+
+_MAX_PICKLE_BYTES = 32 << 20  # of the pickle inside a zip; a generator's has about 30 kB
+
+
+class Namespace(Buildable):
+    """`argparse.Namespace`: the training script's options, which are not needed."""
+
+    __slots__ = ()
+
+    def build(self, state: Any) -> None:
+        if not isinstance(state, dict):
+            raise Refused("it gives a Namespace an unusual state")
+
+
+def _rules(seen: list[str]) -> dict[str, Stub]:
+    return nvidia.rules(seen) | STORAGE_RULES | {"argparse.Namespace": Stub("argparse.Namespace", new=Namespace)}
+
+
+# The two containers of torch.save.
+
+
+def open_zip(path: Path, stream: BinaryIO, expected: str) -> Container:
+    """The networks of a `.pt` in torch.save's zip format.
+
+    Raises:
+        ValueError: it is broken, holds what is not allowed, or is of another family.
+    """
+    return _container(path, stream, *read_zip(path, stream, expected), expected)
+
+
+def read_zip(path: Path, stream: BinaryIO, expected: str) -> tuple[Any, list[str]]:
+    """What was saved, tensors as `TensorRef`, and the names of NVIDIA's classes met on the way; zip format.
+
+    Raises:
+        ValueError: it is broken, or holds what is not allowed.
+    """
+    size = os.fstat(stream.fileno()).st_size
+    try:
+        with zipfile.ZipFile(stream) as archive:
+            entries = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
+            pickled = entries["data.pkl"]
+            if any(info.compress_type != zipfile.ZIP_STORED for info in entries.values()):
+                raise Refused("its zip is compressed, which torch.save never does")
+            if pickled.file_size > min(size, _MAX_PICKLE_BYTES):
+                raise Refused(f"its pickle claims {pickled.file_size} bytes")
+            data = archive.read(pickled)
+            if "byteorder" in entries and archive.read(entries["byteorder"])[:6] != b"little":
+                raise Refused("its numbers are big-endian")
+    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError, KeyError, EOFError):
+        raise ValueError(f"{path} is a broken or cut-off zip archive; expected {expected}") from None
+    except Refused as error:
+        raise ValueError(f"{path}: {error}") from None
+    blobs: dict[str, Blob] = {}
+
+    def persistent_load(value: Any) -> Storage:
+        dtype, key, numel = storage_id(value)
+        if f"data/{key}" not in entries:
+            raise Refused(f"it refers to the storage {shown(key)}, which is not in the file")
+        if key not in blobs:
+            blobs[key] = _zip_entry(stream, entries[f"data/{key}"], size)
+        return _storage(blobs[key], dtype, numel)
+
+    seen: list[str] = []
+    value = _unpickle(path, Machine(BytesIO(data), len(data), _rules(seen), persistent_load), seen, expected)
+    return value, seen
+
+
+def _zip_entry(stream: BinaryIO, info: zipfile.ZipInfo, size: int) -> Blob:
+    """The bytes of an entry that is not compressed, found behind its local header."""
+    stream.seek(info.header_offset)
+    header = stream.read(30)
+    if header[:4] != b"PK\x03\x04":
+        raise Refused("its zip is broken")
+    start = info.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    if start + info.file_size > size:
+        raise Refused("its zip is cut off")
+    return Blob(stream, start, info.file_size)
+
+
+def open_legacy(path: Path, stream: BinaryIO, expected: str) -> Container:
+    """The networks of a `.pt` in the stream format of torch.save before torch 1.6.
+
+    Raises:
+        ValueError: it is broken, holds what is not allowed, or is of another family.
+    """
+    return _container(path, stream, *read_legacy(path, stream, expected), expected)
+
+
+def read_legacy(path: Path, stream: BinaryIO, expected: str) -> tuple[Any, list[str]]:
+    """As `read_zip`, of the stream format.
+
+    Raises:
+        ValueError: it is broken, or holds what is not allowed.
+    """
+    stream.seek(0)
+    size, seen = os.fstat(stream.fileno()).st_size, []
+    blobs: dict[str, Blob] = {}
+    ids: dict[str, tuple[torch.dtype, int]] = {}
+
+    def persistent_load(value: Any) -> Storage:
+        dtype, key, numel = storage_id(value)
+        if len(value) == 6 and value[5] is not None:
+            raise Refused("it holds a storage that is a view of another one")
+        if ids.setdefault(key, (dtype, numel)) != (dtype, numel):
+            raise Refused("it describes a storage in two ways")
+        # Where the storage lies is known only at the end of the file.
+        blob = blobs.setdefault(key, Blob(stream, 0, numel * dtype.itemsize))
+        return _storage(blob, dtype, numel)
+
+    values = []
+    for index in range(5):
+        rules, load = (_rules(seen), persistent_load) if index == 3 else ({}, None)
+        values.append(_unpickle(path, Machine(stream, size, rules, load), seen, expected))
+    with saying(str(path)):
+        system, keys = values[2], values[4]
+        if values[1] != 1001 or not isinstance(system, dict) or system.get("little_endian") is not True:
+            raise Refused("it is no little-endian stream of torch.save")
+        if not isinstance(keys, list) or len(keys) != len(ids) or not all(isinstance(key, str) for key in keys):
+            raise Refused("its list of storages is not that of its tensors")
+        for key in keys:
+            if key not in ids or blobs[key].offset:
+                raise Refused("its list of storages is not that of its tensors")
+            if int.from_bytes(stream.read(8), "little") != ids[key][1]:
+                raise Refused("it is cut off, or a storage has another size than its tensors say")
+            blobs[key].offset = stream.tell()
+            if blobs[key].offset + blobs[key].length > size:
+                raise Refused("it is cut off")
+            stream.seek(blobs[key].offset + blobs[key].length)
+    return values[3], seen
+
+
+def _storage(blob: Blob, dtype: torch.dtype, numel: int) -> Storage:
+    if blob.length != numel * dtype.itemsize:
+        raise Refused(f"it holds a storage that does not have the {numel} numbers it claims")
+    blob.storage = blob.storage or Storage(dtype, numel, blob, 0)
+    if blob.storage.dtype != dtype:
+        raise Refused("it describes a storage in two ways")
+    return blob.storage
+
+
+def _unpickle(path: Path, machine: Machine, seen: list[str], expected: str) -> Any:
+    try:
+        return machine.load()
+    except Refused as error:
+        if seen and "has no place" in str(error):
+            raise ValueError(f"{path} is {_family(None, seen)}; expected {expected}") from None
+        raise ValueError(f"{path}: {error}") from None
+
+
+# What is in it.
+
+
+def _container(path: Path, stream: BinaryIO, value: Any, seen: list[str], expected: str) -> Container:
+    with saying(str(path)):
+        members = rosinality.members(value)
+    if members is None:
+        raise ValueError(f"{path} is {_family(value, seen)}; expected {expected}")
+    return Container(path, stream, rosinality.FAMILY, members)
+
+
+def _family(value: Any, seen: list[str]) -> str:
+    table = value if isinstance(value, dict) else {}
+    keys = [str(key) for key in list(table)[:2000] if isinstance(key, str)]
+    if "aux_optimizer" in table and "networks" in table:
+        return "a training state of this toolkit (its networks are in network-snapshot-*.safetensors beside it)"
+    if "optimizer_state" in table and "net" in table:
+        return "a training state of EDM"
+    state = table.get("state_dict") if isinstance(table.get("state_dict"), dict) else table
+    if any(isinstance(key, str) and key.startswith("decoder.conv1.conv.") for key in state):
+        return "a pSp/e4e checkpoint (an encoder, with a rosinality generator in it)"
+    if {"optimizer", "optimizer_state_dict", "optim", "optimizers"} & set(keys):
+        return "a training state"
+    named = nvidia.family(value, seen)
+    if named is not None:
+        return named
+    if table and all(isinstance(item, TensorRef | Array) for item in table.values()):
+        return f"a PyTorch state dict of another network (with {shown(keys[0]) if keys else 'numbers'} in it)"
+    held = f" of a table with the keys {', '.join(repr(shown(key)) for key in keys[:5])}" if keys else ""
+    return f"a PyTorch file{held}"

@@ -1,0 +1,1 @@
+"""Pickles read without running them: the machine and its inert values."""

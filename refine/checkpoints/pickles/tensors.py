@@ -1,0 +1,377 @@
+"""Tensors of a file that have not been read yet, and the globals by which pickles make them.
+
+A `TensorRef` knows where the numbers lie, in which dtype and layout, and how the network's own numbers follow from
+them. It can therefore be read into memory exactly once, straight into its tensor, and written back to the same place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from refine.checkpoints.pickles.inert import Blob, Buildable, Refused, Stub, shown
+from refine.checkpoints.pickles.machine import load_bytes, make_ordered
+
+_MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001  # of torch.save before torch 1.6
+_HEADER_BYTES = 1024  # of a legacy stream of one storage; about 244 are used
+_HEADER_OPCODES = 200
+
+_STORAGE_DTYPES = {
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+_NUMPY_DTYPES = {
+    "f2": torch.float16,
+    "f4": torch.float32,
+    "f8": torch.float64,
+    "i1": torch.int8,
+    "i2": torch.int16,
+    "i4": torch.int32,
+    "i8": torch.int64,
+    "u1": torch.uint8,
+    "b1": torch.bool,
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Storage:
+    """`numel` numbers in a row, from byte `start` of a blob."""
+
+    dtype: torch.dtype
+    numel: int
+    blob: Blob
+    start: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorRef:
+    """A tensor in a file: values = flip(view of the storage) · scale + shift, in float32.
+
+    Attributes:
+        storage: The numbers.
+        offset: Of the first one, in elements.
+        shape, stride: Of the view, in elements.
+        flip: Axes along which the values run the other way round.
+        scale, shift: Arithmetic between the file's values and the network's.
+    """
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    flip: tuple[int, ...] = ()
+    scale: float = 1.0
+    shift: float = 0.0
+
+    @classmethod
+    def checked(cls, storage: Any, offset: Any, shape: Any, stride: Any) -> TensorRef:
+        """The view, if it lies inside its storage and no element occurs twice.
+
+        Raises:
+            Refused: it does not.
+        """
+        if not isinstance(storage, Storage) or not isinstance(shape, tuple) or not isinstance(stride, tuple):
+            raise Refused("it makes a tensor of something that is no storage, or with an impossible shape")
+        numbers = (offset, *shape, *stride)
+        if len(shape) != len(stride) or len(shape) > 8 or not all(type(n) is int and 0 <= n < 1 << 48 for n in numbers):
+            raise Refused("it has a tensor with an impossible shape, stride or offset")
+        ref = cls(storage, offset, shape, stride)
+        if offset + ref.span > storage.numel:
+            raise Refused(
+                f"it has a tensor of shape {list(shape)} that reaches beyond its storage of {storage.numel} numbers"
+            )
+        reach = 1  # elements spanned by the axes of smaller stride
+        for step, size in sorted((step, size) for step, size in zip(stride, shape, strict=True) if size > 1):
+            if step < reach:
+                raise Refused(f"it has a tensor of shape {list(shape)} whose elements overlap in memory")
+            reach += step * (size - 1)
+        return ref
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def span(self) -> int:
+        """Elements of the storage from the first to the last one used."""
+        if 0 in self.shape:
+            return 0
+        return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are read for it."""
+        return self.span * self.storage.dtype.itemsize
+
+    def permute(self, *axes: int) -> TensorRef:
+        """The same values with axes in another order; before any flip."""
+        self._check_rank(len(axes))
+        shape, stride = (tuple(values[axis] for axis in axes) for values in (self.shape, self.stride))
+        return replace(self, shape=shape, stride=stride)
+
+    def flipped(self, *axes: int) -> TensorRef:
+        self._check_rank(max(axes) + 1)
+        return replace(self, flip=axes)
+
+    def without_leading(self, count: int) -> TensorRef:
+        """The same values without `count` leading axes of size 1."""
+        self._check_rank(count)
+        if any(size != 1 for size in self.shape[:count]):
+            raise Refused(f"a tensor of shape {list(self.shape)} should begin with {count} axes of size 1")
+        return replace(self, shape=self.shape[count:], stride=self.stride[count:])
+
+    def squeezed(self) -> TensorRef:
+        """The same values without axes of size 1."""
+        kept = [axis for axis, size in enumerate(self.shape) if size != 1]
+        return replace(self, shape=tuple(self.shape[a] for a in kept), stride=tuple(self.stride[a] for a in kept))
+
+    def affine(self, scale: float = 1.0, shift: float = 0.0) -> TensorRef:
+        return replace(self, scale=scale, shift=shift)
+
+    def _check_rank(self, rank: int) -> None:
+        if len(self.shape) < rank:
+            raise Refused(f"a tensor of shape {list(self.shape)} should have at least {rank} axes")
+
+    def read(self) -> torch.Tensor:
+        """The values: float32, contiguous, on the CPU, in memory of their own."""
+        values = self.read_exact().to(torch.float32)
+        return values * self.scale + self.shift if self.scale != 1 or self.shift != 0 else values
+
+    def read_exact(self) -> torch.Tensor:
+        """The values as the file has them, in its dtype, contiguous; without scale and shift."""
+        values = self._view(self._flat())
+        return (values.flip(self.flip) if self.flip else values).contiguous()
+
+    def item(self) -> float | int | bool:
+        """The one value of a tensor of no axes, as the file has it."""
+        if self.shape:
+            raise Refused(f"an array of shape {list(self.shape)} stands where a number is expected")
+        return self._flat().item()
+
+    def encoded(self, values: torch.Tensor) -> bytes:
+        """What must stand from element `offset` on so that `read` gives `values`; unchanged ones keep their bits."""
+        flat = self._flat()
+        view = self._view(flat)
+        values = values.detach().to("cpu", torch.float32).reshape(self.shape)
+        wanted = (values.double() - self.shift) / self.scale if self.scale != 1 or self.shift != 0 else values
+        same = self.read() == values
+        if self.flip:
+            wanted, same = wanted.flip(self.flip), same.flip(self.flip)
+        view.copy_(torch.where(same, view, wanted.to(view.dtype)))
+        return _as_bytes(flat).tobytes()
+
+    def place(self) -> tuple[Blob, int]:
+        """The blob, and the byte within it from which on `encoded` belongs."""
+        return self.storage.blob, self.storage.start + self.offset * self.storage.dtype.itemsize
+
+    def _flat(self) -> torch.Tensor:
+        flat = torch.empty(self.span, dtype=self.storage.dtype)
+        if self.span:
+            blob, start = self.place()
+            blob.read_into(start, _as_bytes(flat))
+        return flat
+
+    def _view(self, flat: torch.Tensor) -> torch.Tensor:
+        return flat.as_strided(self.shape, self.stride) if self.span else flat.reshape(self.shape)
+
+
+def _as_bytes(flat: torch.Tensor) -> memoryview:
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+def total_bytes(refs: Iterable[TensorRef]) -> int:
+    """Bytes that are read for all of them."""
+    return sum(ref.nbytes for ref in refs)
+
+
+# torch's globals.
+
+
+def load_storage(blob: Any) -> Storage:
+    """`torch.storage._load_from_bytes`: one storage in the format of torch.save before torch 1.6.
+
+    Five small pickles (magic number, version, system, persistent id of the storage, its key), the number of elements,
+    the elements.
+
+    Raises:
+        Refused: it is not exactly that.
+    """
+    if not isinstance(blob, Blob):
+        raise Refused("it makes a storage of something that is not bytes")
+    if blob.storage is None:
+        blob.storage = _parse_storage(blob)
+    return blob.storage
+
+
+def _parse_storage(blob: Blob) -> Storage:
+    behind = blob.stream.tell()
+    header = blob.read(0, min(blob.length, _HEADER_BYTES))
+    blob.stream.seek(behind)  # the pickle around goes on from there
+    position, values = 0, []
+    for index in range(5):
+        rules, load = (STORAGE_RULES, _persistent_storage) if index == 3 else ({}, None)
+        options = {"persistent_load": load, "budget": _HEADER_OPCODES}
+        value, used = load_bytes(header[position:], rules, **options)
+        values.append(value)
+        position += used
+    magic, version, system, (dtype, key, numel), keys = values
+    little_endian = isinstance(system, dict) and system.get("little_endian") is True
+    if magic != _MAGIC or version != _VERSION or not little_endian or not isinstance(dtype, torch.dtype):
+        raise Refused("it holds a storage that is not a little-endian stream of torch.save")
+    if keys != [key] or blob.length != position + 8 + numel * dtype.itemsize:
+        raise Refused(f"it holds a storage that does not have the {numel} numbers it claims")
+    if int.from_bytes(header[position : position + 8], "little") != numel:
+        raise Refused("it holds a storage that tells two numbers of elements")
+    return Storage(dtype, numel, blob, position + 8)
+
+
+def _persistent_storage(value: Any) -> tuple[torch.dtype, str, int]:
+    dtype, key, numel = storage_id(value)
+    if len(value) == 6 and value[5] is not None:
+        raise Refused("it holds a storage that is a view of another one")
+    return dtype, key, numel
+
+
+def storage_id(value: Any) -> tuple[torch.dtype, str, int]:
+    """dtype, key and number of elements of a persistent id ('storage', type, key, location, numel[, view])."""
+    if not isinstance(value, tuple) or len(value) not in (5, 6) or value[0] != "storage":
+        raise Refused("it refers to something outside that is not a storage")
+    kind, key, location, numel = value[1:5]
+    if not isinstance(kind, Stub) or not kind.name.startswith("torch.") or not isinstance(key, str):
+        raise Refused("it refers to a storage of unknown type or name")
+    if not isinstance(location, str) or type(numel) is not int or not 0 <= numel < 1 << 48:
+        raise Refused("it refers to a storage of impossible size or place")
+    return _STORAGE_DTYPES[kind.name.removeprefix("torch.")], key, numel
+
+
+def _rebuild_tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None) -> TensorRef:
+    return TensorRef.checked(storage, offset, size, stride)
+
+
+def _rebuild_parameter(tensor, requires_grad, hooks, state=None) -> TensorRef:
+    if not isinstance(tensor, TensorRef):
+        raise Refused("it makes a parameter of something that is no tensor")
+    return tensor
+
+
+def _path(*parts: Any) -> str:
+    """A path of the machine that trained; only its last part is kept, the rest may be private."""
+    return shown(str(parts[-1])) if parts and isinstance(parts[-1], str) else ""
+
+
+# Inert as they are: attributes of modules, options of data sets.
+VALUE_RULES = {
+    f"torch.{name}": Stub(f"torch.{name}") for name in ("float16", "bfloat16", "float32", "float64", "int64")
+}
+VALUE_RULES |= {
+    name: Stub(name, call=_path) for name in ("pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.WindowsPath")
+}
+STORAGE_RULES = {f"torch.{name}": Stub(f"torch.{name}") for name in _STORAGE_DTYPES}
+TENSOR_RULES = {
+    stub.name: stub
+    for stub in (
+        Stub("torch._utils._rebuild_tensor_v2", call=_rebuild_tensor),
+        Stub("torch._utils._rebuild_parameter", call=_rebuild_parameter),
+        Stub("torch._utils._rebuild_parameter_with_state", call=_rebuild_parameter),
+        Stub("torch.storage._load_from_bytes", call=load_storage),
+        Stub("torch.Size", call=lambda sizes: tuple(sizes) if isinstance(sizes, tuple | list) else ()),
+        Stub("torch.device", call=lambda *args: str(args[0])[:20] if args and isinstance(args[0], str) else "cpu"),
+        Stub("collections.OrderedDict", call=make_ordered),
+    )
+}
+
+
+# numpy's globals.
+
+
+class DType(Buildable):
+    """A numeric dtype; byte order comes with BUILD."""
+
+    __slots__ = ("dtype",)
+
+    def __init__(self, code: Any, align: Any = False, copy: Any = True):
+        code = code.lstrip("<|=") if isinstance(code, str) else None
+        if code not in _NUMPY_DTYPES:
+            raise Refused("it holds an array of objects, or of numbers of an unusual type")
+        self.dtype = _NUMPY_DTYPES[code]
+
+    def build(self, state: Any) -> None:
+        plain = isinstance(state, tuple) and 8 <= len(state) <= 9 and state[1] in ("<", "|", "=")
+        if not plain or any(part is not None for part in state[2:5]):
+            raise Refused("it holds numbers of an unusual type (big-endian, or with fields)")
+
+
+class Array(Buildable):
+    """An array of numpy; `ref` is set by BUILD."""
+
+    __slots__ = ("ref",)
+
+    def __init__(self) -> None:
+        self.ref: TensorRef | None = None
+
+    def build(self, state: Any) -> None:
+        if not isinstance(state, tuple) or len(state) != 5 or self.ref is not None:
+            raise Refused("it holds an array with an unusual state")
+        _, shape, dtype, fortran, data = state
+        self.ref = _array_ref(data, dtype, shape, "F" if fortran else "C")
+
+
+def _array_ref(data: Any, dtype: Any, shape: Any, order: Any) -> TensorRef:
+    if not isinstance(data, Blob) or not isinstance(dtype, DType) or not isinstance(shape, tuple):
+        raise Refused("it holds an array of objects, or one without shape, type or data")
+    if len(shape) > 8 or not all(type(size) is int and 0 <= size < 1 << 40 for size in shape):
+        raise Refused("it holds an array of impossible shape")
+    numel, itemsize = math.prod(shape), dtype.dtype.itemsize
+    if data.length != numel * itemsize:
+        found = f"{data.length} bytes instead of {numel * itemsize}"
+        raise Refused(f"it holds an array of shape {list(shape)} with {found}")
+    steps, step = [], 1
+    for size in shape if order == "F" else reversed(shape):
+        steps.append(step)
+        step *= max(size, 1)
+    stride = tuple(steps if order == "F" else reversed(steps))
+    return TensorRef.checked(Storage(dtype.dtype, numel, data, 0), 0, shape, stride)
+
+
+def _scalar(dtype: Any, data: Any) -> TensorRef:
+    return _array_ref(data, dtype, (), "C")
+
+
+def _reconstruct(cls: Any, shape: Any, code: Any) -> Array:
+    if not isinstance(cls, Stub) or cls.name != "numpy.ndarray":
+        raise Refused("it makes an array of an unusual class")
+    return Array()
+
+
+def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> Array:
+    if order not in ("C", "F"):
+        raise Refused("it holds an array of unusual order")
+    array = Array()
+    array.ref = _array_ref(data, dtype, shape, order)
+    return array
+
+
+def _numpy_rules() -> dict[str, Stub]:
+    stubs = [Stub("numpy.dtype", call=DType), Stub("numpy.ndarray")]
+    for core in ("numpy.core", "numpy._core"):  # numpy 1, numpy 2
+        stubs += [
+            Stub(f"{core}.multiarray.scalar", call=_scalar),
+            Stub(f"{core}.multiarray._reconstruct", call=_reconstruct),
+            Stub(f"{core}.numeric._frombuffer", call=_from_buffer),
+        ]
+    return {stub.name: stub for stub in stubs}
+
+
+NUMPY_RULES = _numpy_rules()

@@ -1,0 +1,1 @@
+"""Names, URLs and functions of the user's own: where a network comes from."""

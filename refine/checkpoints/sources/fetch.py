@@ -1,0 +1,384 @@
+"""URL → file in the cache: downloaded once, whole or not at all, and the same bytes ever after.
+
+    $REFINE_CACHE (else the platform's cache folder, ~/.cache/gan-refine on Linux)
+        host/path/of/the/url/net.pkl          as `wget -x` would lay it out, so files can be put there by hand
+        host/path/of/the/url/net.pkl.json     sha256 and size at first sight; what comes later must agree
+        host/path/of/the/url/.net.pkl.part/   a download under way; left by a killed process, it goes at the next use
+        .locks/                               one process downloads a file, others wait for it
+
+pooch does the caching: a temporary file, a checksum, a move. What is added here: broken transfers are resumed, silent
+servers are left, and an HTML page or half a file is refused before it gets into the cache.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+from urllib.parse import SplitResult, urlsplit
+
+from refine import dnnlib
+from refine.checkpoints.sniff import sniff
+
+if TYPE_CHECKING:
+    import requests
+    from tqdm import tqdm
+
+CONNECT_TIMEOUT = 10.0  # seconds
+STALL_TIMEOUT = 30.0  # seconds without a byte, or at less than MIN_RATE on average
+MIN_RATE = 1024  # bytes per second
+WAITS = (1.0, 2.0, 4.0)  # seconds before each further try
+MAX_REDIRECTS = 10
+MAX_BYTES = 16 << 30  # a server that never stops must not fill the disk
+
+# Kinds of `sniff` that are never a network or statistics: error pages, archives, pictures, halves of files.
+_REFUSED = {"empty", "html", "text", "lfs", "image", "hdf5", "gguf", "pdf", "npy", "binary"}
+_REFUSED |= {"gzip", "bzip2", "xz", "zstd", "7z", "rar", "tar", "zip", "broken-safetensors", "broken-zip"}
+
+
+class DownloadError(ValueError):
+    """A download that failed for good, or brought no network; one sentence, without secrets of the URL."""
+
+
+class _TryAgain(Exception):
+    """A try that failed in a way that may pass: a 5xx answer, silence, a connection that broke."""
+
+
+def is_url(text: str) -> bool:
+    """Whether `text` is meant as a URL, of whatever scheme."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) is not None
+
+
+def without_secrets(url: str) -> str:
+    """The URL for messages and logs: without user:password@, without what follows `?` or `#`.
+
+    Raises:
+        ValueError: not a URL that can be fetched.
+    """
+    parts = _split(url)
+    host = parts.netloc.rpartition("@")[2]
+    return f"{parts.scheme}://{host}{parts.path}{'?…' if parts.query else ''}"
+
+
+def cache_dir() -> Path:
+    """`$REFINE_CACHE` where it is set, otherwise the platform's cache folder."""
+    if os.environ.get("REFINE_CACHE"):
+        return Path(os.environ["REFINE_CACHE"]).expanduser()
+    import pooch
+
+    return Path(pooch.os_cache("gan-refine"))
+
+
+def cache_path(url: str) -> Path:
+    """Where the file of this URL is or will be: cache folder, host, path. Credentials do not count.
+
+    Raises:
+        ValueError: not a URL that can be fetched.
+    """
+    parts = _split(url)
+    host = parts.netloc.rpartition("@")[2].lower()
+    raw = [host if parts.scheme == "https" else f"http+{host}", *filter(None, parts.path.split("/"))]
+    safe = [re.sub(r"[^A-Za-z0-9._~%+=@,-]", "_", part)[-150:] for part in raw]
+    safe = ["_" * len(part) if set(part) == {"."} else part for part in safe]
+    if parts.query or safe[1:] != raw[1:]:  # the path alone would not tell two URLs apart
+        name = Path(safe[-1])
+        digest = hashlib.sha256(f"{parts.path}?{parts.query}".encode()).hexdigest()[:10]
+        safe[-1] = f"{name.stem}-{digest}{name.suffix}"
+    return cache_dir().joinpath(*safe)
+
+
+def fetch(url: str, sha256: str | None = None) -> Path:
+    """The file of a URL, from the cache or else downloaded into it.
+
+    Args:
+        url: http or https; user:password@ is sent to the server, and appears in no message.
+        sha256: Checksum that the file must have; None = the one recorded when the file was first seen, if it was.
+
+    Returns:
+        Path in the cache, with the bytes that were there at first sight.
+
+    Raises:
+        ValueError: not such a URL; the download failed for good; what came is no network file; or the bytes are not
+            those of the checksum. One sentence. No partial file is left.
+        OSError: the cache folder cannot be written, or the disk is full.
+    """
+    target = cache_path(url)
+    _remove_leftovers()
+    if not target.exists():
+        with _locked(target):
+            if not target.exists():  # another process may just have put it there
+                _download(url, target, sha256)
+            _verify(url, target, sha256)
+    else:
+        _verify(url, target, sha256)
+    return target
+
+
+def _split(url: str) -> SplitResult:
+    # no message here quotes the URL: what cannot be split may have a password anywhere
+    wanted = "expected https://host/path/file"
+    if not re.fullmatch(r"[^\s\x00-\x1f\x7f]+", url):
+        raise ValueError(f"a URL with white space or control characters in it; {wanted}")
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise ValueError(f"a URL with an impossible host or port; {wanted}") from None
+    if parts.scheme not in ("http", "https"):
+        raise ValueError(f"a {parts.scheme}:// URL; {wanted}")
+    if not parts.hostname or port == 0 or not parts.path.strip("/"):
+        raise ValueError(f"a URL without {'a file' if parts.hostname and port != 0 else 'a host'}; {wanted}")
+    return parts
+
+
+@contextmanager
+def _locked(target: Path, wait: bool = True) -> Iterator[None]:
+    """Keeps other processes from downloading the same file; the system frees the lock of a process that died.
+
+    Raises:
+        filelock.Timeout: another process has the lock, and `wait` is False.
+    """
+    import filelock
+
+    folder = cache_dir() / ".locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / f"{hashlib.sha256(str(target).encode()).hexdigest()[:16]}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        if not wait:
+            raise
+        _note(f"waiting for another process that downloads {target.name}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _part_folder(target: Path) -> Path:
+    """Where a file is downloaded to, by whoever has its lock."""
+    return target.with_name(f".{target.name}.part")
+
+
+def _remove_leftovers() -> None:
+    """Removes what killed processes had downloaded of files; what a living one downloads is under its lock."""
+    import filelock
+
+    for folder in list(cache_dir().rglob(".?*.part")):
+        target = folder.with_name(folder.name[1:].removesuffix(".part"))
+        with contextlib.suppress(filelock.Timeout, OSError), _locked(target, wait=False):
+            shutil.rmtree(folder)
+
+
+def _download(url: str, target: Path, sha256: str | None) -> None:
+    import pooch
+
+    pooch.get_logger().setLevel("WARNING")  # its notes would print passwords in URLs
+    shown = without_secrets(url)
+    record = _read_record(target)
+    known = sha256 or (record["sha256"] if record else None)
+    part = _part_folder(target)
+    part.mkdir(parents=True, exist_ok=True)
+    _note(f"downloading {shown} to {target}")
+    try:
+        file = pooch.retrieve(url, known, fname=target.name, path=part, downloader=_Downloader(shown, target))
+        os.replace(file, target)
+    except DownloadError as error:
+        raise DownloadError(f"{error}; a file fetched by other means belongs at {target}") from None
+    except ValueError:  # pooch: not the checksum
+        origin = "pretrained/index.toml" if sha256 else f"recorded at first sight in {_record_path(target)}"
+        raise ValueError(f"{shown} now sends a file without the sha256 {known[:12]}… ({origin}): it changed") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _verify(url: str, target: Path, sha256: str | None) -> None:
+    """Checks a file of the cache, downloaded or put there by hand, and records its checksum when it is new."""
+    record = _read_record(target)
+    if record is None:
+        _check_contents(target, str(target))
+    digest = dnnlib.sha256_of_file(target)
+    known = sha256 or (record["sha256"] if record else digest)
+    if digest != known:
+        origin = "pretrained/index.toml says" if sha256 else "was recorded at first sight"
+        advice = "it was changed; delete it, and it is downloaded again"
+        raise ValueError(f"{target} has sha256 {digest[:12]}…, but {known[:12]}… {origin}: {advice}")
+    if record is None:
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        record = {"url": without_secrets(url), "sha256": digest, "bytes": target.stat().st_size, "first_seen": now}
+        try:
+            with dnnlib.replaced_atomically(_record_path(target)) as temporary:
+                temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:  # a cache for reading only, filled by hand, is still a cache
+            _note(f"the checksum of {target} cannot be recorded ({error.strerror or error})")
+
+
+def _check_contents(path: Path, name: str) -> None:
+    """Refuses, by their bytes, files that are certainly no networks: error pages, the first half of a pickle."""
+    found = sniff(path)
+    if found.kind in _REFUSED:
+        raise DownloadError(f"{name} is {found.description}; expected a file of networks or statistics")
+    if found.kind == "pickle":
+        with open(path, "rb") as file:
+            head = file.read(12)
+            file.seek(-1, os.SEEK_END)
+            # Every pickle ends with the opcode STOP. Only files of torch < 1.6 (magic number) have more after it.
+            if file.read() != b"." and head[2:] != b"\x8a\nl\xfc\x9cF\xf9 j\xa8":
+                raise DownloadError(f"{name} is a cut-off pickle; expected a whole file of networks")
+
+
+def _record_path(target: Path) -> Path:
+    return target.with_name(f"{target.name}.json")
+
+
+def _read_record(target: Path) -> dict[str, Any] | None:
+    path = _record_path(target)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict) or not re.fullmatch(r"[0-9a-f]{64}", str(record.get("sha256"))):
+        raise ValueError(f"{path} is no record of a checksum; delete it if {target.name} beside it is to be trusted")
+    return record
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class _Downloader:
+    """Puts the file of a URL into a temporary file of pooch, with further tries, each going on where the last ended.
+
+    Args:
+        shown: The URL as messages may show it.
+        target: Where the file will be.
+    """
+
+    def __init__(self, shown: str, target: Path):
+        self._shown = shown
+        self._target = target
+        self._total: int | None = None  # bytes of the whole file, where the server tells
+        self._validator: str | None = None  # a later part belongs to the same file if the server still gives this
+
+    def __call__(self, url: str, output_file: str, _pooch: object) -> None:
+        import requests
+        from tqdm import tqdm
+
+        Path(output_file).unlink()  # mkstemp made it private to the user, but a cache may be shared
+        every = 0.2 if sys.stderr.isatty() else 30.0  # seconds; few lines in a log file
+        style = {"desc": self._target.name, "unit": "B", "unit_scale": True, "unit_divisor": 1024, "leave": False}
+        bar = tqdm(**style, mininterval=every, delay=every)
+        with open(output_file, "wb") as file, requests.Session() as session, bar:
+            session.max_redirects = MAX_REDIRECTS
+            for wait in (*WAITS, None):
+                try:
+                    self._try(session, url, file, bar)
+                    break
+                except _TryAgain as failure:
+                    if wait is None:
+                        raise DownloadError(f"{failure}, {len(WAITS) + 1} times") from None
+                    bar.write(f"{failure}; trying again in {wait:g} s", file=sys.stderr)
+                    time.sleep(wait)
+        _check_contents(Path(output_file), f"what {self._shown} sent")
+
+    def _try(self, session: "requests.Session", url: str, file: BinaryIO, bar: "tqdm") -> None:
+        import requests
+        import urllib3
+
+        headers = {"Accept-Encoding": "identity", "User-Agent": "gan-refine"}
+        if file.tell() and self._validator:
+            headers |= {"Range": f"bytes={file.tell()}-", "If-Range": self._validator}
+        try:
+            timeout = (CONNECT_TIMEOUT, STALL_TIMEOUT)
+            with session.get(url, headers=headers, stream=True, timeout=timeout) as response:
+                self._check_answer(response)
+                self._place(response, file)
+                bar.total = self._total
+                bar.n = bar.initial = bar.last_print_n = file.tell()
+                self._copy(response, file, bar)
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+            self._give_up_or_try_again(error, file.tell())
+        if self._total is not None and file.tell() < self._total:
+            raise _TryAgain(self._broke_off(file.tell()))
+
+    def _check_answer(self, response: "requests.Response") -> None:
+        status = f"{response.status_code} {response.reason or ''}".strip()
+        if response.status_code >= 500 or response.status_code in (408, 416, 429):
+            if response.status_code == 416:
+                self._validator = None  # the part that was asked for is not there: from the start then
+            raise _TryAgain(f"{self._shown} answered {status}")
+        if response.status_code not in (200, 206):
+            raise DownloadError(f"{self._shown} answered {status}, not a file")
+        if self._shown.startswith("https:") and not response.url.startswith("https:"):
+            raise DownloadError(f"{self._shown} redirects from https to http, where anybody could change the file")
+
+    def _place(self, response: "requests.Response", file: BinaryIO) -> None:
+        """Sets `file` to where the body of the answer belongs, and notes what the headers say of the whole file."""
+        part = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
+        length = response.headers.get("Content-Length", "")
+        if response.status_code == 206 and part and int(part[1]) == file.tell():
+            self._total = int(part[2])
+        elif response.status_code == 206:
+            raise DownloadError(f"{self._shown} answered with another part of the file than was asked for")
+        else:
+            file.seek(0)
+            file.truncate()
+            self._total = int(length) if re.fullmatch(r"\d{1,18}", length) else None
+        etag = response.headers.get("ETag", "")
+        strong = etag if etag.startswith('"') else None
+        self._validator = strong or response.headers.get("Last-Modified")
+        self._check_size(self._total or 0)
+        missing = (self._total or 0) - file.tell()
+        free = shutil.disk_usage(self._target.parent).free
+        if missing > free:
+            needed, there = dnnlib.format_bytes(missing), dnnlib.format_bytes(free)
+            raise DownloadError(f"{self._shown} needs {needed}, but {self._target.parent} has {there} left")
+
+    def _copy(self, response: "requests.Response", file: BinaryIO, bar: "tqdm") -> None:
+        since, size = time.monotonic(), file.tell()
+        while chunk := response.raw.read1(1 << 18):  # what is there, at most so much: a slow server is noticed
+            file.write(chunk)
+            bar.update(len(chunk))
+            self._check_size(file.tell())
+            if time.monotonic() - since > STALL_TIMEOUT:
+                if file.tell() - size < MIN_RATE * STALL_TIMEOUT:
+                    raise _TryAgain(f"{self._shown} sends less than {dnnlib.format_bytes(MIN_RATE)} a second")
+                since, size = time.monotonic(), file.tell()
+
+    def _check_size(self, size: int) -> None:
+        if size > MAX_BYTES:
+            raise DownloadError(f"{self._shown} sends more than {dnnlib.format_bytes(MAX_BYTES)}")
+
+    def _give_up_or_try_again(self, error: Exception, size: int) -> None:
+        import requests
+        import urllib3
+
+        # never str(error): it may hold the URL with its secrets
+        reason = getattr(error.args[0], "reason", None) if error.args else None
+        if isinstance(error, requests.TooManyRedirects):
+            raise DownloadError(f"{self._shown} redirects in circles (more than {MAX_REDIRECTS} times)") from None
+        if isinstance(error, requests.exceptions.SSLError | urllib3.exceptions.SSLError):
+            raise DownloadError(f"{self._shown} has no certificate that is trusted here") from None
+        if isinstance(error, requests.exceptions.ProxyError):
+            raise DownloadError(f"the proxy for {self._shown} does not answer") from None
+        if isinstance(error, requests.ConnectTimeout) or isinstance(reason, urllib3.exceptions.NewConnectionError):
+            raise DownloadError(f"{self._shown} cannot be reached") from None
+        if isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError):
+            raise _TryAgain(f"{self._shown} sent nothing for {STALL_TIMEOUT:g} s") from None
+        if isinstance(error, requests.exceptions.InvalidURL | requests.exceptions.InvalidSchema):
+            raise DownloadError(f"{self._shown} leads to what is no http or https address") from None
+        raise _TryAgain(self._broke_off(size)) from None
+
+    def _broke_off(self, size: int) -> str:
+        of = "" if self._total is None else f" of {self._total}"
+        return f"{self._shown} broke off after {size}{of} bytes"

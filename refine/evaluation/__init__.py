@@ -1,0 +1,1 @@
+"""Two networks compared, and the page that shows it."""

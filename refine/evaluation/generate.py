@@ -1,0 +1,97 @@
+"""`generate.py --network=FILE --seeds=0-35`: images of a generator or a diffusion model as PNG files and a grid."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from refine.dnnlib import check_outdir
+from refine.errors import option
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_SEED = 2**32 - 1
+GRID_IMAGES = 400  # the grid shows the first so many
+WRITERS = 4  # threads that compress images
+
+
+def generate(
+    network: str | os.PathLike,
+    seeds: Sequence[int],
+    outdir: str | os.PathLike,
+    *,
+    class_index: int | None = None,
+    truncation_psi: float = 1.0,
+    noise_mode: str = "const",
+    batch: int = 16,
+    device: str = "cpu",
+    progress: bool = True,
+) -> list[Path]:
+    """Writes seed0000.png … and grid.png.
+
+    Args:
+        network: File or name of a generator; a diffusion model is sampled with 18 Heun steps.
+        seeds: One per image, see `refine.metrics.sampling.latents_of_seeds`.
+        outdir: Folder of the images; made if it does not exist.
+        class_index: Class of all images; None = drawn per seed, where there are classes.
+        truncation_psi, noise_mode: Of a StyleGAN2.
+        batch: Images per batch.
+        device: Where the network runs.
+        progress: Show a bar with the time left on stderr.
+
+    Within `refine.metrics.pipeline.sharing` every process makes its share of the images, and the first one the grid.
+
+    Returns:
+        The paths of the images, in the order of the seeds, and that of the grid at the end.
+
+    Raises:
+        ValueError: If an input cannot be used; the message begins with its option.
+    """
+    import torch
+    from tqdm import tqdm
+
+    from refine.evaluation.compare import load_any
+    from refine.images import save_image_grid
+    from refine.metrics.pipeline import gathered, my_share, prefetched, rank_and_world
+    from refine.metrics.sampling import latents_of_seeds, sample_images, sample_teacher
+
+    with option("--network"):
+        net, is_teacher = load_any(network, device)
+    with option("--class"):
+        latents_of_seeds(seeds[:1], [1], net.label_dim if is_teacher else net.c_dim, class_index)
+    with option("--outdir"):
+        folder = check_outdir(outdir)
+    paths = [folder / f"seed{seed:04d}.png" for seed in seeds]
+    share, (rank, world) = my_share(range(len(seeds)), batch), rank_and_world()
+    mine = seeds[share.start : share.stop]
+    common = {"classes": class_index, "batch": batch, "device": device}
+    stylegan = {"truncation_psi": truncation_psi, "noise_mode": noise_mode}
+    batches = sample_teacher(net, mine, **common) if is_teacher else sample_images(net, mine, **common, **stylegan)
+    shown: list[torch.Tensor] = []
+    done, disable = share.start, not progress or rank > 0
+    with tqdm(total=len(seeds), unit="img", desc="generate", disable=disable) as bar, option("--network"):
+        for images, _ in prefetched(batches):
+            images = images.cpu()
+            with option("--outdir"):
+                _write(images, paths[done : done + len(images)])
+            shown += images[: max(GRID_IMAGES - done, 0)]
+            done += len(images)
+            bar.update(len(images) * world)
+    whole = [image for part in gathered(shown) for image in part]
+    if rank == 0:
+        with option("--outdir"):
+            save_image_grid(folder / "grid.png", torch.stack(whole))
+    return [*paths, folder / "grid.png"]
+
+
+def _write(images: torch.Tensor, paths: Sequence[Path]) -> None:
+    """PNG files of uint8 images [N, C, H, W], some at a time: compressing does not hold Python's lock."""
+    from refine.images import save_png
+
+    paths[0].parent.mkdir(parents=True, exist_ok=True)  # not before there is something to write
+    with ThreadPoolExecutor(WRITERS) as writers:
+        list(writers.map(save_png, paths, images))

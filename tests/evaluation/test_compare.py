@@ -1,0 +1,258 @@
+"""compare_fid.py: numbers, verdicts, files, and one line for what cannot be compared."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from refine.checkpoints.native import save_networks
+from refine.cli.main import run_command
+from refine.evaluation import compare as module
+from refine.evaluation.compare import compare
+from refine.metrics.detectors import load_detector
+from refine.metrics.digits import DigitsDetector
+from refine.metrics.references import load_reference, save_reference
+from refine.metrics.sampling import sample_images
+from refine.metrics.statistics import FeatureStatistics
+from refine.networks.edm import EDMPrecond
+from refine.networks.stylegan2 import Generator
+
+NUM = 20
+
+
+def small_generator(seed, **kwargs):
+    torch.manual_seed(seed)
+    options = {"mapping_kwargs": {"num_layers": 1}, "synthesis_kwargs": {"channel_base": 128, "channel_max": 8}}
+    return Generator(
+        **{"z_dim": 8, "c_dim": 10, "w_dim": 8, "img_resolution": 32, "img_channels": 1, **options, **kwargs}
+    )
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Paths of small networks, a detector and a reference that is close to `good` and far from `bad`."""
+    folder = tmp_path_factory.mktemp("compare")
+    good, bad = small_generator(0), small_generator(1)
+    for name, parameter in bad.named_parameters():
+        if name.endswith("torgb.bias"):
+            parameter.data += 1.0  # too bright
+    networks = {
+        "good": good,
+        "bad": bad,
+        "small": small_generator(2, img_resolution=16),
+        "plain": small_generator(3, c_dim=0),
+    }
+    for name, G in networks.items():
+        save_networks(folder / f"{name}.safetensors", {"G_ema": G}, provenance={})
+    torch.manual_seed(0)
+    save_networks(
+        folder / "detector.safetensors", {"detector": DigitsDetector(channels=(4, 8, 8), feature_dim=4)}, provenance={}
+    )
+    teacher = EDMPrecond(
+        32,
+        1,
+        label_dim=10,
+        model_type="SongUNet",
+        model_channels=8,
+        channel_mult=[1],
+        num_blocks=1,
+        attn_resolutions=[],
+    )
+    save_networks(folder / "teacher.safetensors", {"ema": teacher}, provenance={})
+    detector = load_detector(folder / "detector.safetensors")
+    statistics = FeatureStatistics(keep_features=True)
+    for images, _ in sample_images(good.eval(), range(10_000, 10_040)):
+        statistics.update(detector(images))
+    save_reference(folder / "reference.npz", statistics, detector)
+    (folder / "text.txt").write_text("hello")
+    np.savez(folder / "other.npz", mu=np.zeros(7), sigma=np.eye(7))
+    return folder
+
+
+def arguments(files, before="good", after="bad", **options):
+    options = {"ref": "reference.npz", "detector": "detector.safetensors", **options}
+    named = {"before": f"{before}.safetensors", "after": f"{after}.safetensors", **options}
+    paths = {key: files / value for key, value in named.items() if key in ("before", "after", "ref", "detector")}
+    return {**named, **paths}
+
+
+def run(capsys, **options):
+    with pytest.raises(SystemExit) as caught:
+        run_command("compare", [f"--{key.replace('_', '-')}={value}" for key, value in options.items()])
+    return caught.value.code, *capsys.readouterr()
+
+
+def test_worse_and_better(files):
+    worse = compare(**arguments(files), num=NUM, progress=False)
+    better = compare(**arguments(files, "bad", "good"), num=NUM, progress=False)
+    assert worse["verdict"] == "worse" and better["verdict"] == "better" and better["metric"] == "fd_digits"
+    assert better["before"]["fd_digits"] == worse["after"]["fd_digits"]
+    difference = better["difference"]["fd_digits"]
+    expected = np.subtract(better["after"]["fd_digits"]["values"], better["before"]["fd_digits"]["values"])
+    assert difference["values"] == expected.tolist() and difference["interval"][1] < 0
+    assert better["ratio"] == pytest.approx(
+        better["after"]["fd_digits"]["mean"] / better["before"]["fd_digits"]["mean"]
+    )
+    assert better["seeds"] == ["0-19", "20-39", "40-59"]
+    assert "better" in better["summary"] and "fell" in better["summary"]
+    json.dumps(better)
+
+
+def test_a_network_equals_itself_exactly(files):
+    results = compare(**arguments(files, "good", "good"), num=NUM, progress=False)
+    assert results["verdict"] == "not distinguishable" and results["ratio"] == 1
+    for name, difference in results["difference"].items():
+        assert difference["values"] == [0, 0, 0] and difference["verdict"] == "not distinguishable", name
+
+
+def test_a_network_equals_itself_also_far_from_the_reference(files):
+    assert compare(**arguments(files, "bad", "bad"), num=NUM, progress=False)["verdict"] == "not distinguishable"
+
+
+def test_labels_on_one_side_only(files, tmp_path):
+    results = compare(**arguments(files, "good", "plain"), num=NUM, progress=False, outdir=tmp_path)
+    assert "label_accuracy" in results["before"] and "label_accuracy" not in results["difference"]
+    assert "fd_digits" in results["difference"] and (tmp_path / "comparison.png").is_file()
+
+
+def test_teacher_is_sampled_and_compared(files):
+    results = compare(**arguments(files, "good", "teacher"), num=4, progress=False)
+    assert results["after"]["sampling"] == "18 Heun steps" and results["before"]["sampling"] == "psi 1, noise random"
+    assert results["after"]["fd_digits"]["mean"] > 0
+
+
+def test_files_of_a_comparison(files, tmp_path, capsys):
+    code, out, err = run(capsys, **arguments(files), num=NUM, seeds="0,1,5", outdir=tmp_path / "a" / "b")
+    assert code == 0 and "img/s" in err, "progress belongs on stderr"
+    header, *rows = out.splitlines()
+    assert header.split() == ["before", "after", "difference"] and rows[0].startswith("fd_digits ")
+    assert "not FID" in out and "FID" not in out.replace("not FID", "")
+    assert "worse" in out and "Report: " in out
+    folder = tmp_path / "a" / "b"
+    names = ["comparison.json", "comparison.png", "diversity.png", "report.html"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    results = json.loads((folder / "comparison.json").read_text())
+    assert results["seeds"] == ["0-19", "20-39", "100-119"]
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3 and "http" not in page and "<script" not in page
+    assert results["summary"] in page.replace("&gt;", ">") and "This is not FID" in page
+    with Image.open(folder / "comparison.png") as picture:
+        assert picture.width == 2 * 640 + 3 * 16
+
+
+def test_json_on_stdout(files, capsys):
+    code, out, _ = run(capsys, **arguments(files), num=NUM)
+    text_lines = out.splitlines()
+    with pytest.raises(SystemExit) as caught:
+        run_command("compare", [f"--{k}={v}" for k, v in arguments(files).items()] + [f"--num={NUM}", "--json"])
+    results = json.loads(capsys.readouterr().out)
+    assert code == caught.value.code == 0
+    mean = results["before"]["fd_digits"]["mean"]
+    assert any(line.startswith("fd_digits") and f"{mean:.3g}"[:3] in line for line in text_lines)
+    assert {"fd_digits", "kid_digits", "precision", "recall", "label_accuracy"} <= set(results["difference"])
+
+
+def test_reference_without_features(files, tmp_path):
+    reference = load_reference(files / "reference.npz")
+    np.savez(tmp_path / "plain.npz", mu=reference.mu, sigma=reference.sigma)
+    results = compare(
+        **{**arguments(files), "ref": tmp_path / "plain.npz"}, num=NUM, progress=False, outdir=tmp_path / "out"
+    )
+    assert "recall" not in results["difference"] and (tmp_path / "out" / "report.html").is_file()
+
+
+def test_a_run_folder_is_a_curve(files, tmp_path, capsys):
+    run_folder = tmp_path / "00000-run"
+    run_folder.mkdir()
+    for kimg, name in ((0, "bad"), (2, "plain"), (10, "good")):
+        network = (files / f"{name}.safetensors").read_bytes()
+        (run_folder / f"network-snapshot-{kimg:06d}.safetensors").write_bytes(network)
+    (run_folder / "network-snapshot-best.safetensors").write_bytes(b"not looked at")
+    results = compare(
+        **{**arguments(files, "bad"), "after": run_folder}, num=NUM, progress=False, outdir=tmp_path / "out"
+    )
+    assert [point["kimg"] for point in results["curve"]] == [0, 2, 10]
+    assert results["after"]["name"] == "network-snapshot-000010.safetensors" and results["verdict"] == "better"
+    first, last = results["curve"][0], results["curve"][-1]
+    assert first["fd_digits"] == results["before"]["fd_digits"]
+    assert first["difference"]["fd_digits"]["verdict"] == "not distinguishable"
+    assert last["fd_digits"] == results["after"]["fd_digits"]
+    assert (tmp_path / "out" / "curve.png").is_file() and "The run" in (tmp_path / "out" / "report.html").read_text()
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(ValueError, match=r"--after: .*nothing holds no network-snapshot"):
+        compare(**{**arguments(files), "after": tmp_path / "nothing"}, num=NUM, progress=False)
+
+
+def test_reference_of_images_shows_the_nearest(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("REFINE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "real").mkdir()
+    for index in range(12):
+        noise = np.random.RandomState(index).randint(0, 256, [32, 32], dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / "real" / f"{index}.png")
+    options = {**arguments(files), "ref": tmp_path / "real", "also": ["is", "fdinf"]}
+    results = compare(**options, num=NUM, progress=False, outdir=tmp_path / "out")
+    assert {"is_digits", "fdinf_digits", "recall"} <= set(results["difference"])
+    assert results["difference"]["fd_digits"]["method"] == "paired bootstrap"
+    assert results["difference"]["recall"]["method"] == "Student"
+    assert results["reference"]["form"] == "folder of images" and results["reference"]["num"] == 12
+    assert (tmp_path / "out" / "nearest.png").is_file()
+    with pytest.raises(ValueError, match="--also: x is unknown"):
+        compare(**{**options, "also": ["x"]}, num=NUM, progress=False)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"before": "missing.safetensors"}, "--before: .*missing.safetensors"),
+        ({"after": "text.txt"}, "--after: .*text.txt"),
+        ({"before": "detector.safetensors"}, "--before: .*expected a generator"),
+        ({"ref": "text.txt"}, "--ref: .*text.txt"),
+        ({"ref": "other.npz"}, "--ref: other.npz holds statistics of 7 features"),
+        ({"detector": "good.safetensors"}, "--detector: .*expected a detector"),
+        ({"detector": "nosuch"}, "--detector: .*nosuch"),
+        (
+            {"after": "small.safetensors"},
+            r"--after: its images are \[1, 16, 16\], but those of --before are \[1, 32, 32\]",
+        ),
+        ({"before": "small.safetensors", "after": "small.safetensors"}, "--detector: .*expected uint8"),
+        ({"num": "-3"}, "'--num'.*-3"),
+        ({"num": "many"}, "'--num'"),
+        ({"seeds": "0,1"}, "--seeds is 0,1; expected at least 3"),
+        ({"seeds": "0,0,1"}, "--seeds is 0,0,1"),
+        ({"seeds": "x"}, "--seeds: .*no list of numbers"),
+        ({"seeds": "0,1,999999999"}, "--seeds is 0,1,999999999; expected ranges"),
+        ({"device": "cuda:99"}, "--device: "),
+        ({"device": "toaster"}, "--device: found 'toaster'"),
+        ({"outdir": "text.txt/x"}, "--outdir: .*is a file"),
+    ],
+)
+def test_bad_input_is_one_line(files, capsys, change, message):
+    before = sorted(files.iterdir())
+    options = {**arguments(files), "num": NUM}
+    for key, value in change.items():
+        in_folder = key in ("before", "after", "ref", "detector", "outdir") and value != "nosuch"
+        options[key] = files / value if in_folder else value
+    code, out, err = run(capsys, **options)
+    assert code == 2 and out == "" and len(err.splitlines()) == 1 and err.startswith("Error: ")
+    assert re.search(message, err), err
+    assert sorted(files.iterdir()) == before
+
+
+def test_missing_options_and_script(root):
+    result = subprocess.run(
+        [sys.executable, "compare_fid.py", "--before=x"], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2 and "Traceback" not in result.stderr and "--after" in result.stderr
+
+
+def test_nothing_is_written_when_sampling_fails(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        module.Side, "sample", lambda *_, **__: (_ for _ in ()).throw(ValueError("the network gave NaN"))
+    )
+    code, _, err = run(capsys, **arguments(files), num=NUM, outdir=tmp_path / "out")
+    assert code == 2 and "Error: --before: the network gave NaN" in err and not (tmp_path / "out").exists()

@@ -1,0 +1,62 @@
+"""Run folders and their files."""
+
+import json
+import threading
+
+import pytest
+
+from refine.training.run_dir import RunDir, create_run_dir, find_training_states, next_run_dir
+
+
+def test_numbers_go_up_and_words_become_names(tmp_path):
+    out = tmp_path / "runs"
+    assert next_run_dir(out, "x").name == "00000-x" and not out.exists()
+    assert create_run_dir(out, "my run: a/b").name == "00000-my-run-a-b"
+    (out / "00007-other").mkdir()
+    (out / "notes").mkdir()
+    assert create_run_dir(out, "").name == "00008-run"
+
+
+def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path):
+    made = []
+    threads = [threading.Thread(target=lambda: made.append(create_run_dir(tmp_path, "x"))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(made)) == 8
+
+
+def test_log_stats_and_metrics_are_appended(tmp_path, capsys):
+    run = RunDir(tmp_path)
+    run.log("hello")
+    run.append_stats({"kimg": 1.0, "Loss/aux": 2.0})
+    run.append_metric("fd2k-digits", {"fd_digits": 3.0}, "network-snapshot-000001.safetensors", 1.0)
+    assert capsys.readouterr().out == "hello\n" and (tmp_path / "log.txt").read_text() == "hello\n"
+    assert json.loads((tmp_path / "stats.jsonl").read_text())["Loss/aux"] == 2.0
+    metric = json.loads((tmp_path / "metric-fd2k-digits.jsonl").read_text())
+    assert metric["results"] == {"fd_digits": 3.0} and metric["snapshot"].startswith("network-snapshot")
+
+
+def test_a_resumed_run_drops_the_lines_that_it_writes_again(tmp_path):
+    run = RunDir(tmp_path, quiet=True)
+    for kimg in (1.0, 2.0, 3.0):
+        run.append_stats({"kimg": kimg})
+    with open(tmp_path / "stats.jsonl", "a") as file:
+        file.write('{"kimg": 4.')  # a kill in the middle of a line
+    run.trim_after(2.0)
+    assert [json.loads(line)["kimg"] for line in (tmp_path / "stats.jsonl").read_text().splitlines()] == [1.0, 2.0]
+
+
+def test_the_latest_state_is_found_in_a_run_and_in_a_folder_of_runs(tmp_path):
+    with pytest.raises(ValueError, match="no training-state"):
+        find_training_states(tmp_path)
+    for name in (
+        "00000-a/training-state-000009.pt",
+        "00001-b/training-state-000002.pt",
+        "00001-b/training-state-000001.pt",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert find_training_states(tmp_path / "00000-a")[0].name == "training-state-000009.pt"
+    assert find_training_states(tmp_path)[0] == tmp_path / "00001-b/training-state-000002.pt"
