@@ -14,7 +14,7 @@ help:
 	@echo "make demo    refine the shipped digits GAN with the shipped teacher, show before and after"
 	@echo "make test    run the tests"
 	@echo "make bench   images per second of one iteration, and where its time goes"
-	@echo "make lint    ruff"
+	@echo "make lint    ruff, mypy and vulture"
 	@echo "make clean   remove $(VENV) and caches"
 
 setup: $(STAMP)
@@ -34,8 +34,13 @@ test: setup
 bench: setup
 	$(BIN)/python benchmarks/iteration.py
 
+# mypy finds refine.dnnlib and refine.torch_utils where a wheel has them: in one tree, made of links.
 lint: setup
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@rm -rf build/lint && mkdir -p build/lint/refine && ln -s $(CURDIR)/refine/* $(CURDIR)/dnnlib $(CURDIR)/torch_utils build/lint/refine/
+	cd build/lint && $(abspath $(BIN))/mypy --config-file=$(CURDIR)/pyproject.toml refine
+	$(BIN)/vulture
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis *.egg-info
