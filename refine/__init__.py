@@ -10,16 +10,33 @@
 """
 
 import importlib
+import sys
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from refine.checkpoints import load_generator, load_teacher
 
-# Our `dnnlib` and `torch_utils` are `refine.dnnlib` and `refine.torch_utils` to every import, so that they neither hide
-# NVIDIA's packages of these names nor are hidden by them. In a wheel they lie in this folder; in a checkout, beside it.
-if not (Path(__file__).parent / "dnnlib").is_dir():
-    __path__.append(str(Path(__file__).parents[1]))
+
+class _BesideFinder:
+    """Finds `refine.dnnlib` and `refine.torch_utils` in a checkout, where they lie beside this package.
+
+    They are called so everywhere, so that they neither hide NVIDIA's packages of these names nor are hidden by them.
+    A wheel has them inside this package. With the checkout's root in `__path__`, every folder and script there would
+    become a module of this package.
+    """
+
+    @staticmethod
+    def find_spec(fullname: str, *_: Any) -> ModuleSpec | None:
+        if fullname in ("refine.dnnlib", "refine.torch_utils"):
+            return PathFinder.find_spec(fullname, [str(Path(__file__).parents[1])])
+        return None
+
+
+if not (Path(__file__).parent / "dnnlib" / "__init__.py").is_file():
+    # First, because a finder that an editable install of another checkout brought would be asked before a last one.
+    sys.meta_path.insert(0, _BesideFinder)
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load_generator", "load_teacher"]

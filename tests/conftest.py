@@ -7,7 +7,11 @@ os.environ.pop("REFINE_PRETRAINED", None)
 os.environ.pop("REFINE_DEBUG", None)
 
 import random
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -38,3 +42,33 @@ def _fixed_seeds() -> None:
 def root() -> Path:
     """The source checkout."""
     return ROOT
+
+
+class Distributions(NamedTuple):
+    """What the build backend makes of a copy of the checkout."""
+
+    source: Path
+    wheel: Path
+    editable: Path
+    sdist: Path
+
+
+@pytest.fixture(scope="session")
+def distributions(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Distributions:
+    """Wheel, editable wheel and source distribution, built in seconds by the calls that pip makes, without network."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    for name in ("refine", "dnnlib", "torch_utils", "pretrained", "benchmarks", "docs", "tests", ".ci"):
+        shutil.copytree(root / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.work"))
+    for path in root.iterdir():
+        if path.suffix in (".py", ".toml", ".md", ".txt", ".yml", ".in") or path.name in ("LICENSE", "Makefile"):
+            shutil.copy(path, source)
+    code = (
+        "import sys; from setuptools.build_meta import build_editable, build_sdist, build_wheel\n"
+        "out = sys.argv[1]\n"  # they change it
+        "print(build_wheel(out), build_editable(out), build_sdist(out), sep='\\n')"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", code, str(out)]
+    result = subprocess.run(command, cwd=source, env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return Distributions(source, *(out / name for name in result.stdout.splitlines()[-3:]))

@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
+import zipfile
 
 import pytest
 from packaging.markers import default_environment
@@ -101,6 +103,29 @@ def test_sources_of_the_compiled_ops_are_packaged(project, root):
     patterns = project["tool"]["setuptools"]["package-data"]["refine.torch_utils.ops"]
     files = [path for path in (root / "torch_utils" / "ops").iterdir() if path.suffix in (".h", ".cpp", ".cu")]
     assert len(files) >= 5 and all(any(path.match(pattern) for pattern in patterns) for path in files)
+
+
+def test_a_wheel_is_one_package_with_its_data_and_sources(distributions, project):
+    names = set(zipfile.ZipFile(distributions.wheel).namelist())
+    assert {name.split("/")[0] for name in names} == {"refine", f"gan_refine-{refine.__version__}.dist-info"}
+    source, folders, expected = distributions.source, project["tool"]["setuptools"]["package-dir"], set()
+    for package in project["tool"]["setuptools"]["packages"]:
+        inside = package.replace(".", "/")
+        files = [path for path in (source / folders.get(package, inside)).iterdir() if path.is_file()]
+        expected |= {f"{inside}/{path.name}" for path in files}
+    assert {name for name in names if name.startswith("refine/")} == expected
+    assert {"refine/py.typed", "refine/pretrained/digits-gan.safetensors", "refine/torch_utils/ops/kernels.h"} <= names
+    with zipfile.ZipFile(distributions.editable) as editable:
+        assert not {"dnnlib", "torch_utils"} & {name.split("/")[0] for name in editable.namelist()}
+
+
+def test_a_source_distribution_is_the_whole_checkout(distributions):
+    with tarfile.open(distributions.sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    source = distributions.source
+    files = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
+    made = ("build", "gan_refine.egg-info")  # by the build
+    assert {path.as_posix() for path in files if path.parts[0] not in made} - names == set()
 
 
 def test_names_and_versions(project):
