@@ -3,8 +3,8 @@
     python benchmarks/ops.py [--device=cpu] [--batch=8] [--threads=2] [--only=upfirdn2d] [--match=512x32] [--json=FILE]
 
 Every row times its variants in turns, for half a second and at least twice, and keeps the fastest of each. "best torch"
-is the fastest of the plain-torch forms known here. A row that misses its goal says so. All of it takes about four
-minutes on two quiet cores; on a busy machine --cpu-time (processor seconds of one thread) is steadier than the clock.
+is the fastest of the plain-torch forms known here. A row that misses its goal says so. All of it takes some minutes
+on two quiet cores; on a busy machine --cpu-time (processor seconds of one thread) is steadier than the clock.
 Memory that is given back is used again, as in a training loop: else the system's page faults, which differ from process
 to process, are what is measured (--fresh-memory shows them).
 On a GPU the ops are also compared with a device copy of the same bytes.
