@@ -145,6 +145,16 @@ def test_our_packages_can_be_found_and_loaded_again(start, nvidia):
     start(nvidia, "-c", code)
 
 
+def test_a_checkout_does_not_mix_with_what_is_installed(start, root, tmp_path):
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import refine.dnnlib.util, refine.torch_utils.ops\n"
+        "print(refine.dnnlib.util.__file__, refine.torch_utils.ops.__file__, sep='\\n')"
+    )
+    files = [Path(line) for line in start(tmp_path, "-c", code, str(root)).splitlines()]
+    assert files == [root / "dnnlib/util.py", root / "torch_utils/ops/__init__.py"]
+
+
 def test_scripts_of_a_checkout_run_in_such_a_folder(root, nvidia):
     env = {**os.environ, "PYTHONPATH": str(nvidia)}
     for script in ("refine.py", "compare_fid.py", "generate.py"):
