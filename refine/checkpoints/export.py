@@ -21,8 +21,6 @@ from refine.checkpoints.foreign.container import write_back
 from refine.checkpoints.foreign.opening import open_container
 from refine.checkpoints.sniff import sniff
 
-FORMATS = ("like", "native", "plain", "rosinality")
-
 
 def can_write_like(source_path: str | os.PathLike) -> str | None:
     """Why networks cannot be put back into a file of the form of `source_path`; None = they can.

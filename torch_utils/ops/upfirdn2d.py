@@ -106,13 +106,6 @@ def upfirdn2d(
     return (_reference if chosen == "ref" else _plain_torch)(x, f, up, down, padding, flip_filter, gain)
 
 
-def filter2d(x, f, padding: Pair = 0, flip_filter: bool = False, gain: float = 1, impl=None) -> torch.Tensor:
-    """Filter at the same resolution; `padding` adds to the one that keeps the size. Shapes as in `upfirdn2d`."""
-    fw, fh = filter_size(f)
-    p = add_padding(padding, (fw // 2, (fw - 1) // 2, fh // 2, (fh - 1) // 2))
-    return upfirdn2d(x, f, padding=p, flip_filter=flip_filter, gain=gain, impl=impl)
-
-
 def upsample2d(
     x, f, up: Pair = 2, padding: Pair = 0, flip_filter: bool = False, gain: float = 1, impl=None
 ) -> torch.Tensor:
