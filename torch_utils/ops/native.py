@@ -44,7 +44,7 @@ def choose(op: str, x: torch.Tensor, impl: str | None) -> str:
 
 @torch.compiler.assume_constant_result  # a compiled graph keeps the choice it was traced with
 def _available(op: str, device_type: str) -> bool:
-    return device_type in ("cpu", "cuda") and custom_ops.load(op, device_type) is not None
+    return op in custom_ops.OPS.get(device_type, ()) and custom_ops.load(device_type) is not None
 
 
 _functions: dict[tuple[str, bool], Callable[[bytes], int]] = {}  # looked up once: a call costs microseconds
@@ -54,7 +54,7 @@ def function(op: str, x: torch.Tensor) -> Callable[[bytes], int] | None:
     """The compiled C function of `op` for the device of `x`; None where there is none."""
     key = (op, x.is_cuda)
     if key not in _functions:
-        library = custom_ops.load(op, x.device.type)
+        library = custom_ops.load(x.device.type)
         if library is None:  # e.g. a graph exported where there was a compiler
             return None
         _functions[key] = getattr(library, f"refine_{op}")
