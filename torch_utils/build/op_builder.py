@@ -67,14 +67,13 @@ def cpu_steps(ops: Sequence[str], compiler: Compiler, target: str, folder: Path)
         folder: Where the sources lie.
     """
     wanted = [*toolchain.march(target), *OPTIONAL_CXX_FLAGS]
-    if not _compiles(compiler, wanted, folder):
-        wanted = [flag for flag in wanted if _compiles(compiler, [flag], folder)]
-    return _steps([f"{op}.cpp" for op in ops], [*compiler.command, *CXX_FLAGS, *wanted])
+    taken = [flag for flag in wanted if _compiles(compiler, flag, folder)]
+    return _steps([f"{op}.cpp" for op in ops], [*compiler.command, *CXX_FLAGS, *taken])
 
 
-def _compiles(compiler: Compiler, flags: Sequence[str], folder: Path) -> bool:
+def _compiles(compiler: Compiler, flag: str, folder: Path) -> bool:
     (folder / "probe.cpp").write_text("int probe() { return 0; }\n", encoding="utf-8")
-    command = [*compiler.command, *flags, "-shared", "-fPIC", "probe.cpp", "-o", "probe.so"]
+    command = [*compiler.command, flag, "-shared", "-fPIC", "probe.cpp", "-o", "probe.so"]
     try:
         result = subprocess.run(
             command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False

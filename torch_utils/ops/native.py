@@ -138,7 +138,7 @@ def register(
                 save(ctx, inputs, output)
             return output
 
-        backward = staticmethod(derivative)  # type: ignore[assignment, arg-type]
+        backward = staticmethod(derivative)  # type: ignore[arg-type]
 
     def call(*inputs: Any) -> Any:
         if not can_skip_dispatch(inputs[0]):

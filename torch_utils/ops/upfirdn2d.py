@@ -143,7 +143,8 @@ def parse_padding(padding: Pair) -> tuple[int, int, int, int]:
         return padding[0], padding[0], padding[1], padding[1]
     if len(padding) != 4:
         raise ValueError(f"padding is {padding}; expected an int, (x, y) or (x0, x1, y0, y1)")
-    return tuple(padding)
+    x0, x1, y0, y1 = padding
+    return x0, x1, y0, y1
 
 
 def add_padding(padding: Pair, extra: Sequence[int]) -> tuple[int, ...]:
