@@ -1,4 +1,4 @@
-"""Attribute dictionaries, formatting for people, and files that appear whole or not at all."""
+"""Formatting for people, and files that appear whole or not at all."""
 
 import contextlib
 import hashlib
@@ -6,29 +6,6 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-
-class EasyDict(dict):
-    """A dict whose items are also attributes: `d.lr = 1e-3` is `d['lr'] = 1e-3`.
-
-    Names that `dict` itself uses (`items`, `keys`, …) stay methods; reach such items with brackets.
-    """
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"no item named {name!r}") from None
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self[name] = value
-
-    def __delattr__(self, name: str) -> None:
-        try:
-            del self[name]
-        except KeyError:
-            raise AttributeError(f"no item named {name!r}") from None
 
 
 def format_time(seconds: float) -> str:
@@ -53,16 +30,17 @@ def format_bytes(count: float) -> str:
     Raises:
         ValueError: the number is not finite or is negative beyond rounding.
     """
-    return _scaled(_whole(count, "a number of bytes"), 1024, (" B", " KiB", " MiB", " GiB", " TiB", " PiB"))
+    scaled, unit = float(_whole(count, "a number of bytes")), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB", "PiB"):
+        if float(_three_digits(scaled, unit)) < 1024:  # 1023.7 KiB would print as 1024 KiB: it is 1.00 MiB
+            break
+        scaled, unit = scaled / 1024, larger
+    return f"{_three_digits(scaled, unit)} {unit}"
 
 
-def format_count(count: float) -> str:
-    """Number of things in decimal units: `950`, `20.2 k`, `55.7 M`, `1.20 G`; three significant digits.
-
-    Raises:
-        ValueError: the number is not finite or is negative beyond rounding.
-    """
-    return _scaled(_whole(count, "a count"), 1000, ("", " k", " M", " G", " T"))
+def _three_digits(value: float, unit: str) -> str:
+    digits = 0 if unit == "B" or value >= 99.95 else 1 if value >= 9.995 else 2
+    return f"{value:.{digits}f}"
 
 
 def format_kimg(nimg: int) -> str:
@@ -76,27 +54,10 @@ def format_kimg(nimg: int) -> str:
     return f"{int(nimg) // 1000:06d}"
 
 
-def kimg_to_nimg(kimg: float) -> int:
-    """Thousands of images to images: 0.5 → 500, rounded to the nearest image."""
-    return round(kimg * 1000)
-
-
 def _whole(value: float, what: str) -> int:
     if not -0.5 <= value < float("inf"):  # False for NaN as well
         raise ValueError(f"{what} must be finite and not negative, got {value}")
     return int(value + 0.5)
-
-
-def _scaled(value: int, base: int, units: tuple[str, ...]) -> str:
-    if value < base:
-        return f"{value}{units[0]}"
-    scaled = float(value)
-    for unit in units[1:]:
-        scaled /= base
-        text = f"{scaled:.2f}" if scaled < 9.995 else f"{scaled:.1f}" if scaled < 99.95 else f"{scaled:.0f}"
-        if float(text) < base:  # 1023.7 KiB would print as 1024 KiB: move on to 1.00 MiB
-            return text + unit
-    return text + units[-1]
 
 
 _UMASK = os.umask(0o022)  # can only be read by setting it; once, before there are threads

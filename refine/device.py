@@ -42,9 +42,7 @@ def choose_ops(mode: str | None, device: str) -> None:
         custom_ops.set_mode(mode)
     if custom_ops.get_mode() == "native":
         try:
-            kind = device.partition(":")[0]
-            for op in custom_ops.OPS.get(kind, custom_ops.OPS["cpu"]):
-                custom_ops.load(op, kind)
+            custom_ops.load(device.partition(":")[0])
         except custom_ops.NativeUnavailable as error:
             raise ValueError(f"--ops=native: {error}") from None
 

@@ -121,8 +121,8 @@ def _join(cuda: bool) -> None:
             f"{missing} of {world_size()} did not come within {TIMEOUT.seconds} s; were all machines started?"
         ) from None
     backend = "nccl" if cuda else "gloo"
-    options = {"rank": rank(), "world_size": world_size(), "timeout": TIMEOUT}
-    dist.init_process_group(backend, store=dist.PrefixStore("groups", store), **options)
+    groups = dist.PrefixStore("groups", store)
+    dist.init_process_group(backend, store=groups, rank=rank(), world_size=world_size(), timeout=TIMEOUT)
     _store.append(store)
     _groups["numbers"] = dist.new_group(backend="gloo", timeout=TIMEOUT)
     _groups["waiting"] = dist.new_group(backend="gloo", timeout=PATIENCE)

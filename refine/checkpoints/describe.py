@@ -31,8 +31,8 @@ def inspect_file(path: str | os.PathLike) -> dict[str, Any]:
 
     Returns:
         JSON-able: 'path', 'bytes', 'sha256', 'kind' and 'description' (what the file is), and for native files
-        'format_version', 'contents', 'provenance' or 'metadata', 'networks' (name → see `inspect_network`) or 'tensors'
-        (name → dtype and shape). For files of other programs 'networks', or 'problem' where nothing in it can be used.
+        'format_version', 'contents', 'provenance' and 'networks' (name → see `inspect_network`). For files of other
+        programs 'networks', or 'problem' where nothing in it can be used.
 
     Raises:
         ValueError: there is no such file, or it is a native file that cannot be used.
@@ -51,10 +51,6 @@ def inspect_file(path: str | os.PathLike) -> dict[str, Any]:
         return report
     metadata = native.read_metadata(path)
     report |= {"format_version": metadata["version"], "contents": metadata["kind"]}
-    if metadata["kind"] == "tensors":
-        tensors = native.load_tensors(path)[0]
-        table = {name: {"dtype": _dtype(t), "shape": list(t.shape)} for name, t in tensors.items()}
-        return report | {"metadata": metadata["metadata"], "tensors": table}
     table = {name: _inspect_native(path, name, entry) for name, entry in metadata["networks"].items()}
     return report | {"provenance": metadata["provenance"], "networks": table}
 
@@ -158,9 +154,7 @@ def as_text(report: Mapping[str, Any]) -> str:
         lines += [f"  note      {note}" for note in network.get("notes", [])]
         lines += [f"  |w_avg|   {network['w_avg_norm']:.4g}"] if "w_avg_norm" in network else []
         lines += [f"  WARNING   {network['non_finite']:,} values are NaN or infinite"] if network["non_finite"] else []
-    lines += [f"tensors     {len(report['tensors'])}"] if "tensors" in report else []
-    for title in ("provenance", "metadata"):
-        lines += [f"{title:<11} {_pairs(report[title])}"] if report.get(title) else []
+    lines += [f"provenance  {_pairs(report['provenance'])}"] if report.get("provenance") else []
     return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -20,8 +21,6 @@ from refine.checkpoints.foreign import rosinality, state_dicts
 from refine.checkpoints.foreign.container import write_back
 from refine.checkpoints.foreign.opening import open_container
 from refine.checkpoints.sniff import sniff
-
-FORMATS = ("like", "native", "plain", "rosinality")
 
 
 def can_write_like(source_path: str | os.PathLike) -> str | None:
@@ -102,12 +101,14 @@ def write_rosinality(out_path: str | os.PathLike, networks: Mapping[str, torch.n
         ValueError: a generator is something that their class cannot express, or there is none.
         OSError: the file cannot be written.
     """
-    table, notes = {}, []
+    table: dict[str, Any] = {}
+    notes = []
     for ours, theirs in (("G_ema", "g_ema"), ("G", "g")):
         if ours in networks:
             table[theirs], w_avg = rosinality.generator_state(networks[ours])
             table.setdefault("latent_avg", w_avg)  # of G_ema where there is one
-            clamp = networks[ours].init_kwargs["synthesis_kwargs"].get("conv_clamp")
+            generator: Any = networks[ours]
+            clamp = generator.init_kwargs["synthesis_kwargs"].get("conv_clamp")
             if clamp is not None:
                 notes.append(f"{ours} clamps activations at {clamp}, theirs does not: the same unless that is reached")
     if not table:

@@ -6,8 +6,7 @@ One JSON text under the metadata key 'gan-refine' makes a file one of ours:
      "networks": {"G_ema": {"class": "stylegan2.Generator", "init_kwargs": {…}}, …},
      "provenance": {…}}                                  # where it comes from: parents' sha256, options, …
 
-Tensors are called `<network>.<name in its state_dict>`. The second kind, "tensors", is a flat table of tensors with a
-JSON object beside it (`save_tensors`, `load_tensors`): training states, optimiser moments, statistics.
+Tensors are called `<network>.<name in its state_dict>`.
 
 Reading is strict (names, shapes and dtypes must be those of the rebuilt network), runs no code from the file, and finds
 out everything that can be wrong from header and file size before memory for a single weight is taken. Values are not
@@ -94,7 +93,7 @@ def load_networks(path: str | os.PathLike, names: Iterable[str] | None = None) -
         ValueError: the file is not a whole native file of networks, a wanted one is not in it, or the names, shapes or
             dtypes of its tensors are not those that its class and init kwargs ask for.
     """
-    metadata, infos = _read_header(path, kind="networks")
+    metadata, infos = _read_header(path)
     table = metadata["networks"]
     names = list(table if names is None else names)
     for name in names:
@@ -137,7 +136,7 @@ def load_loose(path: str | os.PathLike, name: str) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: the file is not a whole native file of networks.
     """
-    _, infos = _read_header(path, kind="networks")
+    _, infos = _read_header(path)
     keys = [key for key in infos if key.startswith(f"{name}.")]
     return dict(zip([key.removeprefix(f"{name}.") for key in keys], _read_tensors(path, keys), strict=True))
 
@@ -161,36 +160,12 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
     """The JSON of a native file, without reading a tensor.
 
     Returns:
-        'format', 'version', 'kind' ('networks' or 'tensors'), and 'networks' (name → 'class', 'init_kwargs') with
-        'provenance', or 'metadata'.
+        'format', 'version', 'kind' (always 'networks'), 'networks' (name → 'class', 'init_kwargs'), 'provenance'.
 
     Raises:
         ValueError: the file is not a whole native file of a version that is known here.
     """
     return _read_header(path)[0]
-
-
-def save_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], metadata: dict[str, Any]) -> None:
-    """Writes a flat table of tensors and a JSON-able table beside it to one native file, all of it or nothing.
-
-    Raises:
-        ValueError: the metadata are not JSON-able, or a dtype has no place in the format.
-        OSError: the file cannot be written.
-    """
-    _write(path, tensors, {"kind": "tensors", "metadata": metadata})
-
-
-def load_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Reads what `save_tensors` wrote: (name → CPU tensor, metadata).
-
-    Raises:
-        ValueError: the file is not a whole native file of tensors.
-    """
-    metadata, infos = _read_header(path, kind="tensors")
-    for key, info in infos.items():
-        if info.dtype not in _DTYPES:
-            raise ValueError(f"{path}: the tensor {key!r} has dtype {info.dtype}; expected one of {', '.join(_DTYPES)}")
-    return dict(zip(infos, _read_tensors(path, infos), strict=True)), metadata["metadata"]
 
 
 def _write(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], metadata: dict[str, Any]) -> None:
@@ -216,14 +191,10 @@ def _unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return result
 
 
-def _read_header(path: str | os.PathLike, kind: str | None = None) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
-    expected = {
-        "networks": "a file of networks written by this toolkit (safetensors)",
-        "tensors": "a file of tensors written by this toolkit (safetensors)",
-    }.get(kind, "a native file of this toolkit")
+def _read_header(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
     found = sniff(path)
     if found.kind != "native":
-        raise ValueError(f"{path} is {found.description}; expected {expected}")
+        raise ValueError(f"{path} is {found.description}; expected a file of networks written by this toolkit")
     try:
         infos, header = read_safetensors_header(path)
         metadata = json.loads(header[HEADER_KEY])
@@ -234,8 +205,6 @@ def _read_header(path: str | os.PathLike, kind: str | None = None) -> tuple[dict
     reason = _metadata_fault(metadata)
     if reason:
         raise ValueError(f"{path}: {reason}")
-    if kind and metadata["kind"] != kind:
-        raise ValueError(f"{path} is a native file of {metadata['kind']}; expected {expected}")
     return metadata, infos
 
 
@@ -246,23 +215,21 @@ def _metadata_fault(metadata: Any) -> str | None:
         return f'its metadata do not say "format": "{FORMAT}"'
     if metadata.get("version") != VERSION or isinstance(metadata["version"], bool):
         return f"it has format version {str(metadata.get('version'))[:20]}; this release reads version {VERSION}"
-    tables = {"networks": ("networks", "provenance"), "tensors": ("metadata",)}.get(str(metadata.get("kind")))
-    if tables is None:
+    if metadata.get("kind") != "networks":
         return f"its metadata name the unknown kind {str(metadata.get('kind'))[:20]!r}"
-    for key in tables:
+    for key in ("networks", "provenance"):
         if not isinstance(metadata.get(key), dict):
             return f"its metadata lack the table {key!r}"
-    if metadata["kind"] == "networks":
-        if not metadata["networks"]:
-            return "it holds no network"
-        for name, entry in metadata["networks"].items():
-            if (
-                "." in name
-                or not isinstance(entry, dict)
-                or not isinstance(entry.get("class"), str)
-                or not isinstance(entry.get("init_kwargs"), dict)
-            ):
-                return f"its metadata lack class or init_kwargs of the network {name[:60]!r}"
+    if not metadata["networks"]:
+        return "it holds no network"
+    for name, entry in metadata["networks"].items():
+        if (
+            "." in name
+            or not isinstance(entry, dict)
+            or not isinstance(entry.get("class"), str)
+            or not isinstance(entry.get("init_kwargs"), dict)
+        ):
+            return f"its metadata lack class or init_kwargs of the network {name[:60]!r}"
     return None
 
 

@@ -27,7 +27,7 @@ def ops() -> None:
     "--portable", is_flag=True, help="CPU ops for other machines of this architecture, not for this one only."
 )
 def build(device: str, portable: bool) -> int:
-    """Builds all ops that are not in the cache and says where they lie.
+    """Builds the ops of every device that are not in the cache and says where they lie.
 
     In a Dockerfile set REFINE_CACHE to a folder that the image keeps, add --portable, and, for CUDA, say the GPUs in
     TORCH_CUDA_ARCH_LIST (default: one target for each generation). The image then needs no compiler.
@@ -44,20 +44,20 @@ def build(device: str, portable: bool) -> int:
     elif device == "auto" and custom_ops.find_compiler("cuda") is None:
         devices = ["cpu"]
         click.echo("no nvcc, so no ops for CUDA", err=True)
-    built = [_build_one(op, name, portable and name == "cpu") for name in devices for op in custom_ops.OPS[name]]
+    built = [_build_one(name, portable and name == "cpu") for name in devices]
     return 0 if all(built) else 1
 
 
-def _build_one(op: str, device: str, portable: bool) -> bool:
-    """Whether it is there now; says where, or why not."""
+def _build_one(device: str, portable: bool) -> bool:
+    """Whether they are there now; says where, or why not."""
     from refine.torch_utils.build import custom_ops
 
     try:
-        library = custom_ops.obtain(op, device, portable)
+        library = custom_ops.obtain(device, portable)
     except custom_ops.NativeUnavailable as error:
-        click.echo(f"{op} ({device}): {error}", err=True)
+        click.echo(f"{device}: {error}", err=True)
         return False
-    click.echo(f"{op} ({device}): {library.path}")
+    click.echo(f"{device}: {library.path}")
     return True
 
 
@@ -67,7 +67,7 @@ def list_libraries(as_json: bool) -> None:
     """Lists the libraries in the cache, those of other versions and machines included."""
     from refine.torch_utils.build import op_cache
 
-    paths = [str(path) for folder in op_cache.cache_folders() for path in sorted(folder.glob("*-*-*/*.so"))]
+    paths = [str(path) for entry in op_cache.entries() for path in sorted(entry.glob("*.so"))]
     click.echo(json.dumps(paths, indent=2) if as_json else "\n".join(paths) or "none")
 
 
@@ -75,12 +75,9 @@ def list_libraries(as_json: bool) -> None:
 def clean() -> None:
     """Removes every compiled op from the cache; what is needed is built again at its next use."""
     from refine.torch_utils.build import op_cache
-    from refine.torch_utils.build.custom_ops import OPS
 
-    count = 0
-    for folder in op_cache.cache_folders():
-        for entry in [path for op in OPS["cpu"] for path in folder.glob(f"{op}-*-*") if path.is_dir()]:
-            with option("clean"):
-                shutil.rmtree(entry)
-            count += 1
-    click.echo(f"{count} folders removed")
+    entries = op_cache.entries()
+    with option("clean"):
+        for entry in entries:
+            shutil.rmtree(entry)
+    click.echo(f"{len(entries)} folders removed")

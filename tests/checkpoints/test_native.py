@@ -238,7 +238,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-@pytest.mark.parametrize("read", [native.load_networks, native.load_tensors, native.read_metadata])
+@pytest.mark.parametrize("read", [native.load_networks, native.read_metadata])
 def test_foreign_files_are_named(tmp_path, name, read):
     data, what = FOREIGN[name]
     path = tmp_path / "network.pkl"
@@ -247,7 +247,7 @@ def test_foreign_files_are_named(tmp_path, name, read):
     assert str(path) in message and what in message and "expected" in message
 
 
-@pytest.mark.parametrize("read", [native.load_networks, native.load_tensors, native.read_metadata])
+@pytest.mark.parametrize("read", [native.load_networks, native.read_metadata])
 def test_paths_that_are_no_file(tmp_path, read):
     assert "no such file" in refusal(read, tmp_path / "nothing")
     assert "is a folder" in refusal(read, tmp_path)
@@ -483,52 +483,17 @@ def test_headers_agree_with_the_library(tmp_path):
     assert infos["a"].numel == 6 and infos["b"].numel == 0 and infos["c"].numel == 1
 
 
-# -- tensors -----------------------------------------------------------------------------------------------------------
-
-
-def test_tensors_round_trip(tmp_path):
-    base = torch.randn(4, 6)
-    tensors = {
-        "adam/exp_avg": base,
-        "view": base[1:3, ::2],
-        "transposed": base.t(),
-        "step": torch.tensor(7, dtype=torch.int64),
-        "rng": torch.get_rng_state(),
-        "none": torch.zeros(0, 3),
-        "half": torch.randn(3).half(),
-        "bf16": torch.randn(3).bfloat16(),
-        "mask": torch.tensor([True, False]),
-        "double": torch.tensor([torch.nan, 1e300], dtype=torch.float64),
-        "grad": torch.randn(2, requires_grad=True),
-    }
-    metadata = {"nimg": 12_000, "label": "σ", "inf": float("inf"), "nested": {"list": [1, None, "x"]}}
-    native.save_tensors(tmp_path / "state", tensors, metadata)
-    loaded, found = native.load_tensors(tmp_path / "state")
-    assert found == metadata and loaded.keys() == tensors.keys()
-    for key, value in tensors.items():
-        assert loaded[key].dtype == value.dtype and loaded[key].shape == value.shape
-        assert torch.equal(loaded[key].nan_to_num(), value.detach().nan_to_num()), key
-        assert not loaded[key].requires_grad
-    assert native.read_metadata(tmp_path / "state")["kind"] == "tensors"
-
-
-def test_tensors_without_any(tmp_path):
-    native.save_tensors(tmp_path / "state", {}, {"nimg": 0})
-    assert native.load_tensors(tmp_path / "state") == ({}, {"nimg": 0})
-
-
 def test_tensors_that_cannot_be_written(tmp_path):
-    path = tmp_path / "state"
-    assert "no place" in refusal(native.save_tensors, path, {"a": torch.zeros(2, dtype=torch.complex64)}, {})
-    assert "no place" in refusal(native.save_tensors, path, {"a": torch.eye(2).to_sparse()}, {})
-    assert "JSON" in refusal(native.save_tensors, path, {}, {"a": torch.zeros(1)})
+    def save(tensor, provenance):
+        G = torch.nn.Module()
+        G.register_buffer("a", tensor)
+        G.custom_reference, G.img_resolution, G.img_channels, G.c_dim, G.z_dim = "own:make", 8, 1, 0, 4
+        native.save_networks(tmp_path / "net", {"G": G}, provenance=provenance)
+
+    assert "no place" in refusal(save, torch.zeros(2, dtype=torch.complex64), {})
+    assert "no place" in refusal(save, torch.eye(2).to_sparse(), {})
+    assert "JSON" in refusal(save, torch.zeros(1), {"a": torch.zeros(1)})
     assert os.listdir(tmp_path) == []
-
-
-def test_kinds_are_not_mixed_up(file, tmp_path):
-    native.save_tensors(tmp_path / "state", {}, {})
-    assert "a native file of tensors; expected a file of networks" in refusal(native.load_networks, tmp_path / "state")
-    assert "a native file of networks; expected a file of tensors" in refusal(native.load_tensors, file)
 
 
 def test_killed_while_writing_leaves_the_old_file(file):
@@ -538,7 +503,8 @@ def test_killed_while_writing_leaves_the_old_file(file):
         "import os, sys, torch\n"
         "os.replace = lambda *a: os._exit(9)\n"
         "from refine.checkpoints import native\n"
-        "native.save_tensors(sys.argv[1], {'a': torch.zeros(9)}, {})\n"
+        "networks = native.load_networks(sys.argv[1])\n"
+        "native.save_networks(sys.argv[1], networks, provenance={})\n"
     )
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     assert subprocess.run([sys.executable, "-c", code, str(file)], cwd=root, check=False).returncode == 9

@@ -64,11 +64,6 @@ def test_text(capsys, file):
     assert "WARNING   1 values are NaN or infinite" in run(capsys, path)[1]
 
 
-def test_tensors(capsys, tmp_path):
-    native.save_tensors(tmp_path / "state", {}, {"nimg": 3})
-    assert "tensors     0\nmetadata    nimg=3\n" in run(capsys, tmp_path / "state")[1]
-
-
 def test_other_files(capsys, tmp_path):
     (tmp_path / "x.pkl").write_text("<html></html>")
     code, out, _ = run(capsys, tmp_path / "x.pkl")

@@ -1,33 +1,11 @@
-import copy
 import hashlib
 import os
-import pickle
 import subprocess
 import sys
 
 import pytest
 
 from refine import dnnlib
-
-
-def test_easy_dict_items_are_attributes():
-    d = dnnlib.EasyDict(lr=1e-3)
-    d.batch = 32
-    assert d == {"lr": 1e-3, "batch": 32} and d["batch"] == d.batch == 32
-    del d.lr
-    assert "lr" not in d and not hasattr(d, "lr")
-
-
-@pytest.mark.parametrize("action", [lambda d: d.missing, lambda d: delattr(d, "missing")])
-def test_easy_dict_missing_attribute(action):
-    with pytest.raises(AttributeError, match="missing"):
-        action(dnnlib.EasyDict())
-
-
-def test_easy_dict_copies():
-    d = dnnlib.EasyDict(a=[1])
-    for clone in (copy.deepcopy(d), pickle.loads(pickle.dumps(d))):
-        assert clone == d and type(clone) is dnnlib.EasyDict and clone.a is not d.a
 
 
 @pytest.mark.parametrize(
@@ -48,7 +26,7 @@ def test_format_time(seconds, text):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1])
-@pytest.mark.parametrize("function", [dnnlib.format_time, dnnlib.format_bytes, dnnlib.format_count])
+@pytest.mark.parametrize("function", [dnnlib.format_time, dnnlib.format_bytes])
 def test_formats_refuse_what_has_no_meaning(function, bad):
     with pytest.raises(ValueError, match="finite and not negative"):
         function(bad)
@@ -70,17 +48,9 @@ def test_format_bytes(count, text):
     assert dnnlib.format_bytes(count) == text
 
 
-@pytest.mark.parametrize(
-    ("count", "text"), [(950, "950"), (20_215_315, "20.2 M"), (999_999, "1.00 M"), (1.2e9, "1.20 G")]
-)
-def test_format_count(count, text):
-    assert dnnlib.format_count(count) == text
-
-
 def test_kimg():
     assert dnnlib.format_kimg(123_456) == "000123"
     assert dnnlib.format_kimg(12_345_678_000) == "12345678"
-    assert dnnlib.kimg_to_nimg(0.1 + 0.2) == 300
     with pytest.raises(ValueError, match="negative"):
         dnnlib.format_kimg(-1)
 

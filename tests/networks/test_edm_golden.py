@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from refine.networks import edm
-from refine.networks.edm_loss import EDMLoss, VELoss, VPLoss
+from refine.networks.edm_loss import EDMLoss
 from refine.networks.sampler import heun_sampler, karras_sigmas
 from tests.golden import read_arrays, read_json
 
@@ -27,7 +27,6 @@ NETWORKS = (
     "adm_iddpm_cond",
 )
 TOLERANCE = 2e-5  # of the largest magnitude in each sample: D scales with sigma
-LOSSES = {"EDMLoss": EDMLoss, "VPLoss": VPLoss, "VELoss": VELoss}
 
 arrays = cache(lambda name: read_arrays(f"edm/{name}"))
 facts = cache(lambda name: read_json(f"edm/{name}"))
@@ -158,7 +157,7 @@ def loss_case(name: str) -> dict[str, float]:
     case = facts("loss_and_schedules")[name]
     prefix = f"{name}:"
     data = {k.removeprefix(prefix): v for k, v in arrays("loss_and_schedules").items() if k.startswith(prefix)}
-    loss_fn = LOSSES[case["loss"]](**case["kwargs"])
+    loss_fn = EDMLoss(**case["kwargs"])
     sigma = loss_fn.sigma(data["rnd"])
     loss = loss_fn.at(network(case["config"]), data["images"], sigma, data["eps"], data.get("class_labels"))
     assert loss.shape == data["images"].shape

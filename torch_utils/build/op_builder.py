@@ -1,8 +1,10 @@
-"""Source → shared library: the commands, ninja, the log, and what a failed build says.
+"""Sources → one shared library: the steps, ninja, the log, and what a failed build says.
 
-Works in a folder that the caller gives and puts nothing anywhere else.
+Works in a folder that the caller gives and puts nothing anywhere else. ninja compiles the sources side by side, links
+what they gave and stops everything at the first error; where it is missing, the same steps run one after the other.
 """
 
+import contextlib
 import os
 import re
 import shlex
@@ -11,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO, NamedTuple
 
 from refine.torch_utils.build import toolchain
 from refine.torch_utils.build.toolchain import Compiler, CudaToolkit, Missing
@@ -21,6 +24,7 @@ CXX_FLAGS = ("-O2", "-ftree-vectorize", "-fPIC", "-fno-math-errno", "-fno-trappi
 # Taken where the compiler knows them; without OpenMP the ops run on one thread.
 OPTIONAL_CXX_FLAGS = ("-fopenmp", "-fvect-cost-model=dynamic")
 NVCC_FLAGS = ("-O3", "-Xcompiler=-fPIC", "--threads=0")
+LIBRARY = "ops.so"
 
 # The first that fits an error message explains it.
 _DIAGNOSES = [
@@ -45,25 +49,31 @@ class BuildFailed(RuntimeError):
     """One line: first error, diagnosis, path of the log."""
 
 
-def cpu_commands(op: str, compiler: Compiler, target: str, folder: Path) -> list[list[str]]:
-    """Compile and link `op`.cpp to `op`.so, with as many of the optional flags as the compiler takes.
+class Step(NamedTuple):
+    """A command that makes one file of others."""
+
+    output: str
+    inputs: list[str]
+    command: list[str]
+
+
+def cpu_steps(ops: Sequence[str], compiler: Compiler, target: str, folder: Path) -> list[Step]:
+    """For the `*.cpp` of the ops, with as many of the optional flags as the compiler takes.
 
     Args:
-        op: Name of the source.
+        ops: Names of the sources.
         compiler: The C++ compiler.
         target: One of `toolchain.cpu_targets`.
-        folder: Where the source lies.
+        folder: Where the sources lie.
     """
     wanted = [*toolchain.march(target), *OPTIONAL_CXX_FLAGS]
-    if not _compiles(compiler, wanted, folder):
-        wanted = [flag for flag in wanted if _compiles(compiler, [flag], folder)]
-    command = [*compiler.command, *CXX_FLAGS, *wanted]
-    return [[*command, "-c", f"{op}.cpp", "-o", f"{op}.o"], [*command, "-shared", f"{op}.o", "-o", f"{op}.so"]]
+    taken = [flag for flag in wanted if _compiles(compiler, flag, folder)]
+    return _steps([f"{op}.cpp" for op in ops], [*compiler.command, *CXX_FLAGS, *taken])
 
 
-def _compiles(compiler: Compiler, flags: Sequence[str], folder: Path) -> bool:
+def _compiles(compiler: Compiler, flag: str, folder: Path) -> bool:
     (folder / "probe.cpp").write_text("int probe() { return 0; }\n", encoding="utf-8")
-    command = [*compiler.command, *flags, "-shared", "-fPIC", "probe.cpp", "-o", "probe.so"]
+    command = [*compiler.command, flag, "-shared", "-fPIC", "probe.cpp", "-o", "probe.so"]
     try:
         result = subprocess.run(
             command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False
@@ -73,18 +83,23 @@ def _compiles(compiler: Compiler, flags: Sequence[str], folder: Path) -> bool:
     return result.returncode == 0
 
 
-def cuda_commands(op: str, toolkit: CudaToolkit, targets: list[str]) -> list[list[str]]:
-    """Compile and link `op`.cu to `op`.so. The CUDA runtime goes in statically: it meets torch's in the driver only, so
-    the toolkit need not be of torch's version.
+def cuda_steps(ops: Sequence[str], toolkit: CudaToolkit, targets: list[str]) -> list[Step]:
+    """For the `*.cu` of the ops. The CUDA runtime goes in statically: it meets torch's in the driver only, so the
+    toolkit need not be of torch's version.
 
     Raises:
         Missing: No host compiler that nvcc takes.
     """
     ccbin = toolkit.host_compiler()
-    command = [*toolkit.nvcc.command, *NVCC_FLAGS, *([f"-ccbin={ccbin}"] if ccbin else [])]
-    code = toolchain.gencode(targets)
-    compile_command = [*command, *code, "-c", f"{op}.cu", "-o", f"{op}.o"]
-    return [compile_command, [*command, *code, "-shared", "-cudart=static", f"{op}.o", "-o", f"{op}.so"]]
+    command = [*toolkit.nvcc.command, *NVCC_FLAGS, *([f"-ccbin={ccbin}"] if ccbin else []), *toolchain.gencode(targets)]
+    return _steps([f"{op}.cu" for op in ops], command, "-cudart=static")
+
+
+def _steps(sources: list[str], command: list[str], *link_flags: str) -> list[Step]:
+    objects = [f"{Path(source).stem}.o" for source in sources]
+    pairs = zip(objects, sources, strict=True)
+    compiling = [Step(output, [source], [*command, "-c", source, "-o", output]) for output, source in pairs]
+    return [*compiling, Step(LIBRARY, objects, [*command, "-shared", *link_flags, *objects, "-o", LIBRARY])]
 
 
 def check_driver(toolkit: CudaToolkit) -> None:
@@ -98,22 +113,23 @@ def check_driver(toolkit: CudaToolkit) -> None:
         )
 
 
-def run(commands: list[list[str]], folder: Path, log: Path, limit: float, ninja: str | None) -> None:
-    """Runs the commands one after the other in `folder`, by ninja where there is one; everything goes into `log`.
+def run(steps: list[Step], folder: Path, log: Path, limit: float, ninja: str | None) -> Path:
+    """Runs the steps in `folder`, by ninja where there is one; everything goes into `log`.
+
+    Returns:
+        The library that the last step made.
 
     Raises:
-        BuildFailed: A command failed or the limit (seconds) was reached.
+        BuildFailed: A step failed or the limit (seconds) was reached.
     """
+    commands = [step.command for step in steps]
     if ninja:
-        _write_ninja_file(commands, folder / "build.ninja")
-        todo = [[ninja, "-v", "-C", str(folder)]]
-    else:
-        todo = commands
+        (folder / "build.ninja").write_text(_ninja_text(steps), encoding="utf-8")
+        commands = [[ninja, "-v"]]
     deadline = time.monotonic() + limit
     with open(log, "w", encoding="utf-8", errors="replace") as file:
+        file.writelines(f"$ {shlex.join(step.command)}\n" for step in steps)
         for command in commands:
-            file.write(f"$ {shlex.join(command)}\n")
-        for command in todo:
             file.flush()
             try:
                 code = _run_one(command, folder, file, deadline - time.monotonic())
@@ -123,10 +139,13 @@ def run(commands: list[list[str]], folder: Path, log: Path, limit: float, ninja:
                 raise BuildFailed(f"{command[0]} cannot be run: {error.strerror}; log: {log}") from None
             if code:
                 raise BuildFailed(describe(log, code))
+    if not (folder / LIBRARY).is_file():
+        raise BuildFailed(f"the compiler left no library; log: {log}")
+    return folder / LIBRARY
 
 
-def _run_one(command: list[str], folder: Path, file, limit: float) -> int:
-    """Exit code. The compiler's own children end with it, also at Ctrl-C."""
+def _run_one(command: list[str], folder: Path, file: IO[str], limit: float) -> int:
+    """Exit code. The children end with the command, also at Ctrl-C."""
     with subprocess.Popen(
         command,
         cwd=folder,
@@ -138,19 +157,20 @@ def _run_one(command: list[str], folder: Path, file, limit: float) -> int:
         try:
             return process.wait(timeout=max(limit, 0.01))
         except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGTERM)  # ninja passes it on to compilers, which have groups of their own
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=5)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             raise
 
 
-def _write_ninja_file(commands: list[list[str]], path: Path) -> None:
+def _ninja_text(steps: list[Step]) -> str:
     lines = ["rule run", "  command = $command"]
-    for command in commands:
-        source = command[command.index("-o") - 1]
-        lines += [
-            f"build {command[-1]}: run {source}",
-            f"  command = {shlex.join(command).replace('$', '$$')}",
-        ]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for step in steps:
+        command = shlex.join(step.command).replace("$", "$$")
+        lines += [f"build {step.output}: run {' '.join(step.inputs)}", f"  command = {command}"]
+    return "\n".join(lines) + "\n"
 
 
 def describe(log: Path, code: int) -> str:

@@ -1,22 +1,20 @@
 """Where compiled libraries lie, how they are found, and that one process at a time builds them.
 
-    <cache folder>/<op>-<device>-<key>/<compiler>.<targets>.<checksum>.so
+    <cache folder>/ops-<device>-<key>/<targets>.<checksum>.so
 
-The key stands for everything on this machine that the library depends on, see `custom_ops.describe_wanted`. The
-compiler is in the file's name instead, so that a library is found where there is no compiler; the checksum tells half a
+The key stands for everything that a library is made from, see `custom_ops.describe_wanted`; the checksum tells half a
 file from a whole one. Files appear whole, by renaming.
 """
 
 import contextlib
 import hashlib
 import os
-import secrets
+import shutil
 import socket
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -52,59 +50,50 @@ def _is_safe(base: Path) -> bool:
     return not base.is_symlink() and stat.st_uid == os.getuid() and not stat.st_mode & 0o022
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A library in the cache, whole by its checksum."""
-
-    path: Path
-    compiler: str  # see toolchain.Compiler.identity
-    targets: str  # of a CPU, see toolchain.cpu_targets; GPU targets joined by +
-
-
-def find_candidates(folder: str, accepts: Callable[[str], bool]) -> list[Candidate]:
+def find(folder: str, accepts: Callable[[str], bool]) -> list[Path]:
     """Whole libraries whose targets are accepted, folder by folder of the cache, newest first."""
-    found = []
+    found: list[Path] = []
     for entry in (base / folder for base in cache_folders() if _is_safe(base)):
-        try:
-            names = os.listdir(entry)
-        except OSError:
-            continue
-        here = [c for c in (_candidate(entry / name) for name in names) if c and accepts(c[0].targets)]
-        found += [candidate for candidate, _ in sorted(here, key=lambda item: -item[1])]
+        with contextlib.suppress(OSError):
+            here = [path for path in entry.glob("*.*.so") if accepts(targets_of(path)) and _is_whole(path)]
+            found += sorted(here, key=lambda path: -path.stat().st_mtime_ns)
     return found
 
 
-def _candidate(path: Path) -> tuple[Candidate, int] | None:
-    """(library, date), if the file is one and nothing is missing from it."""
-    parts = path.name.split(".")
-    if len(parts) != 4 or parts[3] != "so":
-        return None
-    try:
-        if checksum(path) != parts[2]:
-            return None
-        return Candidate(path, parts[0], parts[1]), path.stat().st_mtime_ns
-    except OSError:
-        return None
+def targets_of(path: Path) -> str:
+    """What a library was compiled for: see `toolchain.cpu_targets`; GPU targets joined by +."""
+    return path.name.split(".")[0]
+
+
+def _is_whole(path: Path) -> bool:
+    return checksum(path) == path.name.split(".")[1]
 
 
 def checksum(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def keep(library: Path, entry: Path, stem: str) -> Candidate:
-    """Gives a finished library its name in the cache; older ones of this compiler and targets go.
+def keep(library: Path, entry: Path, targets: list[str]) -> Path:
+    """Gives a finished library its name in the cache; older ones for these targets go.
 
     Raises:
-        OSError: No such file, or it cannot be written.
+        OSError: It cannot be written.
     """
     with open(library, "rb") as file:
         os.fsync(file.fileno())
+    stem = "+".join(targets)
     target = entry / f"{stem}.{checksum(library)}.so"
     os.replace(library, target)
     for old in entry.glob(f"{stem}.*.so"):
         if old != target:
             old.unlink(missing_ok=True)
-    return Candidate(target, *stem.split("."))
+    return target
+
+
+def entries() -> list[Path]:
+    """The folders of libraries in all caches, those of other versions and machines included."""
+    found = (base.glob(f"ops-{device}-{'?' * 16}") for base in cache_folders() for device in ("cpu", "cuda"))
+    return [path for paths in found for path in sorted(paths) if path.is_dir()]
 
 
 def writable_folder(name: str = "") -> Path:
@@ -115,71 +104,71 @@ def writable_folder(name: str = "") -> Path:
     """
     reasons = []
     for base in cache_folders():
-        folder = base / name
-        probe = folder / f".probe-{os.getpid()}-{secrets.token_hex(4)}"
         try:
             if not _is_safe(base):
                 raise PermissionError(1, "belongs to somebody else")
             base.mkdir(parents=True, exist_ok=True, mode=0o700 if base == _temporary_folder() else 0o777)
-            folder.mkdir(exist_ok=True)
-            probe.touch()
-            probe.unlink()
+            (base / name).mkdir(exist_ok=True)
+            with tempfile.TemporaryFile(dir=base / name):
+                return base / name
         except OSError as error:
             reasons.append(f"{base}: {error.strerror}")
-            continue
-        return folder
-    raise CacheError(f"no folder to keep it in ({'; '.join(reasons)}); set REFINE_OPS_CACHE")
+    raise CacheError(f"no folder to keep them in ({'; '.join(reasons)}); set REFINE_OPS_CACHE")
 
 
 @contextlib.contextmanager
-def locked(entry: Path, stem: str, limit: float, on_wait: Callable[[str], None]) -> Iterator[None]:
+def build_folder(entry: Path) -> Iterator[Path]:
+    """An empty folder to build in, under the lock. What builders that were killed left is removed first."""
+    for leftover in entry.glob(".build-*"):  # nobody's: the lock is ours
+        shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=entry, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def locked(entry: Path, limit: float, on_wait: Callable[[str], None]) -> Iterator[None]:
     """One builder at a time. The lock is the operating system's: released when its process ends, however it ends.
 
+    An error inside is kept for the processes that wait: they need not fail in the same way one after the other.
+
     Args:
-        entry: Folder of the op.
-        stem: What is going to be built, for `record_failure`.
+        entry: Folder of the library.
         limit: Seconds to wait at most.
         on_wait: Called once with the name of the process that is waited for.
 
     Raises:
-        CacheError: The limit was reached, or the process that was waited for failed to build the same.
+        CacheError: The limit was reached, or the process that was waited for failed.
     """
     from filelock import FileLock, Timeout
 
-    lock, owner = FileLock(entry / ".lock"), entry / ".builder"
+    lock, owner, failure = FileLock(entry / ".lock"), entry / ".builder", entry / ".failed"
+    start = time.time()
+    waited = False
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        start = time.time()
+        waited = True
         on_wait(_owner(owner))
         try:
             lock.acquire(timeout=limit, poll_interval=0.05)
         except Timeout:
-            raise CacheError(f"{_owner(owner)} has been compiling it for {limit:g} s or more") from None
+            raise CacheError(f"{_owner(owner)} has been compiling them for {limit:g} s or more") from None
     except (NotImplementedError, OSError):  # a file system without locks: two may build, either's file is right
         yield
         return
-    else:
-        start = None
     try:
-        failure = _failure_file(entry, stem)
-        if start is not None and failure.exists() and failure.stat().st_mtime >= start - 1:
+        if waited and failure.exists() and failure.stat().st_mtime >= start - 1:
             raise CacheError(failure.read_text(encoding="utf-8"))
         failure.unlink(missing_ok=True)
         owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
-        yield
+        try:
+            yield
+        except Exception as error:
+            with contextlib.suppress(OSError):
+                failure.write_text(str(error), encoding="utf-8")
+            raise
     finally:
         lock.release()
-
-
-def record_failure(entry: Path, stem: str, reason: str) -> None:
-    """For the processes that wait: they need not fail in the same way one after the other."""
-    with contextlib.suppress(OSError):
-        _failure_file(entry, stem).write_text(reason, encoding="utf-8")
-
-
-def _failure_file(entry: Path, stem: str) -> Path:
-    return entry / f"{stem}.failed"
 
 
 def _owner(path: Path) -> str:

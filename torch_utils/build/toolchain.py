@@ -41,15 +41,9 @@ class Missing(RuntimeError):
 
 @dataclass(frozen=True)
 class Compiler:
-    """A compiler's command, and what tells it from another one without running it."""
+    """A compiler's command."""
 
     command: tuple[str, ...]
-
-    @property
-    def identity(self) -> str:
-        """Eight hexadecimal digits: file, size and whole seconds of its date, which a container's layers keep."""
-        stat = os.stat(path := os.path.realpath(shutil.which(self.command[0]) or self.command[0]))
-        return hashlib.sha256(f"{self.command} {path} {stat.st_size} {int(stat.st_mtime)}".encode()).hexdigest()[:8]
 
     @functools.cached_property
     def version(self) -> str:
@@ -77,8 +71,8 @@ def find_cxx() -> Compiler | None:
     if os.environ.get("CXX"):
         command = tuple(shlex.split(os.environ["CXX"]))
         return Compiler(command) if shutil.which(command[0]) else None
-    found = next(filter(shutil.which, CXX_NAMES), None)
-    return Compiler((shutil.which(found),)) if found else None
+    found = next(filter(None, map(shutil.which, CXX_NAMES)), None)
+    return Compiler((found,)) if found else None
 
 
 def find_ninja() -> str | None:
@@ -102,8 +96,7 @@ def nvcc_candidates() -> list[str]:
         numbered = glob.glob("/usr/local/cuda-*") + glob.glob("/opt/cuda*")
         newest_first = sorted(numbered, key=lambda p: [int(n) for n in re.findall(r"\d+", p)], reverse=True)
         paths += [os.path.join(root, "bin", "nvcc") for root in ("/usr/local/cuda", *newest_first)]
-        wheels = [os.path.join(folder, "nvidia") for folder in (sysconfig.get_path("purelib"),)]
-        paths += [p for root in wheels for p in sorted(glob.glob(os.path.join(root, "*", "bin", "nvcc")))]
+        paths += sorted(glob.glob(os.path.join(sysconfig.get_path("purelib"), "nvidia", "*", "bin", "nvcc")))
     return list(dict.fromkeys(paths))
 
 

@@ -111,10 +111,6 @@ _CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 _PIECEWISE_LINEAR = ("linear", "relu", "lrelu")  # no second derivative
 _OPTIONS = "int dim, str act, float alpha, float gain, float clamp"
 
-native.LIBRARY.define(f"bias_act(Tensor x, Tensor? b, {_OPTIONS}) -> Tensor")
-native.LIBRARY.define(f"bias_act_grad(Tensor dy, Tensor x, Tensor? b, {_OPTIONS}, bool with_db) -> (Tensor, Tensor)")
-native.LIBRARY.define(f"bias_act_grad2(Tensor g, Tensor dy, Tensor x, Tensor? b, {_OPTIONS}) -> Tensor")
-
 
 def _extents(x: torch.Tensor, dim: int, layout: torch.memory_format) -> tuple[int, int, int]:
     """(outer, channels, inner) of `x` in memory, channels running along `dim`."""
@@ -122,15 +118,6 @@ def _extents(x: torch.Tensor, dim: int, layout: torch.memory_format) -> tuple[in
     if layout == torch.channels_last:
         sizes, dim = [sizes[0], *sizes[2:], sizes[1]], (0, 3, 1, 2)[dim]
     return math.prod(sizes[:dim]), sizes[dim], math.prod(sizes[dim + 1 :])
-
-
-def _native(x, b, *options):
-    """The op; called directly where that makes no difference but in time."""
-    if not native.can_skip_dispatch(x):
-        return torch.ops.refine.bias_act(x, b, *options)
-    if torch.is_grad_enabled() and (x.requires_grad or (b is not None and b.requires_grad)):
-        return _Differentiable.apply(x, b, *options)
-    return _forward(x, b, *options)
 
 
 def _forward(x, b, dim, act, alpha, gain, clamp):
@@ -224,21 +211,8 @@ def _backward(ctx, dy):
     need_x, need_b = ctx.needs_input_grad[:2]
     if not (need_x or need_b):
         return (None,) * 7
-    direct = native.can_skip_dispatch(dy) and not torch.is_grad_enabled()
-    dx, db = (_grad if direct else torch.ops.refine.bias_act_grad)(dy, x, b, *ctx.options, need_b)
+    dx, db = _native_grad(dy, x, b, *ctx.options, need_b)
     return (dx if need_x else None, db if need_b else None, *[None] * 5)
-
-
-class _Differentiable(torch.autograd.Function):
-    """What register_autograd makes of the same functions, without its costs."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        y = _forward(*inputs)
-        _save(ctx, inputs, y)
-        return y
-
-    backward = staticmethod(_backward)
 
 
 def _save_grad(ctx, inputs, output):
@@ -255,9 +229,9 @@ def _backward_grad(ctx, g, g_db):
     need_dy, need_x, need_b = ctx.needs_input_grad[:3]
     d_dy = d_x = d_b = None
     if need_dy:
-        d_dy, _ = torch.ops.refine.bias_act_grad(g, x, b, *ctx.options, False)
+        d_dy, _ = _native_grad(g, x, b, *ctx.options, False)
     if act not in _PIECEWISE_LINEAR and (need_x or need_b):
-        d_x = torch.ops.refine.bias_act_grad2(g, dy, x, b, *ctx.options)
+        d_x = _native_grad2(g, dy, x, b, *ctx.options)
         d_b = d_x.sum([i for i in range(x.ndim) if i != dim]) if need_b else None
     return (d_dy, d_x if need_x else None, d_b, *[None] * 6)
 
@@ -266,17 +240,23 @@ def _no_third_derivative(ctx, *grads):
     raise RuntimeError("bias_act: compiled kernels have no third derivative; use impl='ref'")
 
 
-for _name, _implementation, _fake in (
-    ("bias_act", _forward, lambda x, b, *options: _fake_like(x)),
-    (
-        "bias_act_grad",
-        _grad,
-        lambda dy, x, b, dim, *options: (_fake_like(x), x.new_empty(x.shape[dim] if options[-1] else 0)),
-    ),
-    ("bias_act_grad2", _grad2, lambda g, dy, x, b, *options: _fake_like(x)),
-):
-    native.implement(_name, _implementation)
-    torch.library.register_fake(f"refine::{_name}", _fake, lib=native.LIBRARY)
-torch.library.register_autograd("refine::bias_act", _backward, setup_context=_save, lib=native.LIBRARY)
-torch.library.register_autograd("refine::bias_act_grad", _backward_grad, setup_context=_save_grad, lib=native.LIBRARY)
-torch.library.register_autograd("refine::bias_act_grad2", _no_third_derivative, lib=native.LIBRARY)
+_native = native.register(
+    f"bias_act(Tensor x, Tensor? b, {_OPTIONS}) -> Tensor",
+    _forward,
+    lambda x, b, *options: _fake_like(x),
+    _save,
+    _backward,
+)
+_native_grad = native.register(
+    f"bias_act_grad(Tensor dy, Tensor x, Tensor? b, {_OPTIONS}, bool with_db) -> (Tensor, Tensor)",
+    _grad,
+    lambda dy, x, b, dim, *options: (_fake_like(x), x.new_empty(x.shape[dim] if options[-1] else 0)),
+    _save_grad,
+    _backward_grad,
+)
+_native_grad2 = native.register(
+    f"bias_act_grad2(Tensor g, Tensor dy, Tensor x, Tensor? b, {_OPTIONS}) -> Tensor",
+    _grad2,
+    lambda g, dy, x, b, *options: _fake_like(x),
+    backward=_no_third_derivative,
+)

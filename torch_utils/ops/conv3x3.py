@@ -61,11 +61,7 @@ def conv3x3(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None, imp
         impl = "torch"
     if native.choose("conv3x3", x, impl) != "native":
         return F.conv2d(x, w, b, padding=1)
-    if not native.can_skip_dispatch(x):
-        return torch.ops.refine.conv3x3(x, w, b, False)
-    if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad or (b is not None and b.requires_grad)):
-        return _Differentiable.apply(x, w, b, False)
-    return _forward(x, w, b, False)
+    return _native(x, w, b, False)
 
 
 def _is_served(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> bool:
@@ -97,8 +93,6 @@ def _pays(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> bool:
 # the input this is, i.e. channels and outputs change places and the kernel is turned by half a turn.
 
 _RECORD = struct.Struct("=16q")  # Conv3x3Call of conv3x3.cpp, but for threads and stream
-native.LIBRARY.define("conv3x3(Tensor x, Tensor w, Tensor? b, bool turned) -> Tensor")
-native.LIBRARY.define("conv3x3_weight_grad(Tensor dy, Tensor x, bool channels_last) -> Tensor")
 
 
 def _forward(x, w, b, turned):
@@ -157,26 +151,11 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dy):
     x, w = ctx.saved_tensors
     need_x, need_w, need_b, _ = ctx.needs_input_grad
-    direct = native.can_skip_dispatch(dy) and not torch.is_grad_enabled()
-    convolve = _forward if direct else torch.ops.refine.conv3x3
-    correlate = _weight_grad if direct else torch.ops.refine.conv3x3_weight_grad
-    dx = convolve(dy, w, None, not ctx.turned) if need_x else None
+    dx = _native(dy, w, None, not ctx.turned) if need_x else None
     dw = None
     if need_w:
-        dw = correlate(*((x, dy) if ctx.turned else (dy, x)), native.layout_of(w) == torch.channels_last)
+        dw = _native_weight_grad(*((x, dy) if ctx.turned else (dy, x)), native.layout_of(w) == torch.channels_last)
     return dx, dw, dy.sum([0, 2, 3]) if need_b else None, None
-
-
-class _Differentiable(torch.autograd.Function):
-    """What register_autograd makes of the same functions, without its costs."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        y = _forward(*inputs)
-        _save(ctx, inputs, y)
-        return y
-
-    backward = staticmethod(_backward)
 
 
 def _save_weight_grad(ctx, inputs, output):
@@ -187,17 +166,19 @@ def _backward_weight_grad(ctx, g):
     """The gradient to the weights is linear in both of its inputs, as the convolution is in x and w."""
     dy, x = ctx.saved_tensors
     need_dy, need_x, _ = ctx.needs_input_grad
-    convolve = torch.ops.refine.conv3x3
-    return convolve(x, g, None, False) if need_dy else None, convolve(dy, g, None, True) if need_x else None, None
+    return _native(x, g, None, False) if need_dy else None, _native(dy, g, None, True) if need_x else None, None
 
 
-for _name, _implementation, _fake, _setup, _derivative in (
-    ("conv3x3", _forward, _empty_output, _save, _backward),
-    ("conv3x3_weight_grad", _weight_grad, _empty_weight, _save_weight_grad, _backward_weight_grad),
-):
-    native.implement(_name, _implementation)
-    torch.library.register_fake(f"refine::{_name}", _fake, lib=native.LIBRARY)
-    torch.library.register_autograd(f"refine::{_name}", _derivative, setup_context=_setup, lib=native.LIBRARY)
+_native = native.register(
+    "conv3x3(Tensor x, Tensor w, Tensor? b, bool turned) -> Tensor", _forward, _empty_output, _save, _backward
+)
+_native_weight_grad = native.register(
+    "conv3x3_weight_grad(Tensor dy, Tensor x, bool channels_last) -> Tensor",
+    _weight_grad,
+    _empty_weight,
+    _save_weight_grad,
+    _backward_weight_grad,
+)
 
 
 # Counted as what they stand for, a direct convolution, so that numbers of FLOPs can be compared.

@@ -63,7 +63,7 @@ def group_norm_silu(
     if chosen == "native":
         if n > 1:
             before, scale, shift = (t if t is None or len(t) > 1 else t.expand(n, c) for t in (before, scale, shift))
-        return _native(x, weight, bias, before, scale, shift, num_groups, eps)
+        return _native(x, weight, bias, before, scale, shift, num_groups, eps)[0]
     return _plain(x, weight, bias, before, scale, shift, num_groups, eps, inplace, chosen == "torch")
 
 
@@ -91,21 +91,6 @@ def _plain(x, weight, bias, before, scale, shift, num_groups, eps, add_inplace=F
 _RECORD = struct.Struct("=23qd")  # GroupNormSiluCall of group_norm_silu.cpp
 _INPUTS = "Tensor x, Tensor weight, Tensor bias, Tensor? before, Tensor? scale, Tensor? shift"
 _OPTIONS = "int num_groups, float eps"
-
-native.LIBRARY.define(f"group_norm_silu({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)")
-native.LIBRARY.define(
-    f"group_norm_silu_grad(Tensor dy, Tensor stats, {_INPUTS}, {_OPTIONS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-
-
-def _native(*inputs):
-    """The op; called directly where that makes no difference but in time."""
-    if not native.can_skip_dispatch(inputs[0]):
-        return torch.ops.refine.group_norm_silu(*inputs)[0]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:6]):
-        return _Differentiable.apply(*inputs)
-    return _forward(*inputs)[0]
 
 
 def _forward(x, weight, bias, before, scale, shift, num_groups, eps):
@@ -175,7 +160,7 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*tensors, output[1])
 
 
-def _backward(ctx, dy, _=None):
+def _backward(ctx, dy, _):
     *inputs, stats = ctx.saved_tensors
     options = (ctx.num_groups, ctx.eps)
     if torch.is_grad_enabled():  # somebody will differentiate this: the graph of plain torch, any order
@@ -183,27 +168,20 @@ def _backward(ctx, dy, _=None):
         wanted = [t if need else None for t, need in zip(inputs, ctx.needs_input_grad, strict=False)]
         grads = _grads_of(_plain(*inputs, *options), wanted, dy, create_graph=True)
     else:
-        grad = _grad if native.can_skip_dispatch(dy) else torch.ops.refine.group_norm_silu_grad
-        grads = grad(dy, stats, *inputs, *options)
+        grads = _native_grad(dy, stats, *inputs, *options)
     return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), None, None
 
 
-class _Differentiable(torch.autograd.Function):
-    """What register_autograd makes of the same functions, without its costs."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _forward(*inputs)
-        _save(ctx, inputs, output)
-        return output[0]
-
-    backward = staticmethod(_backward)
-
-
-native.implement("group_norm_silu", _forward)
-native.implement("group_norm_silu_grad", _grad)
-torch.library.register_fake("refine::group_norm_silu", _fake, lib=native.LIBRARY)
-torch.library.register_fake(
-    "refine::group_norm_silu_grad", lambda dy, stats, *inputs: _empty_grads(*inputs[:6]), lib=native.LIBRARY
+_native = native.register(
+    f"group_norm_silu({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)",
+    _forward,
+    _fake,
+    _save,
+    _backward,
 )
-torch.library.register_autograd("refine::group_norm_silu", _backward, setup_context=_save, lib=native.LIBRARY)
+_native_grad = native.register(
+    f"group_norm_silu_grad(Tensor dy, Tensor stats, {_INPUTS}, {_OPTIONS}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _grad,
+    lambda dy, stats, *inputs: _empty_grads(*inputs[:6]),
+)

@@ -1,38 +1,18 @@
-"""How the ops call their compiled kernels: one packed record per call, through a C function without torch in it.
+"""What the ops share: how torch learns of them, and how they call their compiled kernels.
 
-The kernels are built at first use by `refine.torch_utils.build`; where they cannot be had, callers take plain torch.
+A kernel is a C function without torch in it that takes one packed record per call. It is built at first use by
+`refine.torch_utils.build`; where it cannot be had, callers take plain torch.
 """
 
 import functools
 import struct
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from refine.torch_utils.build import custom_ops
-
-# The ops that torch.library knows, `torch.ops.refine.*`.
-LIBRARY = torch.library.Library("refine", "DEF")
-
-
-def implement(name: str, function: Callable) -> None:
-    """What the op `name` of LIBRARY does, on the CPU and on CUDA.
-
-    torch.compile would look into it where a compiled network calls it, and translate it anew for every size, in vain.
-    """
-
-    @functools.lru_cache(maxsize=1)
-    def hidden() -> Callable:
-        return torch.compiler.disable(function)
-
-    def implementation(*args):
-        # Whoever compiles has imported the compiler, which takes as long as torch itself.
-        return (hidden() if "torch._dynamo" in sys.modules else function)(*args)
-
-    LIBRARY.impl(name, implementation, "CPU")
-    LIBRARY.impl(name, implementation, "CUDA")
-
 
 IMPLEMENTATIONS = (None, "native", "torch", "ref")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # as in kernels.h
@@ -64,7 +44,7 @@ def choose(op: str, x: torch.Tensor, impl: str | None) -> str:
 
 @torch.compiler.assume_constant_result  # a compiled graph keeps the choice it was traced with
 def _available(op: str, device_type: str) -> bool:
-    return device_type in ("cpu", "cuda") and custom_ops.load(op, device_type) is not None
+    return op in custom_ops.OPS.get(device_type, ()) and custom_ops.load(device_type) is not None
 
 
 _functions: dict[tuple[str, bool], Callable[[bytes], int]] = {}  # looked up once: a call costs microseconds
@@ -74,7 +54,7 @@ def function(op: str, x: torch.Tensor) -> Callable[[bytes], int] | None:
     """The compiled C function of `op` for the device of `x`; None where there is none."""
     key = (op, x.is_cuda)
     if key not in _functions:
-        library = custom_ops.load(op, x.device.type)
+        library = custom_ops.load(x.device.type)
         if library is None:  # e.g. a graph exported where there was a compiler
             return None
         _functions[key] = getattr(library, f"refine_{op}")
@@ -117,6 +97,72 @@ def can_skip_dispatch(x: torch.Tensor) -> bool:
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+_LIBRARY = torch.library.Library("refine", "DEF")
+
+
+def register(
+    schema: str, kernel: Callable, fake: Callable, save: Callable | None = None, backward: Callable | None = None
+) -> Callable:
+    """Makes an op `torch.ops.refine.*`, for the CPU and for CUDA, and returns the function that calls it.
+
+    Args:
+        schema: Name, arguments and results, as torch.library reads them. The first argument is a tensor.
+        kernel: What the op does.
+        fake: Empty results for the same arguments, of the right shapes and layouts.
+        save: (ctx, inputs, output): what the derivative needs is kept. None = nothing.
+        backward: (ctx, *gradients of the results) → gradients of the inputs, made of ops that can be differentiated
+            again. None = the op is for calls without gradients only.
+
+    Returns:
+        The op as a function of positional arguments. It goes past torch's dispatcher where that makes no difference
+        but in time, see `can_skip_dispatch`.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, _hidden_from_compilers(kernel), key)
+    torch.library.register_fake(f"refine::{name}", fake, lib=_LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(f"refine::{name}", backward, setup_context=save, lib=_LIBRARY)
+    op, derivative = getattr(torch.ops.refine, name), backward
+
+    class Differentiable(torch.autograd.Function):
+        """What register_autograd makes of the same functions, without its costs."""
+
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = kernel(*inputs)
+            if save is not None:
+                save(ctx, inputs, output)
+            return output
+
+        backward = staticmethod(derivative)  # type: ignore[arg-type]
+
+    def call(*inputs: Any) -> Any:
+        if not can_skip_dispatch(inputs[0]):
+            return op(*inputs)
+        if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in inputs):
+            return Differentiable.apply(*inputs)
+        return kernel(*inputs)
+
+    return call
+
+
+def _hidden_from_compilers(function: Callable) -> Callable:
+    """torch.compile would look into it where a compiled network calls it, and translate it anew for every size, in
+    vain."""
+
+    @functools.lru_cache(maxsize=1)
+    def hidden() -> Callable:
+        return torch.compiler.disable(function)
+
+    def implementation(*args: Any) -> Any:
+        # Whoever compiles has imported the compiler, which takes as long as torch itself.
+        return (hidden() if "torch._dynamo" in sys.modules else function)(*args)
+
+    return implementation
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:

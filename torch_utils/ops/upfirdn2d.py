@@ -106,13 +106,6 @@ def upfirdn2d(
     return (_reference if chosen == "ref" else _plain_torch)(x, f, up, down, padding, flip_filter, gain)
 
 
-def filter2d(x, f, padding: Pair = 0, flip_filter: bool = False, gain: float = 1, impl=None) -> torch.Tensor:
-    """Filter at the same resolution; `padding` adds to the one that keeps the size. Shapes as in `upfirdn2d`."""
-    fw, fh = filter_size(f)
-    p = add_padding(padding, (fw // 2, (fw - 1) // 2, fh // 2, (fh - 1) // 2))
-    return upfirdn2d(x, f, padding=p, flip_filter=flip_filter, gain=gain, impl=impl)
-
-
 def upsample2d(
     x, f, up: Pair = 2, padding: Pair = 0, flip_filter: bool = False, gain: float = 1, impl=None
 ) -> torch.Tensor:
@@ -150,7 +143,8 @@ def parse_padding(padding: Pair) -> tuple[int, int, int, int]:
         return padding[0], padding[0], padding[1], padding[1]
     if len(padding) != 4:
         raise ValueError(f"padding is {padding}; expected an int, (x, y) or (x0, x1, y0, y1)")
-    return tuple(padding)
+    x0, x1, y0, y1 = padding
+    return x0, x1, y0, y1
 
 
 def add_padding(padding: Pair, extra: Sequence[int]) -> tuple[int, ...]:
@@ -245,9 +239,6 @@ def _depthwise(x, f, up, down, padding):
 # The compiled kernels, registered as torch.ops.refine.upfirdn2d.
 
 _ADDRESSES, _GEOMETRY = struct.Struct("=3q"), struct.Struct("=17qd")  # Upfirdn2dCall of kernels.h
-native.LIBRARY.define(
-    "upfirdn2d(Tensor x, Tensor? f, int[] up, int[] down, SymInt[] padding, bool flip_filter, float gain) -> Tensor"
-)
 
 
 def _out_size(x_size, taps, up, down, padding):
@@ -255,18 +246,9 @@ def _out_size(x_size, taps, up, down, padding):
     return n, c, (h * up[1] + y0 + y1 - fh) // down[1] + 1, (w * up[0] + x0 + x1 - fw) // down[0] + 1
 
 
-def _empty_output(x, f, up, down, padding):
+def _empty_output(x, f, up, down, padding, flip_filter, gain):
     size = _out_size(x.shape, filter_size(f), up, down, padding)
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=native.layout_of(x))
-
-
-def _native(x, *options):
-    """The op; called directly where that makes no difference but in time."""
-    if not native.can_skip_dispatch(x):
-        return torch.ops.refine.upfirdn2d(x, *options)
-    if x.requires_grad and torch.is_grad_enabled():
-        return _Differentiable.apply(x, *options)
-    return _kernel(x, *options)
 
 
 def _kernel(x, f, up, down, padding, flip_filter, gain):
@@ -322,22 +304,10 @@ def _adjoint(ctx, dy):
     return dx, None, None, None, None, None, None
 
 
-class _Differentiable(torch.autograd.Function):
-    """What register_autograd makes of the same functions, without its costs."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        y = _kernel(*inputs)
-        _save_geometry(ctx, inputs, y)
-        return y
-
-    backward = staticmethod(_adjoint)
-
-
-native.implement("upfirdn2d", _kernel)
-torch.library.register_fake(
-    "refine::upfirdn2d",
-    lambda x, f, up, down, padding, flip_filter, gain: _empty_output(x, f, up, down, padding),
-    lib=native.LIBRARY,
+_native = native.register(
+    "upfirdn2d(Tensor x, Tensor? f, int[] up, int[] down, SymInt[] padding, bool flip_filter, float gain) -> Tensor",
+    _kernel,
+    _empty_output,
+    _save_geometry,
+    _adjoint,
 )
-torch.library.register_autograd("refine::upfirdn2d", _adjoint, setup_context=_save_geometry, lib=native.LIBRARY)

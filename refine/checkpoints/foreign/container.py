@@ -237,10 +237,10 @@ def write_back(container: Container, out: str | os.PathLike, networks: Mapping[s
         _copy(container.stream, target, position, container.size)
 
 
-def _patches(described: FileNetwork, network: torch.nn.Module, resizable: bool) -> Iterator[_Patch]:
+def _patches(described: FileNetwork, network: Any, resizable: bool) -> Iterator[_Patch]:
     if registry.registry_name(network) != described.class_name:
         raise Refused(f"it is a {described.class_name}; got a {registry.registry_name(network)}")
-    fresh = registry.build_empty(described.class_name, described.init_kwargs)
+    fresh: Any = registry.build_empty(described.class_name, described.init_kwargs)
     if not same_kwargs(fresh.init_kwargs, network.init_kwargs):
         raise Refused("its constructor arguments are not those of the network to be written")
     state = network.state_dict()

@@ -82,7 +82,9 @@ def members(value: Mapping[Any, Any]) -> tuple[str, dict[str, tuple[str, Callabl
     generators = {name: found[name] for name in ("G_ema", "G") if name in found}
     if not generators or not all(_is_stylegan2(item) for item in generators.values()):
         return None
-    result = {name: ("generator", _later(describe_generator, item)) for name, item in generators.items()}
+    result: dict[str, tuple[str, Callable[[], FileNetwork]]] = {}
+    for name, item in generators.items():
+        result[name] = ("generator", _later(describe_generator, item))
     if "D" in found:
         result["D"] = ("discriminator", _later(describe_discriminator, found["D"]))
     return "a StyleGAN2 pickle", result
@@ -97,7 +99,7 @@ def family(value: Any, seen: list[str], named: Iterable[str] = ()) -> str | None
     names = set(seen)
     table = value if isinstance(value, dict) else {}
     if "SynthesisInput" in names:
-        xl = {"SuperresGenerator", "ProjectedDiscriminator"} & names
+        xl = not names.isdisjoint({"SuperresGenerator", "ProjectedDiscriminator"})
         xl = xl or any(name.startswith(_XL_MODULES) for name in named)
         return "a StyleGAN-XL generator" if xl else "a StyleGAN3 generator"
     if {"ProjectedDiscriminator", "FastganSynthesis"} & names:
@@ -256,9 +258,10 @@ def _modules(item: Persistent | ModuleDict) -> dict[str, Any]:
 
 def _child(item: Persistent | ModuleDict, *path: str) -> Persistent | ModuleDict | None:
     for name in path:
-        item = _modules(item).get(name)
-        if not isinstance(item, Persistent | ModuleDict):
+        child = _modules(item).get(name)
+        if not isinstance(child, Persistent | ModuleDict):
             return None
+        item = child
     return item
 
 

@@ -38,8 +38,9 @@ def open_pickle(path: Path, stream: BinaryIO, expected: str) -> Container:
     if found is None:
         named = tensorflow.family(value) or nvidia.family(value, seen) or _plainly(value)
         raise ValueError(f"{path} is {named}; expected {expected}")
+    family, members = found
     resizable = machine.protocol == 2 and not machine.framed
-    return Container(path, stream, *found, resizable=resizable, writable=True)
+    return Container(path, stream, family, members, resizable=resizable, writable=True)
 
 
 def is_legacy_torch(stream: BinaryIO) -> bool:

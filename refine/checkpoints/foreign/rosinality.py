@@ -6,6 +6,7 @@ rate multiplier folded into the mapping's weights. `pt_files` opens the files; h
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -36,10 +37,10 @@ def members(value: Any) -> dict[str, tuple[str, Callable[[], FileNetwork]]] | No
     found: dict[str, tuple[str, Callable[[], FileNetwork]]] = {}
     for theirs, state in tables.items():
         if theirs == "d":
-            found["D"] = ("discriminator", lambda state=state: describe_discriminator(state))
+            found["D"] = ("discriminator", functools.partial(describe_discriminator, state))
         else:
             ours = {"g_ema": "G_ema", "g": "G"}[theirs]
-            found[ours] = ("generator", lambda state=state: describe_generator(state, w_avg))
+            found[ours] = ("generator", functools.partial(describe_generator, state, w_avg))
     return found
 
 
@@ -150,16 +151,22 @@ def describe_generator(state: Mapping[Any, Any], w_avg: Any = None) -> FileNetwo
         computed |= {f"synthesis.b{4 << i}.conv{k}.noise_const" for i in range(9) for k in (0, 1)}
         notes.append("no constant noise is stored (files before 2020): it is drawn with a fixed seed")
     synthesis = {"channel_base": 16384 * multiplier, "channel_max": 512, "architecture": "skip"}
-    init_kwargs = {"z_dim": dim[0], "c_dim": 0, "w_dim": dim[0], "img_resolution": size, "img_channels": 3}
-    init_kwargs["mapping_kwargs"] = {"num_layers": layers, "lr_multiplier": LR_MULTIPLIER}
-    init_kwargs["synthesis_kwargs"] = {**synthesis, "resample_filter": _taps(taps)}
+    init_kwargs = {
+        "z_dim": dim[0],
+        "c_dim": 0,
+        "w_dim": dim[0],
+        "img_resolution": size,
+        "img_channels": 3,
+        "mapping_kwargs": {"num_layers": layers, "lr_multiplier": LR_MULTIPLIER},
+        "synthesis_kwargs": {**synthesis, "resample_filter": _taps(taps)},
+    }
     finish = estimate_w_avg if "mapping.w_avg" in computed else None
     return FileNetwork("stylegan2.Generator", init_kwargs, tensors, computed.__contains__, finish, notes=notes)
 
 
 @torch.no_grad()
-def estimate_w_avg(network: torch.nn.Module) -> None:
-    """Sets w_avg to the mean of w over a fixed set of random z."""
+def estimate_w_avg(network: Any) -> None:
+    """Sets w_avg of a `stylegan2.Generator` to the mean of w over a fixed set of random z."""
     rng, total = torch.Generator().manual_seed(0), torch.zeros(network.w_dim, dtype=torch.float64)
     weights = sum(p.numel() for p in network.mapping.parameters())
     draws = max(min(_MEAN_OF, _MEAN_OF * _MEAN_WEIGHTS // max(weights, 1)) // 10, 1)
@@ -241,8 +248,8 @@ def _shape(refs: Mapping[str, TensorRef], name: str) -> tuple[int, ...]:
 # Writing.
 
 
-def generator_state(network: torch.nn.Module) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Our generator under their names, and the mean of w.
+def generator_state(network: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A `stylegan2.Generator` under their names, and the mean of w.
 
     Raises:
         ValueError: it is something that their class cannot express; says what.
@@ -292,7 +299,7 @@ def _layer_state(theirs: str, ours: Mapping[str, torch.Tensor], block: str, laye
     return state
 
 
-def _inexpressible(network: torch.nn.Module) -> str | None:
+def _inexpressible(network: Any) -> str | None:
     kwargs = getattr(network, "init_kwargs", {})
     mapping, synthesis = kwargs.get("mapping_kwargs", {}), kwargs.get("synthesis_kwargs", {})
     size, dim = network.img_resolution, network.w_dim
@@ -316,19 +323,21 @@ def _inexpressible(network: torch.nn.Module) -> str | None:
     return next((reason for fine, reason in checks if not fine), None)
 
 
-def discriminator_state(network: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Our discriminator under their names; it must be one that theirs can express."""
+def discriminator_state(network: Any) -> dict[str, torch.Tensor]:
+    """A `stylegan2.Discriminator` under their names; it must be one that theirs can express."""
     ours, size = network.state_dict(), network.img_resolution
     state = {}
     names = ["convs.0.0.weight", "convs.0.1.bias"]
     names += [f"convs.{i}.{leaf}" for i in range(1, size.bit_length() - 2) for leaf in _D_LEAVES]
     for name in [*names, *_D_END]:
-        state[name] = ours[_mapped_discriminator(name, size)].detach().to("cpu", torch.float32).contiguous().clone()
+        mapped = _mapped_discriminator(name, size)
+        assert mapped is not None, f"{name} is one of their names"
+        state[name] = ours[mapped].detach().to("cpu", torch.float32).contiguous().clone()
     return state
 
 
-def inexpressible_discriminator(network: torch.nn.Module) -> str | None:
-    """Why their class cannot be this discriminator, or None."""
+def inexpressible_discriminator(network: Any) -> str | None:
+    """Why their class cannot be this `stylegan2.Discriminator`, or None."""
     kwargs, size = network.init_kwargs, network.img_resolution
     epilogue, block = kwargs["epilogue_kwargs"], kwargs["block_kwargs"]
     sizes = [4 << i for i in range(size.bit_length() - 2)]

@@ -79,7 +79,10 @@ class Network(Buildable):
 
     def __init__(self) -> None:
         self.version: int | None = None
-        self.function, self.kwargs, self.variables, self.parts = "", {}, {}, {}
+        self.function = ""
+        self.kwargs: dict[str, Any] = {}
+        self.variables: dict[str, Any] = {}
+        self.parts: dict[str, Any] = {}
 
     def build(self, state: Any) -> None:
         if not isinstance(state, dict) or self.version is not None:

@@ -114,7 +114,8 @@ def read_legacy(path: Path, stream: BinaryIO, expected: str) -> tuple[Any, list[
         ValueError: it is broken, or holds what is not allowed.
     """
     stream.seek(0)
-    size, seen = os.fstat(stream.fileno()).st_size, []
+    size = os.fstat(stream.fileno()).st_size
+    seen: list[str] = []
     blobs: dict[str, Blob] = {}
     ids: dict[str, tuple[torch.dtype, int]] = {}
 
@@ -186,8 +187,11 @@ def _family(value: Any, seen: list[str]) -> str:
         return "a training state of this toolkit (its networks are in network-snapshot-*.safetensors beside it)"
     if "optimizer_state" in table and "net" in table:
         return "a training state of EDM"
-    state = table.get("state_dict") if isinstance(table.get("state_dict"), dict) else table
-    if any(isinstance(key, str) and key.startswith("decoder.conv1.conv.") for key in state):
+    state = table.get("state_dict")
+    if any(
+        isinstance(key, str) and key.startswith("decoder.conv1.conv.")
+        for key in (state if isinstance(state, dict) else table)
+    ):
         return "a pSp/e4e checkpoint (an encoder, with a rosinality generator in it)"
     if {"optimizer", "optimizer_state_dict", "optim", "optimizers"} & set(keys):
         return "a training state"

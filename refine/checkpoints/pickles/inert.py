@@ -33,6 +33,7 @@ class PlacedText(str):
     """Short text of a protocol 2 file, with its place, because bytes are written as text there."""
 
     __slots__ = ("place",)
+    place: tuple[BinaryIO, int, int]  # file, offset, bytes
 
 
 class Blob:
@@ -54,9 +55,9 @@ class Blob:
         if start < 0 or length < 0 or start + length > self.length:
             raise Refused("data end before they should")
         if self.text_length is not None:
-            data = bytearray(length)
-            self.read_into(start, memoryview(data))
-            return bytes(data)
+            decoded = bytearray(length)
+            self.read_into(start, memoryview(decoded))
+            return bytes(decoded)
         self.stream.seek(self.offset + start)
         data = self.stream.read(length)
         if len(data) != length:
@@ -73,7 +74,7 @@ class Blob:
             raise Refused("data end before they should")
         if self.text_length is None:
             self.stream.seek(self.offset + start)
-            if self.stream.readinto(view) != len(view):
+            if self.stream.readinto(view) != len(view):  # type: ignore[attr-defined] # what binary files have
                 raise Refused("the file is cut off")
             return
         position = 0  # of the chunk among the decoded bytes

@@ -363,7 +363,7 @@ def _push_marked_frozenset(m: Machine, items: list) -> None:
     m.stack.append(make_set(items))
 
 
-_DISPATCH: dict[bytes, Callable[[Machine], None]] = {
+_DISPATCH: dict[bytes, Callable[[Machine], object]] = {
     b"\x80": _proto,
     b"\x95": _frame,
     b"N": _constant(None),

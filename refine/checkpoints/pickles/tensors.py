@@ -188,7 +188,7 @@ class TensorRef:
 
 
 def _as_bytes(flat: torch.Tensor) -> memoryview:
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def total_bytes(refs: Iterable[TensorRef]) -> int:

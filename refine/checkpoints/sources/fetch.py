@@ -111,12 +111,9 @@ def fetch(url: str, sha256: str | None = None) -> Path:
     """
     target = cache_path(url)
     _remove_leftovers()
-    if not target.exists():
-        with _locked(target):
-            if not target.exists():  # another process may just have put it there
-                _download(url, target, sha256)
-            _verify(url, target, sha256)
-    else:
+    with contextlib.nullcontext() if target.exists() else _locked(target):
+        if not target.exists():  # another process may just have put it there
+            _download(url, target, sha256)
         _verify(url, target, sha256)
     return target
 
@@ -182,10 +179,8 @@ def _download(url: str, target: Path, sha256: str | None) -> None:
     import pooch
 
     pooch.get_logger().setLevel("WARNING")  # its notes would print passwords in URLs
-    shown = without_secrets(url)
-    record = _read_record(target)
-    known = sha256 or (record["sha256"] if record else None)
-    part = _part_folder(target)
+    shown, part = without_secrets(url), _part_folder(target)
+    known = sha256 or (_read_record(target) or {}).get("sha256")
     part.mkdir(parents=True, exist_ok=True)
     _note(f"downloading {shown} to {target}")
     try:
@@ -195,7 +190,8 @@ def _download(url: str, target: Path, sha256: str | None) -> None:
         raise DownloadError(f"{error}; a file fetched by other means belongs at {target}") from None
     except ValueError:  # pooch: not the checksum
         origin = "pretrained/index.toml" if sha256 else f"recorded at first sight in {_record_path(target)}"
-        raise ValueError(f"{shown} now sends a file without the sha256 {known[:12]}… ({origin}): it changed") from None
+        what = f"a file without the sha256 {str(known)[:12]}… ({origin})"
+        raise ValueError(f"{shown} now sends {what}: it changed") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -206,7 +202,7 @@ def _verify(url: str, target: Path, sha256: str | None) -> None:
     if record is None:
         _check_contents(target, str(target))
     digest = dnnlib.sha256_of_file(target)
-    known = sha256 or (record["sha256"] if record else digest)
+    known = sha256 or (record or {}).get("sha256", digest)
     if digest != known:
         origin = "pretrained/index.toml says" if sha256 else "was recorded at first sight"
         advice = "it was changed; delete it, and it is downloaded again"
@@ -272,6 +268,7 @@ class _Downloader:
 
     def __call__(self, url: str, output_file: str, _pooch: object) -> None:
         import requests
+        import urllib3
         from tqdm import tqdm
 
         Path(output_file).unlink()  # mkstemp made it private to the user, but a cache may be shared
@@ -284,38 +281,32 @@ class _Downloader:
                 try:
                     self._try(session, url, file, bar)
                     break
-                except _TryAgain as failure:
-                    if wait is None:
-                        raise DownloadError(f"{failure}, {len(WAITS) + 1} times") from None
-                    bar.write(f"{failure}; trying again in {wait:g} s", file=sys.stderr)
-                    time.sleep(wait)
+                except (_TryAgain, requests.RequestException, urllib3.exceptions.HTTPError) as error:
+                    problem = str(error) if isinstance(error, _TryAgain) else self._what_failed(error, file.tell())
+                if wait is None:
+                    raise DownloadError(f"{problem}, {len(WAITS) + 1} times")
+                bar.write(f"{problem}; trying again in {wait:g} s", file=sys.stderr)
+                time.sleep(wait)
         _check_contents(Path(output_file), f"what {self._shown} sent")
 
     def _try(self, session: "requests.Session", url: str, file: BinaryIO, bar: "tqdm") -> None:
-        import requests
-        import urllib3
-
         headers = {"Accept-Encoding": "identity", "User-Agent": "gan-refine"}
         if file.tell() and self._validator:
             headers |= {"Range": f"bytes={file.tell()}-", "If-Range": self._validator}
-        try:
-            timeout = (CONNECT_TIMEOUT, STALL_TIMEOUT)
-            with session.get(url, headers=headers, stream=True, timeout=timeout) as response:
-                self._check_answer(response)
-                self._place(response, file)
-                bar.total = self._total
-                bar.n = bar.initial = bar.last_print_n = file.tell()
-                self._copy(response, file, bar)
-        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            self._give_up_or_try_again(error, file.tell())
+        with session.get(url, headers=headers, stream=True, timeout=(CONNECT_TIMEOUT, STALL_TIMEOUT)) as response:
+            self._check_answer(response)
+            self._place(response, file)
+            bar.total = self._total
+            bar.n = bar.initial = bar.last_print_n = file.tell()
+            self._copy(response, file, bar)
         if self._total is not None and file.tell() < self._total:
             raise _TryAgain(self._broke_off(file.tell()))
 
     def _check_answer(self, response: "requests.Response") -> None:
         status = f"{response.status_code} {response.reason or ''}".strip()
+        if response.status_code == 416:
+            self._validator = None  # the part that was asked for is not there: from the start then
         if response.status_code >= 500 or response.status_code in (408, 416, 429):
-            if response.status_code == 416:
-                self._validator = None  # the part that was asked for is not there: from the start then
             raise _TryAgain(f"{self._shown} answered {status}")
         if response.status_code not in (200, 206):
             raise DownloadError(f"{self._shown} answered {status}, not a file")
@@ -335,11 +326,9 @@ class _Downloader:
             file.truncate()
             self._total = int(length) if re.fullmatch(r"\d{1,18}", length) else None
         etag = response.headers.get("ETag", "")
-        strong = etag if etag.startswith('"') else None
-        self._validator = strong or response.headers.get("Last-Modified")
+        self._validator = etag if etag.startswith('"') else response.headers.get("Last-Modified")
         self._check_size(self._total or 0)
-        missing = (self._total or 0) - file.tell()
-        free = shutil.disk_usage(self._target.parent).free
+        missing, free = (self._total or 0) - file.tell(), shutil.disk_usage(self._target.parent).free
         if missing > free:
             needed, there = dnnlib.format_bytes(missing), dnnlib.format_bytes(free)
             raise DownloadError(f"{self._shown} needs {needed}, but {self._target.parent} has {there} left")
@@ -359,25 +348,32 @@ class _Downloader:
         if size > MAX_BYTES:
             raise DownloadError(f"{self._shown} sends more than {dnnlib.format_bytes(MAX_BYTES)}")
 
-    def _give_up_or_try_again(self, error: Exception, size: int) -> None:
+    def _what_failed(self, error: Exception, size: int) -> str:
+        """What may pass, in words of our own: the error's text may hold the URL with its secrets.
+
+        Raises:
+            DownloadError: It will not pass.
+        """
         import requests
         import urllib3
 
-        # never str(error): it may hold the URL with its secrets
+        for_good = {
+            requests.TooManyRedirects: f"{self._shown} redirects in circles (more than {MAX_REDIRECTS} times)",
+            requests.exceptions.SSLError: f"{self._shown} has no certificate that is trusted here",
+            urllib3.exceptions.SSLError: f"{self._shown} has no certificate that is trusted here",
+            requests.exceptions.ProxyError: f"the proxy for {self._shown} does not answer",
+            requests.ConnectTimeout: f"{self._shown} cannot be reached",
+            urllib3.exceptions.NewConnectionError: f"{self._shown} cannot be reached",
+            requests.exceptions.InvalidURL: f"{self._shown} leads to what is no http or https address",
+            requests.exceptions.InvalidSchema: f"{self._shown} leads to what is no http or https address",
+        }
         reason = getattr(error.args[0], "reason", None) if error.args else None
-        if isinstance(error, requests.TooManyRedirects):
-            raise DownloadError(f"{self._shown} redirects in circles (more than {MAX_REDIRECTS} times)") from None
-        if isinstance(error, requests.exceptions.SSLError | urllib3.exceptions.SSLError):
-            raise DownloadError(f"{self._shown} has no certificate that is trusted here") from None
-        if isinstance(error, requests.exceptions.ProxyError):
-            raise DownloadError(f"the proxy for {self._shown} does not answer") from None
-        if isinstance(error, requests.ConnectTimeout) or isinstance(reason, urllib3.exceptions.NewConnectionError):
-            raise DownloadError(f"{self._shown} cannot be reached") from None
+        for kind, text in for_good.items():
+            if isinstance(error, kind) or isinstance(reason, kind):
+                raise DownloadError(text) from None
         if isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError):
-            raise _TryAgain(f"{self._shown} sent nothing for {STALL_TIMEOUT:g} s") from None
-        if isinstance(error, requests.exceptions.InvalidURL | requests.exceptions.InvalidSchema):
-            raise DownloadError(f"{self._shown} leads to what is no http or https address") from None
-        raise _TryAgain(self._broke_off(size)) from None
+            return f"{self._shown} sent nothing for {STALL_TIMEOUT:g} s"
+        return self._broke_off(size)
 
     def _broke_off(self, size: int) -> str:
         of = "" if self._total is None else f" of {self._total}"

@@ -4,9 +4,9 @@ import difflib
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from refine import dnnlib
 from refine.checkpoints.foreign.diffusers_folder import find_weights
@@ -19,9 +19,6 @@ else:
     import tomli as tomllib
 
 KINDS = ("generator", "teacher", "classifier", "reference")
-_SHIPPED = {"kind": str, "file": str, "bytes": int, "sha256": str, "licence": str, "what": str, "made_by": str}
-_REMOTE = {"kind": str, "url": str, "resolution": int, "licence": str}
-_REMOTE_OPTIONAL = {"classes": int, "fid": float, "sha256": str}
 
 
 @dataclass(frozen=True)
@@ -132,7 +129,7 @@ def resolve(path_or_name: str | os.PathLike, kind: str | None = None) -> Path:
         return Path(text)
     folder = pretrained_dir()
     index = read_index(folder)
-    if text not in index:
+    if folder is None or text not in index:
         raise ValueError(f"{text} is neither a file nor a known name ({_known(text, index)})")
     entry = index[text]
     if kind is not None and entry.kind != kind:
@@ -171,11 +168,13 @@ def _entry(name: str, table: Any, path: Path) -> IndexEntry | RemoteEntry:
     if not isinstance(table, dict):
         raise ValueError(f"{path}: {name!r} is not a table")
     remote = "url" in table
-    needed, optional = (_REMOTE, _REMOTE_OPTIONAL) if remote else (_SHIPPED, {})
-    for field, kind in (needed | {key: optional[key] for key in optional.keys() & table.keys()}).items():
-        if type(table.get(field)) is not kind:
-            raise ValueError(f"{path}: [{name}] needs {field!r}, a {kind.__name__}")
-    unknown = table.keys() - needed.keys() - optional.keys()
+    made_of = RemoteEntry if remote else IndexEntry
+    known = {field.name: field for field in fields(made_of) if field.name != "name"}
+    for key, hint in get_type_hints(made_of).items():
+        kind = (*get_args(hint), hint)[0]  # of `int | None`, int
+        if key in known and (key in table or known[key].default is MISSING) and type(table.get(key)) is not kind:
+            raise ValueError(f"{path}: [{name}] needs {key!r}, a {kind.__name__}")
+    unknown = table.keys() - known.keys()
     if unknown:
         raise ValueError(f"{path}: [{name}] has the unknown field {min(unknown)!r}")
     if table["kind"] not in KINDS:
