@@ -66,7 +66,8 @@ def _cuda_facts() -> dict[str, Any]:
     from refine.torch_utils.build import custom_ops, toolchain
 
     driver, nvcc = toolchain.driver_version(), custom_ops.find_compiler("cuda")
-    facts = {"runtime": torch.version.cuda, "driver": None if driver is None else "{}.{}".format(*driver)}
+    facts: dict[str, Any] = {"runtime": torch.version.cuda}
+    facts |= {"driver": None if driver is None else "{}.{}".format(*driver)}
     facts |= {"toolkit": None, "root": None, "nvcc": None if nvcc is None else str(nvcc), "newest_gcc": None}
     if nvcc is not None:
         try:
@@ -116,8 +117,8 @@ def try_op(op: str, device: str) -> dict[str, Any]:
     start = time.perf_counter()
     try:
         library = custom_ops.obtain(op, device)
-    except custom_ops.NativeUnavailable as error:
-        return {"ok": False, "reason": str(error)}
+    except custom_ops.NativeUnavailable as reason:
+        return {"ok": False, "reason": str(reason)}
     facts = {"path": str(library.path), "built": library.built, "load_seconds": round(time.perf_counter() - start, 4)}
     mode = custom_ops.get_mode()
     custom_ops.set_mode("auto")
