@@ -31,9 +31,10 @@ class ConfigCommand(click.Command):
         try:
             return super().parse_args(ctx, [off.get(arg, arg) for arg in args])
         except click.NoSuchOption as error:
-            meant = [flag(name) for name in OPTIONS if error.option_name.lstrip("-") in OPTIONS[name].aliases]
-            if meant:
-                raise click.NoSuchOption(error.option_name, possibilities=meant, ctx=ctx) from None
+            word = error.option_name.lstrip("-")
+            if meant := next((flag(name) for name in OPTIONS if word in OPTIONS[name].aliases), None):
+                message = f"No such option {error.option_name!r}. Did you mean {meant!r}?"
+                raise click.NoSuchOption(error.option_name, message, ctx=ctx) from None
             raise
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
