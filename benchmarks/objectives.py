@@ -42,8 +42,8 @@ NUMBERS = ("fd_digits", "precision", "recall")
 
 
 def make_trainer(variant: str, seed: int, kimg: float, pair: tuple) -> Trainer:
-    options = {**PRESETS["demo"], **VARIANTS[variant], "seed": seed, "kimg": kimg}
-    return Trainer(RefineConfig("digits-gan", "digits-teacher", **options), *pair)
+    options = {**VARIANTS[variant], "seed": seed, "kimg": kimg}
+    return Trainer(RefineConfig("digits-gan", "digits-teacher", preset="demo", **options), *pair)
 
 
 def seconds_per_step(variant: str, pair: tuple, repeats: int = 5) -> float:

@@ -1,20 +1,23 @@
-"""Commands under torchrun: all processes work together, and one of them speaks."""
+"""Programs under torchrun: all processes work together, and one of them speaks."""
 
 import contextlib
 import os
 from collections.abc import Iterator
 
-import click
+
+def is_first() -> bool:
+    """Whether this process is the one that speaks; known without torch."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager
 def one_voice() -> Iterator[None]:
-    """Of several processes that were given the same wrong options, the first one complains."""
+    """Of several processes that were given the same wrong options, the first one complains; the others exit with 2."""
     try:
         yield
     except (ValueError, OSError):
-        if os.environ.get("RANK", "0") != "0":
-            raise click.exceptions.Exit(2) from None
+        if not is_first():
+            raise SystemExit(2) from None
         raise
 
 
@@ -27,6 +30,7 @@ def together(cuda: bool) -> Iterator[None]:
 
     Raises:
         ConnectionError, LostProcess: Another process did not come, or was lost.
+        SystemExit: The same, where another process says so.
     """
     from refine.torch_utils import distributed  # torch
 
@@ -35,5 +39,5 @@ def together(cuda: bool) -> Iterator[None]:
             yield
     except distributed.LostProcess as error:
         if error.told and not distributed.is_main():
-            raise click.exceptions.Exit(1) from None
+            raise SystemExit(1) from None
         raise

@@ -1,6 +1,7 @@
 """`make demo`: refine the shipped digits GAN with the shipped teacher on this machine, and show before and after."""
 
 import time
+from typing import Any
 
 import click
 
@@ -28,18 +29,21 @@ def demo(outdir: str, gan: str, num: int, seed: int, **given: str | float | None
 
     Controls: --lr=0 (the student rests), --aux-lr=0 (aux stays the teacher, so there is no gradient).
     """
-    from refine.cli.refine_cmd import make_config
+    from refine.config import RefineConfig
     from refine.evaluation.compare import compare
     from refine.evaluation.report import text_table
     from refine.training.assemble import run
 
     start = time.monotonic()
-    own = {"gan": gan, "preset": "demo", "outdir": outdir, "seed": seed, "desc": f"demo-seed{seed}"}
-    run_path = run(make_config({**given, **own}))
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    config = RefineConfig(gan, preset="demo", outdir=outdir, seed=seed, desc=f"demo-seed{seed}", **options)
+    refinement = run(config)
+    if refinement.stopped is not None:
+        raise click.exceptions.Exit(refinement.exit_code)
     refine_seconds = time.monotonic() - start
-    after = sorted(run_path.glob("network-snapshot-0*.safetensors"))[-1]
+    after = sorted(refinement.folder.glob("network-snapshot-0*.safetensors"))[-1]
     with option("--outdir"):
-        report_dir = run_path / "report"
+        report_dir = refinement.folder / "report"
         results = compare(gan, after, REFERENCE, num=num, outdir=report_dir)
     seconds = time.monotonic() - start
     before, now = results["before"], results["after"]

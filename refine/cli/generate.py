@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from refine.cli.options import OPS_HELP, parse_ints
-from refine.config import OPS_MODES
+from refine.cli.options import parse_ints
+from refine.config import OPS_HELP, OPS_MODES
 from refine.device import prepare_device
 from refine.errors import option
 from refine.evaluation.generate import MAX_SEED, generate

@@ -1,6 +1,4 @@
-"""What several commands share: words of the help, and lists of numbers."""
-
-OPS_HELP = "Compiled ops: auto = where they can be had, native = or an error, ref = plain torch."
+"""What several commands share: lists of numbers."""
 
 
 def parse_ints(text: str, limit: int = 1_000_000) -> list[int]:

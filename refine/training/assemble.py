@@ -4,54 +4,120 @@ import dataclasses
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
+import torch
 
-from refine.config import CHANGEABLE, RefineConfig
+import refine
+from refine.checkpoints import load_generator, load_teacher, peek, resolve, source_file
+from refine.checkpoints.export import can_write_like
+from refine.checkpoints.sources import custom
+from refine.checkpoints.sources.fetch import is_url
+from refine.config import CHANGEABLE, OPTIONS, RefineConfig
+from refine.config.option import flag
 from refine.device import choose_device, choose_ops
 from refine.dnnlib import check_outdir
 from refine.errors import option
+from refine.guidance import guided
+from refine.metrics.named import NamedMetric
+from refine.metrics.pipeline import sharing
+from refine.networks.one_step import OneStepGenerator
+from refine.noise import SigmaLaw, make_weighting
+from refine.pair import check_label_dist, check_pair
 from refine.processes import one_voice, together
+from refine.torch_utils import distributed
+from refine.torch_utils.threads import set_threads
+from refine.training.loop import TrainingRun
+from refine.training.monitor import Monitor
+from refine.training.run_dir import RunDir, create_run_dir, next_run_dir
+from refine.training.snapshots import file_provenance
+from refine.training.state import load_newest
+from refine.training.stopping import StopRequests
+from refine.training.trainer import Trainer, select_parameters
 
 ONE_STEP = "one-step"  # of --gan: the teacher's own U-Net as the generator
 
 
-def run(
-    config: RefineConfig | None,
-    state_paths: list[Path] | None = None,
-    changes: dict[str, Any] | None = None,
-    dry_run: bool = False,
-) -> Path | None:
-    """Refine by `config`, or go on from a training state; everything is checked before anything is written.
+@dataclass(frozen=True)
+class Run:
+    """A run that has ended or, after a dry run, that would begin.
+
+    Attributes:
+        config: All options, with absolute paths.
+        device: Where it ran.
+        folder: The run folder.
+        stopped: None if it came to its end, else what `TrainingRun.run` says.
+    """
+
+    config: RefineConfig
+    device: str
+    folder: Path
+    stopped: int | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """For the shell: 0 also when the time was up, which was asked for; signals as a shell counts them."""
+        return 128 + self.stopped if self.stopped else 0
+
+
+@dataclass(frozen=True)
+class _Resumed:
+    """The state that a run goes on from, its file, the options it was saved with, and newer states that are damaged."""
+
+    path: Path
+    state: dict[str, Any]
+    config: RefineConfig
+    damaged: list[str]
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """The networks, and the files that they came from."""
+
+    student: Any
+    teacher: Any
+    student_path: Path
+    teacher_path: Path
+
+
+def run(config: RefineConfig, dry_run: bool = False) -> Run:
+    """Refine by `config`; everything is checked before anything is written.
 
     Args:
-        config: All options of a new run, None to go on.
-        state_paths: Training states to go on from: the first one that can be read.
-        changes: Options of that run to be changed.
-        dry_run: Print what would be done.
-
-    Returns:
-        The run folder, or None for a dry run.
+        config: All options.
+        dry_run: Check, and write nothing.
 
     Raises:
         ValueError, OSError: Something the user can put right; the message names the option.
-        click.exceptions.Exit: The run was stopped before its end, its state is saved; or another process failed.
+        SystemExit: Another process failed, or complains about the same.
     """
-    if config is not None:
-        with one_voice(), option("--outdir"):
-            check_outdir(config.outdir)
-    from refine.torch_utils import distributed
-    from refine.torch_utils.threads import set_threads
-    from refine.training.state import load_newest  # torch, from here on: the options are valid
+    with one_voice(), option("--outdir"):
+        check_outdir(config.outdir)
+    return _run(config, None, dry_run)
 
+
+def resume(state_paths: list[Path], changes: dict[str, Any], dry_run: bool = False) -> Run:
+    """Go on from a training state, with other options where `changes` holds some.
+
+    Args:
+        state_paths: The first one that can be read is taken.
+        changes: Fields of RefineConfig, of those that are CHANGEABLE.
+        dry_run: Check, and write nothing.
+
+    Raises:
+        ValueError, OSError, SystemExit: As for `run`.
+    """
+    with one_voice(), option("--resume"):
+        path, state, damaged = load_newest(state_paths)
+        saved = RefineConfig.from_dict({**json.loads(state["config"]), "time_limit": None})
+        config = dataclasses.replace(saved, **changes)
+    return _run(config, _Resumed(path, state, saved, damaged), dry_run)
+
+
+def _run(config: RefineConfig, resumed: _Resumed | None, dry_run: bool) -> Run:
     set_threads()
-    state, state_path, notes = None, None, []
-    if state_paths:
-        with one_voice(), option("--resume"):
-            state_path, state, notes = load_newest(state_paths)
-            config = RefineConfig.from_dict({**json.loads(state["config"]), "time_limit": None, **(changes or {})})
     with one_voice(), option("--batch"):
         if config.batch % distributed.world_size():
             raise ValueError(f"{config.batch} images for {distributed.world_size()} processes; expected a multiple")
@@ -59,76 +125,48 @@ def run(
         device_name = choose_device(config.device)
     with one_voice():
         choose_ops(config.ops, device_name.partition(":")[0])
-    resumed = None if state is None else (state_path, state, notes)
     with together(cuda=device_name.startswith("cuda")):
-        path, stopped = _run(config, resumed, device_name, dry_run)
-    if stopped is not None:  # 0: the time was up, which was asked for; else as a shell counts signals
-        raise click.exceptions.Exit(128 + stopped if stopped else 0)
-    return path
+        return _run_together(config, resumed, device_name, dry_run)
 
 
-def _run(
-    config: RefineConfig, resumed: tuple | None, device_name: str, dry_run: bool
-) -> tuple[Path | None, int | None]:
-    """The part of `run` that all processes do together; the run folder, and what `TrainingRun.run` returns."""
-    import torch
-
-    from refine.metrics.named import NamedMetric
-    from refine.metrics.pipeline import sharing
-    from refine.torch_utils import distributed
-    from refine.training.run_dir import next_run_dir
-
+def _run_together(config: RefineConfig, resumed: _Resumed | None, device_name: str, dry_run: bool) -> Run:
+    """The part of `run` that all processes do together."""
     with option("--device"):
         device = torch.device(distributed.local_device(device_name))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if distributed.is_main():  # which may download files; the others find them afterwards
-        inputs = _load_inputs(config)
+        pair = _load_pair(config)
     distributed.wait_for_main()
     if not distributed.is_main():
-        inputs = _load_inputs(config)
+        pair = _load_pair(config)
+    _check_against_options(pair, config)
     with option("--metrics"), sharing():  # all processes look at the images of --ref
         metrics = [NamedMetric(name, config.ref, device=device) for name in config.metrics]
     distributed.wait_for_main()
     config = _with_absolute_paths(config)
-    student_name = ONE_STEP if config.gan == ONE_STEP else inputs["student_path"].stem
-    desc = config.desc or f"{student_name}-{inputs['teacher_path'].stem}-batch{config.batch}"
+    student_name = ONE_STEP if config.gan == ONE_STEP else pair.student_path.stem
+    desc = config.desc or f"{student_name}-{pair.teacher_path.stem}-batch{config.batch}"
     if dry_run:
-        place = {"run_dir": str(next_run_dir(config.outdir, desc)), "device": str(device)}
-        if distributed.is_main():
-            click.echo(json.dumps({**config.as_dict(), **place}, indent=2))
-        return None, None
-    return _start(config, {**inputs, "metrics": metrics}, device, desc, resumed)
+        return Run(config, str(device), next_run_dir(config.outdir, desc))
+    run_dir = _open_run_dir(config, desc, resumed)
+    training = _make_training(config, pair, metrics, run_dir, device)
+    if resumed is not None:
+        with option("--resume"):
+            training.load_state_dict(resumed.state)
+        run_dir.trim_after(training.trainer.nimg / 1000)
+    _write_options(run_dir, config, pair, device)
+    _log_files(run_dir, config, pair, resumed)
+    if resumed is not None:
+        _log_changes(run_dir, config, resumed, training.trainer.nimg)
+    _log_networks(run_dir, training.trainer)
+    return Run(config, str(device), run_dir.path, _train(training, run_dir, resumed is not None))
 
 
-def _load_inputs(config: RefineConfig) -> dict[str, Any]:
-    """Student, teacher and their files, checked against each other and the options."""
-    from refine.guidance import guided
-    from refine.noise import SigmaLaw, make_weighting
-    from refine.pair import check_label_dist
-    from refine.training.trainer import select_parameters
-
-    for flag, law in (("--sigma", config.sigma), ("--aux-sigma", config.aux_sigma)):
-        with option(flag):
-            SigmaLaw(**vars(law)).sample(1)
-    with option("--weighting"):
-        make_weighting(config.weighting)
-    inputs = _load_pair(config)
-    check_label_dist(config.label_dist, inputs["student"], inputs["teacher"])
-    if config.guidance != 1:
-        guided(inputs["teacher"], config.guidance)
-    with option("--train"):
-        select_parameters(inputs["student"], config.train)
-    return inputs
-
-
-def _load_pair(config: RefineConfig) -> dict[str, Any]:
+def _load_pair(config: RefineConfig) -> _Pair:
     """Student and teacher, and their files; a pair that does not fit is refused before either is built."""
-    from refine.checkpoints import load_generator, load_teacher, peek, source_file
-    from refine.networks.one_step import OneStepGenerator
-    from refine.pair import check_pair
-
     one_step = config.gan == ONE_STEP
+    _check_laws(config)
     with option("--gan"):
         student_path = None if one_step else source_file(config.gan, "generator")
         student_info = None if one_step else peek(config.gan, "generator")
@@ -143,76 +181,67 @@ def _load_pair(config: RefineConfig) -> dict[str, Any]:
         teacher = load_teacher(teacher_path)
     if one_step:
         with option("--sigma-init"):
-            student, student_path = OneStepGenerator.from_teacher(teacher, config.sigma_init), teacher_path
-    return {"student_path": student_path, "teacher_path": teacher_path, "student": student, "teacher": teacher}
+            student = OneStepGenerator.from_teacher(teacher, config.sigma_init)
+    return _Pair(student, teacher, student_path or teacher_path, teacher_path)
+
+
+def _check_laws(config: RefineConfig) -> None:
+    """What only torch can tell of the options, before anything is loaded."""
+    for name, law in (("--sigma", config.sigma), ("--aux-sigma", config.aux_sigma)):
+        with option(name):
+            SigmaLaw(**vars(law)).sample(1)
+    with option("--weighting"):
+        make_weighting(config.weighting)
+
+
+def _check_against_options(pair: _Pair, config: RefineConfig) -> None:
+    check_label_dist(config.label_dist, pair.student, pair.teacher)
+    if config.guidance != 1:
+        guided(pair.teacher, config.guidance)
+    with option("--train"):
+        select_parameters(pair.student, config.train)
 
 
 def _with_absolute_paths(config: RefineConfig) -> RefineConfig:
     """For --resume from any folder; names stay names. A URL, which may hold a password, becomes its file."""
-    from refine.checkpoints import resolve
-    from refine.checkpoints.sources import custom
-    from refine.checkpoints.sources.fetch import is_url
-
     given = {k: v for k in ("gan", "teacher", "ref") if (v := getattr(config, k))}
-    absolute = {k: os.path.abspath(resolve(v)) for k, v in given.items() if is_url(v) or os.path.exists(v)}
+    absolute: dict[str, Any] = {
+        k: os.path.abspath(resolve(v)) for k, v in given.items() if is_url(v) or os.path.exists(v)
+    }
     if (reference := custom.parse(config.gan)) and reference.file:
         absolute["gan"] = f"{reference}@{os.path.abspath(reference.file)}"
     return dataclasses.replace(config, **absolute)
 
 
-def _start(config, inputs, device, desc: str, resumed: tuple | None) -> tuple[Path, int | None]:
-    """Make or reopen the run folder and train in it."""
-    from refine.torch_utils import distributed
-    from refine.training.loop import TrainingRun
-    from refine.training.run_dir import RunDir, create_run_dir
-    from refine.training.snapshots import file_provenance
-    from refine.training.trainer import Trainer
-
-    files = {name: file_provenance(inputs[f"{name}_path"]) for name in ("student", "teacher")}
-    state_path, state, notes = resumed or (None, None, [])
+def _open_run_dir(config: RefineConfig, desc: str, resumed: _Resumed | None) -> RunDir:
+    """A new run folder, or the one of the state that the run goes on from."""
     with option("--outdir"):
-        if state is not None:
-            folder = state_path.parent
+        if resumed is not None:
+            folder = resumed.path.parent
         else:  # made by the first process; the others need its name only
-            folder = create_run_dir(config.outdir, desc) if distributed.is_main() else None
-            folder = Path(distributed.text_of_main(str(folder)))
-    run_dir = RunDir(folder, writes=distributed.is_main())
-    reason = _no_container(config.gan, inputs["student_path"])
-    training = TrainingRun(
-        Trainer(config, inputs["student"], inputs["teacher"], device),
+            made = create_run_dir(config.outdir, desc) if distributed.is_main() else None
+            folder = Path(distributed.text_of_main(str(made)))
+    return RunDir(folder, writes=distributed.is_main())
+
+
+def _make_training(
+    config: RefineConfig, pair: _Pair, metrics: list[NamedMetric], run_dir: RunDir, device: torch.device
+) -> TrainingRun:
+    return TrainingRun(
+        Trainer(config, pair.student, pair.teacher, device),
         run_dir,
-        metrics=inputs["metrics"],
-        provenance=files,
-        container=None if reason else inputs["student_path"],
+        metrics=metrics,
+        provenance=_provenance(pair),
+        container=None if _no_container(config.gan, pair.student_path) else pair.student_path,
     )
-    machine = {"device": str(device), "processes": distributed.world_size(), "versions": _versions()}
-    if state is not None:
-        with option("--resume"):
-            training.load_state_dict(state)
-        run_dir.trim_after(training.trainer.nimg / 1000)
-    options = {**config.as_dict(), **machine, "run_dir": str(run_dir.path), "files": files}
-    run_dir.write_json("training_options.json", options)
-    run_dir.log(f"run folder  {run_dir.path}")
-    for note in notes:
-        run_dir.log(f"damaged     {note}; going on from the state before it")
-    if distributed.world_size() > 1:
-        run_dir.log(f"processes   {distributed.world_size()}, {config.batch // distributed.world_size()} images each")
-    run_dir.log(
-        f"snapshots   .safetensors{f' only: {reason}' if reason else ' and .pkl, the container that the GAN came in'}"
-    )
-    if state is not None:
-        run_dir.log(f"going on at {training.trainer.nimg / 1000:.1f} of {config.kimg:g} kimg, from {state_path.name}")
-        for name, before in json.loads(state["config"]).items():
-            if name in CHANGEABLE - {"time_limit"} and (now := config.as_dict()[name]) != before:
-                run_dir.log(f"changed     --{name.replace('_', '-')} from {before} to {now}")
-    return run_dir.path, _train(training, run_dir, resumed=state is not None)
+
+
+def _provenance(pair: _Pair) -> dict[str, dict[str, str]]:
+    return {"student": file_provenance(pair.student_path), "teacher": file_provenance(pair.teacher_path)}
 
 
 def _no_container(gan: str, path: Path) -> str | None:
     """Why snapshots are not written into copies of the file that the GAN came in; None = they are."""
-    from refine.checkpoints.export import can_write_like
-    from refine.checkpoints.sources import custom
-
     if gan == ONE_STEP:
         return "the one-step generator is made here, from the teacher"
     if reference := custom.parse(gan):
@@ -220,39 +249,55 @@ def _no_container(gan: str, path: Path) -> str | None:
     return can_write_like(path)
 
 
-def _versions() -> dict[str, str]:
-    import torch
+def _write_options(run_dir: RunDir, config: RefineConfig, pair: _Pair, device: torch.device) -> None:
+    versions = {"gan-refine": refine.__version__, "torch": torch.__version__, "python": sys.version.split()[0]}
+    machine = {"device": str(device), "processes": distributed.world_size(), "versions": versions}
+    place = {"run_dir": str(run_dir.path), "files": _provenance(pair)}
+    run_dir.write_json("training_options.json", {**config.as_dict(), **machine, **place})
 
-    import refine as package
 
-    return {"gan-refine": package.__version__, "torch": torch.__version__, "python": sys.version.split()[0]}
-
-
-def _train(training, run_dir, resumed: bool) -> int | None:
-    import torch
-
-    from refine.torch_utils import distributed
-    from refine.training.stopping import StopRequests
-
-    trainer = training.trainer
-    count = sum(p.numel() for p in trainer.student_parameters)
-    run_dir.log(f"student     {trainer.config.gan}, {count:,} parameters to train, on {trainer.device}")
+def _log_files(run_dir: RunDir, config: RefineConfig, pair: _Pair, resumed: _Resumed | None) -> None:
+    run_dir.log(f"run folder  {run_dir.path}")
+    for message in resumed.damaged if resumed is not None else ():
+        run_dir.log(f"damaged     {message}; going on from the state before it")
+    if distributed.world_size() > 1:
+        run_dir.log(f"processes   {distributed.world_size()}, {config.batch // distributed.world_size()} images each")
+    reason = _no_container(config.gan, pair.student_path)
     run_dir.log(
-        f"teacher     {trainer.config.teacher}, {sum(p.numel() for p in trainer.teacher.parameters()):,} parameters"
+        f"snapshots   .safetensors{f' only: {reason}' if reason else ' and .pkl, the container that the GAN came in'}"
     )
+
+
+def _log_changes(run_dir: RunDir, config: RefineConfig, resumed: _Resumed, nimg: int) -> None:
+    run_dir.log(f"going on at {nimg / 1000:.1f} of {config.kimg:g} kimg, from {resumed.path.name}")
+    for name, known in OPTIONS.items():
+        before, now = getattr(resumed.config, name), getattr(config, name)
+        if name in CHANGEABLE - {"time_limit"} and now != before:
+            run_dir.log(f"changed     {flag(name)} from {known.kind.format(before)} to {known.kind.format(now)}")
+
+
+def _log_networks(run_dir: RunDir, trainer: Trainer) -> None:
+    config, device = trainer.config, trainer.device
+    student, teacher = (
+        sum(p.numel() for p in parameters) for parameters in (trainer.student_parameters, trainer.teacher.parameters())
+    )
+    run_dir.log(f"student     {config.gan}, {student:,} parameters to train, on {device}")
+    run_dir.log(f"teacher     {config.teacher}, {teacher:,} parameters")
     for line in trainer.bridge.messages(trainer.null_label):
         run_dir.log(f"bridge      {line}")
-    threads = f", threads: {torch.get_num_threads()}" if trainer.device.type == "cpu" else ""
-    run_dir.log(f"computing   {trainer.config.precision}{threads}")
+    threads = f", threads: {torch.get_num_threads()}" if device.type == "cpu" else ""
+    run_dir.log(f"computing   {config.precision}{threads}")
     for remark in trainer.remarks:
         run_dir.log(f"            {remark}")
-    monitor = None
-    if distributed.is_main():
-        from refine.training.monitor import Monitor
 
-        monitor = Monitor(run_dir.path, trainer.config.kimg, trainer.nimg / 1000 if resumed else None)
+
+def _train(training: TrainingRun, run_dir: RunDir, resumed: bool) -> int | None:
+    """Train to the end, or to a reason to stop, as `TrainingRun.run` says."""
+    config, monitor = training.config, None
+    if distributed.is_main():
+        monitor = Monitor(run_dir.path, config.kimg, training.trainer.nimg / 1000 if resumed else None)
     try:
-        with StopRequests(trainer.config.time_limit) as stop:
+        with StopRequests(config.time_limit) as stop:
             stopped = training.run(monitor, stop)
     finally:
         if monitor is not None:

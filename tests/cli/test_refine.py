@@ -53,6 +53,7 @@ FAULTS = {
     "another number of classes": (["--gan={}/gan5.safetensors", "--teacher={}/teacher.safetensors"], "classes 5"),
     "an unknown option": (["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--magic=1"], "--magic"),
     "a negative batch": (["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--batch=-4"], "--batch"),
+    "an unknown preset": (["--gan={}/gan.safetensors", "--preset=fast"], "--preset"),
     "a word for a number": (["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--kimg=many"], "--kimg"),
     "no teacher": (["--gan={}/gan.safetensors"], "--teacher is missing"),
     "no GAN": (["--teacher={}/teacher.safetensors"], "--gan is missing"),
@@ -151,6 +152,11 @@ def test_dry_run_prints_the_options_and_writes_nothing(files, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_preset_is_shown(capsys):
+    code, out, err = call(capsys, "--preset=DEMO", "--show")
+    assert code == 0 and err == "" and "--kimg=2.56  (default: 200.0)" in out.splitlines()
+
+
 def test_an_edm2_teacher(files, tmp_path, capsys):
     teacher = edm2.Precond(8, 1, 3, model_channels=8, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4])
     torch.nn.init.ones_(teacher.unet.out_gain)
@@ -178,7 +184,10 @@ def test_a_run_and_going_on_with_it(files, tmp_path, capsys):
     # A finished run has nothing left to do, and says so without an error.
     code, out, err = call(capsys, "--resume=latest", f"--outdir={tmp_path}")
     assert code == 0, err
-    assert "going on at 0.0 of 0.016 kimg" in out
+    assert "going on at 0.0 of 0.016 kimg" in out and "changed" not in out
+    code, out, err = call(capsys, "--resume=latest", f"--outdir={tmp_path}", "--keep=3", "--metrics=none")
+    assert code == 0, err
+    assert out.count("changed") == 1 and "changed     --keep from 2 to 3" in out
 
 
 def test_a_gan_from_a_pickle_goes_back_into_a_copy_of_it(root, tmp_path, capsys):

@@ -8,7 +8,7 @@ import torch
 from refine import load_generator, load_teacher
 from refine.checkpoints import peek
 from refine.checkpoints.native import save_networks
-from refine.config import PRESETS, RefineConfig
+from refine.config import RefineConfig
 from refine.evaluation.compare import Side, check_same_images
 from refine.evaluation.generate import generate
 from refine.metrics.sampling import latents_of_seeds
@@ -104,7 +104,7 @@ def test_from_the_command_to_the_comparison(tmp_path, capsys):
 
 
 def test_the_preset_holds_the_published_settings():
-    config = RefineConfig("one-step", "t", **PRESETS["one-step"])
+    config = RefineConfig("one-step", "t", preset="one-step")
     assert (config.batch, config.lr, config.aux_lr) == (128, 1e-5, 1e-5)
     assert (config.betas, config.aux_betas, config.aux_steps) == ((0.0, 0.999), (0.0, 0.999), 1)
     assert (config.ema_kimg, config.ema_rampup) == (500.0, 0.05)

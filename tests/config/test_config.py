@@ -1,11 +1,13 @@
-"""Options, presets, and what the command line makes of them."""
+"""Options and presets, from Python and from the command line's texts."""
 
 import json
+import re
 
 import pytest
 
 from refine.cli.refine_cmd import make_config
-from refine.config import PRESETS, RefineConfig, SigmaOptions
+from refine.config import CHANGEABLE, OPTIONS, PRESETS, RefineConfig, SigmaOptions
+from refine.config.option import GROUPS, flag
 
 
 def config(**kwargs):
@@ -31,6 +33,14 @@ def config(**kwargs):
         ({"train": "head"}, "--train"),
         ({"noise_mode": "fresh"}, "--noise-mode"),
         ({"metrics": ("fd2k-digits",)}, "--metrics"),
+        ({"metrics": "fd2k-digits", "ref": "r"}, "--metrics"),
+        ({"kimg": "many"}, "--kimg"),
+        ({"kimg": None}, "--kimg"),
+        ({"compile": "yes"}, "--compile"),
+        ({"label_dist": (0.0, 0.0)}, "--label-dist"),
+        ({"batch": 8, "batch_gpu": 4, "reuse_batch": True}, "--batch-gpu"),
+        ({"patience": 1}, "--patience"),
+        ({"preset": "fast"}, "--preset"),
     ],
 )
 def test_impossible_options_name_their_flag(kwargs, flag):
@@ -57,11 +67,44 @@ def test_step_counts_and_schedules():
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_is_valid(preset):
-    c = make_config({"gan": "g", "teacher": "t", "preset": preset})
-    assert c.preset == preset
-    for name, value in PRESETS[preset].items():
-        assert getattr(c, name) == value
+def test_every_preset_is_valid_and_holds_what_differs(preset):
+    c = config(preset=preset)
+    assert c == make_config({"gan": "g", "teacher": "t", "preset": preset}) and c.preset == preset
+    for name, known in OPTIONS.items():
+        if name in PRESETS[preset]:
+            assert getattr(c, name) == PRESETS[preset][name] != known.default
+        elif name not in ("gan", "teacher", "preset"):
+            assert getattr(c, name) == known.default
+
+
+def test_a_given_argument_wins_over_the_preset_even_where_it_is_the_default():
+    c = config(preset="demo", batch=64, ema_rampup=0.05, metrics=(), sigma={"sigma_max": 10.0})
+    assert (c.batch, c.ema_rampup, c.metrics, c.lr) == (64, 0.05, (), PRESETS["demo"]["lr"])
+    assert c.sigma == SigmaOptions(P_mean=PRESETS["demo"]["sigma"].P_mean, sigma_max=10.0)
+
+
+def test_a_saved_run_keeps_its_values_when_its_preset_changes_or_goes(monkeypatch):
+    saved = json.loads(json.dumps(config(preset="demo", batch=8).as_dict()))
+    original = RefineConfig.from_dict(saved)
+    monkeypatch.setitem(PRESETS, "demo", {"kimg": 1.0, "keep_distances": 0.5})
+    assert RefineConfig.from_dict(saved) == original
+    del saved["keep_distances"]  # as if from a version that did not know it
+    assert RefineConfig.from_dict(saved) == original
+    monkeypatch.delitem(PRESETS, "demo")
+    assert RefineConfig.from_dict(saved) == original
+
+
+def test_every_option_is_documented_and_known_elsewhere_by_one_name():
+    aliases = [alias for known in OPTIONS.values() for alias in known.aliases]
+    assert len(aliases) == len(set(aliases)) and not {f"--{alias}" for alias in aliases} & set(map(flag, OPTIONS))
+    for name, known in OPTIONS.items():
+        assert known.help.endswith(".") and known.group in GROUPS, name
+
+
+def test_docs_name_what_can_be_changed(root):
+    text = (root / "docs" / "runs.md").read_text()
+    listed = re.search(r"What can be changed with `--resume`: (.*?); `--outdir` says", text, re.DOTALL).group(1)
+    assert set(re.findall(r"`(--[a-z-]+)`", listed)) == set(map(flag, CHANGEABLE))
 
 
 def test_given_options_win_over_the_preset():
@@ -84,7 +127,14 @@ def test_sigma_options():
         ({"sigma": "lognormal:1"}, "--sigma: "),
         ({"aux_sigma": "karras:x"}, "--aux-sigma: "),
         ({"sigma_range": "1"}, "--sigma-range: "),
+        ({"aux_sigma_range": "low,high"}, "--aux-sigma-range: "),
         ({"betas": "0.9"}, "--betas: "),
+        ({"kimg": "many"}, "--kimg: "),
+        ({"batch": "1.5"}, "--batch: "),
+        ({"objective": "kl"}, "--objective: "),
+        ({"dropout": "perhaps"}, "--dropout: "),
+        ({"label_dist": "[[1]]"}, "--label-dist: "),
+        ({"time_limit": "1:2:3:4"}, "--time-limit: "),
     ],
 )
 def test_words_that_cannot_be_read_name_their_flag(given, flag):

@@ -1,0 +1,311 @@
+"""What a refinement run is told: one frozen dataclass that checks itself.
+
+Everything that is known about an option stands in its field: default, kind of value, group and text of --help, whether
+--resume may change it, whether snapshots show it. The command line, the checks and the sets below come from there.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from refine.config.kinds import (
+    BETAS,
+    BOOLEAN,
+    LABEL_DIST,
+    LIMIT,
+    MINUTES,
+    NAMES,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    SIGMA_LAW,
+    Kind,
+    SigmaOptions,
+    count,
+    number,
+    optional,
+    text,
+    words,
+)
+from refine.config.option import GROUPS, Option, flag, option
+from refine.config.presets import PRESETS
+
+__all__ = [
+    *("CHANGEABLE", "NOT_IN_SNAPSHOTS", "OBJECTIVES", "OPS_HELP", "OPS_MODES", "OPTIONS", "PRECISIONS", "PRESETS"),
+    *("RefineConfig", "SigmaOptions"),
+]
+
+OBJECTIVES = ("ikl", "dmd", "sid", "sim")
+OPS_MODES = ("auto", "native", "ref")  # those of torch_utils.build.custom_ops, without importing it
+OPS_HELP = "Compiled ops: auto = where they can be had, native = or an error, ref = plain torch."
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+
+_FILES, _LENGTH, _RATES, _NOISE, _OBJECTIVE, _COVERAGE, _SPEED, _MONITORING, _RESUMING = GROUPS
+
+_KNOWN = "a file or a name of pretrained/index.toml"
+# A run that holds all its values may have been made with a preset that is gone.
+_PRESET = dataclasses.replace(words(tuple(PRESETS)), holds=lambda value: isinstance(value, str))
+
+
+@dataclass(frozen=True)
+class RefineConfig:
+    """All options of a run; `training_options.json` is this, written out.
+
+    An argument that is not given (`...`) takes the value of the preset, or else the option's default. A law of noise
+    may be given as a dict of some of the fields of SigmaOptions, which are laid over the preset's. Once made, all
+    values are there, and the preset is only a name.
+
+    The order of the fields is that of the options in snapshots and `training_options.json`.
+
+    Raises:
+        ValueError: A number out of range or an unknown word; the message names the command line option.
+    """
+
+    # An argument a line would be three pages.
+    # fmt: off
+    gan: str = option(
+        text("FILE|URL|NAME|one-step|MODULE:FUNCTION", f"the generator to refine, {_KNOWN}"), ..., _FILES,
+        "Generator to refine (the student): a file, one-step = the teacher's own U-Net, or one of your own code.",
+        in_snapshots=False, aliases=("generator", "student", "network"),
+    )
+    teacher: str = option(
+        text("FILE|URL|NAME", f"the diffusion model to learn from, {_KNOWN}"), ..., _FILES,
+        "Diffusion model of the same data (the teacher).",
+        in_snapshots=False, aliases=("diffusion", "edm", "denoiser"),
+    )
+    outdir: str = option(
+        text("DIR"), "runs", _FILES, "Where run folders are made.",
+        in_snapshots=False, aliases=("out", "output", "output-dir"),
+    )
+    desc: str | None = option(
+        optional(text("TEXT"), "none"), None, _FILES, "Added to the run folder's name.",
+        in_snapshots=False, aliases=("name",),
+    )
+    preset: str = option(
+        _PRESET, "default", _FILES, "Defaults for a kind of run; --show prints them.",
+        aliases=("recipe",),
+    )
+
+    kimg: float = option(
+        POSITIVE, 200.0, _LENGTH, "Length of the run: thousands of images through the student step.",
+        changeable=True, aliases=("duration", "steps", "iterations", "epochs", "total-kimg"),
+    )
+    batch: int = option(count(1), 64, _LENGTH, "Images per step.", aliases=("batch-size", "bs"))
+    batch_gpu: int | None = option(
+        optional(count(1), "all of --batch"), None, _SPEED,
+        "At most so many images at once; gradients are accumulated.",
+        changeable=True, aliases=("micro-batch", "gradient-accumulation"),
+    )
+    lr: float = option(
+        NOT_NEGATIVE, 1e-4, _RATES, "Learning rate of the student (Adam).",
+        changeable=True, aliases=("learning-rate", "glr"),
+    )
+    aux_lr: float = option(
+        NOT_NEGATIVE, 1e-4, _RATES, "Learning rate of the auxiliary network (Adam).",
+        changeable=True, aliases=("aux-learning-rate", "fake-lr"),
+    )
+    betas: tuple[float, float] = option(BETAS, (0.0, 0.999), _RATES, "Adam's betas, student.", aliases=("adam-betas",))
+    aux_betas: tuple[float, float] = option(BETAS, (0.0, 0.999), _RATES, "Adam's betas, auxiliary network.")
+    lr_schedule: str = option(
+        words(("constant", "cosine", "linear")), "constant", _RATES,
+        "Of the student's rate, over the run's kimg; the auxiliary network must keep up and keeps its rate.",
+        aliases=("scheduler", "lr-scheduler"),
+    )
+    lr_rampup_kimg: float = option(
+        NOT_NEGATIVE, 0.0, _RATES, "The student's rate rises linearly from zero over so many kimg.",
+        aliases=("lr-warmup", "lr-rampup"),
+    )
+
+    sigma: SigmaOptions = option(
+        SIGMA_LAW, SigmaOptions(), _NOISE,
+        "Noise levels of the student step: lognormal:P_mean,P_std | karras:rho | loguniform.",
+    )
+    aux_sigma: SigmaOptions = option(SIGMA_LAW, SigmaOptions(), _NOISE, "Noise levels of the auxiliary step.")
+    objective: str = option(
+        words(OBJECTIVES), "ikl", _OBJECTIVE, "What the student follows; see docs/objectives.md.",
+        aliases=("loss", "method"),
+    )
+    sid_alpha: float = option(
+        NOT_NEGATIVE, 1.0, _OBJECTIVE, "α of the objective sid; published with 1.0 to 1.2.", aliases=("alpha",)
+    )
+    weighting: str = option(text("W"), "1", _OBJECTIVE, "Weight of the objective over noise levels: 1 | sigma^P.")
+    guidance: float = option(
+        POSITIVE, 1.0, _OBJECTIVE, "Classifier-free guidance of a teacher that knows a missing label; 1 = none.",
+        aliases=("cfg", "cfg-scale", "guidance-scale"),
+    )
+    label_dist: tuple[float, ...] | None = option(
+        LABEL_DIST, None, _COVERAGE, "How often each class is drawn: uniform, or a JSON list or file.",
+        aliases=("class-weights", "prior"),
+    )
+    keep_distances: float = option(
+        NOT_NEGATIVE, 0.0, _COVERAGE, "Pull towards the student's own pairwise distances.", aliases=("diversity",)
+    )
+    keep_recall: float = option(
+        SHARE, 0.0, _COVERAGE,
+        "Stop, and keep no snapshot as the best, below this share of the recall at the start; 0 = never.",
+    )
+    sigma_init: float = option(POSITIVE, 2.5, _NOISE, "Noise level at which --gan=one-step uses the teacher's U-Net.")
+    aux_steps: int = option(count(1), 1, _LENGTH, "Auxiliary steps per student step.", aliases=("critic-steps",))
+    aux_warmup_kimg: float = option(
+        NOT_NEGATIVE, 0.0, _LENGTH, "Thousands of images that the auxiliary network follows before the student moves.",
+        aliases=("aux-warmup", "warmup"),
+    )
+    ema_kimg: float = option(
+        NOT_NEGATIVE, 50.0, _RATES, "Half-life of the student's moving average.",
+        aliases=("ema", "ema-halflife-kimg", "ema-decay"),
+    )
+    ema_rampup: float | None = option(
+        LIMIT, 0.05, _RATES, "Half-life at most this share of the images so far; 0 = no limit."
+    )
+
+    noise_mode: str = option(
+        words(("random", "const", "none")), "random", _NOISE, "Noise inputs of the student while training."
+    )
+    train: str = option(
+        words(("all", "synthesis", "mapping")), "all", _OBJECTIVE, "Which part of the student moves.",
+        aliases=("trainable", "freeze"),
+    )
+    dropout: bool = option(
+        BOOLEAN, False, _OBJECTIVE, "Train the auxiliary network with the dropout that its file asks for."
+    )
+
+    precision: str = option(
+        words(PRECISIONS), "fp32", _SPEED, "Format of activations and products; weights stay float32.",
+        aliases=("amp", "dtype", "fp16", "bf16", "mixed-precision"),
+    )
+    compile: bool = option(
+        BOOLEAN, False, _SPEED, "Translate the networks with torch.compile.", changeable=True,
+        aliases=("torch-compile",),
+    )
+    reuse_batch: bool = option(
+        BOOLEAN, False, _SPEED,
+        "The student step takes the images of the auxiliary step: a forward pass less, but no longer independent.",
+    )
+
+    seed: int = option(
+        Kind("N", int, "0 to 2147483647", lambda value: 0 <= value < 2**31), 0, _NOISE,
+        "Random seed of latents, labels and noise.", aliases=("random-seed",),
+    )
+    tick: float = option(
+        POSITIVE, 4.0, _MONITORING, "Print progress every so many kimg.", changeable=True,
+        aliases=("kimg-per-tick", "log-every"),
+    )
+    snap: int = option(
+        count(0), 10, _MONITORING, "Save a snapshot every so many ticks; 0 = at the end only.", changeable=True,
+        aliases=("snapshot", "save-every"),
+    )
+    metrics: tuple[str, ...] = option(
+        NAMES, (), _MONITORING, "At every snapshot: fid50k_full, is50k, fd5k-<detector> …, or none.", changeable=True,
+        aliases=("metric",),
+    )
+    ref: str | None = option(
+        optional(text("FILE|NAME"), "none"), None, _MONITORING, "Reference statistics of the metrics (.npz).",
+        changeable=True, in_snapshots=False, aliases=("reference",),
+    )
+    device: str | None = option(
+        optional(text("DEVICE"), "cuda where there is one"), None, _SPEED, "cpu, cuda or cuda:N.",
+        changeable=True, in_snapshots=False,
+    )
+    ops: str | None = option(
+        optional(words(OPS_MODES), "$REFINE_OPS, else auto"), None, _SPEED, OPS_HELP, changeable=True
+    )
+
+    keep: int = option(
+        count(1), 2, _RESUMING, "Training states that are kept.", changeable=True, in_snapshots=False
+    )
+    state_minutes: float = option(
+        number("a number ≥ 0", lambda value: value >= 0), 10.0, _RESUMING,
+        "Save a training state at least so often, beside snapshots.", changeable=True, in_snapshots=False,
+    )
+    time_limit: float | None = option(  # seconds
+        optional(MINUTES, "none"), None, _RESUMING,
+        "Stop in time for the state to be saved, as a batch queue wants it.", changeable=True, in_snapshots=False,
+    )
+    patience: int = option(
+        count(0), 0, _RESUMING, "Stop after so many snapshots without a better first metric; 0 = never.",
+        changeable=True, in_snapshots=False, aliases=("early-stopping",),
+    )
+    max_skips: int = option(
+        count(1), 20, _RESUMING, "Stop after so many steps in a row with NaN or infinite gradients.",
+        changeable=True, in_snapshots=False,
+    )
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        preset = self._preset_values()
+        for name, known in OPTIONS.items():
+            value, usual = getattr(self, name), preset.get(name, known.default)
+            value = usual if value is ... else known.kind.cast(value, usual)
+            if value is ...:
+                raise ValueError(f"{flag(name)} is missing; expected {known.kind.expected}")
+            if not known.kind.allows(value):
+                raise ValueError(f"{flag(name)} is {value}; expected {known.kind.expected}")
+            object.__setattr__(self, name, value)
+        self._check_combinations()
+
+    def _preset_values(self) -> dict[str, Any]:
+        if all(getattr(self, name) is not ... for name in OPTIONS):
+            return {}
+        name = OPTIONS["preset"].default if self.preset is ... else self.preset
+        if name not in PRESETS:
+            raise ValueError(f"--preset is {name}; expected {_PRESET.expected}")
+        return PRESETS[name]
+
+    def _check_combinations(self) -> None:
+        if self.reuse_batch and self.batch_gpu is not None and self.batch_gpu < self.batch:
+            raise ValueError(
+                f"--batch-gpu is {self.batch_gpu}; expected --batch beside --reuse-batch, which keeps it whole"
+            )
+        if self.patience and not self.metrics:
+            raise ValueError(f"--patience is {self.patience}; expected 0, or --metrics to go by")
+        if self.keep_recall and not (self.metrics and self.ref):
+            raise ValueError("--keep-recall needs a metric that measures recall: add --metrics and --ref")
+        compared = [name for name in self.metrics if not name.startswith("is")]  # an Inception Score needs no other
+        if compared and self.ref is None:
+            raise ValueError(f"--metrics={','.join(compared)} needs reference statistics: add --ref=FILE.npz")
+
+    @property
+    def num_steps(self) -> int:
+        """Student steps of the whole run."""
+        return math.ceil(round(self.kimg * 1000) / self.batch)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Auxiliary steps before the first student step."""
+        return math.ceil(round(self.aux_warmup_kimg * 1000) / self.batch)
+
+    @property
+    def short_intervals(self) -> bool:
+        """Whether whole kimg, NVIDIA's names, would give two snapshots of this run the same name."""
+        return 0 < self.snap * self.tick < 1
+
+    def lr_factor(self, nimg: int) -> float:
+        """What the student's learning rate is multiplied with after nimg images."""
+        progress = min(nimg / (self.kimg * 1000), 1.0)
+        factor = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+        rampup = min((nimg + self.batch) / (self.lr_rampup_kimg * 1000), 1.0) if self.lr_rampup_kimg > 0 else 1.0
+        return factor[self.lr_schedule] * rampup
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for training_options.json."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "RefineConfig":
+        """The inverse of `as_dict`, also after a trip through JSON.
+
+        No preset is looked up: an option that an older version did not know takes its default, so that presets may
+        change without changing the runs that were made with them.
+
+        Raises:
+            ValueError: Unknown names, or impossible values.
+        """
+        if unknown := set(values) - set(OPTIONS):
+            raise ValueError(f"training options hold {', '.join(sorted(unknown))}, which this version does not know")
+        return cls(**{**{name: known.default for name, known in OPTIONS.items()}, **values})
+
+
+OPTIONS: dict[str, Option] = {f.name: f.metadata["option"] for f in dataclasses.fields(RefineConfig)}
+CHANGEABLE = frozenset(name for name, known in OPTIONS.items() if known.changeable)
+NOT_IN_SNAPSHOTS = frozenset(name for name, known in OPTIONS.items() if not known.in_snapshots)

@@ -1,0 +1,242 @@
+"""Kinds of option values: how each is read from the command line, shown, and checked."""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+class Unreadable(ValueError):
+    """A text that is not a value; the message is what was expected."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of option value.
+
+    Attributes:
+        metavar: What stands for a value in --help.
+        read: Text → value. It raises `Unreadable`, which says what was expected, or any ValueError, which means that
+            `expected` was.
+        expected: What `holds` wants, for messages.
+        holds: Whether a value is possible. A TypeError means that it is not.
+        show: Value → the text that `read` makes it from.
+        cast: (value, value of the preset) → value, for what JSON and callers write in another form.
+        none: What the value None means; '' = None is not allowed. It is read from the text 'none'.
+        parts: Further options `--<option>-<suffix>` that hold part of the value, as suffix → (help, kind). `read` of
+            the option and of its parts then return a dict of fields, which `cast` lays over the value of the preset.
+    """
+
+    metavar: str
+    read: Callable[[str], Any]
+    expected: str
+    holds: Callable[[Any], bool]
+    show: Callable[[Any], str] = str
+    cast: Callable[[Any, Any], Any] = lambda value, _: value
+    none: str = ""
+    parts: Mapping[str, tuple[str, "Kind"]] = field(default_factory=dict)
+
+    def parse(self, text: str) -> Any:
+        """The value of a text of the command line. Raises ValueError: found …; expected …"""
+        if self.none and text.lower() == "none":
+            return None
+        try:
+            return self.read(text)
+        except ValueError as error:
+            expected = error if isinstance(error, Unreadable) else self.expected
+            raise ValueError(f"found {text!r}; expected {expected}") from None
+
+    def format(self, value: Any) -> str:
+        """The text that `parse` makes the value from."""
+        return "none" if value is None else self.show(value)
+
+    def allows(self, value: Any) -> bool:
+        """Whether the value is possible."""
+        if value is None:
+            return bool(self.none)
+        try:
+            return self.holds(value)
+        except TypeError:
+            return False
+
+
+def optional(kind: Kind, none: str) -> Kind:
+    """The same, or None, which means `none`."""
+    return dataclasses.replace(kind, none=none)
+
+
+def number(expected: str, holds: Callable[[float], bool], metavar: str = "X") -> Kind:
+    return Kind(metavar, float, expected, holds)
+
+
+def count(low: int) -> Kind:
+    """A whole number of at least `low`."""
+    return Kind("N", int, f"a whole number ≥ {low}", lambda value: value >= low)
+
+
+def words(choices: tuple[str, ...]) -> Kind:
+    """One of the choices, which are lower-case; on the command line in any case."""
+
+    def read(text: str) -> str:
+        if text.lower() not in choices:
+            raise ValueError
+        return text.lower()
+
+    return Kind(f"[{'|'.join(choices)}]", read, f"one of {', '.join(choices)}", lambda value: value in choices)
+
+
+def text(metavar: str, expected: str = "a text") -> Kind:
+    def cast(value: Any, _: Any) -> Any:
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+    return Kind(metavar, str, expected, lambda value: isinstance(value, str), cast=cast)
+
+
+def _tuple(value: Any, _: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value  # JSON has no tuples
+
+
+def _numbers(text: str, names: str, how_many: int) -> list[float]:
+    """'a,b' → [a, b]; `names` says which numbers are expected."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise Unreadable(names) from None
+    if len(values) != how_many:
+        raise Unreadable(names)
+    return values
+
+
+def _read_bool(text: str) -> bool:
+    table = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+    if text.lower() not in table:
+        raise ValueError
+    return table[text.lower()]
+
+
+def _read_label_dist(text: str) -> tuple[float, ...] | None:
+    """'uniform', a JSON list of numbers, or the path of a file with one."""
+    if text == "uniform":
+        return None
+    try:
+        numbers = json.loads(text if text.lstrip().startswith("[") else Path(text).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Unreadable(f"uniform, a JSON list, or a file with one ({error})") from None
+    if not isinstance(numbers, list) or not all(type(n) in (int, float) for n in numbers):
+        raise Unreadable("a JSON list of one number per class")
+    return tuple(float(n) for n in numbers)
+
+
+def _read_minutes(text: str) -> float:
+    """Seconds from SLURM's ways to write a time: minutes, minutes:seconds, hours:minutes:seconds, days-h:m:s."""
+    days, dash, rest = text.rpartition("-")
+    numbers = [float(part) for part in rest.split(":")]
+    if len(numbers) > 3 or (dash and len(numbers) != 3) or min(numbers) < 0:
+        raise ValueError
+    hours, minutes, seconds = {1: (0, *numbers, 0), 2: (0, *numbers), 3: tuple(numbers)}[len(numbers)]
+    return float(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds
+
+
+POSITIVE = number("a number > 0", lambda value: 0 < value < math.inf)
+NOT_NEGATIVE = number("a number ≥ 0", lambda value: 0 <= value < math.inf)
+SHARE = number("0 to 1", lambda value: 0 <= value <= 1)
+BETAS = Kind(
+    "B1,B2",
+    lambda text: tuple(_numbers(text, "two numbers, such as 0.0,0.999", 2)),
+    "two numbers in [0, 1)",
+    lambda value: len(value) == 2 and all(0 <= b < 1 for b in value),
+    show=lambda value: ",".join(map(str, value)),
+    cast=_tuple,
+)
+BOOLEAN = Kind(
+    "[true|false]", _read_bool, "true or false", lambda value: isinstance(value, bool), lambda value: str(value).lower()
+)
+# A limit that 0 lifts on the command line.
+LIMIT = optional(
+    Kind("X", lambda text: float(text) or None, "a number > 0", lambda value: value > 0),
+    "no limit",
+)
+MINUTES = Kind(
+    "MINUTES|H:M:S",
+    _read_minutes,
+    "minutes, hours:minutes:seconds or days-hours:minutes:seconds",
+    lambda value: value > 0,
+    show=lambda seconds: str(seconds / 60),
+)
+LABEL_DIST = optional(
+    Kind(
+        "LIST",
+        _read_label_dist,
+        "numbers ≥ 0, not all of them 0",
+        lambda value: all(0 <= p < math.inf for p in value) and sum(value) > 0,
+        show=lambda value: json.dumps(list(value)),
+        cast=_tuple,
+    ),
+    "uniform",
+)
+NAMES = Kind(
+    "LIST",
+    lambda text: () if text == "none" else tuple(text.split(",")),
+    "a list of names",
+    lambda value: isinstance(value, tuple) and all(isinstance(name, str) for name in value),
+    show=lambda value: ",".join(value) or "none",
+    cast=_tuple,
+)
+
+
+@dataclass(frozen=True)
+class SigmaOptions:
+    """The law of noise levels of one step; the fields of `refine.noise.SigmaLaw`, without importing torch."""
+
+    name: str = "lognormal"
+    P_mean: float = -1.2
+    P_std: float = 1.2
+    rho: float = 7.0
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+
+
+def _read_law(text: str) -> dict[str, Any]:
+    """'lognormal:-1.2,1.2', 'karras:7' or 'loguniform' → fields of SigmaOptions."""
+    name, _, numbers = text.partition(":")
+    name = name.lower()
+    if name == "lognormal":
+        default = [SigmaOptions.P_mean, SigmaOptions.P_std]
+        mean, std = _numbers(numbers, "lognormal:P_mean,P_std", 2) if numbers else default
+        return {"name": name, "P_mean": mean, "P_std": std}
+    if name == "karras":
+        return {"name": name, "rho": _numbers(numbers, "karras:rho", 1)[0] if numbers else SigmaOptions.rho}
+    if name == "loguniform" and not numbers:
+        return {"name": name}
+    raise ValueError
+
+
+def _show_law(law: SigmaOptions) -> str:
+    numbers = {"lognormal": f":{law.P_mean},{law.P_std}", "karras": f":{law.rho}"}
+    return law.name + numbers.get(law.name, "")
+
+
+def _is_law(value: Any) -> bool:
+    return isinstance(value, SigmaOptions)
+
+
+_SIGMA_RANGE = Kind(
+    "MIN,MAX",
+    lambda text: dict(zip(("sigma_min", "sigma_max"), _numbers(text, "sigma_min,sigma_max", 2), strict=True)),
+    "sigma_min,sigma_max",
+    _is_law,
+    show=lambda law: f"{law.sigma_min},{law.sigma_max}",
+)
+SIGMA_LAW = Kind(
+    "LAW",
+    _read_law,
+    "lognormal:P_mean,P_std, karras:rho or loguniform",
+    _is_law,
+    show=_show_law,
+    cast=lambda value, law: dataclasses.replace(law, **value) if isinstance(value, dict) else value,
+    parts={"range": ("Range of those noise levels.", _SIGMA_RANGE)},
+)
