@@ -31,20 +31,24 @@ def demo(outdir: str, gan: str, num: int, seed: int, **given: str | float | None
     from refine.cli.refine_cmd import make_config
     from refine.evaluation.compare import compare
     from refine.evaluation.report import text_table
+    from refine.evaluation.run_folder import read_run_folder
     from refine.training.assemble import run
 
     start = time.monotonic()
     own = {"gan": gan, "preset": "demo", "outdir": outdir, "seed": seed, "desc": f"demo-seed{seed}"}
     run_path = run(make_config({**given, **own}))
+    assert run_path is not None, "only a dry run has none"
     refine_seconds = time.monotonic() - start
-    after = sorted(run_path.glob("network-snapshot-0*.safetensors"))[-1]
     with option("--outdir"):
-        report_dir = run_path / "report"
+        snapshots = read_run_folder(run_path)
+        assert snapshots is not None, "it is a folder"
+        after, report_dir = snapshots.judged.path, run_path / "report"
         results = compare(gan, after, REFERENCE, num=num, outdir=report_dir)
     seconds = time.monotonic() - start
     before, now = results["before"], results["after"]
     click.echo(f"report: {report_dir / 'report.html'}")
     click.echo(f"refined generator: {after} (refinement {refine_seconds:.0f} s, all {seconds:.0f} s)")
+    click.echo(snapshots.describe())
     click.echo(text_table(results))
     click.echo(demo_line(before, now))
 
