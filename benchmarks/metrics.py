@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from refine.metrics.detectors import Detector, InceptionDetector, load_detector
 from refine.metrics.evaluate import evaluate
-from refine.metrics.frechet import frechet_distance
 from refine.metrics.inception import InceptionNetwork
+from refine.metrics.measures.frechet import frechet_distance
 from refine.metrics.references import Reference
 from refine.metrics.sampling import Batch, sample_images
 from refine.networks.stylegan2 import Generator

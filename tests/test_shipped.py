@@ -9,6 +9,7 @@ import torch
 import refine
 from refine.cli.demo import demo_line
 from refine.cli.main import run_command
+from refine.dnnlib import sha256_of_file
 from refine.metrics.detectors import load_detector
 from refine.metrics.evaluate import evaluate
 from refine.metrics.references import load_reference
@@ -66,6 +67,9 @@ def test_demo_from_end_to_end(tmp_path, capsys):
     assert re.fullmatch(pattern, out.strip().splitlines()[-1])
     run = tmp_path / "00000-demo-seed3"
     assert (run / "report" / "report.html").stat().st_size > 10_000
+    assert "Judged of 00000-demo-seed3: network-snapshot-0" in out and "the best by the run's own metric" in out
+    judged = json.loads((run / "report" / "comparison.json").read_text())["after"]
+    assert judged["sha256"] == sha256_of_file(run / "network-snapshot-best.safetensors")
     assert json.loads((run / "training_options.json").read_text())["preset"] == "demo"
 
 

@@ -19,9 +19,9 @@ import torch  # noqa: E402
 from digits import load_digits  # noqa: E402
 
 from refine.metrics.detectors import load_detector  # noqa: E402
-from refine.metrics.frechet import frechet_distance  # noqa: E402
-from refine.metrics.kernel import kernel_distance  # noqa: E402
-from refine.metrics.precision_recall import precision_recall  # noqa: E402
+from refine.metrics.measures.frechet import frechet_distance  # noqa: E402
+from refine.metrics.measures.kernel import kernel_distance  # noqa: E402
+from refine.metrics.measures.precision_recall import precision_recall  # noqa: E402
 from refine.metrics.references import save_reference  # noqa: E402
 from refine.metrics.statistics import FeatureStatistics  # noqa: E402
 

@@ -12,14 +12,13 @@ from refine.cli.options import parse_ints
 from refine.config import OPS_HELP, OPS_MODES
 from refine.device import prepare_device
 from refine.errors import option
-from refine.evaluation.compare import MIN_RANGES, check_numbers, compare, is_first_process
 from refine.processes import one_voice, together
 
 
 def _parse_ranges(_ctx: click.Context, _param: click.Parameter, value: str) -> list[int]:
     with option("--seeds"):
         if len(set(value.split(","))) < len(value.split(",")):
-            raise ValueError(f"--seeds is {value}; expected at least {MIN_RANGES} different seed ranges")
+            raise ValueError(f"--seeds is {value}; expected different seed ranges")
         return parse_ints(value)
 
 
@@ -31,7 +30,7 @@ def _parse_ranges(_ctx: click.Context, _param: click.Parameter, value: str) -> l
     "--after",
     required=True,
     metavar="FILE|NAME|RUN",
-    help="Network to judge, or a run folder: all its snapshots, as a curve over kimg.",
+    help="Network to judge, or a run folder: all its snapshots, as a curve over kimg; the best one is judged.",
 )
 @click.option(
     "--ref",
@@ -64,7 +63,7 @@ def _parse_ranges(_ctx: click.Context, _param: click.Parameter, value: str) -> l
     help="Seed ranges; range k begins at seed k·num.",
 )
 @click.option(
-    "--also", default="", metavar="LIST", help="Metrics that take longer: fdinf (FID∞), is (Inception Score)."
+    "--also", default="", metavar="LIST", help="Metrics that take longer, such as fdinf (FID∞), is (Inception Score)."
 )
 @click.option(
     "--ref-num",
@@ -103,9 +102,12 @@ def command(
     A distance is called FID only with the Inception-2015-12-05 weights as --detector.
     """
     with one_voice():
+        from refine.evaluation.compare import check_numbers, compare, is_first_process
+
         check_numbers(options["num"], seeds, options["batch"])
         chosen = prepare_device(device, ops)
     further = [name.strip() for name in also.split(",") if name.strip()]
+    from refine.evaluation.report import feature_space_note, text_table
     from refine.metrics.pipeline import sharing
 
     with together(cuda=False), sharing():
@@ -115,8 +117,6 @@ def command(
     if as_json:
         click.echo(json.dumps(results, indent=2))
         return
-    from refine.evaluation.report import feature_space_note, text_table
-
     click.echo(text_table(results))
     click.echo(f"\n{results['summary']}\n{feature_space_note(results)}")
     if options["outdir"]:

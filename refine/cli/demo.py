@@ -32,6 +32,7 @@ def demo(outdir: str, gan: str, num: int, seed: int, **given: str | float | None
     from refine.config import RefineConfig
     from refine.evaluation.compare import compare
     from refine.evaluation.report import text_table
+    from refine.evaluation.run_folder import read_run_folder
     from refine.training.assemble import run
 
     start = time.monotonic()
@@ -41,14 +42,16 @@ def demo(outdir: str, gan: str, num: int, seed: int, **given: str | float | None
     if refinement.stopped is not None:
         raise click.exceptions.Exit(refinement.exit_code)
     refine_seconds = time.monotonic() - start
-    after = sorted(refinement.folder.glob("network-snapshot-0*.safetensors"))[-1]
     with option("--outdir"):
-        report_dir = refinement.folder / "report"
+        snapshots = read_run_folder(refinement.folder)
+        assert snapshots is not None, "it is a folder"
+        after, report_dir = snapshots.judged.path, refinement.folder / "report"
         results = compare(gan, after, REFERENCE, num=num, outdir=report_dir)
     seconds = time.monotonic() - start
     before, now = results["before"], results["after"]
     click.echo(f"report: {report_dir / 'report.html'}")
     click.echo(f"refined generator: {after} (refinement {refine_seconds:.0f} s, all {seconds:.0f} s)")
+    click.echo(snapshots.describe())
     click.echo(text_table(results))
     click.echo(demo_line(before, now))
 

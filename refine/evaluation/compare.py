@@ -2,31 +2,37 @@
 
 Both networks get the same seeds, hence the same latents and labels where their latents have the same shape. Every seed
 range gives one paired difference per metric; a paired bootstrap over the images and the agreement of the ranges decide
-the verdict. Where --after is a run folder, all its snapshots are measured: a curve over kimg, a verdict on the last.
+the verdict. Where --after is a run folder, all its snapshots are measured: a curve over kimg, a verdict on the best.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from refine.dnnlib import check_outdir
+import torch
+from tqdm import tqdm
+
+from refine.checkpoints import load_generator, load_teacher, source_file
+from refine.dnnlib import check_outdir, replaced_atomically, sha256_of_file
 from refine.errors import option
-
-if TYPE_CHECKING:
-    import torch
-
-    from refine.metrics.detectors import Detector
-    from refine.metrics.evaluate import Measurement
-    from refine.metrics.references import Looking, Reference
-    from refine.metrics.sampling import Batch
+from refine.evaluation.comparison import compared, differences, in_words, summarise
+from refine.evaluation.panels import ROWS, curve_figure, look_alikes, nearest_real
+from refine.evaluation.report import side_by_side, write_html
+from refine.evaluation.run_folder import Snapshot, read_run_folder
+from refine.images import save_png
+from refine.metrics.detectors import Detector, classifies, load_detector
+from refine.metrics.evaluate import Measurement, measure
+from refine.metrics.pipeline import my_share, rank_and_world
+from refine.metrics.references import Looking, Reference, load_reference
+from refine.metrics.registry import ON_REQUEST, USUAL, WITH_CLASSES, chosen
+from refine.metrics.sampling import Batch, sample_images, sample_teacher, with_progress
 
 MIN_RANGES = 3
 PANEL_IMAGES = 64  # that look-alikes are searched for
@@ -54,7 +60,8 @@ def compare(
 
     Args:
         before, after: Files or names of generators; a diffusion model is sampled with 18 Heun steps. `after` may be a
-            run folder: then all its snapshots are measured, and the last one is what the verdict is about.
+            run folder: then all its snapshots are measured, and the one that the run itself found best (or else the
+            last one) is what the verdict is about.
         ref: Reference, see `refine.metrics.references.load_reference`.
         detector: Feature space, see `refine.metrics.detectors.load_detector`.
         num: Images per seed range.
@@ -64,7 +71,7 @@ def compare(
         device: Where networks and detector run.
         noise_mode: Of a StyleGAN2, for the numbers; the pictures always use its constant noise.
         truncation_psi: Of a StyleGAN2.
-        also: Further metrics that take longer: 'fdinf' (FID∞), 'is' (Inception Score).
+        also: Further metrics that take longer, of `refine.metrics.registry.ON_REQUEST`, such as 'fdinf' (FID∞).
         ref_num: Images drawn from a generator that serves as the reference.
         cache: Keep what was measured of a reference that is images.
         progress: Show a bar with the time left on stderr.
@@ -73,7 +80,8 @@ def compare(
         JSON-able dict. `before`, `after` and `difference` hold for each metric `mean`, `std` and `values` (one per seed
         range), `difference` also `interval` (95 %), `method` and `verdict`; `metric` names the leading distance,
         `ratio` is its mean after by its mean before, `verdict` ('better', 'not distinguishable', 'worse') and `summary`
-        are about it. `curve` has a row for each snapshot of a run folder: kimg, name, numbers, difference to `before`.
+        are about it. `curve` has a row for each snapshot of a run folder: kimg, name, whether it is `judged`, numbers,
+        difference to `before`.
         What the numbers stand on: num, seeds, detector, reference, quantisation, versions, seconds.
 
     Raises:
@@ -82,29 +90,29 @@ def compare(
     start = time.monotonic()
     check_numbers(num, seed_ranges, batch)
     with option("--after"):
-        snapshots = snapshots_of(after)
-    sides = {}
-    for name, path in (("before", before), ("after", snapshots[-1][1] if snapshots else after)):
-        with option(f"--{name}"):
-            sides[name] = Side(path, device, batch, noise_mode, truncation_psi)
+        run = read_run_folder(after)
+    sampling = (device, batch, noise_mode, truncation_psi)
+    paths = {"before": before, "after": after if run is None else run.judged.path}
+    sides = {name: _load_side(name, path, *sampling) for name, path in paths.items()}
     check_same_images(sides["before"], sides["after"])
     with option("--outdir"):
         folder = None if outdir is None else check_outdir(outdir)
-    judge, reference = _load_space(
-        detector, ref, sides["before"].image_shape, _looking(device, batch, ref_num, cache, progress)
-    )
-    kinds = _kinds(also, judge, reference, sides)
+    looking = Looking(batch=batch, device=device, num=ref_num, cache=cache, progress=progress)
+    judge, reference = _load_space(detector, ref, sides["before"].image_shape, looking)
+    kinds = _kinds(also, judge, sides)
     job = Job(judge, reference, num, tuple(seed_ranges), kinds, batch, progress)
     runs = {"before": job.run(sides["before"], "before")}
     curve = []
-    for kimg, path in snapshots[:-1]:
-        with option("--after"):
-            side = Side(path, device, batch, noise_mode, truncation_psi)
-        curve.append(_curve_point(kimg, side, runs["before"], job.run(side, "after")))
+    for snapshot in () if run is None else run.others:
+        side = _load_side("after", snapshot.path, *sampling)
+        curve.append(_curve_row(snapshot, False, runs["before"], job.run(side, "after")))
     runs["after"] = job.run(sides["after"], "after")
     results = _results(sides, runs, job)
-    if snapshots:
-        results["curve"] = [*curve, _curve_point(snapshots[-1][0], sides["after"], runs["before"], runs["after"])]
+    if run is not None:
+        if run.judged in run.snapshots:
+            curve.append(_curve_row(run.judged, True, runs["before"], runs["after"]))
+        results["curve"] = sorted(curve, key=lambda row: row["kimg"])
+        results["summary"] += f" {run.describe()}"
     results |= {"device": str(device), "seconds": round(time.monotonic() - start, 1)}
     if folder is not None and is_first_process():
         _write_report(folder, sides, results, judge, reference)
@@ -115,15 +123,12 @@ class Side:
     """One of the two networks: loaded from a file, and how it is sampled."""
 
     def __init__(self, path: str | os.PathLike, device: str, batch: int, noise_mode: str, truncation_psi: float):
-        from refine.checkpoints import source_file
-        from refine.dnnlib import sha256_of_file
-
         self.network, self.is_teacher = load_any(path, device)
         file = source_file(path)
         self.path, self.name, self.sha256 = str(file), file.name, sha256_of_file(file)
         self.image_shape = [self.network.img_channels, self.network.img_resolution, self.network.img_resolution]
-        self._common = {"device": device, "batch": batch}
-        self._stylegan = {"noise_mode": noise_mode, "truncation_psi": truncation_psi}
+        self._common: dict[str, Any] = {"device": device, "batch": batch}
+        self._stylegan: dict[str, Any] = {"noise_mode": noise_mode, "truncation_psi": truncation_psi}
         is_stylegan = hasattr(self.network, "synthesis")
         self.sampling = (
             "18 Heun steps"
@@ -139,8 +144,6 @@ class Side:
 
     def sample(self, seeds: Sequence[int], classes: Sequence[int] | None = None, **options: Any) -> Iterator[Batch]:
         """Batches of images for seeds, see `refine.metrics.sampling`; options override those of a StyleGAN2."""
-        from refine.metrics.sampling import sample_images, sample_teacher
-
         if self.is_teacher:
             return sample_teacher(self.network, seeds, classes=classes, **self._common)
         return sample_images(self.network, seeds, classes=classes, **self._common, **{**self._stylegan, **options})
@@ -149,15 +152,12 @@ class Side:
         return {"path": self.path, "name": self.name, "sha256": self.sha256, "sampling": self.sampling}
 
 
-def load_any(path: str | os.PathLike, device: str) -> tuple[torch.nn.Module, bool]:
+def load_any(path: str | os.PathLike, device: str) -> tuple[Any, bool]:
     """(generator, False) or (diffusion model, True), whichever the file holds. Raises ValueError if neither."""
-    import torch
-
-    from refine.checkpoints import load_generator, load_teacher
-
     try:
         # channels_last halves a generator's time on a CPU: no page faults for copies between layouts
-        return load_generator(path).to(device, memory_format=torch.channels_last), False
+        G: Any = load_generator(path)
+        return G.to(device, memory_format=torch.channels_last), False
     except ValueError as error:
         try:
             return load_teacher(path).to(device), True
@@ -184,48 +184,20 @@ def check_same_images(before: Side, after: Side) -> None:
         raise ValueError(f"--after: its images are {after.image_shape}, but those of --before are {before.image_shape}")
 
 
-def snapshots_of(path: str | os.PathLike) -> list[tuple[float, Path]]:
-    """(kimg, file) of the snapshots of a run folder, in order; empty if the path is no folder.
-
-    Raises:
-        ValueError: The folder holds no snapshots.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        return []
-    found = [
-        (int(match[1]), file)
-        for file in folder.iterdir()
-        if (match := re.fullmatch(r"network-snapshot-(\d+)\.(safetensors|pkl)", file.name))
-    ]
-    native = [entry for entry in found if entry[1].suffix == ".safetensors"]
-    if not found:
-        raise ValueError(f"{folder} holds no network-snapshot-*; expected a run folder or a network's file")
-    return sorted(native or found)
-
-
 def is_first_process() -> bool:
     """Whether this process is the one that writes: under torchrun the first, otherwise the only one."""
-    from refine.metrics.pipeline import rank_and_world
-
     return rank_and_world()[0] == 0
 
 
-def _looking(device: str, batch: int, num: int, cache: bool, progress: bool) -> Looking:
-    from refine.metrics.references import Looking
-
-    return Looking(batch=batch, device=device, num=num, cache=cache, progress=progress)
+def _load_side(name: str, path: str | os.PathLike, *sampling: Any) -> Side:
+    with option(f"--{name}"):
+        return Side(path, *sampling)
 
 
 def _load_space(
     detector: str | os.PathLike, ref: str | os.PathLike, image_shape: Sequence[int], looking: Looking
 ) -> tuple[Detector, Reference]:
     """Detector and reference; two black images tell, before any long work, whether all go together."""
-    import torch
-
-    from refine.metrics.detectors import load_detector
-    from refine.metrics.references import load_reference
-
     with option("--detector"):
         judge = load_detector(detector).to(looking.device)
         try:
@@ -238,16 +210,16 @@ def _load_space(
         return judge, load_reference(ref, judge, looking)
 
 
-def _kinds(also: Sequence[str], detector: Detector, reference: Reference, sides: dict[str, Side]) -> tuple[str, ...]:
-    from refine.metrics.evaluate import USUAL
-
+def _kinds(also: Sequence[str], detector: Detector, sides: Mapping[str, Side]) -> tuple[str, ...]:
+    """Names of the metrics to be measured."""
     with option("--also"):
-        if unknown := set(also) - {"fdinf", "is"}:
-            raise ValueError(f"{', '.join(sorted(unknown))} is unknown; expected fdinf, is, or both")
-        if "is" in also and not hasattr(detector, "observe") and not hasattr(detector, "classify"):
-            raise ValueError(f"is needs a detector that classifies, found {detector.name}")
-    classes = ("per_class",) if all(side.num_classes > 1 for side in sides.values()) else ()
-    return (*USUAL, *classes, *also)
+        if unknown := set(also) - set(ON_REQUEST):
+            raise ValueError(f"{', '.join(sorted(unknown))} is unknown; expected some of {', '.join(ON_REQUEST)}")
+        for metric in chosen(also):
+            if metric.detector == "probabilities" and not classifies(detector):
+                raise ValueError(f"{metric.name} needs a detector that classifies, found {detector.name}")
+    with_classes = WITH_CLASSES if all(side.num_classes > 1 for side in sides.values()) else ()
+    return (*USUAL, *with_classes, *also)
 
 
 @dataclass(frozen=True)
@@ -263,13 +235,7 @@ class Job:
     progress: bool
 
     def run(self, side: Side, name: str) -> list[Measurement]:
-        """Measurements on each seed range; features are let go of as soon as what they contribute is known."""
-        from tqdm import tqdm
-
-        from refine.metrics.evaluate import measure
-        from refine.metrics.pipeline import my_share, rank_and_world
-        from refine.metrics.sampling import with_progress
-
+        """Measurements on each seed range."""
         runs = []
         rank, world = rank_and_world()
         interval = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file wants few lines
@@ -279,73 +245,38 @@ class Job:
                 seeds = my_share(range(index * self.num, (index + 1) * self.num), self.batch)
                 with option(f"--{name}"):
                     images = with_progress(side.sample(seeds), lambda count: bar.update(count * world))
-                    found = measure(images, self.detector, self.reference, self.kinds, contributions=True)
-                found.features = None
-                runs.append(found)
+                    runs.append(measure(images, self.detector, self.reference, self.kinds, contributions=True))
         return runs
 
 
 def _results(sides: dict[str, Side], runs: dict[str, list[Measurement]], job: Job) -> dict[str, Any]:
-    """The numbers of both networks beside each other."""
-    from refine.evaluation.comparison import differences, summarise
-    from refine.metrics.detectors import metric_names
-
-    metric = metric_names(job.detector)[0]
-    first = runs["before"][0].results
-    common = {key: first[key] for key in ("detector", "reference", "quantisation", "covariance", "versions")}
-    results: dict[str, Any] = {name: {**sides[name].describe(), **summarise(runs[name])} for name in runs}
-    results["difference"] = differences(runs["before"], runs["after"])
-    results["metric"] = metric
-    results["ratio"] = results["after"][metric]["mean"] / max(results["before"][metric]["mean"], 1e-12)
-    results["verdict"] = results["difference"][metric]["verdict"]
+    """The numbers of both networks beside each other, and the verdict."""
+    results = compared(runs["before"], runs["after"])
+    results |= {name: {**side.describe(), **results[name]} for name, side in sides.items()}
     results["num"] = job.num
     results["seeds"] = [f"{index * job.num}-{(index + 1) * job.num - 1}" for index in job.seed_ranges]
-    results["summary"] = _summary(results)
-    return results | common
+    results["summary"] = in_words(results)
+    return results
 
 
-def _curve_point(kimg: float, side: Side, before: list[Measurement], runs: list[Measurement]) -> dict[str, Any]:
-    from refine.evaluation.comparison import differences, summarise
-
-    return {"kimg": kimg, "name": side.name, **summarise(runs), "difference": differences(before, runs)}
-
-
-def _summary(results: dict[str, Any]) -> str:
-    """The verdict in plain words, with what precision and recall did meanwhile."""
-    metric, difference = results["metric"], results["difference"]
-    before, after = (results[side][metric]["mean"] for side in ("before", "after"))
-    low, high = difference[metric]["interval"]
-    opening = {
-        "better": f"The second network is better: {metric} fell from {before:.3g} to {after:.3g}",
-        "worse": f"The second network is worse: {metric} rose from {before:.3g} to {after:.3g}",
-        "not distinguishable": f"They are not distinguishable: {metric} is {before:.3g} before and {after:.3g} after",
-    }[results["verdict"]]
-    parts = [f"{opening} (difference {difference[metric]['mean']:+.3g}, 95 % interval {low:+.3g} to {high:+.3g})."]
-    for key, meaning in (("precision", "quality"), ("recall", "diversity"), ("label_accuracy", "obedience to labels")):
-        if key in difference:
-            verb = {"better": "rose", "worse": "fell"}.get(difference[key]["verdict"], "did not change measurably")
-            a, b = (results[side][key]["mean"] for side in ("before", "after"))
-            parts.append(f"{key.replace('_', ' ').capitalize()} ({meaning}) {verb}: {a:.3f} → {b:.3f}.")
-    return " ".join(parts)
+def _curve_row(snapshot: Snapshot, judged: bool, before: list[Measurement], runs: list[Measurement]) -> dict[str, Any]:
+    """The numbers of one snapshot, and their difference to the network to start from."""
+    numbers = {**summarise(runs), "difference": differences(before, runs)}
+    return {"kimg": snapshot.kimg, "name": snapshot.path.name, "judged": judged, **numbers}
 
 
 def _write_report(
     folder: Path, sides: dict[str, Side], results: dict[str, Any], detector: Detector, reference: Reference
 ) -> None:
-    from refine.dnnlib import replaced_atomically
-    from refine.evaluation.panels import ROWS, curve_figure, look_alikes, nearest_real
-    from refine.evaluation.report import side_by_side, write_html
-    from refine.images import save_png
-
     pictures, columns = _grids(sides)
     metric = results["metric"]
     captions = [f"{name}: {results[name]['name']}, {metric} {results[name][metric]['mean']:.3g}" for name in sides]
-    figures = {"comparison": side_by_side(*pictures, captions, columns)}
+    figures = {"comparison": side_by_side(pictures[0], pictures[1], captions, columns)}
     # look-alikes of one class tell of missing diversity; what is held against real images is of different classes
     figures["diversity"] = look_alikes(_panel_images(sides, [0] * PANEL_IMAGES), detector)
     nearest = nearest_real(_panel_images(sides, range(ROWS)), detector, reference)
     figures |= {} if nearest is None else {"nearest": nearest}
-    figures |= {"curve": curve_figure(results)} if "curve" in results else {}
+    figures |= {"curve": curve_figure(results)} if results.get("curve") else {}
     with option("--outdir"):
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
@@ -357,7 +288,6 @@ def _write_report(
 
 def _panel_images(sides: dict[str, Side], classes: Sequence[int]) -> dict[str, torch.Tensor]:
     """An image for each of the classes, which count modulo the network's own; of the seeds 0, 1, …"""
-    import torch
 
     def images(side: Side) -> torch.Tensor:
         own = [index % side.num_classes for index in classes] if side.num_classes > 1 else None
@@ -368,10 +298,8 @@ def _panel_images(sides: dict[str, Side], classes: Sequence[int]) -> dict[str, t
 
 def _grids(sides: dict[str, Side]) -> tuple[list[torch.Tensor], int]:
     """Images of both networks from the same latents with constant noise; where there are classes, a column for each."""
-    import torch
-
-    counts = {side.num_classes for side in sides.values()}
-    num_classes = counts.pop() if len(counts) == 1 else 0
+    counts = [side.num_classes for side in sides.values()]
+    num_classes = counts[0] if counts[0] == counts[1] else 0
     room = min(max(1600 // sides["before"].image_shape[-1], 2), 10)
     columns = min(num_classes, room) if num_classes > 1 else min(room, 8)
     seeds = range(columns * min(columns, 8))

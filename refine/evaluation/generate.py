@@ -6,13 +6,17 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
+
+import torch
+from tqdm import tqdm
 
 from refine.dnnlib import check_outdir
 from refine.errors import option
-
-if TYPE_CHECKING:
-    import torch
+from refine.evaluation.compare import load_any
+from refine.images import save_image_grid, save_png
+from refine.metrics.pipeline import gathered, my_share, prefetched, rank_and_world
+from refine.metrics.sampling import latents_of_seeds, sample_images, sample_teacher
 
 MAX_SEED = 2**32 - 1
 GRID_IMAGES = 400  # the grid shows the first so many
@@ -51,14 +55,9 @@ def generate(
     Raises:
         ValueError: If an input cannot be used; the message begins with its option.
     """
-    import torch
-    from tqdm import tqdm
-
-    from refine.evaluation.compare import load_any
-    from refine.images import save_image_grid
-    from refine.metrics.pipeline import gathered, my_share, prefetched, rank_and_world
-    from refine.metrics.sampling import latents_of_seeds, sample_images, sample_teacher
-
+    with option("--seeds"):
+        if max(seeds) > MAX_SEED:
+            raise ValueError(f"{max(seeds)} is too large; expected seeds up to {MAX_SEED}")
     with option("--network"):
         net, is_teacher = load_any(network, device)
     with option("--class"):
@@ -67,12 +66,12 @@ def generate(
         folder = check_outdir(outdir)
     paths = [folder / f"seed{seed:04d}.png" for seed in seeds]
     share, (rank, world) = my_share(range(len(seeds)), batch), rank_and_world()
-    mine = seeds[share.start : share.stop]
-    common = {"classes": class_index, "batch": batch, "device": device}
-    stylegan = {"truncation_psi": truncation_psi, "noise_mode": noise_mode}
+    mine = [seeds[index] for index in share]
+    common: dict[str, Any] = {"classes": class_index, "batch": batch, "device": device}
+    stylegan: dict[str, Any] = {"truncation_psi": truncation_psi, "noise_mode": noise_mode}
     batches = sample_teacher(net, mine, **common) if is_teacher else sample_images(net, mine, **common, **stylegan)
     shown: list[torch.Tensor] = []
-    done, disable = share.start, not progress or rank > 0
+    done, disable = share.start if share else 0, not progress or rank > 0
     with tqdm(total=len(seeds), unit="img", desc="generate", disable=disable) as bar, option("--network"):
         for images, _ in prefetched(batches):
             images = images.cpu()
@@ -90,8 +89,6 @@ def generate(
 
 def _write(images: torch.Tensor, paths: Sequence[Path]) -> None:
     """PNG files of uint8 images [N, C, H, W], some at a time: compressing does not hold Python's lock."""
-    from refine.images import save_png
-
     paths[0].parent.mkdir(parents=True, exist_ok=True)  # not before there is something to write
     with ThreadPoolExecutor(WRITERS) as writers:
         list(writers.map(save_png, paths, images))

@@ -10,27 +10,36 @@ import numpy as np
 import torch
 from scipy.special import stdtrit  # the quantiles of Student's t; scipy.stats would take a second to import
 
+from refine.metrics.metric import mean_and_std
+
 REPLICATES = 1000
+#: Direction of a metric → verdicts for a value that has fallen, and for one that has risen.
+VERDICTS = {"lower": ("better", "worse"), "higher": ("worse", "better"), "information": ("lower", "higher")}
 
 
 def paired_difference(
     before: Sequence[float],
     after: Sequence[float],
-    lower_is_better: bool,
+    direction: str,
     contributions: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> dict[str, Any]:
     """Mean, standard deviation, values, 95 % interval and verdict of after − before.
 
     The interval is a paired bootstrap over the images where their contributions are known, otherwise Student's over
     the seed ranges, which is far wider. The verdict is 'not distinguishable' unless the interval leaves out 0 and all
-    ranges agree about the sign.
+    ranges agree about the sign; then it is 'better' or 'worse', or, where neither is, 'lower' or 'higher'.
 
     Args:
         before, after: One number for each seed range.
-        lower_is_better: Of the metric.
+        direction: Of the metric: 'lower', 'higher' or 'information', which values are better.
         contributions: For each range, what each image contributes before and after: float64 [N] each, the same seeds
-            in the same order; see `refine.metrics.contributions`.
+            in the same order; see `refine.metrics.metric.Numbers`.
+
+    Raises:
+        ValueError: The direction is unknown.
     """
+    if direction not in VERDICTS:
+        raise ValueError(f"the direction is {direction!r}; expected one of {', '.join(VERDICTS)}")
     result = mean_and_std([b - a for a, b in zip(before, after, strict=True)])
     if contributions is None:
         count = len(result["values"])
@@ -40,9 +49,11 @@ def paired_difference(
         low, high = (result["mean"] + bound for bound in bootstrap_interval(contributions))
         method = "paired bootstrap"
     agree = all(value < 0 for value in result["values"]) or all(value > 0 for value in result["values"])
-    better, worse = (high < 0, low > 0) if lower_is_better else (low > 0, high < 0)
-    verdict = "not distinguishable" if not agree else "better" if better else "worse" if worse else None
-    return {**result, "interval": [low, high], "method": method, "verdict": verdict or "not distinguishable"}
+    fell, rose = VERDICTS[direction]
+    verdict = "not distinguishable"
+    if agree and (high < 0 or low > 0):
+        verdict = fell if high < 0 else rose
+    return {**result, "interval": [low, high], "method": method, "verdict": verdict}
 
 
 def bootstrap_interval(
@@ -65,10 +76,3 @@ def bootstrap_interval(
                 total[index] += difference[rng.randint(len(difference), size=len(difference))].mean()
     low, high = np.quantile(total / len(contributions), [0.025, 0.975])
     return float(low), float(high)
-
-
-def mean_and_std(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, sample standard deviation (N − 1) and the values themselves."""
-    mean = math.fsum(values) / len(values)
-    variance = math.fsum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
-    return {"mean": mean, "std": math.sqrt(variance), "values": list(values)}

@@ -10,9 +10,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from refine.images import image_grid, to_pil
-from refine.metrics.detectors import Detector
+from refine.metrics.detectors import Detector, space_of_results
 from refine.metrics.image_sets import ImageSet
 from refine.metrics.references import Reference
+from refine.metrics.registry import rows_in
 
 PAIRS = 8  # of look-alikes
 ROWS, NEIGHBOURS = 6, 5  # of nearest real images
@@ -82,7 +83,8 @@ def curve_figure(results: dict[str, Any]) -> Image.Image:
 
     metric = results["metric"]
     kimg = [point["kimg"] for point in results["curve"]]
-    keys = [metric, *(key for key in ("precision", "recall") if key in results["before"])]
+    shares = [key for key, row in rows_in(space_of_results(results)).items() if row.in_curve]
+    keys = [metric, *(key for key in shares if key in results["before"])]
     figure = Figure(figsize=(9, 3.2), dpi=110, layout="constrained")
     panels = figure.subplots(1, 2 if len(keys) > 1 else 1, squeeze=False)[0]
     for key in keys:
@@ -96,6 +98,9 @@ def curve_figure(results: dict[str, Any]) -> Image.Image:
         panel.axhline(start, color=line.get_color(), linestyle=":", linewidth=1, label=f"{key} before")
     panels[0].set(ylabel=metric, ylim=(0, None))
     for panel in panels:
+        for point in results["curve"]:
+            if point["judged"]:
+                panel.axvline(point["kimg"], color="black", linewidth=0.8, label="judged")
         panel.set(xlabel="kimg")
         panel.legend(frameon=False, fontsize="small")
         panel.spines[["top", "right"]].set_visible(False)

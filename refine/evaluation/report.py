@@ -14,34 +14,19 @@ from PIL import Image, ImageDraw, ImageFont
 
 from refine.dnnlib import replaced_atomically
 from refine.images import image_grid, png_bytes, to_pil
+from refine.metrics.detectors import space_of_results
+from refine.metrics.metric import Table, plus_minus
+from refine.metrics.registry import METRICS, rows_in
 
-# Rows of the tables, in this order: how the name begins, what it says, which direction is good.
-_ROWS = {
-    "fid": ("Fréchet Inception distance", "lower is better"),
-    "fd_": ("Fréchet distance", "lower is better"),
-    "fidinf": ("Fréchet Inception distance for infinitely many images", "lower is better"),
-    "fdinf_": ("Fréchet distance for infinitely many images", "lower is better"),
-    "kid": ("kernel distance", "lower is better"),
-    "is": ("Inception Score: clear images, many classes", "higher is better"),
-    "precision": ("part of the images that look real", "higher is better"),
-    "recall": ("part of the real images that are covered", "higher is better"),
-    "label_accuracy": ("class asked for = class seen", "higher is better"),
-    "confidence": ("classifier's mean confidence", ""),
-    "spread": ("rms pixel difference within a class", ""),
-}
-
-
-def metric_rows(results: dict[str, Any]) -> list[str]:
-    """Names of the numbers in a comparison, in reading order."""
-    return sorted(filter(_prefix, results["difference"]), key=lambda name: list(_ROWS).index(_prefix(name)))
+_BETTER = {"lower": "lower is better", "higher": "higher is better", "information": ""}
 
 
 def text_table(results: dict[str, Any]) -> str:
     """The comparison as an aligned plain-text table: mean ± standard deviation over the seed ranges."""
     rows = [("", "before", "after", "difference", "")]
-    for name in metric_rows(results):
+    for name, (_, direction) in _rows(results).items():
         before, after, difference = (results[side][name] for side in ("before", "after", "difference"))
-        rows.append((name, _plus_minus(before), _plus_minus(after), _plus_minus(difference, "+"), _explain(name)[1]))
+        rows.append((name, plus_minus(before), plus_minus(after), plus_minus(difference, "+"), direction))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     cells = [
         [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:4], widths[1:4], strict=True)), row[4]]
@@ -76,20 +61,20 @@ def metrics_figure(results: dict[str, Any]) -> bytes:
     """PNG: the leading distance in each seed range, and the classes of the images where a classifier saw them."""
     from matplotlib.figure import Figure  # a second to import, and only needed here
 
-    leading, histograms = results["metric"], [results[side].get("class_histogram") for side in ("before", "after")]
+    leading, bars = results["metric"], _of_metrics("bars", results)
     figure = Figure(figsize=(9, 3), dpi=110, layout="constrained")
-    panels = figure.subplots(1, 2 if all(histograms) else 1, squeeze=False)[0]
+    panels = figure.subplots(1, 1 + len(bars), squeeze=False)[0]
     pairs = zip(results["before"][leading]["values"], results["after"][leading]["values"], strict=True)
     for (low, high), label in zip(pairs, results["seeds"], strict=True):
         panels[0].plot(["before", "after"], [low, high], marker="o", label=f"seeds {label}")
     panels[0].set(ylabel=leading, ylim=(0, None), xlim=(-0.3, 1.3))
     panels[0].legend(frameon=False, fontsize="small")
-    if all(histograms):
-        for offset, side, histogram in zip((-0.2, 0.2), ("before", "after"), histograms, strict=True):
-            panels[1].bar([k + offset for k in range(len(histogram))], histogram, width=0.4, label=side)
-        panels[1].axhline(1 / len(histograms[0]), color="black", linewidth=0.8, linestyle=":", label="uniform")
-        panels[1].set(xlabel="class seen by the classifier", ylabel="part of the images")
-        panels[1].legend(frameon=False, fontsize="small")
+    for panel, shown in zip(panels[1:], bars, strict=True):
+        for offset, side, heights in ((-0.2, "before", shown.before), (0.2, "after", shown.after)):
+            panel.bar([k + offset for k in range(len(heights))], heights, width=0.4, label=side)
+        panel.axhline(shown.level, color="black", linewidth=0.8, linestyle=":", label=shown.level_label)
+        panel.set(xlabel=shown.xlabel, ylabel=shown.ylabel)
+        panel.legend(frameon=False, fontsize="small")
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
@@ -102,7 +87,7 @@ def write_html(path: str | os.PathLike, results: dict[str, Any], figures: Mappin
 
     Args:
         path: The file, replaced as a whole.
-        results: Of `refine.cli.compare.compare`.
+        results: Of `refine.evaluation.compare.compare`.
         figures: 'comparison' (the grids, from `side_by_side`), and those of `refine.evaluation.panels` by their names.
     """
     page = _PAGE.format(
@@ -113,7 +98,8 @@ def write_html(path: str | os.PathLike, results: dict[str, Any], figures: Mappin
         space=html.escape(feature_space_note(results)),
         picture=_data_uri(png_bytes(figures["comparison"])),
         panels=_html_panels(figures),
-        classes=_html_classes(results),
+        intervals=html.escape(_interval_note(results)),
+        tables="\n".join(map(_html_table, _of_metrics("table", results))),
         figure=_data_uri(metrics_figure(results)),
         metrics=_html_metrics(results),
         facts=_html_facts(results),
@@ -125,7 +111,7 @@ def write_html(path: str | os.PathLike, results: dict[str, Any], figures: Mappin
 def feature_space_note(results: dict[str, Any]) -> str:
     """One sentence: in which space distances were measured, and whether they are FID."""
     detector = results["detector"]
-    if results["metric"] == "fid":
+    if detector["fid_basis"]:
         return (
             "Distances are measured in the features of Inception-2015-12-05: this is the FID of the literature "
             f"({detector['fid_basis']})."
@@ -136,18 +122,21 @@ def feature_space_note(results: dict[str, Any]) -> str:
     )
 
 
-def _explain(name: str) -> tuple[str, str] | None:
-    return _ROWS.get(_prefix(name))
+def _rows(results: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Names of the numbers in a comparison → what each says, and which values are better; in reading order.
+
+    Numbers of metrics that are unknown here, from a newer version or one's own, come last.
+    """
+    known = {key: (row.explanation, _BETTER[row.direction]) for key, row in rows_in(space_of_results(results)).items()}
+    shown = {name: known[name] for name in known if name in results["difference"]}
+    return shown | {name: ("", "") for name in results["difference"] if name not in known}
 
 
-def _prefix(name: str) -> str | None:
-    """The longest entry of `_ROWS` that the name of a metric begins with."""
-    return max((prefix for prefix in _ROWS if name.startswith(prefix)), key=len, default=None)
-
-
-def _plus_minus(value: dict[str, Any], sign: str = "") -> str:
-    digits = 4 if abs(value["mean"]) < 0.1 else 3 if abs(value["mean"]) < 10 else 2
-    return f"{value['mean']:{sign}.{digits}f} ± {value['std']:.{digits}f}"
+def _of_metrics(what: str, results: Mapping[str, Any]) -> list[Any]:
+    """The tables, or the bars, that the metrics have for a comparison."""
+    makers = [getattr(metric, what) for metric in METRICS]
+    found = [make(results["before"], results["after"]) for make in makers if make is not None]
+    return [one for one in found if one is not None]
 
 
 def _data_uri(png: bytes) -> str:
@@ -156,18 +145,21 @@ def _data_uri(png: bytes) -> str:
 
 def _html_metrics(results: dict[str, Any]) -> str:
     lines = []
-    for name in metric_rows(results):
-        meaning, direction = _explain(name)
-        low, high = results["difference"][name]["interval"]
-        cells = [
-            _plus_minus(results[side][name], "+" if side == "difference" else "")
-            for side in ("before", "after", "difference")
-        ]
-        cells.append(f"{low:+.3g} to {high:+.3g}")
+    for name, explanation in _rows(results).items():
+        before, after, difference = (results[side][name] for side in ("before", "after", "difference"))
+        low, high = difference["interval"]
+        cells = [plus_minus(before), plus_minus(after), plus_minus(difference, "+"), f"{low:+.3g} to {high:+.3g}"]
         numbers = "".join(f"<td class=number>{cell}</td>" for cell in cells)
-        note = html.escape("; ".join(filter(None, (meaning, direction))))
+        note = html.escape("; ".join(filter(None, explanation)))
         lines.append(f"<tr><th>{html.escape(name)}</th>{numbers}<td>{note}</td></tr>")
     return "\n".join(lines)
+
+
+def _interval_note(results: dict[str, Any]) -> str:
+    """How the intervals were made."""
+    by_ranges = [name for name, found in results["difference"].items() if found["method"] == "Student"]
+    text = "The interval is a paired bootstrap over the images"
+    return f"{text}; for {', '.join(by_ranges)} it is Student's over the seed ranges." if by_ranges else f"{text}."
 
 
 _PANELS = {  # figure → heading, what it shows
@@ -186,22 +178,17 @@ def _html_panels(figures: Mapping[str, Image.Image]) -> str:
     return "\n".join(parts)
 
 
-def _html_classes(results: dict[str, Any]) -> str:
-    """Fréchet distance of each class before and after, where both have it."""
-    tables = [{row["class"]: row for row in results[side].get("per_class", [])} for side in ("before", "after")]
-    shared = [index for index in tables[0] if index in tables[1]]
-    if not shared:
-        return ""
+def _html_table(table: Table) -> str:
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in table.columns)
     rows = "\n".join(
-        f"<tr><th>{index}</th>"
-        + "".join(f"<td class=number>{_plus_minus(table[index])}</td>" for table in tables)
-        + f"<td class=number>{tables[1][index]['mean'] - tables[0][index]['mean']:+.3g}</td></tr>"
-        for index in shared
+        f"<tr><th>{html.escape(name)}</th>"
+        + "".join(f"<td class=number>{html.escape(cell)}</td>" for cell in cells)
+        + "</tr>"
+        for name, *cells in table.rows
     )
     return (
-        "<h2>Classes</h2>\n<table>\n<tr><th>class</th><th>before</th><th>after</th><th>difference</th></tr>\n"
-        f'{rows}\n</table>\n<p class="note">Fréchet distance of each class by itself. Few images of a class bias it '
-        "upwards: compare the columns, not a class with the whole.</p>"
+        f"<h2>{html.escape(table.heading)}</h2>\n<table>\n<tr>{head}</tr>\n{rows}\n</table>\n"
+        f'<p class="note">{html.escape(table.note)}</p>'
     )
 
 
@@ -257,10 +244,10 @@ td.number {{ font-variant-numeric: tabular-nums; white-space: nowrap; }}
 <tr><th></th><th>before</th><th>after</th><th>difference</th><th>95 % interval</th><th></th></tr>
 {metrics}
 </table></div>
-<p class="note">Mean ± standard deviation over the seed ranges. The interval is a paired bootstrap over the images, and
-Student's over the seed ranges for recall and the classifier's numbers. {space}</p>
+<p class="note">Mean ± standard deviation over the seed ranges. {intervals}
+{space}</p>
 <img src="{figure}" alt="distance per seed range, and class histogram">
-{classes}
+{tables}
 {panels}
 <h2>What was measured</h2>
 <table class="facts">

@@ -8,12 +8,13 @@ What is in which file:
       inception.py inception_weights.py     the network of FID, and the forms its weights come in
       digits.py effnet.py exported.py       the shipped detector; ImageNet's; programs of torch.export
     statistics.py         features → streaming mean and covariance
-    frechet.py frechet_infinity.py kernel.py precision_recall.py inception_score.py     one metric each
+    metric.py             what a metric is: names, needs, rows of tables, how it is computed
+    measures/             the metrics, one file each
+    registry.py           finds them
     references.py         what is compared with: load_reference
       stored.py           other tools' caches, read without running anything in them
     pipeline.py           batches ahead of the detector, on every process
-    evaluate.py per_class.py              all numbers of one set of images
-    contributions.py paired.py comparison.py      is one network better than another
+    evaluate.py           all numbers of one set of images
     named.py              metrics by name, for training runs
 
 Import from these modules; the package itself imports nothing.

@@ -18,8 +18,9 @@ import importlib
 import os
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -61,13 +62,20 @@ class Detector(Protocol):
         judges_classes: Whether `classify` is about the classes that generators here are conditioned on.
     """
 
-    name: str
-    space: str
-    sha256: str
-    feature_dim: int | None
-    resize: str
-    fid_basis: str | None
-    judges_classes: bool
+    @property
+    def name(self) -> str: ...
+    @property
+    def space(self) -> str: ...
+    @property
+    def sha256(self) -> str: ...
+    @property
+    def feature_dim(self) -> int | None: ...
+    @property
+    def resize(self) -> str: ...
+    @property
+    def fid_basis(self) -> str | None: ...
+    @property
+    def judges_classes(self) -> bool: ...
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Features, float32 [N, feature_dim], of uint8 images [N, C, H, W]."""
@@ -123,7 +131,7 @@ class ModuleDetector:
 
     def __init__(self, module: torch.nn.Module, name: str, sha256: str):
         self._module, self.name, self.sha256 = module, name, sha256
-        schema = module.forward.schema if isinstance(module, torch.jit.ScriptModule) else None
+        schema = getattr(module.forward, "schema", None)  # of TorchScript
         self._options = [argument.name for argument in schema.arguments] if schema else []
         self.feature_dim: int | None = None
         self.fid_basis = fid_basis(name, sha256) if self._is_inception() else None
@@ -156,7 +164,9 @@ class ModuleDetector:
         black = torch.zeros([1, 3, 32, 32], dtype=torch.uint8)
         try:
             with torch.no_grad():
-                return self(black).shape[1] == FEATURES and self.classify(black).shape[1] == CLASSES
+                probabilities = self.classify(black)
+                found = self(black).shape[1], 0 if probabilities is None else probabilities.shape[1]
+                return found == (FEATURES, CLASSES)
         except (RuntimeError, ValueError):
             return False
 
@@ -197,6 +207,11 @@ def observe(detector: Detector, images: torch.Tensor, classes: bool) -> tuple[to
     return together(images) if together else (detector(images), detector.classify(images))
 
 
+def classifies(detector: Detector) -> bool:
+    """Whether the detector may give class probabilities; a program tells only once it has seen images."""
+    return hasattr(detector, "observe") or hasattr(detector, "classify")
+
+
 def fid_basis(name: str, sha256: str) -> str | None:
     """Why a file with the structure of the Inception network counts as the weights of 2015-12-05; None if not."""
     if sha256.startswith(KNOWN_BY_CONTENT):
@@ -206,16 +221,30 @@ def fid_basis(name: str, sha256: str) -> str | None:
     return None
 
 
-def metric_names(detector: Detector) -> tuple[str, str]:
-    """Names of the Fréchet and the kernel distance in the detector's space: ('fid', 'kid') or ('fd_…', 'kid_…')."""
-    if detector.fid_basis:
-        return "fid", "kid"
-    return f"fd_{_slug(detector.space)}", f"kid_{_slug(detector.space)}"
+class FeatureSpace(NamedTuple):
+    """The feature space of a detector, as the names of numbers know it.
+
+    Attributes:
+        name: For people.
+        is_fid: Whether it is that of the Inception-2015-12-05 weights, whose distances are called FID.
+    """
+
+    name: str
+    is_fid: bool
+
+    @property
+    def slug(self) -> str:
+        """The part of metric names that stands for it."""
+        return _slug(self.name)
 
 
-def score_name(detector: Detector) -> str:
-    """Name of the Inception Score: 'is' with the weights of 2015-12-05, otherwise 'is_<space>'."""
-    return "is" if detector.fid_basis else f"is_{_slug(detector.space)}"
+def space_of(detector: Detector) -> FeatureSpace:
+    return FeatureSpace(detector.space, detector.fid_basis is not None)
+
+
+def space_of_results(results: Mapping[str, Any]) -> FeatureSpace:
+    """The space that results of `evaluate`, or of a comparison, were measured in."""
+    return FeatureSpace(results["detector"]["space"], results["detector"]["fid_basis"] is not None)
 
 
 def _load_native(path: Path) -> DigitsDetector:

@@ -33,6 +33,8 @@ class DigitsDetector(nn.Module):
     resize = "none: 32x32 images only"
     fid_basis = None
     judges_classes = True
+    feature_mean: torch.Tensor
+    feature_std: torch.Tensor
 
     def __init__(self, num_classes: int = 10, channels: tuple[int, ...] = (16, 32, 64), feature_dim: int = 32):
         super().__init__()
@@ -47,7 +49,7 @@ class DigitsDetector(nn.Module):
         self.classifier = nn.Linear(feature_dim, num_classes)
         self.register_buffer("feature_mean", torch.zeros(feature_dim))
         self.register_buffer("feature_std", torch.ones(feature_dim))
-        self.sha256: str | None = None  # of the file the weights came from; set by load_detector
+        self.sha256 = ""  # of the file the weights came from; set by load_detector
 
     def embed_images(self, images: torch.Tensor) -> torch.Tensor:
         """Raw embedding [N, feature_dim] of floats [N, 1, 32, 32] in [-1, 1]; differentiable, for training."""

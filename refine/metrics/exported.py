@@ -24,8 +24,10 @@ _TARGET = re.compile(r"torch\.ops\.aten\.\w+\.\w+|torch\.sym_\w+|_?operator\.(ad
 _FUNCTIONS = {"Symbol", "Integer", "Eq", "Ne", "Le", "Lt", "Ge", "Gt", "Max", "Min", "Mod", "PythonMod", "FloorDiv"}
 _FUNCTIONS |= {"CleanDiv", "CeilDiv", "Add", "Mul", "Pow", "oo"}
 _SIZES = {"size", "shape", "stride", "dim", "ndim"}  # what a condition may ask of an input
-_SYNTAX = (ast.Expression, ast.Constant, ast.Name, ast.Load, ast.Call, ast.keyword, ast.Attribute, ast.Subscript)
-_SYNTAX += (ast.BinOp, ast.UnaryOp, ast.Compare, ast.BoolOp, ast.operator, ast.unaryop, ast.cmpop, ast.boolop)
+_SYNTAX: tuple[type[ast.AST], ...] = (
+    *(ast.Expression, ast.Constant, ast.Name, ast.Load, ast.Call, ast.keyword, ast.Attribute, ast.Subscript),
+    *(ast.BinOp, ast.UnaryOp, ast.Compare, ast.BoolOp, ast.operator, ast.unaryop, ast.cmpop, ast.boolop),
+)
 _MAX_JSON_BYTES = 256 << 20
 
 

@@ -25,8 +25,11 @@ from refine.dnnlib import sha256_of_file
 from refine.metrics.sampling import Batch
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, zlib.error, zipfile.BadZipFile, struct.error, RuntimeError)
-_BROKEN += (NotImplementedError, Image.DecompressionBombError, OverflowError, KeyError, IndexError, TypeError)
+_BROKEN: tuple[type[Exception], ...] = (
+    *(OSError, SyntaxError, ValueError, EOFError, zlib.error, zipfile.BadZipFile, struct.error, RuntimeError),
+    *(NotImplementedError, Image.DecompressionBombError, OverflowError, KeyError, IndexError, TypeError),
+)
+_BROKEN_JSON: tuple[type[Exception], ...] = (*_BROKEN, AttributeError, RecursionError)  # no table, or too deep
 _READERS = 4  # threads that decode
 
 
@@ -112,7 +115,7 @@ class ImageSet:
         try:
             data = (self.path / member).read_bytes() if self._archive is None else self._archive.read(member)
             labels = json.loads(data).get("labels")
-        except (*_BROKEN, AttributeError, RecursionError):
+        except _BROKEN_JSON:
             raise ValueError(f"{self.path}: {member} is broken; expected a table with 'labels'") from None
         if labels is None:
             return None
@@ -180,7 +183,7 @@ class _Unusable(ValueError):
 def _pixels(picture: Image.Image) -> np.ndarray:
     if picture.mode in ("LA", "RGBA", "PA", "La", "RGBa") or "transparency" in picture.info:
         picture = picture.convert("LA" if picture.mode in ("L", "LA", "La") else "RGBA")
-        if picture.getchannel("A").getextrema()[0] < 255:
+        if np.asarray(picture.getchannel("A")).min() < 255:
             raise _Unusable("has transparent pixels; expected opaque images")
         picture = picture.convert("L" if picture.mode == "LA" else "RGB")
     if picture.mode == "1":

@@ -9,36 +9,35 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from refine.metrics.detectors import INCEPTION_SPACE, load_detector, metric_names, score_name
+from refine.metrics.detectors import INCEPTION_SPACE, load_detector, space_of
 from refine.metrics.evaluate import evaluate
+from refine.metrics.metric import Direction, Metric
 from refine.metrics.pipeline import my_share, rank_and_world
-from refine.metrics.references import Looking, load_reference
+from refine.metrics.references import Looking, Reference, load_reference
+from refine.metrics.registry import METRICS
 from refine.metrics.sampling import sample_images, with_progress
 
-EXAMPLES = "fid50k_full, kid50k_full, pr50k3_full, is50k, fidinf50k_full, or fd5k-<detector>, such as fd5k-digits"
+
+def _named() -> dict[str, Metric]:
+    """How names begin → metric; some have another beginning in the space of FID: fid50k_full, fd5k-digits."""
+    found: dict[str, Metric] = {}
+    for metric in METRICS:
+        if metric.named_like is not None:
+            found |= {metric.name: metric, metric.rows[0].fid_name or metric.name: metric}
+    return found
 
 
-class _Kind(NamedTuple):
-    asked: tuple[str, ...]  # of `evaluate`
-    features: bool  # whether the reference has to hold them
-    direction: str  # which values are better
-
-
-_KINDS = {
-    "fid": _Kind(("fd", "kid", "pr", "classes"), False, "lower"),
-    "fd": _Kind(("fd", "kid", "pr", "classes"), False, "lower"),
-    "kid": _Kind(("kid", "classes"), True, "lower"),
-    "pr": _Kind(("pr", "classes"), True, "higher"),
-    "is": _Kind(("is", "classes"), False, "higher"),
-    "fidinf": _Kind(("fd", "fdinf"), False, "lower"),
-    "fdinf": _Kind(("fd", "fdinf"), False, "lower"),
-}
-_PATTERN = re.compile(r"(fidinf|fdinf|fid|fd|kid|pr|is)(\d+)(?:(k)(3(?=_|-|$))?)?(_full)?(?:-(.+))?")
+_NAMED = _named()
+EXAMPLES = ", ".join(metric.named_like for metric in METRICS if metric.named_like)
+EXAMPLES += ", or fd5k-<detector>, such as fd5k-digits"
+_KINDS = "|".join(sorted(_NAMED, key=len, reverse=True))
+_NUMBER = r"(?P<num>\d+)(?:(?P<k>k)(?P<neighbours>\d(?=_|-|$))?)?"
+_PATTERN = re.compile(rf"(?P<kind>{_KINDS}){_NUMBER}(_full)?(?:-(?P<detector>.+))?")
 
 
 class NamedMetric:
@@ -54,14 +53,15 @@ class NamedMetric:
     Attributes:
         name: As given, a detector's path shortened to its file's name: fit for file names and tags.
         key: Of the leading number in the results.
-        direction: 'lower' or 'higher': which values of it are better.
+        metric: Of the registry.
+        direction: 'lower' or 'higher': which values of the leading number are better.
         num: Number of images.
 
     Raises:
         ValueError: The name is no metric, or detector and reference cannot be read or do not fit.
     """
 
-    direction = "lower"
+    direction: Direction = "lower"
 
     def __init__(
         self,
@@ -72,33 +72,29 @@ class NamedMetric:
         batch: int = 100,
         cache: bool = True,
     ):
-        match = _PATTERN.fullmatch(name)
-        if not match or int(match[2]) == 0 or (match[1] in ("fd", "fdinf") and not match[6]):
-            raise ValueError(f"unknown metric {name!r}; expected {EXAMPLES}")
-        if match[4] and match[1] != "pr":
-            raise ValueError(f"unknown metric {name!r}: only pr50k3_full has neighbours; expected {EXAMPLES}")
-        kind = _KINDS[match[1]]
-        self.num = int(match[2]) * (1000 if match[3] else 1)
-        if self.num < 2:
-            raise ValueError(f"{name} measures {self.num} image; expected at least 2")
-        detector = match[6] or INCEPTION_SPACE
-        self.name = name.removesuffix(detector) + Path(detector).stem if match[6] and "/" in detector else name
-        self.direction, self._asked, self._batch = kind.direction, kind.asked, batch
-        self._detector = load_detector(detector)
-        if match[1] in ("fid", "fidinf") and not self._detector.fid_basis:
+        kind, self.num, detector = _parsed(name)
+        self.metric = _NAMED[kind]
+        self.name = name
+        if detector is not None and "/" in detector:
+            self.name = name.removesuffix(detector) + Path(detector).stem
+        self.direction, self._batch = self.metric.rows[0].direction, batch
+        self._detector = load_detector(detector or INCEPTION_SPACE)
+        if kind != self.metric.name and not self._detector.fid_basis:
             found = f"{self._detector.name} (sha256 {self._detector.sha256[:12]}…)"
             raise ValueError(
-                f"{name} is measured with Inception-2015-12-05 only, found {found}; expected fd{match[2]}…-…"
+                f"{name} is measured with Inception-2015-12-05 only, found {found}; "
+                f"expected {self.metric.name}{self.num}-…"
             )
-        self._reference = None
+        self.key = self.metric.rows[0].key(space_of(self._detector))
+        self._reference: Reference | None = None
         if reference is not None:
             looking = Looking(batch=batch, device=device, cache=cache)
             self._reference = load_reference(reference, self._detector.to(device), looking)
-        elif match[1] != "is":
+        elif self.metric.reference != "nothing":
             raise ValueError(f"{name} needs a reference to compare with")
-        if kind.features and self._reference.features is None:
-            raise ValueError(f"{name} needs features of the reference, but {self._reference.name} holds none of them")
-        self.key = self._key(match[1])
+        if not self.metric.is_possible(self._detector, self._reference):
+            where = "" if self._reference is None else f", but {self._reference.name} holds none of them"
+            raise ValueError(f"{name} needs {self.metric.reference} of the reference{where}")
 
     def measure(self, G: torch.nn.Module, device: torch.device | str, progress: bool = False) -> dict[str, Any]:
         """Results of `evaluate`, and `seeds`; neither the network nor the caller's random state changes.
@@ -115,14 +111,22 @@ class NamedMetric:
         disable = None if progress and rank == 0 else True
         with tqdm(total=self.num, unit="img", desc=self.name, leave=False, disable=disable) as bar:
             counted = with_progress(images, lambda count: bar.update(count * world))
-            results = evaluate(counted, detector, self._reference, self._asked)
+            results = evaluate(counted, detector, self._reference, (self.metric.name, *self.metric.measured_with))
         if self.key not in results:
             raise ValueError(f"{self.name} could not be measured: {detector.name} and the reference do not allow it")
         return {**results, "seeds": f"0-{self.num - 1}"}
 
-    def _key(self, kind: str) -> str:
-        frechet, kernel = metric_names(self._detector)
-        if kind in ("fidinf", "fdinf"):
-            return frechet.replace("fid", "fidinf").replace("fd_", "fdinf_")
-        leading = {"kid": kernel, "pr": "precision", "is": score_name(self._detector)}
-        return leading.get(kind, frechet)
+
+def _parsed(name: str) -> tuple[str, int, str | None]:
+    """How a name begins, its number of images, and its detector if there is one."""
+    match = _PATTERN.fullmatch(name)
+    if match is None or int(match["num"]) == 0:
+        raise ValueError(f"unknown metric {name!r}; expected {EXAMPLES}")
+    metric = _NAMED[match["kind"]]
+    in_no_space = match["kind"] == metric.name and metric.rows[0].fid_name and not match["detector"]  # fd5k
+    if in_no_space or match["neighbours"] not in (None, str(metric.neighbours)):
+        raise ValueError(f"unknown metric {name!r}; expected {EXAMPLES}")
+    num = int(match["num"]) * (1000 if match["k"] else 1)
+    if num < 2:
+        raise ValueError(f"{name} measures {num} image; expected at least 2")
+    return match["kind"], num, match["detector"]

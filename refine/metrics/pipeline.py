@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from refine.torch_utils import distributed
@@ -74,8 +74,8 @@ def rank_and_world() -> tuple[int, int]:
     return (distributed.rank(), distributed.world_size()) if any(_open) else (0, 1)
 
 
-def my_share(items: Sequence[T], batch: int = 1) -> Sequence[T]:
-    """This process's part of a sequence: consecutive items, in whole batches, cut as one process would cut them."""
+def my_share(items: range, batch: int = 1) -> range:
+    """This process's part of seeds or indices: consecutive, in whole batches, cut as one process would cut them."""
     rank, world = rank_and_world()
     batches = -(-len(items) // batch)
     low, high = batches * rank // world * batch, batches * (rank + 1) // world * batch

@@ -20,7 +20,7 @@ import os
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -178,7 +178,7 @@ def _from_npz(path: Path, detector: Detector | None, looking: Looking) -> Refere
         return _from_arrays(path, arrays, form)
     if "feats" in keys:
         statistics = FeatureStatistics(keep_features=True)
-        features = _floats(path, arrays, "feats")
+        features = _floats(path, arrays["feats"], "feats")
         if features.ndim != 2 or len(features) < 2:
             raise ValueError(
                 f"reference {path} has feats of shape {list(features.shape)}, expected [N, D], N at least 2"
@@ -191,7 +191,8 @@ def _from_npz(path: Path, detector: Detector | None, looking: Looking) -> Refere
 
 
 def _from_arrays(path: Path, arrays: dict[str, np.ndarray], form: str) -> Reference:
-    mu, sigma, features = (_floats(path, arrays, key) for key in ("mu", "sigma", "features"))
+    mu, sigma = (_floats(path, arrays[key], key) for key in ("mu", "sigma"))
+    features = _floats(path, arrays["features"], "features") if "features" in arrays else None
     _check_shapes(path, mu, sigma, features)
     return Reference(
         name=path.name,
@@ -243,9 +244,9 @@ def _from_table(path: Path, value: Any) -> Reference | None:
         return None
     if isinstance(value.get("fid"), dict):  # EDM2: one table for each feature space
         value = {"num": value.get("num_images"), **value["fid"]}
-    arrays = {key: item.numpy() for key, item in value.items() if isinstance(item, torch.Tensor)}
+    arrays: dict[str, np.ndarray] = {k: item.numpy() for k, item in value.items() if isinstance(item, torch.Tensor)}
     if isinstance(value.get("num"), int):
-        arrays["num"] = np.int64(value["num"])
+        arrays["num"] = np.asarray(value["num"])
     if {"mu", "sigma"} <= set(arrays):
         return _from_arrays(path, arrays, "statistics (mu, sigma) in a pickle or .pt")
     if {"raw_mean", "raw_cov"} <= set(arrays):
@@ -266,7 +267,7 @@ def _from_sums(path: Path, arrays: dict[str, np.ndarray], num: Any) -> Reference
         num = num.item()
     if not isinstance(num, int) or num < 2:
         raise ValueError(f"reference {path} has num_items {num}, expected a number of images of at least 2")
-    total, outer = _floats(path, arrays, "raw_mean"), _floats(path, arrays, "raw_cov")
+    total, outer = (_floats(path, arrays[key], key) for key in ("raw_mean", "raw_cov"))
     if total.ndim != 1 or outer.shape != (len(total), len(total)):
         shapes = f"raw_mean of shape {list(total.shape)} and raw_cov of shape {list(outer.shape)}"
         raise ValueError(f"reference {path} has {shapes}, expected [D] and [D, D]")
@@ -310,20 +311,38 @@ def _of_generator(G: torch.nn.Module, path: Path, detector: Detector | None, loo
     return replace(reference, sha256=sha256_of_file(path), form=f"generator, {looking.num} images")
 
 
-def _cached(path, content: str, num: int, batches, detector: Detector, looking: Looking, classes) -> Reference:
+def _cached(
+    path: Path,
+    content: str,
+    num: int,
+    batches: Callable[[], Iterator[Batch]],
+    detector: Detector,
+    looking: Looking,
+    classes: torch.Tensor | None,
+) -> Reference:
+    """What was measured of these images before, or is now; `content` tells them apart from others."""
     key = json.dumps([_CACHE_VERSION, content, detector.sha256, detector.name, detector.resize, num])
     target = cache_dir() / "metrics" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
     kept = _kept(target, num, detector) if looking.cache else None
-    if all(found is not None for found in gathered(kept and kept.num)):  # machines may have caches of their own
+    everywhere = all(gathered(kept is not None))  # machines may have caches of their own
+    if kept is not None and everywhere:
         return replace(kept, name=path.name, sha256=content)
     statistics = _look(batches(), num, path.name, detector, looking)
     labels = {} if classes is None else {"classes": classes.numpy()}
     if looking.cache and rank_and_world()[0] == 0:
         target.parent.mkdir(parents=True, exist_ok=True)
         save_reference(target, statistics, detector, **labels)
-    features = statistics.features if statistics.keep_features else None
-    mine = {"detector": detector.name, "detector_sha256": detector.sha256, "num": num, "features": features}
-    return Reference(path.name, content, statistics.mean, statistics.covariance, classes=classes, **mine)
+    return Reference(
+        name=path.name,
+        sha256=content,
+        mu=statistics.mean,
+        sigma=statistics.covariance,
+        num=num,
+        features=statistics.features if statistics.keep_features else None,
+        detector=detector.name,
+        detector_sha256=detector.sha256,
+        classes=classes,
+    )
 
 
 def _kept(target: Path, num: int, detector: Detector) -> Reference | None:
@@ -392,10 +411,7 @@ def _classes(path: Path, arrays: dict[str, np.ndarray], features: torch.Tensor |
     return torch.from_numpy(classes.astype(np.int64))
 
 
-def _floats(path: Path, arrays: dict[str, np.ndarray], key: str) -> torch.Tensor | None:
-    if key not in arrays:
-        return None
-    array = arrays[key]
+def _floats(path: Path, array: np.ndarray, key: str) -> torch.Tensor:
     if array.dtype.kind != "f":
         raise ValueError(f"reference {path} has {key} of dtype {array.dtype}, expected floats")
     if not np.isfinite(array).all():

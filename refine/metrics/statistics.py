@@ -24,8 +24,8 @@ class FeatureStatistics:
         self.keep_features = keep_features
         self.num = 0
         self.dim: int | None = None
-        self._mean: torch.Tensor | None = None
-        self._scatter: torch.Tensor | None = None
+        self._mean: torch.Tensor  # these two are there from the first batch on
+        self._scatter: torch.Tensor
         self._features: list[torch.Tensor] = []
 
     def update(self, features: torch.Tensor) -> FeatureStatistics:

@@ -14,6 +14,7 @@ from refine.checkpoints.native import save_networks
 from refine.config import NOT_IN_SNAPSHOTS, RefineConfig
 from refine.dnnlib import replaced_atomically, sha256_of_file
 from refine.images import image_grid, save_png, to_uint8
+from refine.metrics.metric import is_better
 from refine.metrics.named import NamedMetric
 from refine.metrics.pipeline import sharing
 from refine.metrics.sampling import latents_of_seeds
@@ -127,8 +128,7 @@ class Snapshots:
 
     def _keep_best(self, metric: NamedMetric, value: float, snapshot: str) -> None:
         self.since_best += 1
-        sign = 1 if metric.direction == "lower" else -1
-        if self.best is None or sign * value < sign * self.best["value"]:
+        if self.best is None or is_better(metric.direction, value, self.best["value"]):
             self.since_best = 0
             self.best = {"metric": metric.name, "value": value, "snapshot": snapshot, "kimg": self.trainer.nimg / 1000}
             for path in self.run_dir.path.glob(f"{Path(snapshot).stem}.*"):

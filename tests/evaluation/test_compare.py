@@ -169,19 +169,22 @@ def test_reference_without_features(files, tmp_path):
 def test_a_run_folder_is_a_curve(files, tmp_path, capsys):
     run_folder = tmp_path / "00000-run"
     run_folder.mkdir()
-    for kimg, name in ((0, "bad"), (2, "plain"), (10, "good")):
+    for number, name in (("000000", "bad"), ("000000.320", "good"), ("000010", "plain"), ("best", "good")):
         network = (files / f"{name}.safetensors").read_bytes()
-        (run_folder / f"network-snapshot-{kimg:06d}.safetensors").write_bytes(network)
-    (run_folder / "network-snapshot-best.safetensors").write_bytes(b"not looked at")
+        (run_folder / f"network-snapshot-{number}.safetensors").write_bytes(network)
     results = compare(
         **{**arguments(files, "bad"), "after": run_folder}, num=NUM, progress=False, outdir=tmp_path / "out"
     )
-    assert [point["kimg"] for point in results["curve"]] == [0, 2, 10]
-    assert results["after"]["name"] == "network-snapshot-000010.safetensors" and results["verdict"] == "better"
-    first, last = results["curve"][0], results["curve"][-1]
+    assert [(point["kimg"], point["judged"]) for point in results["curve"]] == [(0, False), (0.32, True), (10, False)]
+    assert results["after"]["name"] == "network-snapshot-000000.320.safetensors" and results["verdict"] == "better"
+    judged = (
+        "Judged of 00000-run: network-snapshot-000000.320.safetensors (0.32 kimg), the best by the run's own metric."
+    )
+    assert results["summary"].endswith(judged)
+    first, second, _ = results["curve"]
     assert first["fd_digits"] == results["before"]["fd_digits"]
     assert first["difference"]["fd_digits"]["verdict"] == "not distinguishable"
-    assert last["fd_digits"] == results["after"]["fd_digits"]
+    assert second["fd_digits"] == results["after"]["fd_digits"]
     assert (tmp_path / "out" / "curve.png").is_file() and "The run" in (tmp_path / "out" / "report.html").read_text()
     (tmp_path / "nothing").mkdir()
     with pytest.raises(ValueError, match=r"--after: .*nothing holds no network-snapshot"):
@@ -197,6 +200,8 @@ def test_reference_of_images_shows_the_nearest(files, tmp_path, monkeypatch):
     options = {**arguments(files), "ref": tmp_path / "real", "also": ["is", "fdinf"]}
     results = compare(**options, num=NUM, progress=False, outdir=tmp_path / "out")
     assert {"is_digits", "fdinf_digits", "recall"} <= set(results["difference"])
+    assert "is_digits_std" in results["before"] and "is_digits_std" not in results["difference"]
+    assert results["difference"]["spread"]["verdict"] in ("lower", "higher", "not distinguishable")
     assert results["difference"]["fd_digits"]["method"] == "paired bootstrap"
     assert results["difference"]["recall"]["method"] == "Student"
     assert results["reference"]["form"] == "folder of images" and results["reference"]["num"] == 12

@@ -3,6 +3,9 @@
 import torch
 from torch import nn
 
+from refine.metrics.detectors import space_of
+from refine.metrics.registry import rows_in
+
 
 class PlainGenerator(nn.Module):
     """A generator that is no StyleGAN2: z is the image; with classes, its top left pixel tells the class."""
@@ -44,3 +47,17 @@ class PixelDetector:
 
     def to(self, device):
         return self
+
+
+def metric_names(detector) -> tuple[str, str]:
+    """What results call the Fréchet and the kernel distance in the detector's space."""
+    return _key(detector, "fd"), _key(detector, "kid")
+
+
+def score_name(detector) -> str:
+    """What results call the Inception Score."""
+    return _key(detector, "is")
+
+
+def _key(detector, name: str) -> str:
+    return next(key for key, row in rows_in(space_of(detector)).items() if row.name == name)

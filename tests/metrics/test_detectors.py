@@ -9,9 +9,9 @@ import torch
 from refine.bridge import reduce_images
 from refine.checkpoints.native import save_networks
 from refine.metrics import detectors
-from refine.metrics.detectors import ModuleDetector, load_detector, metric_names, observe, score_name
+from refine.metrics.detectors import ModuleDetector, load_detector, observe
 from refine.metrics.digits import DigitsDetector
-from tests.metrics.networks import PixelDetector
+from tests.metrics.networks import PixelDetector, metric_names, score_name
 
 # torch has deprecated the format that published detectors come in
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")

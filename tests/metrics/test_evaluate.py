@@ -6,8 +6,11 @@ import math
 import pytest
 import torch
 
-from refine.metrics.evaluate import ClassJudge, ClassSpread, evaluate
-from refine.metrics.frechet import frechet_distance
+from refine.metrics.evaluate import evaluate
+from refine.metrics.measures.classes import ClassJudge
+from refine.metrics.measures.frechet import frechet_distance
+from refine.metrics.measures.spread import ClassSpread
+from refine.metrics.metric import Observed
 from refine.metrics.references import load_reference, save_reference
 from refine.metrics.sampling import Batch, sample_images
 from refine.metrics.statistics import FeatureStatistics
@@ -69,7 +72,7 @@ def test_spread_is_the_root_mean_square_over_pairs():
     classes = torch.arange(30) % 3
     spread = ClassSpread()
     for part in range(0, 30, 7):
-        spread.update(images[part : part + 7], classes[part : part + 7])
+        spread.update(Observed(images[part : part + 7], classes[part : part + 7], None))
     expected = 0.0
     for index in range(3):
         x = images[classes == index].flatten(1).double() / 127.5
@@ -77,15 +80,16 @@ def test_spread_is_the_root_mean_square_over_pairs():
         expected += math.sqrt(sum(squares) / len(squares)) / 3
     assert spread.result() == pytest.approx(expected, rel=1e-12)
     one_class = ClassSpread()
-    one_class.update(images[:1], None)
+    one_class.update(Observed(images[:1], None, None))
     assert one_class.result() == 0
 
 
 def test_judge_counts():
     judge = ClassJudge()
     assert judge.result() == {}
-    judge.update(torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]]), torch.tensor([0, 1]))
-    judge.update(torch.tensor([[0.5, 0.4, 0.1], [0.4, 0.6, 0.0]]), None)
+    pixels = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+    judge.update(Observed(pixels, torch.tensor([0, 1]), torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]])))
+    judge.update(Observed(pixels, None, torch.tensor([[0.5, 0.4, 0.1], [0.4, 0.6, 0.0]])))
     result = judge.result()
     assert result["label_accuracy"] == 0.5 and result["class_histogram"] == [0.5, 0.25, 0.25]
     assert result["confidence"] == pytest.approx((0.7 + 0.8 + 0.5 + 0.6) / 4)

@@ -10,11 +10,12 @@ import torch
 
 from refine.checkpoints.sources.index import read_index
 from refine.metrics import detectors
-from refine.metrics.detectors import load_detector, metric_names, observe, score_name
+from refine.metrics.detectors import load_detector, observe
 from refine.metrics.inception import InceptionNetwork, resize_like_tensorflow1
 from refine.metrics.inception_weights import load_inception, tensorflow_name, units
 from tests.checkpoints.builders import Format, write
 from tests.golden import ROOT
+from tests.metrics.networks import metric_names, score_name
 from tests.metrics.oracles import oracle, random_inception_state, sample_pictures
 
 GOLDEN = ROOT / "metrics" / "torch_fidelity_inception.npz"

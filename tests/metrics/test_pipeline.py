@@ -51,7 +51,7 @@ def test_shares_cover_everything_in_whole_batches(monkeypatch):
         assert all(part.start % 10 == 0 for part in parts if len(part))
 
 
-KINDS = ("fd", "kid", "pr", "is", "classes", "per_class")
+KINDS = ("fd", "kid", "pr", "is", "classes", "spread", "per_class")
 
 
 def numbers(path):

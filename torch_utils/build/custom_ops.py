@@ -272,7 +272,7 @@ def _attempt(device_type: str, portable: bool) -> Library:
     for path in wanted.find():
         try:
             return Library(_open(path, device_type), path, built=False)
-        except NativeUnavailable as error:
+        except NativeUnavailable as error:  # noqa: PERF203 - a handful of files
             refused[path] = str(error)
     compiler = find_compiler(device_type)
     if compiler is None:
@@ -325,7 +325,7 @@ def _build(wanted: Wanted, compiler: toolchain.Compiler, refused: Collection[Pat
             library = op_builder.run(steps, folder, log, limit, ninja)
             try:
                 _open(library, device)  # what does not load here does not get into the cache
-            except NativeUnavailable as error:
+            except NativeUnavailable as error:  # noqa: PERF203 - a handful of files
                 raise op_builder.BuildFailed(f"{error}; log: {log}") from None
             path = op_cache.keep(library, entry, targets)
         how = "" if ninja else " without ninja, which was not found"

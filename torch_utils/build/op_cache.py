@@ -111,7 +111,7 @@ def writable_folder(name: str = "") -> Path:
             (base / name).mkdir(exist_ok=True)
             with tempfile.TemporaryFile(dir=base / name):
                 return base / name
-        except OSError as error:
+        except OSError as error:  # noqa: PERF203 - a handful of folders
             reasons.append(f"{base}: {error.strerror}")
     raise CacheError(f"no folder to keep them in ({'; '.join(reasons)}); set REFINE_OPS_CACHE")
 

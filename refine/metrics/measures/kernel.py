@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from refine.metrics.metric import Metric, Numbers, Row, Sample
+
 BLOCK_ELEMENTS = 1 << 20  # kernel values held at once: 8 MiB in float64
 
 
@@ -43,3 +45,35 @@ def _kernel_sum(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def _kernel_diagonal_sum(x: torch.Tensor) -> torch.Tensor:
     return (x.square().sum(dim=1) / x.shape[1] + 1).pow(3).sum()
+
+
+def kernel_contributions(fake: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Influence of each of `fake` [N, D] on the kernel distance to `real` [M, D]: Hájek's projection, float64 [N]."""
+    x, y = fake.to(torch.float64), real.to(torch.float64)
+    within, across = [], []
+    for block in x.split(max((1 << 22) // max(len(x), len(y)), 1)):
+        own = (block.square().sum(dim=1) / x.shape[1] + 1).pow(3)
+        within.append(((block @ x.T / x.shape[1] + 1).pow(3).sum(dim=1) - own) / (len(x) - 1))
+        across.append((block @ y.T / x.shape[1] + 1).pow(3).mean(dim=1))
+    influence = 2 * (torch.cat(within) - torch.cat(across))
+    return influence - influence.mean()
+
+
+def _compute(sample: Sample) -> Numbers:
+    values = {"kid": kernel_distance(sample.real_features, sample.features)}
+    if not sample.with_contributions:
+        return Numbers(values)
+    return Numbers(values, {"kid": kernel_contributions(sample.features, sample.real_features)})
+
+
+METRIC = Metric(
+    name="kid",
+    place=30,
+    rows=(Row("kid", "lower", "kernel distance", in_space=True),),
+    compute=_compute,
+    reference="features",
+    keeps_features=True,
+    occasion="always",
+    named_like="kid50k_full",
+    measured_with=("classes", "spread"),
+)

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from refine.metrics.frechet import frechet_distance
+from refine.metrics.measures.frechet import frechet_distance
+from refine.metrics.metric import Metric, Numbers, Row, Sample
 from refine.metrics.statistics import FeatureStatistics
 
 POINTS = 15
@@ -51,3 +52,20 @@ def frechet_infinity(
         pairs.append((size, frechet_distance(statistics.mean, statistics.covariance, mu, sigma)))
     slope_and_value = np.polyfit([1 / size for size, _ in pairs], [value for _, value in pairs], 1)
     return FrechetInfinity(float(slope_and_value[1]), pairs)
+
+
+def _compute(sample: Sample) -> Numbers:
+    found = frechet_infinity(sample.features, sample.real.mu, sample.real.sigma)
+    return Numbers({"fdinf": found.value, "fdinf_points": found.points})
+
+
+METRIC = Metric(
+    name="fdinf",
+    place=20,
+    rows=(Row("fdinf", "lower", "Fréchet distance for infinitely many images", in_space=True, fid_name="fidinf"),),
+    compute=_compute,
+    reference="statistics",
+    keeps_features=True,
+    named_like="fidinf50k_full",
+    measured_with=("fd",),
+)

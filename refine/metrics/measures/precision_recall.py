@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import torch
 
+from refine.metrics.metric import Metric, Numbers, Row, Sample
+
 BLOCK_ELEMENTS = 1 << 20  # distances held at once: 8 MiB in float64
+NEIGHBOURS = 3
 
 
-def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3) -> tuple[float, float]:
+def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = NEIGHBOURS) -> tuple[float, float]:
     """(precision, recall) of `fake` [M, D] against `real` [N, D]; see `coverage`."""
     precise, recalled = coverage(real, fake, k)
     return precise.double().mean().item(), recalled.double().mean().item()
 
 
-def coverage(real: torch.Tensor, fake: torch.Tensor, k: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+def coverage(real: torch.Tensor, fake: torch.Tensor, k: int = NEIGHBOURS) -> tuple[torch.Tensor, torch.Tensor]:
     """Which of `fake` [M, D] lie on the manifold of `real` [N, D], bool [M], and which of `real` on that of `fake`.
 
     A manifold is the union of balls around a set's features, each reaching to its k-th nearest neighbour in the set.
@@ -65,3 +68,27 @@ def kth_neighbour_distances(points: torch.Tensor, k: int) -> torch.Tensor:
 def _rows(points: torch.Tensor) -> int:
     """Rows per block of distances to `points`; |x|² is the same along a row and added only where needed."""
     return max(BLOCK_ELEMENTS // len(points), 1)
+
+
+def _compute(sample: Sample) -> Numbers:
+    if min(len(sample.real_features), sample.statistics.num) <= NEIGHBOURS:
+        return Numbers({})
+    precise, recalled = (part.double() for part in coverage(sample.real_features, sample.features))
+    return Numbers({"precision": precise.mean().item(), "recall": recalled.mean().item()}, {"precision": precise})
+
+
+METRIC = Metric(
+    name="pr",
+    place=50,
+    rows=(
+        Row("precision", "higher", "part of the images that look real", aspect="quality", in_curve=True),
+        Row("recall", "higher", "part of the real images that are covered", aspect="diversity", in_curve=True),
+    ),
+    compute=_compute,
+    reference="features",
+    keeps_features=True,
+    occasion="always",
+    named_like="pr50k3_full",
+    neighbours=NEIGHBOURS,
+    measured_with=("classes", "spread"),
+)

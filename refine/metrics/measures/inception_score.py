@@ -10,6 +10,8 @@ import itertools
 
 import torch
 
+from refine.metrics.metric import Metric, Numbers, Row, Sample
+
 SPLITS = 10
 
 
@@ -36,3 +38,24 @@ def _score(probabilities: torch.Tensor) -> float:
     # p·log p is 0 where p is 0
     divergence = (torch.xlogy(p, p) - torch.xlogy(p, p.mean(dim=0))).sum(dim=1)
     return divergence.mean().exp().item()
+
+
+def _compute(sample: Sample) -> Numbers:
+    if sample.probabilities is None:
+        return Numbers({})
+    mean, std = inception_score(sample.probabilities, min(SPLITS, len(sample.probabilities)))
+    return Numbers({"is": mean, "is_std": std})
+
+
+METRIC = Metric(
+    name="is",
+    place=40,
+    rows=(
+        Row("is", "higher", "Inception Score: clear images, many classes", in_space=True),
+        Row("is_std", "information", "its standard deviation over the splits", in_space=True, beside="is"),
+    ),
+    compute=_compute,
+    detector="probabilities",
+    named_like="is50k",
+    measured_with=("classes", "spread"),
+)

@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from refine.evaluation.paired import bootstrap_interval, paired_difference
-from refine.metrics.contributions import frechet_contributions, kernel_contributions
-from refine.metrics.frechet import frechet_distance
-from refine.metrics.frechet_infinity import frechet_infinity
-from refine.metrics.inception_score import inception_score
-from refine.metrics.kernel import kernel_distance
-from refine.metrics.precision_recall import precision_recall
+from refine.metrics.measures.frechet import frechet_contributions, frechet_distance
+from refine.metrics.measures.frechet_infinity import frechet_infinity
+from refine.metrics.measures.inception_score import inception_score
+from refine.metrics.measures.kernel import kernel_contributions, kernel_distance
+from refine.metrics.measures.precision_recall import precision_recall
 from refine.metrics.statistics import FeatureStatistics
 from tests.golden import read_json
 from tests.metrics.oracles import oracle
@@ -133,7 +132,7 @@ def test_bootstrap_interval_has_the_right_width():
 def test_verdict_needs_interval_and_ranges():
     small = [(torch.zeros(100), torch.linspace(-1, 1, 100)) for _ in range(3)]
     verdicts = [
-        paired_difference([5, 5, 5], after, True, small)["verdict"]
+        paired_difference([5, 5, 5], after, "lower", small)["verdict"]
         for after in ([4, 4, 4], [6, 6, 6], [5.01, 5.01, 5.01], [2, 2, 5.5])
     ]
     assert verdicts == ["better", "worse", "not distinguishable", "not distinguishable"]
@@ -150,5 +149,5 @@ def test_equal_distributions_are_rarely_told_apart():
             pairs.append(tuple(frechet_contributions(x, *moments(x), mu, sigma) for x in sides))
             for side, x in zip(values, sides, strict=True):
                 side.append(frechet_distance(*moments(x), mu, sigma))
-        found += paired_difference(*values, True, pairs)["verdict"] != "not distinguishable"
+        found += paired_difference(*values, "lower", pairs)["verdict"] != "not distinguishable"
     assert found <= 3

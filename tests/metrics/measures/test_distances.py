@@ -7,11 +7,11 @@ import pytest
 import scipy.linalg
 import torch
 
-from refine.metrics import kernel as kernel_module
-from refine.metrics import precision_recall as precision_recall_module
-from refine.metrics.frechet import frechet_distance, trace_of_sqrt
-from refine.metrics.kernel import kernel_distance
-from refine.metrics.precision_recall import precision_recall
+from refine.metrics.measures import kernel as kernel_module
+from refine.metrics.measures import precision_recall as precision_recall_module
+from refine.metrics.measures.frechet import frechet_distance, trace_of_sqrt
+from refine.metrics.measures.kernel import kernel_distance
+from refine.metrics.measures.precision_recall import precision_recall
 
 
 def covariance(rng, d, rank=None):
