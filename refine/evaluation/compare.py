@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from refine.metrics.evaluate import Measurement
     from refine.metrics.references import Looking, Reference
     from refine.metrics.sampling import Batch
+    from refine.networks.bases import Generator
 
 MIN_RANGES = 3
 PANEL_IMAGES = 64  # that look-alikes are searched for
@@ -124,14 +125,7 @@ class Side:
         self.image_shape = [self.network.img_channels, self.network.img_resolution, self.network.img_resolution]
         self._common = {"device": device, "batch": batch}
         self._stylegan = {"noise_mode": noise_mode, "truncation_psi": truncation_psi}
-        is_stylegan = hasattr(self.network, "synthesis")
-        self.sampling = (
-            "18 Heun steps"
-            if self.is_teacher
-            else f"psi {truncation_psi:g}, noise {noise_mode}"
-            if is_stylegan
-            else "G(z, c)"
-        )
+        self.sampling = "18 Heun steps" if self.is_teacher else _sampling(self.network, truncation_psi, noise_mode)
 
     @property
     def num_classes(self) -> int:
@@ -147,6 +141,13 @@ class Side:
 
     def describe(self) -> dict[str, Any]:
         return {"path": self.path, "name": self.name, "sha256": self.sha256, "sampling": self.sampling}
+
+
+def _sampling(G: Generator, truncation_psi: float, noise_mode: str) -> str:
+    """How images are drawn, in words."""
+    words = [f"psi {truncation_psi:g}"] if G.takes_truncation else []
+    words += [f"noise {noise_mode}"] if G.noise_modes else []
+    return ", ".join(words) or "G(z, c)"
 
 
 def load_any(path: str | os.PathLike, device: str) -> tuple[torch.nn.Module, bool]:

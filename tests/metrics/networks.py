@@ -3,8 +3,10 @@
 import torch
 from torch import nn
 
+from refine.networks.bases import Generator
 
-class PlainGenerator(nn.Module):
+
+class PlainGenerator(Generator):
     """A generator that is no StyleGAN2: z is the image; with classes, its top left pixel tells the class."""
 
     def __init__(self, c_dim: int = 0, img_channels: int = 1, img_resolution: int = 8):

@@ -112,8 +112,8 @@ def test_faults_are_named_in_one_line(here, text):
 def test_saved_it_needs_its_maker_again(here):
     G = load_generator("own_gan:make")
     with torch.no_grad():
-        G.layers[0].weight.add_(1)
-        G.steps.add_(7)
+        G.network.layers[0].weight.add_(1)
+        G.network.steps.add_(7)
     save_networks("g.safetensors", {"G_ema": G, "G": load_generator("own_gan:make")}, provenance={})
     again = load_generator("own_gan:make@g.safetensors")
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in G.state_dict().items())
@@ -132,7 +132,7 @@ def test_saved_it_needs_its_maker_again(here):
 
 def test_another_shape_of_the_same_function_is_refused(here):
     G = load_generator("own_gan:wide")
-    G.custom_reference = "own_gan:make"
+    G.init_kwargs["reference"] = "own_gan:make"
     save_networks("g.safetensors", {"G_ema": G}, provenance={})
     with pytest.raises(ValueError, match=r"layers\.0\.(bias|weight) has shape"):
         load_generator("own_gan:make@g.safetensors")
@@ -142,7 +142,7 @@ def test_reading_a_file_imports_nothing_that_it_names(here):
     """A file that names a module with side effects: neither loading nor inspecting runs it."""
     (here / "trap_gan.py").write_text("open('sprung', 'w').close()\n" + MODULE)
     G = load_generator("own_gan:make")
-    G.custom_reference = "trap_gan:make"
+    G.init_kwargs["reference"] = "trap_gan:make"
     save_networks("trap.safetensors", {"G_ema": G}, provenance={})
     code = "from refine.checkpoints import describe, load_generator\ndescribe.inspect_file('trap.safetensors')\n"
     code += "try:\n    load_generator('trap.safetensors')\nexcept ValueError as e:\n    print(e)\n"
@@ -160,7 +160,7 @@ def test_a_run_its_snapshot_and_going_on(here, capsys):
     assert "use them as own_gan:make@FILE" in out
     snapshot = max((here / "runs/00000-own").glob("network-snapshot-0*.safetensors")).relative_to(here)
     refined = load_generator(f"own_gan:make@{snapshot}")
-    assert not torch.equal(refined.layers[0].weight, load_generator("own_gan:make").layers[0].weight)
+    assert not torch.equal(refined.network.layers[0].weight, load_generator("own_gan:make").network.layers[0].weight)
     files = json.loads((here / "runs/00000-own/training_options.json").read_text())["files"]
     assert files["student"]["file"] == "own_gan.py"
     assert len(generate(f"own_gan:make@{snapshot}", [0, 1], "out", progress=False)) == 3
