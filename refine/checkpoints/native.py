@@ -221,7 +221,7 @@ def _read_header(path: str | os.PathLike, kind: str | None = None) -> tuple[dict
     expected = {
         "networks": "a file of networks written by this toolkit (safetensors)",
         "tensors": "a file of tensors written by this toolkit (safetensors)",
-    }.get(kind, "a native file of this toolkit")
+    }.get(kind or "", "a native file of this toolkit")
     found = sniff(path)
     if found.kind != "native":
         raise ValueError(f"{path} is {found.description}; expected {expected}")

@@ -150,7 +150,7 @@ def _sampling(G: Generator, truncation_psi: float, noise_mode: str) -> str:
     return ", ".join(words) or "G(z, c)"
 
 
-def load_any(path: str | os.PathLike, device: str) -> tuple[torch.nn.Module, bool]:
+def load_any(path: str | os.PathLike, device: str) -> tuple[Any, bool]:
     """(generator, False) or (diffusion model, True), whichever the file holds. Raises ValueError if neither."""
     import torch
 

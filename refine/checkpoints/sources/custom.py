@@ -91,25 +91,21 @@ def _wrapped(network: Any, reference: Reference) -> OwnGenerator:
     """The user's network as one of ours, if it fulfils the protocol: four sizes, and what one call gives."""
     if not isinstance(network, torch.nn.Module):
         raise ValueError(f"{reference}() gave {type(network).__name__}; expected a torch.nn.Module")
-    for name in _SIZES:
-        value = getattr(network, name, None)
+    sizes: dict[str, Any] = {name: getattr(network, name, None) for name in _SIZES}
+    for name, value in sizes.items():
         if type(value) is not int or value < (name != "c_dim"):
             raise ValueError(f"{reference}() gave a generator whose {name} is {value!r}; expected a whole number")
     network.cpu().float().eval().requires_grad_(True)
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            z, c = torch.randn(2, network.z_dim), _first_class(network.c_dim)
+            z = torch.randn(2, sizes["z_dim"])
+            c = torch.eye(sizes["c_dim"])[:1].repeat(2, 1) if sizes["c_dim"] else None
             options = _accepted_options(network, z, c)
             images = network(z, c, **options)
     except Exception as error:  # whatever the user's network does
         raise ValueError(f"{reference}() gave a generator that fails at G(z, c): {_line(error)}") from error
-    G = OwnGenerator(network, str(reference), options)
-    _check_images(images, (2, G.img_channels, G.img_resolution, G.img_resolution), reference)
-    return G
-
-
-def _first_class(c_dim: int) -> torch.Tensor | None:
-    return torch.eye(c_dim)[:1].repeat(2, 1) if c_dim else None
+    _check_images(images, (2, sizes["img_channels"], *[sizes["img_resolution"]] * 2), reference)
+    return OwnGenerator(network, str(reference), options)
 
 
 def _accepted_options(network: torch.nn.Module, z: torch.Tensor, c: torch.Tensor | None) -> dict[str, Any]:
@@ -129,7 +125,7 @@ def _accepted_options(network: torch.nn.Module, z: torch.Tensor, c: torch.Tensor
 
 
 def _check_images(images: Any, expected: tuple[int, ...], reference: Reference) -> None:
-    """Raises ValueError unless these are finite floats of that shape that depend on something differentiably."""
+    """Raises ValueError unless these are finite floats of that shape with a gradient."""
     if not isinstance(images, torch.Tensor) or tuple(images.shape) != expected or not images.is_floating_point():
         found = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, torch.Tensor) else type(images).__name__
         raise ValueError(f"{reference}() gave a generator of {found} for two latents; expected floats {expected}")
