@@ -2,13 +2,10 @@
 
 import torch
 
-
-def has_null_label(teacher: torch.nn.Module) -> bool:
-    """Whether a conditional teacher was trained to denoise without a label, too (with label dropout)."""
-    return teacher.label_dim > 0 and getattr(getattr(teacher, "model", None), "label_dropout", 0) > 0
+from refine.networks.bases import Denoiser
 
 
-class Guided(torch.nn.Module):
+class Guided(Denoiser):
     """A denoiser under classifier-free guidance: D(x; σ) + w (D(x; σ, c) − D(x; σ)) (Ho & Salimans 2022).
 
     Args:
@@ -19,16 +16,30 @@ class Guided(torch.nn.Module):
         ValueError: The teacher does not know a missing label.
     """
 
-    def __init__(self, teacher: torch.nn.Module, guidance: float):
+    def __init__(self, teacher: Denoiser, guidance: float):
         super().__init__()
-        if not has_null_label(teacher):
+        if not teacher.has_null_label:
             what = "was trained without label dropout" if teacher.label_dim else "has no classes"
             raise ValueError(f"found {guidance:g}, but --teacher {what}; expected a teacher that knows a missing label")
         self.teacher, self.guidance = teacher, guidance
+        self.img_resolution, self.img_channels = teacher.img_resolution, teacher.img_channels
+        self.label_dim, self.sigma_min, self.sigma_max = teacher.label_dim, teacher.sigma_min, teacher.sigma_max
 
-    def forward(self, x: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
+    @property
+    def has_null_label(self) -> bool:
+        return True
+
+    def round_sigma(self, sigma: torch.Tensor | float) -> torch.Tensor:
+        return self.teacher.round_sigma(sigma)
+
+    def forward(
+        self, x: torch.Tensor, sigma: torch.Tensor | float, class_labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Denoise, see `Denoiser.forward`; class_labels None = no guidance."""
         if class_labels is None:
             return self.teacher(x, sigma)
+        sigma = torch.as_tensor(sigma, device=x.device).reshape(-1, 1, 1, 1).expand(len(x), -1, -1, -1)
+        class_labels = class_labels.expand(len(x), -1)
         # one batch of both: no larger peak than aux's own backward pass, and half the launches
         twice = self.teacher(
             torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([torch.zeros_like(class_labels), class_labels])
@@ -37,7 +48,7 @@ class Guided(torch.nn.Module):
         return free + self.guidance * (labelled - free)
 
 
-def guided(teacher: torch.nn.Module, guidance: float) -> torch.nn.Module:
+def guided(teacher: Denoiser, guidance: float) -> Guided:
     """The teacher under classifier-free guidance. Raises ValueError where it does not know a missing label."""
     try:
         return Guided(teacher, guidance)

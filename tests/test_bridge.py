@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from refine.bridge import lanczos_matrix, plan_bridge, reduce_images
-from refine.guidance import Guided, has_null_label
+from refine.guidance import Guided
 from refine.pair import draw_labels
 from tests.training.test_trainer import make_run, make_student, make_teacher, run
 
@@ -101,8 +101,12 @@ def test_guidance_moves_away_from_no_label():
     assert torch.allclose(Guided(teacher, 1.0)(x, sigma, c), labelled, atol=1e-5)
     assert torch.allclose(Guided(teacher, 3.0)(x, sigma, c), free + 3 * (labelled - free), atol=1e-5)
     assert torch.allclose(Guided(teacher, 3.0)(x, sigma), free, atol=1e-6)
+    guided = Guided(teacher, 3.0)  # a denoiser itself: one noise level and one label for all
+    assert torch.allclose(guided(x, 0.3, c[:1]), guided(x, torch.full([2], 0.3), c[[0, 0]]), atol=1e-6)
+    facts = ("img_resolution", "img_channels", "label_dim", "sigma_min", "sigma_max", "has_null_label")
+    assert [getattr(guided, name) for name in facts] == [getattr(teacher, name) for name in facts]
     for other in (make_teacher(3), make_teacher(0)):
-        assert not has_null_label(other)
+        assert not other.has_null_label
         with pytest.raises(ValueError, match="missing label"):
             Guided(other, 2.0)
 
@@ -128,7 +132,7 @@ def test_runs_across_the_bridge_move_the_student(tmp_path, crossing):
     assert any(not torch.equal(p, q) for p, q in zip(trainer.G_ema.parameters(), student.parameters(), strict=True))
     shape, labels = asked[0]
     assert shape[1:] == (teacher.img_channels, 8, 8)
-    if teacher.label_dim == 0 or (c_dim == 0 and has_null_label(teacher)):
+    if teacher.label_dim == 0 or (c_dim == 0 and teacher.has_null_label):
         assert labels is None
     else:
         assert torch.equal(labels.sum(dim=1), torch.ones(4))

@@ -14,9 +14,9 @@ LAYERS = [
     ("refine.torch_utils",),
     ("refine.errors",),
     ("refine.device", "refine.processes", "refine.config"),
+    ("refine.networks",),
     ("refine.noise", "refine.images", "refine.bridge", "refine.guidance", "refine.pair"),
     ("refine.diff_instruct", "refine.objectives"),
-    ("refine.networks",),
     ("refine.checkpoints", "refine"),  # `refine` is the lazy front door to load_generator and load_teacher
     ("refine.metrics",),
     ("refine.evaluation", "refine.training"),  # neither imports the other, see APART

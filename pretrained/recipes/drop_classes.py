@@ -19,11 +19,11 @@ import torch
 from refine.checkpoints import load_teacher, resolve
 from refine.checkpoints.native import save_networks
 from refine.dnnlib import sha256_of_file
-from refine.guidance import has_null_label
+from refine.networks.bases import Denoiser
 
 
 @torch.no_grad()
-def drop_classes(teacher: torch.nn.Module) -> torch.nn.Module:
+def drop_classes(teacher: Denoiser) -> Denoiser:
     """The denoiser D'(x, sigma) = D(x, sigma, no label), with label_dim 0.
 
     Args:
@@ -32,7 +32,7 @@ def drop_classes(teacher: torch.nn.Module) -> torch.nn.Module:
     Raises:
         ValueError: It has no classes, or never saw a missing label.
     """
-    if not has_null_label(teacher):
+    if not teacher.has_null_label:
         found = "was trained without label dropout" if teacher.label_dim else "has no classes"
         raise ValueError(f"this teacher {found}; expected one that knows a missing label")
     state = teacher.state_dict()

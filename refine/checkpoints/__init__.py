@@ -31,7 +31,8 @@ from refine.checkpoints.sniff import sniff
 from refine.checkpoints.sources.index import resolve
 
 if TYPE_CHECKING:
-    import torch
+    from refine.checkpoints.sources.custom import Reference
+    from refine.networks.bases import Denoiser, Generator
 
 __all__ = ["NetworkInfo", "load_generator", "load_teacher", "peek", "resolve", "sniff", "source_file"]
 
@@ -61,7 +62,7 @@ class NetworkInfo:
         return self.classes
 
 
-def load_generator(path_or_name: str | os.PathLike) -> torch.nn.Module:
+def load_generator(path_or_name: str | os.PathLike) -> Generator:
     """The generator of a file: `G_ema` where there is one, otherwise the only generator in it.
 
     Args:
@@ -69,22 +70,21 @@ def load_generator(path_or_name: str | os.PathLike) -> torch.nn.Module:
             (docs/generators.md), which is then imported and called.
 
     Returns:
-        Module in eval mode, float32, on the CPU, without gradients: `G(z, c, truncation_psi=1.0, noise_mode='const')` →
-        images, float32 [N, img_channels, img_resolution, img_resolution], about [-1, 1]. Attributes z_dim, c_dim,
-        w_dim, num_ws, img_resolution, img_channels, mapping, synthesis. Generators that are no StyleGAN2 take z and c
-        only, and have neither w_dim, num_ws, mapping nor synthesis.
+        Module in eval mode, float32, on the CPU, without gradients: `G(z, c)` → images, see
+        `refine.networks.bases.Generator`. A StyleGAN2 is called as `G(z, c, truncation_psi=1.0, noise_mode='const')`,
+        too, and has the attributes w_dim, num_ws, mapping and synthesis.
 
     Raises:
         ValueError: the file cannot be used; one sentence says what it is and what was expected.
     """
-    if _is_reference(path_or_name):
+    if reference := _reference(path_or_name):
         from refine.checkpoints.sources import custom
 
-        return custom.load_custom(custom.parse(path_or_name))
+        return custom.load_custom(reference)
     return _load(path_or_name, kind="generator")
 
 
-def load_teacher(path_or_name: str | os.PathLike) -> torch.nn.Module:
+def load_teacher(path_or_name: str | os.PathLike) -> Denoiser:
     """The diffusion model of a file: `ema` where there is one, otherwise the only denoiser in it.
 
     Args:
@@ -92,7 +92,7 @@ def load_teacher(path_or_name: str | os.PathLike) -> torch.nn.Module:
 
     Returns:
         Module in eval mode, float32, on the CPU, without gradients: `T(x, sigma, class_labels=None)` → denoised images
-        D_x, float32, shaped like x. Attributes sigma_min, sigma_max, label_dim, img_resolution, img_channels.
+        D_x, see `refine.networks.bases.Denoiser`.
 
     Raises:
         ValueError: the file cannot be used; one sentence says what it is and what was expected.
@@ -110,7 +110,7 @@ def peek(path_or_name: str | os.PathLike, kind: str) -> NetworkInfo:
     Raises:
         ValueError: as `load_generator` and `load_teacher`, except for faults that only show once weights are read.
     """
-    if kind == "generator" and _is_reference(path_or_name):  # only calling it can tell
+    if kind == "generator" and _reference(path_or_name):  # only calling it can tell
         G = load_generator(path_or_name)
         return NetworkInfo(kind, G.img_resolution, G.img_channels, G.c_dim)
     path = resolve(path_or_name, kind)
@@ -125,22 +125,22 @@ def peek(path_or_name: str | os.PathLike, kind: str) -> NetworkInfo:
 
 def source_file(path_or_name: str | os.PathLike, kind: str | None = None) -> Path:
     """The file that a network comes from; for `package.module:function` without a file, the module's source."""
-    if _is_reference(path_or_name):
+    if reference := _reference(path_or_name):
         from refine.checkpoints.sources import custom
 
-        return custom.source_of(custom.parse(path_or_name))
+        return custom.source_of(reference)
     return resolve(path_or_name, kind)
 
 
-def _is_reference(path_or_name: str | os.PathLike) -> bool:
+def _reference(path_or_name: str | os.PathLike) -> Reference | None:
     if ":" not in str(path_or_name):  # the usual case, without importing torch
-        return False
+        return None
     from refine.checkpoints.sources import custom
 
-    return custom.parse(path_or_name) is not None
+    return custom.parse(path_or_name)
 
 
-def _load(path_or_name: str | os.PathLike, kind: str) -> torch.nn.Module:
+def _load(path_or_name: str | os.PathLike, kind: str) -> Any:
     path = resolve(path_or_name, kind)
     network = _reader(path, kind)(path, kind, build=True)
     return network.cpu().float().eval().requires_grad_(False)

@@ -25,6 +25,8 @@ import torch
 from refine import dnnlib
 from refine.checkpoints import registry
 from refine.checkpoints.sniff import HEADER_KEY, BrokenHeader, TensorInfo, read_safetensors_header, sniff
+from refine.networks.bases import Network
+from refine.networks.own import OwnGenerator
 
 FORMAT, VERSION = "gan-refine", 1
 CUSTOM = "custom"  # class of networks that the user's own code makes: see `refine.checkpoints.sources.custom`
@@ -61,9 +63,8 @@ def save_networks(
     for name, network in networks.items():
         if not name or "." in name:
             raise ValueError(f"a network in a native file needs a name without dots, got {name!r}")
-        if hasattr(network, "custom_reference"):  # only its maker can build it again
-            sizes = {key: getattr(network, key) for key in ("img_resolution", "img_channels", "c_dim", "z_dim")}
-            table[name] = {"class": CUSTOM, "init_kwargs": {"reference": network.custom_reference, **sizes}}
+        if isinstance(network, OwnGenerator):  # only its maker can build it again
+            table[name] = {"class": CUSTOM, "init_kwargs": network.init_kwargs}
             tensors.update({f"{name}.{key}": value for key, value in network.state_dict().items()})
             continue
         class_name = registry.registry_name(network)
@@ -78,7 +79,7 @@ def save_networks(
     _write(path, tensors, {"kind": "networks", "networks": table, "provenance": provenance})
 
 
-def load_networks(path: str | os.PathLike, names: Iterable[str] | None = None) -> dict[str, torch.nn.Module]:
+def load_networks(path: str | os.PathLike, names: Iterable[str] | None = None) -> dict[str, Network]:
     """Reads networks from a native file.
 
     Args:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from refine.networks.bases import Network
+
 # Far above every published network, far below what would hang a build.
 _MAX = {"img_resolution": 4096, "num_layers": 32, "num_blocks": 32, "M": 10_000, "num_steps": 10_000}
 _MAX_INT = 1 << 20  # any other size or count
@@ -72,7 +74,7 @@ def registry_name(network: torch.nn.Module) -> str:
     )
 
 
-def build_empty(class_name: str, init_kwargs: dict[str, Any], held: tuple[int, int] | None = None) -> torch.nn.Module:
+def build_empty(class_name: str, init_kwargs: dict[str, Any], held: tuple[int, int] | None = None) -> Network:
     """The network with its names, shapes and dtypes, but no memory for its weights: every large tensor is on 'meta'.
 
     The random number generators are left as they were.

@@ -33,6 +33,7 @@ from refine.metrics.pipeline import my_share, rank_and_world
 from refine.metrics.references import Looking, Reference, load_reference
 from refine.metrics.registry import ON_REQUEST, USUAL, WITH_CLASSES, chosen
 from refine.metrics.sampling import Batch, sample_images, sample_teacher, with_progress
+from refine.networks.bases import Generator
 
 MIN_RANGES = 3
 PANEL_IMAGES = 64  # that look-alikes are searched for
@@ -129,14 +130,7 @@ class Side:
         self.image_shape = [self.network.img_channels, self.network.img_resolution, self.network.img_resolution]
         self._common: dict[str, Any] = {"device": device, "batch": batch}
         self._stylegan: dict[str, Any] = {"noise_mode": noise_mode, "truncation_psi": truncation_psi}
-        is_stylegan = hasattr(self.network, "synthesis")
-        self.sampling = (
-            "18 Heun steps"
-            if self.is_teacher
-            else f"psi {truncation_psi:g}, noise {noise_mode}"
-            if is_stylegan
-            else "G(z, c)"
-        )
+        self.sampling = "18 Heun steps" if self.is_teacher else _sampling(self.network, truncation_psi, noise_mode)
 
     @property
     def num_classes(self) -> int:
@@ -150,6 +144,13 @@ class Side:
 
     def describe(self) -> dict[str, Any]:
         return {"path": self.path, "name": self.name, "sha256": self.sha256, "sampling": self.sampling}
+
+
+def _sampling(G: Generator, truncation_psi: float, noise_mode: str) -> str:
+    """How images are drawn, in words."""
+    words = [f"psi {truncation_psi:g}"] if G.takes_truncation else []
+    words += [f"noise {noise_mode}"] if G.noise_modes else []
+    return ", ".join(words) or "G(z, c)"
 
 
 def load_any(path: str | os.PathLike, device: str) -> tuple[Any, bool]:

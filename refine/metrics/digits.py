@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from refine.bridge import plan_bridge
+from refine.networks.bases import Network, records_init_kwargs
 
 
-class DigitsDetector(nn.Module):
+class DigitsDetector(Network):
     """Classifies 32×32 grey digits and embeds them for Fréchet and kernel distances.
 
     Convolutions of stride 2, then a linear embedding and a linear read-out. The embedding is z-scored with the training
@@ -36,9 +37,9 @@ class DigitsDetector(nn.Module):
     feature_mean: torch.Tensor
     feature_std: torch.Tensor
 
+    @records_init_kwargs(defaults=True)
     def __init__(self, num_classes: int = 10, channels: tuple[int, ...] = (16, 32, 64), feature_dim: int = 32):
         super().__init__()
-        self.init_kwargs = {"num_classes": num_classes, "channels": list(channels), "feature_dim": feature_dim}
         self.num_classes = num_classes
         self.feature_dim = feature_dim
         layers: list[nn.Module] = []

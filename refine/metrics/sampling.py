@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from refine.images import to_uint8
+from refine.networks.bases import Denoiser, Generator
 from refine.networks.sampler import heun_sampler
 
 
@@ -58,7 +59,7 @@ def latents_of_seeds(
 
 @torch.no_grad()
 def sample_images(
-    G: torch.nn.Module,
+    G: Generator,
     seeds: Sequence[int],
     *,
     classes: int | Sequence[int] | None = None,
@@ -70,7 +71,7 @@ def sample_images(
     """Images of a generator for seeds, in batches.
 
     Args:
-        G: Generator in eval mode on `device`. Truncation and noise mode are passed on to a StyleGAN2 only.
+        G: Generator in eval mode on `device`. Truncation and noise mode are passed on where it takes them.
         seeds: Integers in [0, 2³²), one per image.
         classes: The class of all images, or one per seed; None = drawn per seed. See `latents_of_seeds`.
         batch: Images per batch.
@@ -85,7 +86,7 @@ def sample_images(
     Raises:
         ValueError: If an image holds NaN or infinity, or a class does not exist.
     """
-    options = {"truncation_psi": truncation_psi, "noise_mode": noise_mode} if hasattr(G, "synthesis") else {}
+    options = G.accepted(truncation_psi=truncation_psi, noise_mode=noise_mode)
     for part, part_classes in _split(seeds, classes, batch):
         z, drawn = latents_of_seeds(part, [G.z_dim], G.c_dim, part_classes)
         c = None if drawn is None else F.one_hot(drawn, G.c_dim).float().to(device)
@@ -97,7 +98,7 @@ def sample_images(
 
 @torch.no_grad()
 def sample_teacher(
-    teacher: torch.nn.Module,
+    teacher: Denoiser,
     seeds: Sequence[int],
     *,
     classes: int | Sequence[int] | None = None,

@@ -16,12 +16,14 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from refine.networks.edm import Preconditioner, _check_choice, _record_init_kwargs
+from refine.networks.bases import check_choice, records_init_kwargs
+from refine.networks.denoiser import Preconditioner, Scalings
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
@@ -39,7 +41,7 @@ def vp_betas(
     Raises:
         ValueError: an unknown schedule, or numbers of which none comes.
     """
-    _check_choice("beta_schedule", beta_schedule, SCHEDULES)
+    check_choice("beta_schedule", beta_schedule, SCHEDULES)
     if num_steps < 2 or not 0 < beta_start <= beta_end < 1:
         raise ValueError(f"betas from {beta_start} to {beta_end} in {num_steps} steps are no schedule of noise.")
     if beta_schedule == "squaredcos_cap_v2":
@@ -52,7 +54,7 @@ def vp_betas(
     return np.linspace(beta_start, beta_end, num_steps)
 
 
-def vp_discrete_sigmas(betas: np.ndarray) -> np.ndarray:
+def vp_discrete_sigmas(betas: Sequence[float] | np.ndarray) -> np.ndarray:
     """Noise levels √((1 − ᾱ_t) / ᾱ_t) of the times t = 0 … T − 1, float64, rising.
 
     1 − beta is rounded to float32, as it was where the networks were trained: that moves the smallest level of the
@@ -85,34 +87,35 @@ class DDPMPrecond(Preconditioner):
         ValueError: diffusers is missing, or the configuration is impossible.
     """
 
-    use_fp16 = False
+    inner_name = "unet"
+    log_sigmas: torch.Tensor
 
-    @_record_init_kwargs
+    @records_init_kwargs(defaults=False)
     def __init__(
         self, img_resolution: int, img_channels: int, label_dim: int = 0, prediction_type: str = "epsilon",
         beta_schedule: str = "linear", beta_start: float = 1e-4, beta_end: float = 0.02, num_steps: int = 1000,
-        trained_betas: Sequence[float] | None = None, **model_kwargs,
+        trained_betas: Sequence[float] | None = None, **model_kwargs: Any,
     ):  # fmt: skip
-        _check_choice("prediction_type", prediction_type, PREDICTIONS)
-        nn.Module.__init__(self)  # not Preconditioner's, which makes one of EDM's U-Nets
-        self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
-        self.prediction_type = prediction_type
-        betas = vp_betas(beta_schedule, beta_start, beta_end, num_steps) if trained_betas is None else trained_betas
-        sigmas = vp_discrete_sigmas(betas)
+        check_choice("prediction_type", prediction_type, PREDICTIONS)
+        if trained_betas is None:
+            sigmas = vp_discrete_sigmas(vp_betas(beta_schedule, beta_start, beta_end, num_steps))
+        else:
+            sigmas = vp_discrete_sigmas(trained_betas)
         if len(sigmas) < 2 or not (np.isfinite(sigmas).all() and (np.diff(sigmas) > 0).all() and sigmas[0] > 0):
             raise ValueError("the schedule's noise levels do not rise from step to step.")
-        self.sigma_min, self.sigma_max = float(sigmas[0]), float(sigmas[-1])
+        unet = _make_unet(img_resolution, img_channels, label_dim, model_kwargs)
+        super().__init__(unet, img_resolution, img_channels, label_dim, float(sigmas[0]), float(sigmas[-1]))
+        self.prediction_type = prediction_type
         self.register_buffer("log_sigmas", torch.tensor(np.log(sigmas), dtype=torch.float32), persistent=False)
-        self.unet = _make_unet(img_resolution, img_channels, label_dim, model_kwargs)
 
-    def scalings(self, sigma):
+    def scalings(self, sigma: torch.Tensor) -> Scalings:
         total = 1 + sigma**2
-        c_skip, c_out = {
+        outside: dict[str, tuple[torch.Tensor | float, torch.Tensor | float]] = {
             "epsilon": (1, -sigma),
             "v_prediction": (1 / total, -sigma / total.sqrt()),
             "sample": (0, 1),
-        }[self.prediction_type]
-        return c_skip, c_out, 1 / total.sqrt(), self.time(sigma)
+        }
+        return *outside[self.prediction_type], 1 / total.sqrt(), self.time(sigma)
 
     def time(self, sigma: torch.Tensor) -> torch.Tensor:
         """The time t of noise levels, float32, between 0 and T − 1, the shape of sigma."""
@@ -122,36 +125,22 @@ class DDPMPrecond(Preconditioner):
         time = below + step
         return torch.where((time - time.round()).abs() < _SNAP, time.round(), time)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        sigma: torch.Tensor | float,
-        class_labels: torch.Tensor | None = None,
-        force_fp32: bool = False,
-        augment_labels: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Denoise, see `Preconditioner.forward`; in `compute_dtype` by autocast. `augment_labels` are not used.
-
-        Raises:
-            ValueError: as there; or a conditional network is not given one class for each image.
-        """
-        x = self._checked_images(x).to(torch.float32)
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
-        c_skip, c_out, c_in, c_noise = self.scalings(sigma)
-        dtype = torch.float32 if force_fp32 else self.compute_dtype
-        time, classes = c_noise.flatten().expand(len(x)), self._classes(class_labels, x)
+    def _evaluate(
+        self, x: torch.Tensor, c_noise: torch.Tensor, class_labels: torch.Tensor | None,
+        augment_labels: torch.Tensor | None, dtype: torch.dtype,
+    ) -> torch.Tensor:  # fmt: skip
+        """By autocast, which leaves the library's own code as it is. The U-Net takes one time and class per image."""
+        time, classes = c_noise.expand(len(x)), self._classes(class_labels, len(x))
         with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-            F_x = self.unet(c_in * x, time, class_labels=classes).sample
-        return c_skip * x + c_out * F_x[:, : self.img_channels].to(torch.float32)
+            return self.inner(x, time, class_labels=classes).sample
 
-    def _classes(self, class_labels: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+    def _classes(self, class_labels: torch.Tensor | None, n: int) -> torch.Tensor | None:
         """One-hot rows as the indices that the U-Net takes."""
-        labels = None if class_labels is None else self._checked_labels(class_labels, x)
-        if self.label_dim == 0:
+        if class_labels is None:
             return None
-        if labels is None or not (labels.amax(dim=1) > 0).all():
+        if not (class_labels.amax(dim=1) > 0).all():
             raise ValueError("this network was trained with classes only: every image needs one in class_labels.")
-        return labels.argmax(dim=1).expand(len(x))
+        return class_labels.argmax(dim=1).expand(n)
 
 
 def _make_unet(img_resolution: int, img_channels: int, label_dim: int, config: dict) -> nn.Module:

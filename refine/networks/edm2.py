@@ -13,12 +13,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from refine.networks.edm import Preconditioner, _check_choice, _record_init_kwargs, scaled_dot_product
+from refine.networks.bases import check_choice, records_init_kwargs
+from refine.networks.denoiser import Preconditioner, Scalings
+from refine.networks.edm import edm_scalings
+from refine.networks.edm_layers import scaled_dot_product
 from refine.torch_utils.ops.conv3x3 import conv2d
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,6 +58,9 @@ def mp_cat(a: torch.Tensor, b: torch.Tensor, t: float = 0.5) -> torch.Tensor:
 
 class MPFourier(nn.Module):
     """Noise level as cosines at fixed random frequencies and phases (eq. 75): (N,) → (N, num_channels)."""
+
+    freqs: torch.Tensor
+    phases: torch.Tensor
 
     def __init__(self, num_channels: int):
         super().__init__()
@@ -115,8 +122,8 @@ class Block(nn.Module):
         attn_balance: float = 0.3,
         clip_act: float | None = 256,
     ):
-        _check_choice("flavor", flavor, ("enc", "dec"))
-        _check_choice("resample_mode", resample_mode, ("keep", "up", "down"))
+        check_choice("flavor", flavor, ("enc", "dec"))
+        check_choice("resample_mode", resample_mode, ("keep", "up", "down"))
         super().__init__()
         self.flavor, self.resample_mode, self.dropout = flavor, resample_mode, dropout
         self.res_balance, self.attn_balance, self.clip_act = res_balance, attn_balance, clip_act
@@ -141,7 +148,7 @@ class Block(nn.Module):
         if self.flavor == "dec":
             x = self._skip(x)
         x = mp_sum(x, y, self.res_balance)
-        if self.num_heads:
+        if self.attn_qkv is not None and self.attn_proj is not None:
             x = mp_sum(x, self.attn_proj(self._attention(self.attn_qkv(x))), self.attn_balance)
         return x if self.clip_act is None else x.clip(-self.clip_act, self.clip_act)
 
@@ -202,7 +209,8 @@ class UNet(nn.Module):
             return Block(c_in, c_out, emb_channels, flavor, resample, attention, **block_kwargs)
 
         resolutions = [img_resolution >> level for level in range(len(widths))]
-        self.enc, skips = nn.ModuleDict(), []
+        self.enc = nn.ModuleDict()
+        skips: list[int] = []
         for level, (res, width) in enumerate(zip(resolutions, widths, strict=True)):
             if level == 0:
                 self.enc[f"{res}x{res}_conv"] = MPConv(img_channels + 1, width, (3, 3))
@@ -232,11 +240,12 @@ class UNet(nn.Module):
         """The raw network F: images [N C R R], c_noise [N] or [1], labels [N L] → [N C R R]."""
         emb = self.emb_noise(self.emb_fourier(noise_labels))
         if self.emb_label is not None:
+            assert class_labels is not None  # a preconditioning gives zeros for "no label"
             emb = mp_sum(emb, self.emb_label(class_labels * math.sqrt(self.label_dim)), self.label_balance)
         emb = mp_silu(emb).to(x.dtype)
 
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-        skips = []
+        skips: list[torch.Tensor] = []
         for layer in self.enc.values():
             x = layer(x, emb) if isinstance(layer, Block) else layer(x)
             skips.append(x)
@@ -251,7 +260,7 @@ class Precond(Preconditioner):
     """EDM2's denoiser: EDM's preconditioning (EDM, table 1 "Ours") around its own U-Net, in `unet`.
 
     Args:
-        img_resolution, img_channels: Of the images.
+        img_resolution, img_channels: Size of the images.
         label_dim: Number of classes, 0 = unconditional.
         use_fp16: See `Preconditioner`.
         sigma_data: Standard deviation that the data are taken to have.
@@ -259,47 +268,28 @@ class Precond(Preconditioner):
         **model_kwargs: Arguments of `UNet`.
     """
 
-    sigma_min, sigma_max = 0.0, math.inf  # as in EDM; the files name no range
+    inner_name = "unet"
 
-    @_record_init_kwargs
+    @records_init_kwargs(defaults=False)
     def __init__(
         self, img_resolution: int, img_channels: int, label_dim: int = 0, use_fp16: bool = True,
-        sigma_data: float = 0.5, logvar_channels: int = 128, **model_kwargs,
+        sigma_data: float = 0.5, logvar_channels: int = 128, **model_kwargs: Any,
     ):  # fmt: skip
-        nn.Module.__init__(self)  # not Preconditioner's, which makes one of EDM's U-Nets
-        self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
-        self.use_fp16, self.sigma_data = use_fp16, sigma_data
-        self.unet = UNet(img_resolution, img_channels, label_dim, **model_kwargs)
+        unet = UNet(img_resolution, img_channels, label_dim, **model_kwargs)
+        # the files name no range of noise levels
+        super().__init__(unet, img_resolution, img_channels, label_dim, 0.0, math.inf, use_fp16)
+        self.sigma_data = sigma_data
         self.logvar_fourier = MPFourier(logvar_channels)
         self.logvar_linear = MPConv(logvar_channels, 1)
 
-    def scalings(self, sigma):
-        variance = sigma**2 + self.sigma_data**2
-        c_skip = self.sigma_data**2 / variance
-        c_out = sigma * self.sigma_data / variance.sqrt()
-        return c_skip, c_out, 1 / variance.sqrt(), sigma.log() / 4
+    def scalings(self, sigma: torch.Tensor) -> Scalings:
+        return edm_scalings(sigma, self.sigma_data)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        sigma: torch.Tensor | float,
-        class_labels: torch.Tensor | None = None,
-        force_fp32: bool = False,
-        augment_labels: torch.Tensor | None = None,
-        return_logvar: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Denoise, see `Preconditioner.forward`. `augment_labels` are not used: these networks have none.
-
-        Returns:
-            D_x; with `return_logvar`, (D_x, u), see `logvar`.
-        """
-        x = self._checked_images(x).to(torch.float32)
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
-        labels = self._checked_labels(class_labels, x)
-        c_skip, c_out, c_in, c_noise = self.scalings(sigma)
-        F_x = self.unet((c_in * x).to(self._dtype(x, force_fp32)), c_noise.flatten(), labels)
-        D_x = c_skip * x + c_out * F_x.to(torch.float32)
-        return (D_x, self.logvar(sigma)) if return_logvar else D_x
+    def _evaluate(
+        self, x: torch.Tensor, c_noise: torch.Tensor, class_labels: torch.Tensor | None,
+        augment_labels: torch.Tensor | None, dtype: torch.dtype,
+    ) -> torch.Tensor:  # fmt: skip
+        return self.inner(x.to(dtype), c_noise, class_labels)
 
     def logvar(self, sigma: torch.Tensor | float) -> torch.Tensor:
         """The uncertainty u(sigma) that the loss was weighted with in training (eq. 21), shape (N, 1, 1, 1)."""

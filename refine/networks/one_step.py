@@ -1,13 +1,18 @@
 """A diffusion model's U-Net as a generator of one step: what one-step distillation starts from."""
 
+from __future__ import annotations
+
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
 
 from refine.networks import ddpm, edm, edm2
+from refine.networks.bases import Denoiser, Generator, records_init_kwargs
+from refine.networks.denoiser import Preconditioner
 
-DENOISERS = {
+DENOISERS: dict[str, Callable[..., Preconditioner]] = {
     f"{module.__name__.rpartition('.')[2]}.{cls.__name__}": cls
     for module, cls in (
         *((edm, cls) for cls in (edm.EDMPrecond, edm.VPPrecond, edm.VEPrecond, edm.iDDPMPrecond)),
@@ -17,13 +22,14 @@ DENOISERS = {
 }
 
 
-class OneStepGenerator(nn.Module):
+class OneStepGenerator(Generator):
     """G(z, c) = D(sigma_init · z; sigma_init, c): unit noise to images in one evaluation of a denoiser.
 
     Args:
         denoiser: Class of the denoiser, a key of `DENOISERS`, such as 'edm.EDMPrecond'.
         sigma_init: The noise level, in units of [-1, 1] images; within the denoiser's range.
-        img_resolution, img_channels, c_dim: Of the images, and the number of classes.
+        img_resolution, img_channels: Size of the images.
+        c_dim: Number of classes.
         denoiser_kwargs: The denoiser's other constructor arguments.
 
     Attributes:
@@ -34,9 +40,10 @@ class OneStepGenerator(nn.Module):
         ValueError: An unknown class, or a noise level outside its range.
     """
 
+    @records_init_kwargs(defaults=True)
     def __init__(
         self, denoiser: str, sigma_init: float, img_resolution: int, img_channels: int, c_dim: int,
-        denoiser_kwargs: dict,
+        denoiser_kwargs: dict[str, Any],
     ):  # fmt: skip
         super().__init__()
         if denoiser not in DENOISERS:
@@ -52,27 +59,22 @@ class OneStepGenerator(nn.Module):
                 f"sigma_init is {sigma_init:g}; expected a noise level of the network, {low:g} to {high:g}"
             )
         self.sigma_init = sigma_init
-        self.init_kwargs = {
-            "denoiser": denoiser,
-            "sigma_init": sigma_init,
-            "img_resolution": img_resolution,
-            "img_channels": img_channels,
-            "c_dim": c_dim,
-            "denoiser_kwargs": denoiser_kwargs,
-        }
         self.train(False)
 
     @classmethod
-    def from_teacher(cls, teacher: nn.Module, sigma_init: float) -> "OneStepGenerator":
+    def from_teacher(cls, teacher: Denoiser, sigma_init: float) -> OneStepGenerator:
         """A generator that begins as a copy of `teacher`, float32.
 
         Raises:
             ValueError: The teacher is of no class of `DENOISERS`, or sigma_init is not in its range.
         """
-        name = next((name for name, known in DENOISERS.items() if type(teacher) is known), type(teacher).__name__)
-        kwargs = dict(getattr(teacher, "init_kwargs", {}))
-        sizes = {key: kwargs.pop(key, 0) for key in ("img_resolution", "img_channels", "label_dim")}
-        G = cls(name, sigma_init, sizes["img_resolution"], sizes["img_channels"], sizes["label_dim"], kwargs)
+        name = next((name for name, known in DENOISERS.items() if type(teacher) is known), None)
+        if name is None:
+            raise ValueError(f"unknown denoiser {type(teacher).__name__!r}; expected one of {', '.join(DENOISERS)}")
+        sizes = teacher.img_resolution, teacher.img_channels, teacher.label_dim
+        given = ("img_resolution", "img_channels", "label_dim")
+        kwargs = {key: value for key, value in teacher.init_kwargs.items() if key not in given}
+        G = cls(name, sigma_init, *sizes, kwargs)
         G.denoiser.load_state_dict(teacher.state_dict())
         return G.float()
 
@@ -90,6 +92,6 @@ class OneStepGenerator(nn.Module):
         sigma = self.denoiser.round_sigma(self.sigma_init).to(z).reshape(1, 1, 1, 1)
         return self.denoiser(sigma * z, sigma, c, force_fp32=True)
 
-    def train(self, mode: bool = True) -> "OneStepGenerator":
+    def train(self, mode: bool = True) -> OneStepGenerator:
         """Stays in eval mode: a generator is a function of z and c, without dropout and dropped labels."""
         return super().train(False)

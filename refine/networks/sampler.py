@@ -7,7 +7,8 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import nn
+
+from refine.networks.bases import Denoiser
 
 
 def karras_sigmas(
@@ -30,7 +31,7 @@ def karras_sigmas(
 
 @torch.no_grad()
 def heun_sampler(
-    net: nn.Module,
+    net: Denoiser,
     latents: torch.Tensor,
     class_labels: torch.Tensor | None = None,
     *,
@@ -50,7 +51,7 @@ def heun_sampler(
     Costs 2 · num_steps − 1 evaluations of the network (num_steps with Euler). Guidance is not included.
 
     Args:
-        net: Denoiser in eval mode, see `refine.networks.edm.Preconditioner`. Its sigma range and rounding are kept to.
+        net: Denoiser in eval mode. Its sigma range and rounding are kept to.
         latents: Unit noise, (N, C, R, R).
         class_labels: One-hot rows (N, label_dim) or None.
         num_steps: Number of noise levels.

@@ -5,12 +5,15 @@ comments: N batch, I/O input/output channels, k kernel size, L number of w vecto
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from refine.networks import bases
+from refine.networks.bases import records_init_kwargs
 from refine.torch_utils.ops.bias_act import ACTIVATIONS, bias_act
 from refine.torch_utils.ops.conv2d_resample import conv2d_resample
 from refine.torch_utils.ops.upfirdn2d import downsample2d, setup_filter, upsample2d
@@ -57,6 +60,10 @@ class FullyConnectedLayer(nn.Module):
 
 class Conv2dLayer(nn.Module):
     """Convolution with optional resampling, bias and activation: (N, I, H, W) → (N, O, H·up/down, W·up/down)."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    resample_filter: torch.Tensor
 
     def __init__(
         self,
@@ -127,7 +134,7 @@ def modulated_conv2d(
     d = None
     if demodulate:  # Σ over I and k of (w·s)² is a product of matrices                                          # [NO]
         d = (styles.square() @ weight.square().sum(dim=[2, 3]).t() + 1e-8).rsqrt()
-    geometry = {"f": resample_filter, "up": up, "padding": padding, "flip_weight": up == 1}
+    geometry: dict[str, Any] = {"f": resample_filter, "up": up, "padding": padding, "flip_weight": up == 1}
 
     if not fused:
         x = conv2d_resample(x * styles.to(x.dtype)[:, :, None, None], weight.to(x.dtype), **geometry)
@@ -145,6 +152,9 @@ def modulated_conv2d(
 
 class SynthesisLayer(nn.Module):
     """Modulated convolution, noise, bias and activation: (N, I, r/up, r/up) and w (N, w_dim) → (N, O, r, r)."""
+
+    noise_const: torch.Tensor
+    resample_filter: torch.Tensor
 
     def __init__(
         self,
@@ -223,6 +233,8 @@ class MappingNetwork(nn.Module):
         w_avg_beta: Decay of the running mean of w, used for truncation. None = not tracked.
     """
 
+    w_avg: torch.Tensor
+
     def __init__(
         self,
         z_dim: int,
@@ -270,14 +282,12 @@ class MappingNetwork(nn.Module):
         Raises:
             ValueError: z or c has another shape, or truncation is asked of a network without w_avg.
         """
-        x = None
+        inputs = []
         if self.z_dim > 0:
-            _check_batch("z", z, self.z_dim)
-            x = normalize_2nd_moment(z.to(torch.float32))
+            inputs.append(normalize_2nd_moment(_checked_batch("z", z, self.z_dim)))
         if self.c_dim > 0:
-            _check_batch("c", c, self.c_dim)
-            y = normalize_2nd_moment(self.embed(c.to(torch.float32)))
-            x = y if x is None else torch.cat([x, y], dim=1)
+            inputs.append(normalize_2nd_moment(self.embed(_checked_batch("c", c, self.c_dim))))
+        x = torch.cat(inputs, dim=1) if len(inputs) > 1 else inputs[0]
         for index in range(self.num_layers):
             x = getattr(self, f"fc{index}")(x)
         if self.training and self.w_avg_beta is not None and self.num_ws is not None and not skip_w_avg_update:
@@ -293,10 +303,10 @@ class MappingNetwork(nn.Module):
         return ws
 
 
-class SynthesisBlock(nn.Module):
+class SynthesisBlock(bases.MixedPrecision):
     """All layers of one resolution: activations (N, I, r/2, r/2) and an image → (N, O, r, r) and an image."""
 
-    compute_dtype = torch.float32  # of the convolutions where use_fp16 does not ask for float16
+    resample_filter: torch.Tensor
 
     def __init__(
         self,
@@ -443,10 +453,11 @@ class SynthesisNetwork(nn.Module):
             block_ws = ws.narrow(1, first, block.num_conv + block.num_torgb)
             x, img = block(x, img, block_ws, force_fp32, fused_modconv, noise_mode)
             first += block.num_conv
+        assert img is not None  # the last block always makes one
         return img
 
 
-class Generator(nn.Module):
+class Generator(bases.Generator):
     """StyleGAN2 generator: z and labels → images (N, img_channels, R, R), float32, about [−1, 1].
 
     Args:
@@ -459,6 +470,11 @@ class Generator(nn.Module):
         synthesis_kwargs: Arguments of `SynthesisNetwork`.
     """
 
+    noise_modes = NOISE_MODES
+    takes_truncation = True
+    trainable_parts = ("all", "mapping", "synthesis")
+
+    @records_init_kwargs(defaults=True)
     def __init__(
         self,
         z_dim: int,
@@ -466,20 +482,10 @@ class Generator(nn.Module):
         w_dim: int,
         img_resolution: int,
         img_channels: int,
-        mapping_kwargs: dict | None = None,
-        synthesis_kwargs: dict | None = None,
+        mapping_kwargs: Mapping[str, Any] = {},
+        synthesis_kwargs: Mapping[str, Any] = {},
     ):
         super().__init__()
-        mapping_kwargs, synthesis_kwargs = dict(mapping_kwargs or {}), dict(synthesis_kwargs or {})
-        self.init_kwargs = {
-            "z_dim": z_dim,
-            "c_dim": c_dim,
-            "w_dim": w_dim,
-            "img_resolution": img_resolution,
-            "img_channels": img_channels,
-            "mapping_kwargs": mapping_kwargs,
-            "synthesis_kwargs": synthesis_kwargs,
-        }
         self.z_dim, self.c_dim, self.w_dim = z_dim, c_dim, w_dim
         self.img_resolution, self.img_channels = img_resolution, img_channels
         self.synthesis = SynthesisNetwork(w_dim, img_resolution, img_channels, **synthesis_kwargs)
@@ -615,7 +621,7 @@ class DiscriminatorEpilogue(nn.Module):
         return x
 
 
-class Discriminator(nn.Module):
+class Discriminator(bases.Network):
     """StyleGAN2 discriminator: images (N, img_channels, R, R) and labels → logits (N, 1).
 
     Args:
@@ -636,6 +642,7 @@ class Discriminator(nn.Module):
         ValueError: The resolution is no power of two ≥ 4, or the architecture is unknown.
     """
 
+    @records_init_kwargs(defaults=True)
     def __init__(
         self,
         c_dim: int,
@@ -647,26 +654,12 @@ class Discriminator(nn.Module):
         num_fp16_res: int = 0,
         conv_clamp: float | None = None,
         cmap_dim: int | None = None,
-        block_kwargs: dict | None = None,
-        mapping_kwargs: dict | None = None,
-        epilogue_kwargs: dict | None = None,
+        block_kwargs: Mapping[str, Any] = {},
+        mapping_kwargs: Mapping[str, Any] = {},
+        epilogue_kwargs: Mapping[str, Any] = {},
     ):
         super().__init__()
         _check_geometry(img_resolution, architecture)
-        self.init_kwargs = {
-            "c_dim": c_dim,
-            "img_resolution": img_resolution,
-            "img_channels": img_channels,
-            "architecture": architecture,
-            "channel_base": channel_base,
-            "channel_max": channel_max,
-            "num_fp16_res": num_fp16_res,
-            "conv_clamp": conv_clamp,
-            "cmap_dim": cmap_dim,
-            "block_kwargs": dict(block_kwargs or {}),
-            "mapping_kwargs": dict(mapping_kwargs or {}),
-            "epilogue_kwargs": dict(epilogue_kwargs or {}),
-        }
         self.c_dim, self.img_resolution, self.img_channels = c_dim, img_resolution, img_channels
         self.block_resolutions = _resolutions(img_resolution)[:0:-1]  # R … 8
         fp16_from = _fp16_resolution(img_resolution, num_fp16_res)
@@ -687,14 +680,14 @@ class Discriminator(nn.Module):
                 architecture=architecture,
                 conv_clamp=conv_clamp,
                 use_fp16=res >= fp16_from,
-                **(block_kwargs or {}),
+                **block_kwargs,
             )
             setattr(self, f"b{res}", block)
             num_layers += block.num_layers
         if c_dim > 0:
-            self.mapping = MappingNetwork(0, c_dim, cmap_dim, None, w_avg_beta=None, **(mapping_kwargs or {}))
+            self.mapping = MappingNetwork(0, c_dim, cmap_dim, None, w_avg_beta=None, **mapping_kwargs)
         self.b4 = DiscriminatorEpilogue(
-            channels(4), cmap_dim, 4, img_channels, architecture, conv_clamp=conv_clamp, **(epilogue_kwargs or {})
+            channels(4), cmap_dim, 4, img_channels, architecture, conv_clamp=conv_clamp, **epilogue_kwargs
         )
 
     def forward(self, img: torch.Tensor, c: torch.Tensor | None = None, force_fp32: bool | None = None) -> torch.Tensor:
@@ -733,7 +726,9 @@ def _check_geometry(img_resolution: int, architecture: str) -> None:
         raise ValueError(f"architecture is {architecture!r}; expected one of {', '.join(ARCHITECTURES)}")
 
 
-def _check_batch(name: str, tensor: torch.Tensor | None, width: int) -> None:
+def _checked_batch(name: str, tensor: torch.Tensor | None, width: int) -> torch.Tensor:
+    """The tensor (N, width) as float32. Raises ValueError if it has another shape."""
     if tensor is None or tensor.ndim != 2 or tensor.shape[1] != width:
         found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
         raise ValueError(f"{name} is {found}; expected (N, {width})")
+    return tensor.to(torch.float32)

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from refine.networks.bases import MixedPrecision
+
 COMPUTE_DTYPES = {
     "fp32": torch.float32,
     "tf32": torch.float32,  # float32 storage; on Ampere and later, products of 10-bit mantissas
@@ -31,7 +33,7 @@ def set_precision(precision: str, networks: Iterable[nn.Module], device: torch.d
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
     for module in (module for network in networks for module in network.modules()):
-        if hasattr(module, "compute_dtype"):
+        if isinstance(module, MixedPrecision):
             module.compute_dtype, module.use_fp16 = dtype, False
     if device.type == "cuda":
         if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):

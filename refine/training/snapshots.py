@@ -18,6 +18,7 @@ from refine.metrics.metric import is_better
 from refine.metrics.named import NamedMetric
 from refine.metrics.pipeline import sharing
 from refine.metrics.sampling import latents_of_seeds
+from refine.networks.bases import Generator
 from refine.torch_utils import distributed
 from refine.training.monitor import Monitor
 from refine.training.run_dir import RunDir, kimg_name
@@ -147,9 +148,9 @@ class Snapshots:
         return z.to(device), c
 
     @torch.no_grad()
-    def _grid(self, G: torch.nn.Module) -> torch.Tensor:
+    def _grid(self, G: Generator) -> torch.Tensor:
         """uint8 (C, H, W) of the fixed latents with the stored noise."""
-        options = {"noise_mode": "const"} if hasattr(G, "synthesis") else {}
+        options = G.accepted(noise_mode="const")
         images = torch.cat([
             to_uint8(G(self._grid_z[i : i + 16], None if self._grid_c is None else self._grid_c[i : i + 16], **options))
             for i in range(0, len(self._grid_z), 16)

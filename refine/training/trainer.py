@@ -8,7 +8,8 @@ import torch
 
 from refine.config import RefineConfig
 from refine.diff_instruct import aux_loss
-from refine.guidance import guided, has_null_label
+from refine.guidance import guided
+from refine.networks.bases import Denoiser, Generator
 from refine.noise import SigmaLaw, make_weighting
 from refine.objectives import make_objective
 from refine.pair import check_label_dist, check_pair, draw_labels
@@ -47,8 +48,8 @@ class Trainer:
     def __init__(
         self,
         config: RefineConfig,
-        student: torch.nn.Module,
-        teacher: torch.nn.Module,
+        student: Generator,
+        teacher: Denoiser,
         device: torch.device | str = "cpu",
     ):
         self.bridge = check_pair(student, teacher)
@@ -83,7 +84,7 @@ class Trainer:
         if config.compile and (remark := compile_networks(computing, self.device)):
             self.remarks.append(remark)
         self.loss_scales = {name: LossScale(config.precision, self.device) for name in ("student", "aux")}
-        self.null_label = has_null_label(self.teacher)
+        self.null_label = self.teacher.has_null_label
         if config.guidance != 1:
             self.teacher = guided(self.teacher, config.guidance)
         self._kept = []  # with --reuse-batch: images, still joined to G, latents, labels of the last auxiliary step
@@ -188,9 +189,8 @@ class Trainer:
             return draw_labels(n, classes, self.label_prior, self.device)
         return c if classes else None
 
-    def _images(self, G: torch.nn.Module, z: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:
-        options = {"noise_mode": self.config.noise_mode} if hasattr(G, "synthesis") else {}
-        return G(z, c, **options)
+    def _images(self, G: Generator, z: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:
+        return G(z, c, **G.accepted(noise_mode=self.config.noise_mode))
 
     @torch.no_grad()
     def _distance_gradient(self, x: torch.Tensor, z: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:
@@ -297,15 +297,16 @@ def training_format(network: torch.nn.Module, device: torch.device) -> torch.mem
     return torch.contiguous_format if wide and device.type == "cpu" else torch.channels_last
 
 
-def select_parameters(G: torch.nn.Module, train: str) -> list[torch.nn.Parameter]:
+def select_parameters(G: Generator, train: str) -> list[torch.nn.Parameter]:
     """The parameters of the part of the student that is to move; gradients of the rest are switched off.
 
     Raises:
         ValueError: The generator has no such part.
     """
-    if train != "all" and not hasattr(G, train):
-        raise ValueError(f"--train is {train}, but this generator has no part of that name; expected all")
+    if train not in G.trainable_parts:
+        parts = " or ".join(G.trainable_parts)
+        raise ValueError(f"--train is {train}, but this generator has no part of that name; expected {parts}")
     G.requires_grad_(train == "all")
-    part = G if train == "all" else getattr(G, train)
+    part = G.part(train)
     part.requires_grad_(True)
     return list(part.parameters())

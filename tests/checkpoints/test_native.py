@@ -16,7 +16,8 @@ import torch
 from refine.checkpoints import native, registry, sniff
 from refine.checkpoints.sniff import HEADER_KEY, read_safetensors_header
 from refine.networks import edm2
-from refine.networks.edm import EDMPrecond, Init, VEPrecond, VPPrecond, iDDPMPrecond
+from refine.networks.edm import EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond
+from refine.networks.edm_layers import Init
 from refine.networks.stylegan2 import Discriminator, Generator
 
 UNET = {

@@ -5,9 +5,10 @@ from torch import nn
 
 from refine.metrics.detectors import space_of
 from refine.metrics.registry import rows_in
+from refine.networks.bases import Generator
 
 
-class PlainGenerator(nn.Module):
+class PlainGenerator(Generator):
     """A generator that is no StyleGAN2: z is the image; with classes, its top left pixel tells the class."""
 
     def __init__(self, c_dim: int = 0, img_channels: int = 1, img_resolution: int = 8):

@@ -8,17 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from refine.networks.edm import (
-    DhariwalUNet,
-    EDMPrecond,
-    GroupNorm,
-    SongUNet,
-    VEPrecond,
-    VPPrecond,
-    iDDPMPrecond,
-    vp_sigma,
-)
+from refine.networks.edm import EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond, vp_sigma
+from refine.networks.edm_layers import GroupNorm
 from refine.networks.edm_loss import EDMLoss
+from refine.networks.edm_unets import DhariwalUNet, SongUNet
 from refine.networks.sampler import heun_sampler, karras_sigmas
 
 SONG = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]}

@@ -10,7 +10,8 @@ from functools import cache, partial
 import pytest
 import torch
 
-from refine.networks import edm
+from refine.networks import edm, edm_layers
+from refine.networks.denoiser import Preconditioner
 from refine.networks.edm_loss import EDMLoss
 from refine.networks.sampler import heun_sampler, karras_sigmas
 from tests.golden import read_arrays, read_json
@@ -40,7 +41,7 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @cache
-def network(name: str) -> edm.Preconditioner:
+def network(name: str) -> Preconditioner:
     net = getattr(edm, facts(name)["precond"])(**facts(name)["init_kwargs"])
     weights = {key[2:]: value.float() for key, value in arrays(name).items() if key.startswith("w:")}
     net.load_state_dict(weights, strict=True)
@@ -82,7 +83,7 @@ def inner_case(name: str) -> dict[str, float]:
 
 def conv_case(name: str) -> dict[str, float]:
     data = {key.split(":")[1]: value for key, value in arrays("primitives").items() if key.startswith(f"{name}:")}
-    layer = edm.Conv2d(**facts("primitives")[name])
+    layer = edm_layers.Conv2d(**facts("primitives")[name])
     layer.load_state_dict({key: data[key] for key in ("weight", "bias") if key in data}, strict=False)
     return {"y": error(layer(data["x"]), data["y"])}
 
@@ -91,7 +92,7 @@ def groupnorm_case(name: str) -> dict[str, float]:
     data = {key.split(":")[1]: value for key, value in arrays("primitives").items() if key.startswith(f"{name}:")}
     options = dict(facts("primitives")[name])
     groups = options.pop("num_groups")
-    layer = edm.GroupNorm(**options)
+    layer = edm_layers.GroupNorm(**options)
     assert layer.num_groups == groups
     layer.load_state_dict({"weight": data["weight"], "bias": data["bias"]})
     return {"y": error(layer(data["x"]), data["y"])}
@@ -100,7 +101,7 @@ def groupnorm_case(name: str) -> dict[str, float]:
 def block_case(name: str) -> dict[str, float]:
     data, options = arrays("primitives"), dict(facts("primitives")[name])
     heads = options.pop("num_heads_effective")
-    block = edm.UNetBlock(**options)
+    block = edm_layers.UNetBlock(**options)
     assert block.num_heads == heads
     prefix = f"{name}:w:"
     block.load_state_dict({key.removeprefix(prefix): value for key, value in data.items() if key.startswith(prefix)})
@@ -111,11 +112,11 @@ def embedding_case(name: str) -> dict[str, float]:
     data = arrays("primitives")
     labels = data["embed:noise_labels"]
     if name == "fourier":
-        layer = edm.FourierEmbedding(2 * len(data["fourier:freqs"]))
+        layer = edm_layers.FourierEmbedding(2 * len(data["fourier:freqs"]))
         layer.load_state_dict({"freqs": data["fourier:freqs"]})
         return {"y": error(layer(labels[:5]), data["fourier:y"])}
     _, channels, endpoint = name.split("_")
-    layer = edm.PositionalEmbedding(int(channels), endpoint=endpoint == "endpoint")
+    layer = edm_layers.PositionalEmbedding(int(channels), endpoint=endpoint == "endpoint")
     return {"y": error(layer(labels), data[name])}
 
 
@@ -124,7 +125,7 @@ def attention_case() -> dict[str, float]:
     data = {key.removeprefix("attn:"): value for key, value in arrays("primitives").items() if key.startswith("attn:")}
     q, k = data["q"].clone().requires_grad_(), data["k"].clone().requires_grad_()
     v = torch.eye(k.shape[-1]).expand(len(k), 1, -1, -1)
-    w = edm.scaled_dot_product(q[:, None], k[:, None], v)[:, 0].mT  # [N queries keys]
+    w = edm_layers.scaled_dot_product(q[:, None], k[:, None], v)[:, 0].mT  # [N queries keys]
     dq, dk = torch.autograd.grad((w * data["dw"]).sum(), [q, k])
     return {"w": error(w, data["w"]), "dq": error(dq, data["dq"]), "dk": error(dk, data["dk"])}
 

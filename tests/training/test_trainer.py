@@ -16,6 +16,7 @@ from refine.training.monitor import Monitor
 from refine.training.run_dir import RunDir
 from refine.training.state import load_training_state
 from refine.training.trainer import GAP_NAMES, SIGMA_EDGES, Trainer, select_parameters
+from tests.metrics.networks import PlainGenerator
 
 
 def make_student(c_dim=3, seed=0, resolution=8, channels=1):
@@ -106,7 +107,7 @@ def test_only_the_chosen_part_moves(tmp_path, train):
     moved = {n.split(".")[0] for n, p in trainer.G.named_parameters() if not torch.equal(p, student.get_parameter(n))}
     assert moved == {train}
     with pytest.raises(ValueError, match="--train is synthesis"):
-        select_parameters(torch.nn.Linear(1, 1), "synthesis")
+        select_parameters(PlainGenerator(), "synthesis")
 
 
 def test_equal_seeds_give_equal_snapshots(tmp_path):

@@ -325,7 +325,7 @@ def _build(wanted: Wanted, compiler: toolchain.Compiler, refused: Collection[Pat
             library = op_builder.run(steps, folder, log, limit, ninja)
             try:
                 _open(library, device)  # what does not load here does not get into the cache
-            except NativeUnavailable as error:  # noqa: PERF203 - a handful of files
+            except NativeUnavailable as error:
                 raise op_builder.BuildFailed(f"{error}; log: {log}") from None
             path = op_cache.keep(library, entry, targets)
         how = "" if ninja else " without ninja, which was not found"

@@ -8,6 +8,7 @@ are its tensors and, for people, its reference; reading it takes the reference f
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import re
 import sys
@@ -18,9 +19,11 @@ from typing import Any
 import torch
 
 from refine.checkpoints import native
+from refine.networks.own import OwnGenerator
 
 _REFERENCE = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)(?:@(.+))?")
 _SIZES = ("z_dim", "c_dim", "img_resolution", "img_channels")
+_OPTIONS = {"noise_mode": "const", "truncation_psi": 1.0}  # of a call, with values that every generator knows
 
 
 @dataclass(frozen=True)
@@ -41,19 +44,18 @@ def parse(text: str | os.PathLike) -> Reference | None:
     return Reference(*match.groups()) if match else None
 
 
-def load_custom(reference: Reference) -> torch.nn.Module:
+def load_custom(reference: Reference) -> OwnGenerator:
     """The generator that the user's function makes, with the weights of the file where one is named.
 
     Returns:
-        As `load_generator`. The attribute `custom_reference` is `module:function`, under which it can be saved.
+        As `load_generator`; what the function made is in its attribute `network`.
 
     Raises:
         ValueError: The function cannot be found or fails, its result is no generator, or the file does not fit it.
     """
-    G = _checked(_call(reference), reference)
-    G.custom_reference = str(reference)
+    G = _wrapped(_call(reference), reference)
     if reference.file is not None:
-        _load_weights(G, reference)
+        _load_weights(G, reference, reference.file)
     return G.cpu().float().eval().requires_grad_(False)
 
 
@@ -85,31 +87,55 @@ def _call(reference: Reference) -> Any:
         raise ValueError(f"{reference}() failed: {_line(error)}") from error
 
 
-def _checked(G: Any, reference: Reference) -> torch.nn.Module:
-    """G, if it fulfils the protocol: sizes, the shape of its images, and a gradient for its parameters."""
-    if not isinstance(G, torch.nn.Module):
-        raise ValueError(f"{reference}() gave {type(G).__name__}; expected a torch.nn.Module")
-    for name in _SIZES:
-        value = getattr(G, name, None)
+def _wrapped(network: Any, reference: Reference) -> OwnGenerator:
+    """The user's network as one of ours, if it fulfils the protocol: four sizes, and what one call gives."""
+    if not isinstance(network, torch.nn.Module):
+        raise ValueError(f"{reference}() gave {type(network).__name__}; expected a torch.nn.Module")
+    sizes: dict[str, Any] = {name: getattr(network, name, None) for name in _SIZES}
+    for name, value in sizes.items():
         if type(value) is not int or value < (name != "c_dim"):
             raise ValueError(f"{reference}() gave a generator whose {name} is {value!r}; expected a whole number")
-    expected = (2, G.img_channels, G.img_resolution, G.img_resolution)
-    c = torch.eye(G.c_dim)[:1].repeat(2, 1) if G.c_dim else None
+    network.cpu().float().eval().requires_grad_(True)
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            images = G.cpu().float().eval().requires_grad_(True)(torch.randn(2, G.z_dim), c)
+            z = torch.randn(2, sizes["z_dim"])
+            c = torch.eye(sizes["c_dim"])[:1].repeat(2, 1) if sizes["c_dim"] else None
+            options = _accepted_options(network, z, c)
+            images = network(z, c, **options)
     except Exception as error:  # whatever the user's network does
         raise ValueError(f"{reference}() gave a generator that fails at G(z, c): {_line(error)}") from error
+    _check_images(images, (2, sizes["img_channels"], *[sizes["img_resolution"]] * 2), reference)
+    return OwnGenerator(network, str(reference), options)
+
+
+def _accepted_options(network: torch.nn.Module, z: torch.Tensor, c: torch.Tensor | None) -> dict[str, Any]:
+    """Those of `_OPTIONS` that a call takes: what its forward names, and what goes through its `**kwargs`."""
+    try:
+        parameters = inspect.signature(network.forward).parameters
+    except (TypeError, ValueError):  # not written in Python
+        return {}
+    named = {name: value for name, value in _OPTIONS.items() if name in parameters}
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        try:
+            network(z, c, **_OPTIONS)
+        except (TypeError, ValueError, RuntimeError):  # passed on to something that does not know them
+            return named
+        return _OPTIONS
+    return named
+
+
+def _check_images(images: Any, expected: tuple[int, ...], reference: Reference) -> None:
+    """Raises ValueError unless these are finite floats of that shape with a gradient."""
     if not isinstance(images, torch.Tensor) or tuple(images.shape) != expected or not images.is_floating_point():
         found = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, torch.Tensor) else type(images).__name__
         raise ValueError(f"{reference}() gave a generator of {found} for two latents; expected floats {expected}")
+    if not images.isfinite().all():
+        raise ValueError(f"{reference}() gave a generator whose images hold NaN or infinity")
     if not images.requires_grad:
         raise ValueError(f"{reference}() gave a generator whose images do not depend differentiably on its parameters")
-    return G
 
 
-def _load_weights(G: torch.nn.Module, reference: Reference) -> None:
-    path = reference.file
+def _load_weights(G: OwnGenerator, reference: Reference, path: str) -> None:
     metadata = native.read_metadata(path)
     networks = metadata.get("networks", {})
     mine = [name for name, entry in networks.items() if entry["class"] == native.CUSTOM]
