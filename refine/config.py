@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 SCHEDULES = ("constant", "cosine", "linear")
 TRAINABLE = ("all", "synthesis", "mapping")
 NOISE_MODES = ("random", "const", "none")
-OBJECTIVES = ("ikl", "dmd", "sid", "sim")
 OPS_MODES = ("auto", "native", "ref")  # those of torch_utils.build.custom_ops, without importing it
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
@@ -64,7 +64,7 @@ class RefineConfig:
 
     sigma: SigmaOptions = field(default_factory=SigmaOptions)  # noise levels of the student step
     aux_sigma: SigmaOptions = field(default_factory=SigmaOptions)  # noise levels of the auxiliary step
-    objective: str = "ikl"  # see refine.objectives
+    objective: str = "ikl"  # a name, or a sum such as "ikl:0.7+sid:0.3"; see refine.objectives.make_objective
     sid_alpha: float = 1.0  # α of sid; published with 1.0 to 1.2
     weighting: str = "1"  # of the objective over noise levels; see refine.noise.make_weighting
     guidance: float = 1.0  # of the teacher, where it knows a missing label. 1 = none
@@ -80,6 +80,8 @@ class RefineConfig:
     noise_mode: str = "random"  # of the student while training
     train: str = "all"  # which part of the student moves
     dropout: bool = False  # aux trains with the dropout that its file asks for
+    aux_dropout: float | None = None  # aux trains with this rate of dropout instead
+    aux_augment: float = 0.0  # how often each augmentation is applied to what aux learns from; 0 = never
 
     precision: str = "fp32"  # of activations and products; weights stay float32
     compile: bool = False  # torch.compile the three networks
@@ -130,10 +132,16 @@ class RefineConfig:
             ok = all(0 <= p < math.inf for p in self.label_dist) and sum(self.label_dist) > 0
             self._expect(ok, "--label-dist", list(self.label_dist), "numbers ≥ 0, not all of them 0")
         choices = {"lr_schedule": SCHEDULES, "train": TRAINABLE, "noise_mode": NOISE_MODES}
-        choices |= {"precision": PRECISIONS, "objective": OBJECTIVES}
+        choices |= {"precision": PRECISIONS}
         for name, words in choices.items():
             self._expect(getattr(self, name) in words, _flag(name), getattr(self, name), f"one of {', '.join(words)}")
         self._expect(self.ops is None or self.ops in OPS_MODES, "--ops", self.ops, f"one of {', '.join(OPS_MODES)}")
+        words = "a name such as ikl, or a sum such as ikl:0.7+sid:0.3"  # which names there are, the registry knows
+        self._expect(bool(re.fullmatch(_OBJECTIVE, self.objective)), "--objective", repr(self.objective), words)
+        rate = self.aux_dropout
+        self._expect(rate is None or 0 <= rate < 1, "--aux-dropout", rate, "a rate in [0, 1)")
+        self._expect(rate is None or not self.dropout, "--aux-dropout", rate, "none beside --dropout, the file's rate")
+        self._expect(0 <= self.aux_augment <= 1, "--aux-augment", self.aux_augment, "0 to 1")
         if self.keep_recall and not (self.metrics and self.ref):
             raise ValueError("--keep-recall needs a metric that measures recall: add --metrics and --ref")
         compared = [name for name in self.metrics if not name.startswith("is")]  # an Inception Score needs no other
@@ -185,6 +193,10 @@ class RefineConfig:
             if isinstance(values.get(name), dict):
                 values[name] = SigmaOptions(**values[name])
         return cls(**values)
+
+
+_TERM = r"\s*\w+(:[^+:]+)?\s*"  # NAME or NAME:WEIGHT
+_OBJECTIVE = rf"{_TERM}(\+{_TERM})*"
 
 
 def _flag(name: str) -> str:

@@ -11,7 +11,6 @@ from refine.cli.options import OPS_HELP
 from refine.config import (
     CHANGEABLE,
     NOISE_MODES,
-    OBJECTIVES,
     OPS_MODES,
     PRECISIONS,
     PRESETS,
@@ -76,7 +75,12 @@ def _opt(flag: str, name: str, text: str, **kwargs: Any):
 @click.option("--sigma-range", metavar="MIN,MAX", help="Range of those noise levels.  [default: 0.002,80]")
 @_opt("--aux-sigma", "aux_sigma", "Noise levels of the auxiliary step.", metavar="LAW")
 @click.option("--aux-sigma-range", metavar="MIN,MAX", help="Range of those noise levels.  [default: 0.002,80]")
-@_opt("--objective", "objective", "What the student follows; see docs/objectives.md.", type=click.Choice(OBJECTIVES))
+@_opt(
+    "--objective",
+    "objective",
+    "What the student follows: ikl, dmd, sid, sim, or a sum such as ikl:0.7+sid:0.3; see docs/objectives.md.",
+    metavar="NAME[+NAME]",
+)
 @_opt("--sid-alpha", "sid_alpha", "Alpha of the objective sid.", type=float)
 @_opt("--weighting", "weighting", "Weight of the objective over noise levels: 1 | sigma^P.", metavar="W")
 @_opt("--guidance", "guidance", "Classifier-free guidance of the teacher.", type=float)
@@ -96,6 +100,8 @@ def _opt(flag: str, name: str, text: str, **kwargs: Any):
 @_opt("--noise-mode", "noise_mode", "Noise inputs of the student while training.", type=click.Choice(NOISE_MODES))
 @_opt("--train", "train", "Which part of the student moves.", type=click.Choice(TRAINABLE))
 @_opt("--dropout", "dropout", "Train the auxiliary network with the dropout of its file.", type=bool)
+@_opt("--aux-dropout", "aux_dropout", "Train the auxiliary network with this rate of dropout.", type=float)
+@_opt("--aux-augment", "aux_augment", "Augment what the auxiliary network learns from, this often.", type=float)
 @_opt("--precision", "precision", "Compute in this format; weights stay float32.", type=click.Choice(PRECISIONS))
 @click.option("--compile/--no-compile", "compile", default=None, help="Translate the networks with torch.compile.")
 @click.option(

@@ -105,6 +105,7 @@ def _load_inputs(config: RefineConfig) -> dict[str, Any]:
     """Student, teacher and their files, checked against each other and the options."""
     from refine.guidance import guided
     from refine.noise import SigmaLaw, make_weighting
+    from refine.objectives import make_objective
     from refine.pair import check_label_dist
     from refine.training.trainer import select_parameters
 
@@ -113,6 +114,8 @@ def _load_inputs(config: RefineConfig) -> dict[str, Any]:
             SigmaLaw(**vars(law)).sample(1)
     with option("--weighting"):
         make_weighting(config.weighting)
+    with option("--objective"):
+        make_objective(config.objective)
     inputs = _load_pair(config)
     check_label_dist(config.label_dist, inputs["student"], inputs["teacher"])
     if config.guidance != 1:
