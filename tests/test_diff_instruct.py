@@ -77,9 +77,7 @@ def test_gradient_of_two_gaussians_is_the_closed_form(sigma):
     teacher = GaussianDenoiser(m_teacher.tolist(), [[s, 0.0], [0.0, s]])
     aux = GaussianDenoiser(m_student.tolist(), [[s, 0.0], [0.0, s]])
     x = torch.randn(5, 2, 1, 1)
-    gradient, gap = student_gradient(
-        teacher, aux, x, None, torch.full([5, 1, 1, 1], sigma), torch.randn_like(x), PLAIN
-    )
+    gradient, gap = student_gradient(teacher, aux, x, None, torch.full([5, 1, 1, 1], sigma), torch.randn_like(x), PLAIN)
     expected = sigma**2 / (s**2 + sigma**2) * (m_student - m_teacher)  # the same for every x: the covariances agree
     assert torch.allclose(gradient[:, :, 0, 0], expected.expand(5, 2), rtol=1e-4, atol=1e-5)
     assert torch.allclose(gap, expected.abs().mean().expand(5), rtol=1e-4, atol=1e-5)
@@ -186,7 +184,9 @@ def test_student_gradient_has_no_side_effects(unet):
 def test_modes_are_restored_after_an_error(unet):
     unet.train()
     with pytest.raises(ValueError):
-        student_gradient(unet, unet, torch.zeros(2, 3, 8, 8), None, SigmaLaw().sample(2), torch.zeros(2, 3, 8, 8), PLAIN)
+        student_gradient(
+            unet, unet, torch.zeros(2, 3, 8, 8), None, SigmaLaw().sample(2), torch.zeros(2, 3, 8, 8), PLAIN
+        )
     assert all(m.training for m in unet.modules())
 
 

@@ -32,8 +32,17 @@ from refine.objectives.sid import Sid
 from refine.objectives.sim import Sim
 
 __all__ = [
-    *("REGISTRY", "Dmd", "Guidance", "Ikl", "LossObjective", "Objective", "Sid", "Sim", "Sum"),
-    *("inverse_distance", "make_objective"),
+    "REGISTRY",
+    "Dmd",
+    "Guidance",
+    "Ikl",
+    "LossObjective",
+    "Objective",
+    "Sid",
+    "Sim",
+    "Sum",
+    "inverse_distance",
+    "make_objective",
 ]
 
 REGISTRY: dict[str, type[Objective]] = {kind.name: kind for kind in (Ikl, Dmd, Sid, Sim)}

@@ -38,7 +38,8 @@ class Sum(Objective):
         through = [part for part in self.parts if isinstance(part, LossObjective)]
         answers = ask(teacher, aux, x, c, sigma, noise, graph=bool(through))
         recorded = Recorded(answers.D_teacher.detach()), Recorded(answers.D_aux.detach())
-        total, reference, logged = torch.zeros_like(x), None, {}
+        total, reference = torch.zeros_like(x), None
+        logged: dict[str, torch.Tensor] = {}
         for part, weight in zip(self.parts, self.weights, strict=True):
             if isinstance(part, LossObjective):
                 found = part.differentiate(answers, sigma, weighting, keep=part is not through[-1])

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +14,9 @@ from refine.device import choose_device, choose_ops
 from refine.dnnlib import check_outdir
 from refine.errors import option
 from refine.processes import one_voice, together
+
+if TYPE_CHECKING:
+    from refine.training.state import FoundState
 
 ONE_STEP = "one-step"  # of --gan: the teacher's own U-Net as the generator
 
@@ -47,11 +50,13 @@ def run(
     from refine.training.state import load_newest  # torch, from here on: the options are valid
 
     set_threads()
-    state, state_path, notes = None, None, []
+    found = None
     if state_paths:
         with one_voice(), option("--resume"):
-            state_path, state, notes = load_newest(state_paths)
-            config = RefineConfig.from_dict({**json.loads(state["config"]), "time_limit": None, **(changes or {})})
+            found = load_newest(state_paths)
+            before = json.loads(found.state["config"])
+            config = RefineConfig.from_dict({**before, "time_limit": None, **(changes or {})})
+    assert config is not None, "either a config or states"
     with one_voice(), option("--batch"):
         if config.batch % distributed.world_size():
             raise ValueError(f"{config.batch} images for {distributed.world_size()} processes; expected a multiple")
@@ -59,16 +64,15 @@ def run(
         device_name = choose_device(config.device)
     with one_voice():
         choose_ops(config.ops, device_name.partition(":")[0])
-    resumed = None if state is None else (state_path, state, notes)
     with together(cuda=device_name.startswith("cuda")):
-        path, stopped = _run(config, resumed, device_name, dry_run)
+        path, stopped = _run(config, found, device_name, dry_run)
     if stopped is not None:  # 0: the time was up, which was asked for; else as a shell counts signals
         raise click.exceptions.Exit(128 + stopped if stopped else 0)
     return path
 
 
 def _run(
-    config: RefineConfig, resumed: tuple | None, device_name: str, dry_run: bool
+    config: RefineConfig, resumed: "FoundState | None", device_name: str, dry_run: bool
 ) -> tuple[Path | None, int | None]:
     """The part of `run` that all processes do together; the run folder, and what `TrainingRun.run` returns."""
     import torch
@@ -107,6 +111,7 @@ def _load_inputs(config: RefineConfig) -> dict[str, Any]:
     from refine.noise import SigmaLaw, make_weighting
     from refine.objectives import make_objective
     from refine.pair import check_label_dist
+    from refine.training.regularise import set_dropout
     from refine.training.trainer import select_parameters
 
     for flag, law in (("--sigma", config.sigma), ("--aux-sigma", config.aux_sigma)):
@@ -120,6 +125,8 @@ def _load_inputs(config: RefineConfig) -> dict[str, Any]:
     check_label_dist(config.label_dist, inputs["student"], inputs["teacher"])
     if config.guidance != 1:
         guided(inputs["teacher"], config.guidance)
+    if config.aux_dropout is not None:
+        set_dropout(inputs["teacher"], config.aux_dropout)
     with option("--train"):
         select_parameters(inputs["student"], config.train)
     return inputs
@@ -157,58 +164,60 @@ def _with_absolute_paths(config: RefineConfig) -> RefineConfig:
     from refine.checkpoints.sources.fetch import is_url
 
     given = {k: v for k in ("gan", "teacher", "ref") if (v := getattr(config, k))}
-    absolute = {k: os.path.abspath(resolve(v)) for k, v in given.items() if is_url(v) or os.path.exists(v)}
+    absolute: dict[str, Any] = {
+        k: os.path.abspath(resolve(v)) for k, v in given.items() if is_url(v) or os.path.exists(v)
+    }
     if (reference := custom.parse(config.gan)) and reference.file:
         absolute["gan"] = f"{reference}@{os.path.abspath(reference.file)}"
     return dataclasses.replace(config, **absolute)
 
 
-def _start(config, inputs, device, desc: str, resumed: tuple | None) -> tuple[Path, int | None]:
+def _start(config, inputs, device, desc: str, resumed: "FoundState | None") -> tuple[Path, int | None]:
     """Make or reopen the run folder and train in it."""
     from refine.torch_utils import distributed
     from refine.training.loop import TrainingRun
     from refine.training.run_dir import RunDir, create_run_dir
-    from refine.training.snapshots import file_provenance
+    from refine.training.snapshots import Origin, Provenance
     from refine.training.trainer import Trainer
 
-    files = {name: file_provenance(inputs[f"{name}_path"]) for name in ("student", "teacher")}
-    state_path, state, notes = resumed or (None, None, [])
+    provenance = Provenance(Origin.of(inputs["student_path"]), Origin.of(inputs["teacher_path"]))
     with option("--outdir"):
-        if state is not None:
-            folder = state_path.parent
+        if resumed is not None:
+            folder = resumed.path.parent
         else:  # made by the first process; the others need its name only
-            folder = create_run_dir(config.outdir, desc) if distributed.is_main() else None
-            folder = Path(distributed.text_of_main(str(folder)))
+            made = create_run_dir(config.outdir, desc) if distributed.is_main() else None
+            folder = Path(distributed.text_of_main(str(made)))
     run_dir = RunDir(folder, writes=distributed.is_main())
     reason = _no_container(config.gan, inputs["student_path"])
     training = TrainingRun(
         Trainer(config, inputs["student"], inputs["teacher"], device),
         run_dir,
         metrics=inputs["metrics"],
-        provenance=files,
+        provenance=provenance,
         container=None if reason else inputs["student_path"],
     )
     machine = {"device": str(device), "processes": distributed.world_size(), "versions": _versions()}
-    if state is not None:
+    if resumed is not None:
         with option("--resume"):
-            training.load_state_dict(state)
+            training.load_state_dict(resumed.state)
         run_dir.trim_after(training.trainer.nimg / 1000)
-    options = {**config.as_dict(), **machine, "run_dir": str(run_dir.path), "files": files}
+    options = {**config.as_dict(), **machine, "run_dir": str(run_dir.path)}
+    options["files"] = dataclasses.asdict(provenance)
     run_dir.write_json("training_options.json", options)
     run_dir.log(f"run folder  {run_dir.path}")
-    for note in notes:
+    for note in resumed.damaged if resumed is not None else ():
         run_dir.log(f"damaged     {note}; going on from the state before it")
     if distributed.world_size() > 1:
         run_dir.log(f"processes   {distributed.world_size()}, {config.batch // distributed.world_size()} images each")
     run_dir.log(
         f"snapshots   .safetensors{f' only: {reason}' if reason else ' and .pkl, the container that the GAN came in'}"
     )
-    if state is not None:
-        run_dir.log(f"going on at {training.trainer.nimg / 1000:.1f} of {config.kimg:g} kimg, from {state_path.name}")
-        for name, before in json.loads(state["config"]).items():
+    if resumed is not None:
+        run_dir.log(f"going on at {training.trainer.nimg / 1000:.1f} of {config.kimg:g} kimg, from {resumed.path.name}")
+        for name, before in json.loads(resumed.state["config"]).items():
             if name in CHANGEABLE - {"time_limit"} and (now := config.as_dict()[name]) != before:
                 run_dir.log(f"changed     --{name.replace('_', '-')} from {before} to {now}")
-    return run_dir.path, _train(training, run_dir, resumed=state is not None)
+    return run_dir.path, _train(training, run_dir, resumed=resumed is not None)
 
 
 def _no_container(gan: str, path: Path) -> str | None:
@@ -235,6 +244,7 @@ def _train(training, run_dir, resumed: bool) -> int | None:
     import torch
 
     from refine.torch_utils import distributed
+    from refine.training.monitor import Monitor
     from refine.training.stopping import StopRequests
 
     trainer = training.trainer
@@ -249,20 +259,16 @@ def _train(training, run_dir, resumed: bool) -> int | None:
     run_dir.log(f"computing   {trainer.config.precision}{threads}")
     for remark in trainer.remarks:
         run_dir.log(f"            {remark}")
-    monitor = None
-    if distributed.is_main():
-        from refine.training.monitor import Monitor
-
-        monitor = Monitor(run_dir.path, trainer.config.kimg, trainer.nimg / 1000 if resumed else None)
+    start_kimg = trainer.nimg / 1000 if resumed else None
+    monitor = Monitor(run_dir.path, trainer.config.kimg, start_kimg, writes=distributed.is_main())
     try:
         with StopRequests(trainer.config.time_limit) as stop:
             stopped = training.run(monitor, stop)
     finally:
-        if monitor is not None:
-            monitor.close()
+        monitor.close()
     if stopped is not None:
         return stopped
-    if (best := training.snapshots.best) is not None:
-        run_dir.log(f"best        {best['snapshot']}: {best['metric']} {best['value']:.4g} at {best['kimg']:.1f} kimg")
+    if (best := training.snapshots.standing.best) is not None:
+        run_dir.log(f"best        {best.snapshot}: {best.metric} {best.value:.4g} at {best.kimg:.1f} kimg")
     run_dir.log(f"done; watch it with  tensorboard --logdir={run_dir.path}")
     return None

@@ -83,7 +83,9 @@ def test_texts_are_read():
     assert make_objective(" ikl + sid ") == Sum((Ikl(), Sid()), (1.0, 1.0))
 
 
-@pytest.mark.parametrize("text", ["ikl+", "+", "ikl+gan", "ikl+ikl", "ikl:0.5", "ikl:0+sid", "ikl:x+sid", "ikl:nan+sid"])
+@pytest.mark.parametrize(
+    "text", ["ikl+", "+", "ikl+gan", "ikl+ikl", "ikl:0.5", "ikl:0+sid", "ikl:x+sid", "ikl:nan+sid"]
+)
 def test_impossible_texts_are_refused(text):
     with pytest.raises(ValueError, match=r"expected .*ikl"):
         make_objective(text)
