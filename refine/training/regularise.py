@@ -68,10 +68,11 @@ class Augmentation:
         """
         on = (torch.rand(len(x), 6, device=x.device) < self.probability).float()
         uniform, normal = torch.rand(len(x), 4, device=x.device), torch.randn(len(x), 4, device=x.device)
+        scaled, turned, stretched, shifted = on[:, 2:].unbind(dim=1)
         flip_x, flip_y = (on[:, :2] * uniform[:, :2].round()).unbind(dim=1)
         turn, along = ((2 * uniform[:, 2:] - 1) * math.pi).unbind(dim=1)
-        turn = on[:, 3] * turn
-        size, stretch, right, down = (on[:, [2, 4, 5, 5]] * normal).unbind(dim=1)
+        turn, size, stretch = turned * turn, scaled * normal[:, 0], stretched * normal[:, 1]
+        right, down = (shifted[:, None] * normal[:, 2:]).unbind(dim=1)
         x = torch.where(flip_x[:, None, None, None] > 0, x.flip(3), x)
         if not self.labelled:
             return shift_by_pixels(x, torch.stack([right, down], dim=1) * SHIFT * x.shape[3]), None

@@ -121,9 +121,16 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("options", [{}, {"precision": "fp16"}, {"reuse_batch": True}, {"batch_gpu": 4}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({}, {"precision": "fp16"}, {"reuse_batch": True}, {"batch_gpu": 4}, {"aux_augment": 0.5}),
+        {"objective": "dmd"},
+        {"objective": "ikl+sid"},
+    ],
+)
 def test_an_iteration_reads_nothing_back(options):
-    trainer = make_trainer(dropout=True, objective="dmd", **options)
+    trainer = make_trainer(dropout=True, **options)
     trainer.step()  # Adam makes its state
     with NoWaiting():
         trainer.step()
@@ -132,9 +139,10 @@ def test_an_iteration_reads_nothing_back(options):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("objective", ["ikl", "ikl+sid"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_an_iteration_never_waits_for_the_gpu(precision):
-    trainer = make_trainer("cuda", precision=precision, dropout=True)
+def test_an_iteration_never_waits_for_the_gpu(precision, objective):
+    trainer = make_trainer("cuda", precision=precision, objective=objective, dropout=True, aux_augment=0.5)
     trainer.step()
     torch.cuda.set_sync_debug_mode("error")
     try:
