@@ -90,7 +90,7 @@ def limits(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Callable
 def parts_of(trainer: Trainer) -> dict[str, Callable[[], object]]:
     """The iteration's five passes through a network, alone."""
     G, aux, teacher, n = trainer.G, trainer.aux, trainer.teacher, trainer.config.batch
-    z, c = trainer._latents()
+    z, c = trainer.batches.latents()
     x = trainer._images(trainer.G, z, c).detach()
     sigma = trainer.sigma.sample(n, trainer.device)
 
@@ -100,7 +100,7 @@ def parts_of(trainer: Trainer) -> dict[str, Callable[[], object]]:
 
     def aux_training():
         aux.zero_grad(set_to_none=True)
-        aux_loss(aux, x, c, sigma).mean().backward()
+        aux_loss(aux, x, c, sigma, torch.randn_like(x)).mean().backward()
 
     return {
         "student forward (for the auxiliary step)": torch.no_grad()(lambda: trainer._images(trainer.G, z, c)),

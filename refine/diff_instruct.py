@@ -10,7 +10,8 @@ A denoiser D gives a score: ∇ log p_σ(x_σ) = (D(x_σ; σ) − x_σ) / σ² (
 the two scores is that of the two *denoisers* over σ², and the gradient on the student's images is
 w'(σ) (D_aux − D_teacher) with w' = w / σ². Algorithm 1 of the paper repeats the two functions below, each followed by a
 step of its own optimiser.
-The KL is the reverse one: it punishes images that the teacher finds unlikely, and hardly punishes missing modes.
+This is the reverse KL, KL(student ‖ data), which is mode-seeking: it penalises images that the teacher finds unlikely
+and barely penalises missing modes.
 """
 
 from contextlib import contextmanager
@@ -20,27 +21,27 @@ import torch
 from refine.noise import Weighting
 
 
-def aux_loss(aux, x, c, sigma, sigma_data=0.5):
+def aux_loss(aux, x, c, sigma, noise, sigma_data=0.5):
     """Denoising score matching on the student's images, which makes aux follow the student (Algorithm 1, first step).
 
     Args:
         aux: Denoiser D(x, sigma, c), to be trained.
         x: Images of the student (N, C, H, W), detached here.
         c: Their labels (N, label_dim), or None.
-        sigma: Noise levels (N, 1, 1, 1).
+        sigma, noise: Noise levels (N, 1, 1, 1), and unit noise n like x.
         sigma_data: Standard deviation of images, which balances the noise levels.
 
     Returns:
         Loss per sample (N,): λ(σ) ‖D(x + σn; σ) − x‖², λ = (σ² + σ_data²) / (σ σ_data)² (Karras et al. 2022, eq. 8).
     """
     x = x.detach()
-    D_x = aux(x + sigma * torch.randn_like(x), sigma, c)
+    D_x = aux(x + sigma * noise, sigma, c)
     weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
     return (weight * (D_x - x) ** 2).sum(dim=[1, 2, 3])
 
 
 @torch.no_grad()
-def student_gradient(teacher, aux, x, c, sigma, weighting: Weighting):
+def student_gradient(teacher, aux, x, c, sigma, noise, weighting: Weighting):
     """The gradient of the integral KL on the student's images (Algorithm 1, second step).
 
     No gradient flows through either denoiser: the caller goes on with `x.backward(gradient)`.
@@ -49,13 +50,13 @@ def student_gradient(teacher, aux, x, c, sigma, weighting: Weighting):
         teacher, aux: Denoisers D(x, sigma, c); run in eval mode (no dropout) and left as they were.
         x: Images of the student (N, C, H, W).
         c: Their labels (N, label_dim), or None.
-        sigma: Noise levels (N, 1, 1, 1).
+        sigma, noise: Noise levels (N, 1, 1, 1), and unit noise n like x.
         weighting: Gives w' from (sigma, x, D_teacher), see `noise.make_weighting`.
 
     Returns:
         gradient (N, C, H, W) = w' (D_aux − D_teacher), and the unweighted gap mean|D_aux − D_teacher| per sample (N,).
     """
-    x_sigma = x + sigma * torch.randn_like(x)
+    x_sigma = x + sigma * noise
     with evaluating(teacher, aux):
         D_teacher = teacher(x_sigma, sigma, c)
         D_aux = aux(x_sigma, sigma, c)

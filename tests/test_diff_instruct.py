@@ -60,11 +60,13 @@ def diff_instruct(G, teacher, aux, sigma_law, steps, lr, aux_lr, batch=256, weig
         student_opt.param_groups[0]["lr"] = lr * (1 - step / steps)
         aux_opt.param_groups[0]["lr"] = aux_lr * (1 - step / steps)
         aux_opt.zero_grad()
-        aux_loss(aux, G(torch.randn(batch, G.matrix.shape[1])), None, sigma_law.sample(batch)).mean().backward()
+        x = G(torch.randn(batch, G.matrix.shape[1]))
+        aux_loss(aux, x, None, sigma_law.sample(batch), torch.randn_like(x)).mean().backward()
         aux_opt.step()
         student_opt.zero_grad()
         x = G(torch.randn(batch, G.matrix.shape[1]))
-        gradient, _ = student_gradient(teacher, aux, x.detach(), None, sigma_law.sample(batch), weighting)
+        sigma, noise = sigma_law.sample(batch), torch.randn_like(x)
+        gradient, _ = student_gradient(teacher, aux, x.detach(), None, sigma, noise, weighting)
         x.backward(gradient / batch)
         student_opt.step()
 
@@ -75,7 +77,7 @@ def test_gradient_of_two_gaussians_is_the_closed_form(sigma):
     teacher = GaussianDenoiser(m_teacher.tolist(), [[s, 0.0], [0.0, s]])
     aux = GaussianDenoiser(m_student.tolist(), [[s, 0.0], [0.0, s]])
     x = torch.randn(5, 2, 1, 1)
-    gradient, gap = student_gradient(teacher, aux, x, None, torch.full([5, 1, 1, 1], sigma), PLAIN)
+    gradient, gap = student_gradient(teacher, aux, x, None, torch.full([5, 1, 1, 1], sigma), torch.randn_like(x), PLAIN)
     expected = sigma**2 / (s**2 + sigma**2) * (m_student - m_teacher)  # the same for every x: the covariances agree
     assert torch.allclose(gradient[:, :, 0, 0], expected.expand(5, 2), rtol=1e-4, atol=1e-5)
     assert torch.allclose(gap, expected.abs().mean().expand(5), rtol=1e-4, atol=1e-5)
@@ -89,21 +91,20 @@ def test_gradient_is_minus_sigma_squared_times_the_derivative_of_the_kl():
     (derivative,) = torch.autograd.grad(kl, m_q)
     teacher = GaussianDenoiser(m_p.tolist(), [[s, 0.0], [0.0, s]])
     aux = GaussianDenoiser(m_q.tolist(), [[s, 0.0], [0.0, s]])
-    noise = torch.full([1, 1, 1, 1], sigma)
-    gradient, _ = student_gradient(teacher, aux, torch.zeros(1, 2, 1, 1), None, noise, PLAIN)
+    point = torch.zeros(1, 2, 1, 1), None, torch.full([1, 1, 1, 1], sigma), torch.randn(1, 2, 1, 1)
+    gradient, _ = student_gradient(teacher, aux, *point, PLAIN)
     assert torch.allclose(gradient.flatten(), sigma**2 * derivative, rtol=1e-5, atol=1e-6)
-    by_scores, _ = student_gradient(teacher, aux, torch.zeros(1, 2, 1, 1), None, noise, make_weighting("sigma^-2"))
+    by_scores, _ = student_gradient(teacher, aux, *point, make_weighting("sigma^-2"))
     assert torch.allclose(by_scores.flatten(), derivative, rtol=1e-5, atol=1e-6)
 
 
 def test_aux_loss_is_least_for_the_denoiser_of_the_students_distribution():
     torch.manual_seed(0)
     x = AffineGenerator([[0.8, 0.0], [0.3, 0.5]], [1.0, -1.0])(torch.randn(20_000, 2))
-    sigma = torch.full([len(x), 1, 1, 1], 0.6)
+    sigma, noise = torch.full([len(x), 1, 1, 1], 0.6), torch.randn_like(x)
 
     def loss(mean, factor):
-        torch.manual_seed(1)
-        return aux_loss(GaussianDenoiser(mean, factor), x, None, sigma).mean().item()
+        return aux_loss(GaussianDenoiser(mean, factor), x, None, sigma, noise).mean().item()
 
     best = loss([1.0, -1.0], [[0.8, 0.0], [0.3, 0.5]])
     assert best < loss([1.1, -1.0], [[0.8, 0.0], [0.3, 0.5]])
@@ -159,7 +160,9 @@ def unet():
 def test_gradient_is_zero_when_aux_is_the_teacher(unet, weighting):
     aux = copy.deepcopy(unet).train()  # dropout would make them differ, were it active
     x, c = torch.randn(4, 1, 8, 8), torch.eye(3)[[0, 1, 2, 0]]
-    gradient, gap = student_gradient(unet, aux, x, c, SigmaLaw().sample(4), make_weighting(weighting))
+    gradient, gap = student_gradient(
+        unet, aux, x, c, SigmaLaw().sample(4), torch.randn_like(x), make_weighting(weighting)
+    )
     assert torch.equal(gradient, torch.zeros_like(x))
     assert torch.equal(gap, torch.zeros(4))
 
@@ -170,7 +173,7 @@ def test_student_gradient_has_no_side_effects(unet):
     before = [m.training for net in (teacher, aux) for m in net.modules()]
     state = copy.deepcopy((teacher.state_dict(), aux.state_dict()))
     x = torch.randn(2, 1, 8, 8, requires_grad=True)
-    gradient, gap = student_gradient(teacher, aux, x, None, SigmaLaw().sample(2), PLAIN)
+    gradient, gap = student_gradient(teacher, aux, x, None, SigmaLaw().sample(2), torch.randn(2, 1, 8, 8), PLAIN)
     assert not gradient.requires_grad and not gap.requires_grad
     assert [m.training for net in (teacher, aux) for m in net.modules()] == before
     assert all(p.grad is None for net in (teacher, aux) for p in net.parameters())
@@ -181,7 +184,9 @@ def test_student_gradient_has_no_side_effects(unet):
 def test_modes_are_restored_after_an_error(unet):
     unet.train()
     with pytest.raises(ValueError):
-        student_gradient(unet, unet, torch.zeros(2, 3, 8, 8), None, SigmaLaw().sample(2), PLAIN)
+        student_gradient(
+            unet, unet, torch.zeros(2, 3, 8, 8), None, SigmaLaw().sample(2), torch.zeros(2, 3, 8, 8), PLAIN
+        )
     assert all(m.training for m in unet.modules())
 
 

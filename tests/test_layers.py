@@ -35,7 +35,7 @@ SCRIPTS = ("*.py", "benchmarks/**/*.py", "pretrained/recipes/**/*.py")
 ONLY = {
     "refine.dnnlib": ("refine.dnnlib",),
     "refine.diff_instruct": ("torch", "refine.noise"),
-    "refine.objectives": ("torch", "refine.noise", "refine.diff_instruct"),
+    "refine.objectives": ("torch", "refine.noise", "refine.diff_instruct", "refine.objectives"),
     "refine.checkpoints.sniff": ("refine.dnnlib",),
     "refine.checkpoints.foreign.diffusers_folder": (),
     "refine.checkpoints.sources.index": (

@@ -17,7 +17,9 @@ from refine.config.kinds import (
     MINUTES,
     NAMES,
     NOT_NEGATIVE,
+    OBJECTIVE,
     POSITIVE,
+    RATE,
     SHARE,
     SIGMA_LAW,
     Kind,
@@ -32,11 +34,10 @@ from refine.config.option import GROUPS, Option, flag, option
 from refine.config.presets import PRESETS
 
 __all__ = [
-    *("CHANGEABLE", "NOT_IN_SNAPSHOTS", "OBJECTIVES", "OPS_HELP", "OPS_MODES", "OPTIONS", "PRECISIONS", "PRESETS"),
+    *("CHANGEABLE", "NOT_IN_SNAPSHOTS", "OPS_HELP", "OPS_MODES", "OPTIONS", "PRECISIONS", "PRESETS"),
     *("RefineConfig", "SigmaOptions"),
 ]
 
-OBJECTIVES = ("ikl", "dmd", "sid", "sim")
 OPS_MODES = ("auto", "native", "ref")  # those of torch_utils.build.custom_ops, without importing it
 OPS_HELP = "Compiled ops: auto = where they can be had, native = or an error, ref = plain torch."
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
@@ -123,7 +124,8 @@ class RefineConfig:
     )
     aux_sigma: SigmaOptions = option(SIGMA_LAW, SigmaOptions(), _NOISE, "Noise levels of the auxiliary step.")
     objective: str = option(
-        words(OBJECTIVES), "ikl", _OBJECTIVE, "What the student follows; see docs/objectives.md.",
+        OBJECTIVE, "ikl", _OBJECTIVE,
+        "What the student follows: ikl, dmd, sid, sim, or a sum such as ikl:0.7+sid:0.3; see docs/objectives.md.",
         aliases=("loss", "method"),
     )
     sid_alpha: float = option(
@@ -168,6 +170,13 @@ class RefineConfig:
     )
     dropout: bool = option(
         BOOLEAN, False, _OBJECTIVE, "Train the auxiliary network with the dropout that its file asks for."
+    )
+    aux_dropout: float | None = option(
+        RATE, None, _OBJECTIVE, "Train the auxiliary network with this rate of dropout instead; published: 0.13."
+    )
+    aux_augment: float = option(
+        SHARE, 0.0, _OBJECTIVE,
+        "How often each augmentation is applied to what the auxiliary network learns from; published: 0.12.",
     )
 
     precision: str = option(
@@ -257,6 +266,8 @@ class RefineConfig:
             raise ValueError(
                 f"--batch-gpu is {self.batch_gpu}; expected --batch beside --reuse-batch, which keeps it whole"
             )
+        if self.aux_dropout is not None and self.dropout:
+            raise ValueError(f"--aux-dropout is {self.aux_dropout}; expected none beside --dropout, the file's rate")
         if self.patience and not self.metrics:
             raise ValueError(f"--patience is {self.patience}; expected 0, or --metrics to go by")
         if self.keep_recall and not (self.metrics and self.ref):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,6 +178,14 @@ LABEL_DIST = optional(
         cast=_tuple,
     ),
     "uniform",
+)
+RATE = optional(number("a rate in [0, 1)", lambda value: 0 <= value < 1), "none")
+_TERM = r"\s*\w+(:[^+:]+)?\s*"  # NAME or NAME:WEIGHT; which names there are, the registry of objectives knows
+OBJECTIVE = Kind(
+    "NAME[+NAME]",
+    str,
+    "a name such as ikl, or a sum such as ikl:0.7+sid:0.3",
+    lambda value: bool(re.fullmatch(rf"{_TERM}(\+{_TERM})*", value)),
 )
 NAMES = Kind(
     "LIST",

@@ -1,8 +1,8 @@
-"""The family of objectives around the same three networks: `--objective=ikl|dmd|sid|sim`.
+"""The family of objectives around the same three networks: `--objective=ikl|dmd|sid|sim`, or a sum such as `ikl+sid`.
 
-Every objective is a function (teacher, aux, x, c, sigma, weighting) → (gradient, gap): the gradient on the student's
-images, with which the caller goes on as `x.backward(gradient)`, and mean|D_aux − D_teacher| per image. Below, x_σ is
-x + σn, D_T and D_φ are teacher and aux at (x_σ, σ), w is the weighting, n = mean|x − D_T| over one image's pixels.
+An objective is called as (teacher, aux, x, c, sigma, noise, weighting) and gives the student's images a gradient, with
+which the caller goes on as `x.backward(gradient)`, and mean|D_aux − D_teacher| per image. Below, x_σ is x + σn, D_T and
+D_φ are teacher and aux at (x_σ, σ), w is the weighting, n = mean|x − D_T| over one image's pixels.
 
 | name | gradient on x, or loss L                                   | through both networks | source                  |
 |------|------------------------------------------------------------|-----------------------|-------------------------|
@@ -12,100 +12,76 @@ x + σn, D_T and D_φ are teacher and aux at (x_σ, σ), w is the weighting, n =
 | sim  | L = w ⟨u, x − D_φ⟩, u = (D_φ − D_T) / √(‖D_φ − D_T‖² + C²) | yes                   | Luo et al., 2410.16794  |
 
 ikl and dmd follow the KL divergence between the diffused student and the diffused data, sid and sim the distance of
-their scores. The two latter have a value, and its gradient goes through x_σ into both networks, whose parameters rest.
+their scores. The two latter have a value, and its gradient goes through x_σ into both networks, whose parameters are
+frozen.
+
+A new objective is a file here, with a frozen dataclass that derives from `Objective`, or from `LossObjective` where a
+loss is all there is to write, and a line in `REGISTRY`.
 """
 
-import functools
-from collections.abc import Callable
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
 
-import torch
+from refine.objectives.base import Guidance, LossObjective, Objective, inverse_distance
+from refine.objectives.combine import Sum
+from refine.objectives.dmd import Dmd
+from refine.objectives.ikl import Ikl
+from refine.objectives.sid import Sid
+from refine.objectives.sim import Sim
 
-from refine.diff_instruct import evaluating, student_gradient
-from refine.noise import Weighting
+__all__ = [
+    "REGISTRY",
+    "Dmd",
+    "Guidance",
+    "Ikl",
+    "LossObjective",
+    "Objective",
+    "Sid",
+    "Sim",
+    "Sum",
+    "inverse_distance",
+    "make_objective",
+]
 
-# The pseudo-Huber constant is C = 0.00054 √d for d numbers in an image, the value of consistency models (Song &
-# Dhariwal 2024, arXiv 2310.14189): it only rounds off the kink of ‖·‖ at zero.
-PSEUDO_HUBER = 0.00054
-
-Objective = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+REGISTRY: dict[str, type[Objective]] = {kind.name: kind for kind in (Ikl, Dmd, Sid, Sim)}
 
 
-def make_objective(name: str, sid_alpha: float = 1.0) -> Objective:
-    """The objective of that name, as (teacher, aux, x, c, sigma, weighting) → (gradient (N, C, H, W), gap (N,)).
+def make_objective(text: str, options: Mapping[str, Any] | None = None) -> Objective:
+    """The objective that a text names.
 
     Args:
-        name: 'ikl', 'dmd', 'sid' or 'sim'.
-        sid_alpha: α of 'sid'.
+        text: A name of `REGISTRY`; or a sum of several, each with a weight if it is not 1: 'ikl+sid',
+            'ikl:0.7+sid:0.3'. See `Sum`.
+        options: Parameters of the objectives, as NAME_PARAMETER: `sid_alpha` is alpha of sid. Those that are missing
+            keep their defaults, other options are not looked at.
 
     Raises:
-        ValueError: Any other name.
+        ValueError: An unknown name, one that comes twice, or an impossible weight.
     """
-    table = {"ikl": student_gradient, "dmd": dmd, "sid": functools.partial(sid, alpha=sid_alpha), "sim": sim}
-    if name not in table:
-        raise ValueError(f"unknown objective {name!r}; expected one of {', '.join(table)}")
-    return table[name]
+    terms = [term.strip().partition(":") for term in text.split("+")]
+    parts = tuple(_make(name, options or {}) for name, _, _ in terms)
+    if len(parts) == 1 and not terms[0][1]:
+        return parts[0]
+    if len({part.name for part in parts}) < len(parts) or len(parts) == 1:
+        raise ValueError(f"found {text!r}; expected a sum of different objectives, such as ikl:0.7+sid:0.3")
+    return Sum(parts, tuple(_weight(number) if colon else 1.0 for _, colon, number in terms))
 
 
-def inverse_distance(x: torch.Tensor, D_teacher: torch.Tensor) -> torch.Tensor:
-    """1 / mean|x − D_teacher| per image, (N, 1, 1, 1), no gradient: the normaliser of DMD and SiD.
-
-    The more noise, the farther is the teacher's image from x: dividing by it gives all noise levels like weight.
-    """
-    distance = (x.detach() - D_teacher.detach()).abs().mean(dim=[1, 2, 3], keepdim=True)
-    return 1 / distance.clamp_min(1e-8)
-
-
-def dmd(teacher, aux, x, c, sigma, weighting: Weighting):
-    """Distribution matching distillation: ikl whose weight also holds the normaliser, w / mean|x − D_teacher|."""
-
-    def normalised(sigma, x, D_teacher):
-        return weighting(sigma, x, D_teacher) * inverse_distance(x, D_teacher)
-
-    return student_gradient(teacher, aux, x, c, sigma, normalised)
+def _make(name: str, options: Mapping[str, Any]) -> Objective:
+    if name not in REGISTRY:
+        raise ValueError(f"unknown objective {name!r}; expected one of {', '.join(REGISTRY)}, or a sum such as ikl+sid")
+    kind = REGISTRY[name]
+    names = {field.name: f"{name}_{field.name}" for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return kind(**{field: options[option] for field, option in names.items() if option in options})
 
 
-def sid(teacher, aux, x, c, sigma, weighting: Weighting, alpha: float = 1.0):
-    """Score identity distillation: the Fisher divergence of the diffused distributions, without score of the student.
-
-    The divergence is E‖D_T − D_q‖² with D_q the student's own, unknown denoiser. Because x is, on average over what
-    gave x_σ, D_q(x_σ), the product ⟨D_T − D_q, D_T − x⟩ has the same mean as ‖D_T − D_q‖²; putting aux for D_q gives
-    one estimate, ‖D_T − D_φ‖² another. The loss is the first minus α times the second: α = 1 leaves
-    ⟨D_T − D_φ, D_φ − x⟩.
-    """
-
-    def loss(x, D_teacher, D_aux):
-        gap = D_teacher - D_aux
-        return inverse_distance(x, D_teacher) * gap * ((D_teacher - x) - alpha * gap)
-
-    return _through_both(loss, teacher, aux, x, c, sigma, weighting)
-
-
-def sim(teacher, aux, x, c, sigma, weighting: Weighting):
-    """Score implicit matching with the pseudo-Huber distance d(y) = √(‖y‖² + C²) − C of y = D_aux − D_teacher.
-
-    For any field u, E⟨u(x_σ), D_q(x_σ) − x⟩ = 0 over the student's x; differentiating this by the student turns the
-    gradient of E d(y), in which the student's own denoiser stands, into that of −E⟨d′(y), D_aux − x⟩, in which it does
-    not. With d(y) = ‖y‖² / 2 that loss is sid's at α = 1 without the normaliser.
-    """
-
-    def loss(x, D_teacher, D_aux):
-        y = D_aux - D_teacher
-        squared = y.square().sum(dim=[1, 2, 3], keepdim=True)
-        C = PSEUDO_HUBER * y[0].numel() ** 0.5
-        return y / (squared + C**2).sqrt() * (x - D_aux)
-
-    return _through_both(loss, teacher, aux, x, c, sigma, weighting)
-
-
-def _through_both(loss, teacher, aux, x, c, sigma, weighting: Weighting):
-    """Gradient on x of Σ w · loss(x, D_teacher, D_aux), through x_σ and both networks in eval mode, and the gap.
-
-    Only what leads to x is differentiated: parameters get no gradient and no memory for one.
-    """
-    with torch.enable_grad(), evaluating(teacher, aux):
-        x = x.detach().requires_grad_(True)
-        x_sigma = x + sigma * torch.randn_like(x)
-        D_teacher, D_aux = teacher(x_sigma, sigma, c), aux(x_sigma, sigma, c)
-        weight = weighting(sigma, x.detach(), D_teacher.detach())
-        (gradient,) = torch.autograd.grad((weight * loss(x, D_teacher, D_aux)).sum(), x)
-    return gradient, (D_aux - D_teacher).detach().abs().mean(dim=[1, 2, 3])
+def _weight(text: str) -> float:
+    try:
+        weight = float(text)
+        if not 0 < weight < math.inf:
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"found a weight of {text!r}; expected a number > 0, as in ikl:0.7+sid:0.3") from None
+    return weight

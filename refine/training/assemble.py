@@ -25,15 +25,17 @@ from refine.metrics.named import NamedMetric
 from refine.metrics.pipeline import sharing
 from refine.networks.one_step import OneStepGenerator
 from refine.noise import SigmaLaw, make_weighting
+from refine.objectives import make_objective
 from refine.pair import check_label_dist, check_pair
 from refine.processes import one_voice, together
 from refine.torch_utils import distributed
 from refine.torch_utils.threads import set_threads
 from refine.training.loop import TrainingRun
 from refine.training.monitor import Monitor
+from refine.training.regularise import set_dropout
 from refine.training.run_dir import RunDir, create_run_dir, next_run_dir
-from refine.training.snapshots import file_provenance
-from refine.training.state import load_newest
+from refine.training.snapshots import Origin, Provenance
+from refine.training.state import FoundState, load_newest
 from refine.training.stopping import StopRequests
 from refine.training.trainer import Trainer, select_parameters
 
@@ -64,12 +66,10 @@ class Run:
 
 @dataclass(frozen=True)
 class _Resumed:
-    """The state that a run goes on from, its file, the options it was saved with, and newer states that are damaged."""
+    """The state that a run goes on from, and the options it was saved with."""
 
-    path: Path
-    state: dict[str, Any]
+    found: FoundState
     config: RefineConfig
-    damaged: list[str]
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,10 @@ def resume(state_paths: list[Path], changes: dict[str, Any], dry_run: bool = Fal
         ValueError, OSError, SystemExit: As for `run`.
     """
     with one_voice(), option("--resume"):
-        path, state, damaged = load_newest(state_paths)
-        saved = RefineConfig.from_dict({**json.loads(state["config"]), "time_limit": None})
+        found = load_newest(state_paths)
+        saved = RefineConfig.from_dict({**json.loads(found.state["config"]), "time_limit": None})
         config = dataclasses.replace(saved, **changes)
-    return _run(config, _Resumed(path, state, saved, damaged), dry_run)
+    return _run(config, _Resumed(found, saved), dry_run)
 
 
 def _run(config: RefineConfig, resumed: _Resumed | None, dry_run: bool) -> Run:
@@ -153,7 +153,7 @@ def _run_together(config: RefineConfig, resumed: _Resumed | None, device_name: s
     training = _make_training(config, pair, metrics, run_dir, device)
     if resumed is not None:
         with option("--resume"):
-            training.load_state_dict(resumed.state)
+            training.load_state_dict(resumed.found.state)
         run_dir.trim_after(training.trainer.nimg / 1000)
     _write_options(run_dir, config, pair, device)
     _log_files(run_dir, config, pair, resumed)
@@ -192,12 +192,16 @@ def _check_laws(config: RefineConfig) -> None:
             SigmaLaw(**vars(law)).sample(1)
     with option("--weighting"):
         make_weighting(config.weighting)
+    with option("--objective"):
+        make_objective(config.objective)
 
 
 def _check_against_options(pair: _Pair, config: RefineConfig) -> None:
     check_label_dist(config.label_dist, pair.student, pair.teacher)
     if config.guidance != 1:
         guided(pair.teacher, config.guidance)
+    if config.aux_dropout is not None:
+        set_dropout(pair.teacher, config.aux_dropout)
     with option("--train"):
         select_parameters(pair.student, config.train)
 
@@ -217,7 +221,7 @@ def _open_run_dir(config: RefineConfig, desc: str, resumed: _Resumed | None) -> 
     """A new run folder, or the one of the state that the run goes on from."""
     with option("--outdir"):
         if resumed is not None:
-            folder = resumed.path.parent
+            folder = resumed.found.path.parent
         else:  # made by the first process; the others need its name only
             made = create_run_dir(config.outdir, desc) if distributed.is_main() else None
             folder = Path(distributed.text_of_main(str(made)))
@@ -236,8 +240,8 @@ def _make_training(
     )
 
 
-def _provenance(pair: _Pair) -> dict[str, dict[str, str]]:
-    return {"student": file_provenance(pair.student_path), "teacher": file_provenance(pair.teacher_path)}
+def _provenance(pair: _Pair) -> Provenance:
+    return Provenance(Origin.of(pair.student_path), Origin.of(pair.teacher_path))
 
 
 def _no_container(gan: str, path: Path) -> str | None:
@@ -252,13 +256,13 @@ def _no_container(gan: str, path: Path) -> str | None:
 def _write_options(run_dir: RunDir, config: RefineConfig, pair: _Pair, device: torch.device) -> None:
     versions = {"gan-refine": refine.__version__, "torch": torch.__version__, "python": sys.version.split()[0]}
     machine = {"device": str(device), "processes": distributed.world_size(), "versions": versions}
-    place = {"run_dir": str(run_dir.path), "files": _provenance(pair)}
+    place = {"run_dir": str(run_dir.path), "files": dataclasses.asdict(_provenance(pair))}
     run_dir.write_json("training_options.json", {**config.as_dict(), **machine, **place})
 
 
 def _log_files(run_dir: RunDir, config: RefineConfig, pair: _Pair, resumed: _Resumed | None) -> None:
     run_dir.log(f"run folder  {run_dir.path}")
-    for message in resumed.damaged if resumed is not None else ():
+    for message in resumed.found.damaged if resumed is not None else ():
         run_dir.log(f"damaged     {message}; going on from the state before it")
     if distributed.world_size() > 1:
         run_dir.log(f"processes   {distributed.world_size()}, {config.batch // distributed.world_size()} images each")
@@ -269,7 +273,7 @@ def _log_files(run_dir: RunDir, config: RefineConfig, pair: _Pair, resumed: _Res
 
 
 def _log_changes(run_dir: RunDir, config: RefineConfig, resumed: _Resumed, nimg: int) -> None:
-    run_dir.log(f"going on at {nimg / 1000:.1f} of {config.kimg:g} kimg, from {resumed.path.name}")
+    run_dir.log(f"going on at {nimg / 1000:.1f} of {config.kimg:g} kimg, from {resumed.found.path.name}")
     for name, known in OPTIONS.items():
         before, now = getattr(resumed.config, name), getattr(config, name)
         if name in CHANGEABLE - {"time_limit"} and now != before:
@@ -293,18 +297,17 @@ def _log_networks(run_dir: RunDir, trainer: Trainer) -> None:
 
 def _train(training: TrainingRun, run_dir: RunDir, resumed: bool) -> int | None:
     """Train to the end, or to a reason to stop, as `TrainingRun.run` says."""
-    config, monitor = training.config, None
-    if distributed.is_main():
-        monitor = Monitor(run_dir.path, config.kimg, training.trainer.nimg / 1000 if resumed else None)
+    config = training.config
+    start_kimg = training.trainer.nimg / 1000 if resumed else None
+    monitor = Monitor(run_dir.path, config.kimg, start_kimg, writes=distributed.is_main())
     try:
         with StopRequests(config.time_limit) as stop:
             stopped = training.run(monitor, stop)
     finally:
-        if monitor is not None:
-            monitor.close()
+        monitor.close()
     if stopped is not None:
         return stopped
-    if (best := training.snapshots.best) is not None:
-        run_dir.log(f"best        {best['snapshot']}: {best['metric']} {best['value']:.4g} at {best['kimg']:.1f} kimg")
+    if (best := training.snapshots.standing.best) is not None:
+        run_dir.log(f"best        {best.snapshot}: {best.metric} {best.value:.4g} at {best.kimg:.1f} kimg")
     run_dir.log(f"done; watch it with  tensorboard --logdir={run_dir.path}")
     return None

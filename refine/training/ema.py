@@ -20,7 +20,8 @@ def ema_beta(batch: int, nimg: int, halflife_kimg: float, rampup: float | None) 
 @torch.no_grad()
 def update_ema(ema: nn.Module, network: nn.Module, beta: float) -> None:
     """ema ← beta · ema + (1 − beta) · network for parameters; buffers (such as truncation's w_avg) are copied."""
-    averaged, current = list(ema.parameters()), list(network.parameters())
+    averaged: list[torch.Tensor] = list(ema.parameters())
+    current: list[torch.Tensor] = list(network.parameters())
     torch._foreach_lerp_(averaged, current, 1 - beta)
     for target, source in zip(ema.buffers(), network.buffers(), strict=True):
         target.copy_(source)

@@ -1,4 +1,4 @@
-"""How an iteration computes: number formats, loss scaling for float16, torch.compile. Parameters stay float32."""
+"""How an iteration computes: number and memory formats, loss scale of float16, torch.compile. Weights are float32."""
 
 from collections.abc import Callable, Iterable
 
@@ -82,6 +82,17 @@ class LossScale:
         grown = torch.where(steps + 1 >= self.interval, scale * 2, scale)
         scale = torch.where(finite, grown, scale / 2).clamp(1.0, 2.0**24)
         self.state.copy_(torch.stack([scale, torch.where(finite, (steps + 1) % self.interval, 0.0)]))
+
+
+def training_format(network: torch.nn.Module, device: torch.device) -> torch.memory_format:
+    """The memory format in which a network trains fastest.
+
+    On a CPU channels_last makes every forward pass faster (1.05 to 1.14 times) but, in wide networks, weight gradients
+    slower. Forward and backward, contiguous and channels_last: 88 and 77 ms for the shipped student, 247 and 232 for
+    its U-Net; 1.6 and 2.1 s, 4.1 and 4.7 s for those of CIFAR-10's size. (torch 2.13, one thread, AVX2)
+    """
+    wide = any(p.ndim == 4 and p.shape[1] >= 256 for p in network.parameters())
+    return torch.contiguous_format if wide and device.type == "cpu" else torch.channels_last
 
 
 def compile_networks(

@@ -97,7 +97,7 @@ def find_training_states(path: str | os.PathLike) -> list[Path]:
 
 
 def _run_number(path: Path) -> int:
-    return int(re.match(r"\d+", path.name).group())
+    return int(re.split(r"\D", path.name, maxsplit=1)[0])
 
 
 class RunDir:

@@ -1,7 +1,9 @@
 """What a run leaves at every snapshot: the networks, pictures of fixed latents, metrics, and a copy of the best."""
 
+import dataclasses
 import math
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,52 @@ from refine.training.trainer import Trainer
 GRID = (8, 8)  # rows and columns of the fixed-latent pictures
 
 
+@dataclass(frozen=True)
+class Origin:
+    """The file that a network came from."""
+
+    file: str  # its name
+    sha256: str
+
+    @classmethod
+    def of(cls, path: str | Path) -> "Origin":
+        return cls(Path(path).name, sha256_of_file(path))
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a run was made from."""
+
+    student: Origin
+    teacher: Origin
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best snapshot so far by the first metric."""
+
+    metric: str
+    value: float
+    snapshot: str  # name of the file
+    kimg: float
+
+
+@dataclass
+class Standing:
+    """What the metrics have said of a run so far; in a training state by these names."""
+
+    best: Best | None = None
+    since_best: int = 0  # snapshots measured since the best one
+    start_recall: float | None = None  # of the first metric, where config.keep_recall asks for it
+    recall_lost: bool = False
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any]) -> "Standing":
+        """From the values of a training state; older ones know nothing of recall."""
+        best = None if state["best"] is None else Best(**state["best"])
+        return cls(best, state["since_best"], state.get("start_recall"), state.get("recall_lost", False))
+
+
 class Snapshots:
     """Writes snapshots of a trainer's student into a run folder.
 
@@ -43,27 +91,24 @@ class Snapshots:
         trainer: Trainer,
         run_dir: RunDir,
         metrics: list[NamedMetric] | None = None,
-        provenance: dict[str, Any] | None = None,
+        provenance: Provenance | None = None,
         container: Path | None = None,
     ):
         self.trainer, self.run_dir = trainer, run_dir
-        self.metrics, self.provenance, self.container = metrics or [], provenance or {}, container
-        self.best: dict[str, Any] | None = None
-        self.since_best = 0  # snapshots measured since the best one
-        self.start_recall: float | None = None  # of the first metric, where config.keep_recall asks for it
-        self.recall_lost = False
+        self.metrics, self.provenance, self.container = metrics or [], provenance, container
+        self.standing = Standing()
         self._grid_z, self._grid_c = self._fixed_latents()
         self._init_grid = self._grid(trainer.G_ema)
 
-    def begin(self, monitor: Monitor | None) -> None:
+    def begin(self, monitor: Monitor) -> None:
         """Pictures and metrics of the student as it came."""
         if distributed.is_main():
             save_png(self.run_dir.path / "fakes_init.png", self._init_grid)
-            monitor.image("Fakes/before", self._init_grid, 0)
-            monitor.options(self.trainer.config.as_dict())
+        monitor.image("Fakes/before", self._init_grid, 0)
+        monitor.options(self.trainer.config.as_dict())
         self._measure(monitor, snapshot=None)
 
-    def save(self, monitor: Monitor | None) -> None:
+    def save(self, monitor: Monitor) -> None:
         """Networks, pictures and metrics of now. All processes measure, the first one writes and knows the best."""
         trainer = self.trainer
         distributed.check_equal([trainer.G, trainer.G_ema, trainer.aux])
@@ -75,7 +120,8 @@ class Snapshots:
 
     def _save(self, name: str, monitor: Monitor) -> None:
         trainer, kimg = self.trainer, self.trainer.nimg / 1000
-        provenance = {**self.provenance, "options": _portable(trainer.config), "kimg": kimg}
+        files = {} if self.provenance is None else dataclasses.asdict(self.provenance)
+        provenance = {**files, "options": _portable(trainer.config), "kimg": kimg}
         networks = {"G_ema": trainer.G_ema, "G": trainer.G}
         save_networks(self.run_dir.path / name, networks, provenance=provenance)
         if self.container is not None:
@@ -88,10 +134,10 @@ class Snapshots:
         monitor.image("Fakes/now", grid, kimg)
         monitor.image("Fakes/before_after", torch.cat([self._init_grid, gap, grid], dim=2), kimg)
 
-    def _measure(self, monitor: Monitor | None, snapshot: str | None) -> None:
+    def _measure(self, monitor: Monitor, snapshot: str | None) -> None:
         """Metrics of G_ema now, by all processes; a failing metric is reported and does not end the run."""
         distributed.wait_for_main()  # where there is no metric, too: nobody is ahead of what is being written
-        kimg, device = self.trainer.nimg / 1000, self.trainer.device
+        device = self.trainer.device
         for index, metric in enumerate(self.metrics):
             try:
                 with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), sharing():
@@ -103,35 +149,40 @@ class Snapshots:
                 reason = " ".join(str(error).split()) or type(error).__name__
                 self.run_dir.log(f"metric {metric.name} failed: {reason}")
                 continue
-            if monitor is None:
+            if not distributed.is_main():
                 continue
-            numbers = {key: value for key, value in results.items() if isinstance(value, float) and key != "seconds"}
-            monitor.scalars({f"Metrics/{metric.name}/{key}": value for key, value in numbers.items()}, kimg)
-            if "class_histogram" in results:
-                monitor.class_histogram(results["class_histogram"], kimg)
-            self.run_dir.append_metric(metric.name, results, snapshot or "init", kimg)
-            text = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
-            with tqdm.external_write_mode():
-                self.run_dir.log(f"metric {metric.name} at {kimg:.1f} kimg: {text}")
+            self._record(metric, results, snapshot, monitor)
             if index == 0 and snapshot is None:
-                self.start_recall = results.get("recall")
-            elif index == 0 and self._recall_is_kept(results) and math.isfinite(value):
+                self.standing.start_recall = results.get("recall")
+            elif index == 0 and snapshot is not None and self._recall_is_kept(results) and math.isfinite(value):
                 self._keep_best(metric, value, snapshot)
         distributed.wait_for_main()  # processes are not equally fast, and other exchanges are not so patient
 
+    def _record(self, metric: NamedMetric, results: dict[str, Any], snapshot: str | None, monitor: Monitor) -> None:
+        kimg = self.trainer.nimg / 1000
+        numbers = {key: value for key, value in results.items() if isinstance(value, float) and key != "seconds"}
+        monitor.scalars({f"Metrics/{metric.name}/{key}": value for key, value in numbers.items()}, kimg)
+        if "class_histogram" in results:
+            monitor.class_histogram(results["class_histogram"], kimg)
+        self.run_dir.append_metric(metric.name, results, snapshot or "init", kimg)
+        text = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
+        with tqdm.external_write_mode():
+            self.run_dir.log(f"metric {metric.name} at {kimg:.1f} kimg: {text}")
+
     def _recall_is_kept(self, results: dict[str, Any]) -> bool:
         """Whether the share of the recall that `--keep-recall` asks for is still there; it decides what is the best."""
-        share, recall = self.trainer.config.keep_recall, results.get("recall")
-        if not share or recall is None or self.start_recall is None:
+        share, recall, standing = self.trainer.config.keep_recall, results.get("recall"), self.standing
+        if not share or recall is None or standing.start_recall is None:
             return True
-        self.recall_lost = recall < share * self.start_recall
-        return not self.recall_lost
+        standing.recall_lost = recall < share * standing.start_recall
+        return not standing.recall_lost
 
     def _keep_best(self, metric: NamedMetric, value: float, snapshot: str) -> None:
-        self.since_best += 1
-        if self.best is None or is_better(metric.direction, value, self.best["value"]):
-            self.since_best = 0
-            self.best = {"metric": metric.name, "value": value, "snapshot": snapshot, "kimg": self.trainer.nimg / 1000}
+        standing = self.standing
+        standing.since_best += 1
+        if standing.best is None or is_better(metric.direction, value, standing.best.value):
+            standing.since_best = 0
+            standing.best = Best(metric.name, value, snapshot, self.trainer.nimg / 1000)
             for path in self.run_dir.path.glob(f"{Path(snapshot).stem}.*"):
                 with replaced_atomically(path.with_stem("network-snapshot-best")) as temporary:
                     shutil.copyfile(path, temporary)
@@ -161,8 +212,3 @@ class Snapshots:
 def _portable(config: RefineConfig) -> dict[str, Any]:
     """Options that decide the result: not where files lie, so that two equal runs write equal snapshots."""
     return {k: v for k, v in config.as_dict().items() if k not in NOT_IN_SNAPSHOTS}
-
-
-def file_provenance(path: str | Path) -> dict[str, str]:
-    """Name and sha256 of a file that a network came from."""
-    return {"file": Path(path).name, "sha256": sha256_of_file(path)}

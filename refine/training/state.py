@@ -7,16 +7,51 @@ numpy's nor Python's random numbers are used while training.
 """
 
 import contextlib
+import dataclasses
+import json
 import pickle
 import zipfile
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 
 from refine.dnnlib import replaced_atomically
 from refine.training.run_dir import kimg_name, training_states
+from refine.training.snapshots import Standing
+from refine.training.trainer import Trainer
+
+
+@dataclass
+class Progress:
+    """What a run itself counts, beside its trainer; in a training state by these names."""
+
+    elapsed: float = 0.0  # seconds of this run, over resumes
+    begun: bool = False  # whether what comes before the first step is done
+    tick_start: int = 0  # images at the last progress line
+
+
+def gather_state(trainer: Trainer, progress: Progress, standing: Standing) -> dict[str, Any]:
+    """Everything that a resumed run needs; plain tensors, numbers and texts. Every process must come here."""
+    return {
+        **trainer.state_dict(),
+        "config": json.dumps(trainer.config.as_dict()),
+        **dataclasses.asdict(progress),
+        **dataclasses.asdict(standing),
+    }
+
+
+def restore_state(state: dict[str, Any], trainer: Trainer) -> tuple[Progress, Standing]:
+    """Go on from `gather_state`'s result, with networks made from the same files.
+
+    Raises:
+        ValueError: The state is of other networks.
+    """
+    trainer.load_state_dict(state)
+    progress = Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress)})
+    return progress, Standing.of_state(state)
 
 
 def save_training_state(folder: Path, state: dict[str, Any], exact_name: bool, keep: int) -> Path:
@@ -29,7 +64,7 @@ def save_training_state(folder: Path, state: dict[str, Any], exact_name: bool, k
     with replaced_atomically(path) as temporary, open(temporary, "wb") as file:
         # To a file of Python's, whose errors are OSErrors; torch's own writer hides a full disk in a RuntimeError.
         checked = _Checked(file)
-        torch.save(state, checked)
+        torch.save(state, cast(IO[bytes], checked))
         checked.flush()
         checked.check()
     for old in training_states(folder)[keep:]:
@@ -91,8 +126,17 @@ def load_training_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_newest(paths: list[Path]) -> tuple[Path, dict[str, Any], list[str]]:
-    """The first state that can be read, its path, and a line for each one before it that could not.
+@dataclass(frozen=True)
+class FoundState:
+    """A training state to go on from, and a line for each newer one that could not be read."""
+
+    path: Path
+    state: dict[str, Any]
+    damaged: list[str]
+
+
+def load_newest(paths: list[Path]) -> FoundState:
+    """The first state that can be read.
 
     Raises:
         ValueError: None can.
@@ -100,7 +144,7 @@ def load_newest(paths: list[Path]) -> tuple[Path, dict[str, Any], list[str]]:
     damaged: list[str] = []
     for path in paths:
         try:
-            return path, load_training_state(path), damaged
+            return FoundState(path, load_training_state(path), damaged)
         except ValueError as error:  # noqa: PERF203 - a handful of files
             damaged.append(str(error))
     raise ValueError(damaged[0] + (f"; nor can the {len(paths) - 1} before it" if len(paths) > 1 else ""))

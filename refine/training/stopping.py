@@ -4,10 +4,26 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
+from enum import IntEnum
 from types import FrameType
+from typing import Any
 
 # SLURM sends SIGTERM before it kills, and USR1 where `sbatch --signal=USR1@120` asks for a warning.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+Handler = Callable[[int, FrameType | None], Any] | int | None  # what Python's signal module takes and gives
+
+
+class StopReason(IntEnum):
+    """What follows an iteration; of several reasons the largest counts, in all processes alike."""
+
+    GO_ON = 0
+    SAVE = 1  # the training state, and go on
+    TIME_IS_UP = 2
+    SIGNALLED = 3
+    NO_BETTER = 4  # than the best of the last snapshots
+    RECALL_LOST = 5
 
 
 class StopRequests:
@@ -22,7 +38,7 @@ class StopRequests:
         self._limit, self._begin = time_limit, time.monotonic()
         self._slowest, self._last = 0.0, time.monotonic()
         self._noted_at = 0.0
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Handler] = {}
 
     def __enter__(self) -> "StopRequests":
         try:

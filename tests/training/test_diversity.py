@@ -64,7 +64,7 @@ def test_a_run_ends_when_too_much_recall_is_lost(tmp_path, share, nimg, best):
     training = make_run(tmp_path, metrics=[FallingRecall()], **options)
     trainer = run(training)
     assert trainer.nimg == nimg
-    assert (training.snapshots.best or {}).get("kimg") == best
+    assert getattr(training.snapshots.standing.best, "kimg", None) == best
     resumed = make_run(tmp_path / "resumed", metrics=[FallingRecall()], **options)
     resumed.load_state_dict(training.state_dict())
     assert run(resumed).nimg == nimg  # the end stays the end

@@ -62,7 +62,7 @@ def test_the_best_snapshot_is_kept(tmp_path):
     monitor = Monitor(tmp_path)
     training.run(monitor)
     monitor.close()
-    assert training.snapshots.best["value"] == 1.0 and training.snapshots.best["kimg"] == 1.0
+    assert training.snapshots.standing.best.value == 1.0 and training.snapshots.standing.best.kimg == 1.0
     best, first, last = (
         (tmp_path / f"network-snapshot-{name}.safetensors").read_bytes() for name in ("best", "000001", "000002")
     )
@@ -81,7 +81,7 @@ def test_a_failing_metric_does_not_end_the_run(tmp_path):
     training.run(monitor)
     monitor.close()
     assert "metric fd10-fake failed: images are empty" in (tmp_path / "log.txt").read_text()
-    assert training.trainer.nimg == 24 and training.snapshots.best is None
+    assert training.trainer.nimg == 24 and training.snapshots.standing.best is None
 
 
 def test_metrics_do_not_disturb_training(tmp_path):

@@ -101,14 +101,14 @@ def test_loss_scale_saves_gradients_below_the_range_of_float16():
 def test_an_overflow_leaves_the_step_out_and_the_scale_smaller():
     trainer = make_trainer(precision="fp16")
     before = copy.deepcopy(trainer.aux.state_dict())
-    trainer.loss_scales["aux"].state[0] = 2.0**120  # no float32 gradient survives that
+    trainer.optimizers["aux"].scale.state[0] = 2.0**120  # no float32 gradient survives that
     trainer.aux_step(1e-3)
     assert all(torch.equal(value, trainer.aux.state_dict()[key]) for key, value in before.items())
-    assert trainer.skips["aux"].read() == (1, 1)
-    assert trainer.loss_scales["aux"].state[0] == 2.0**24  # half, and within its limits
-    trainer.loss_scales["aux"].state[0] = 2.0**8
+    assert trainer.optimizers["aux"].skips.read() == (1, 1)
+    assert trainer.optimizers["aux"].scale.state[0] == 2.0**24  # half, and within its limits
+    trainer.optimizers["aux"].scale.state[0] = 2.0**8
     trainer.aux_step(1e-3)
-    assert trainer.skips["aux"].read() == (1, 0)
+    assert trainer.optimizers["aux"].skips.read() == (1, 0)
 
 
 class NoWaiting(TorchDispatchMode):
@@ -121,9 +121,16 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("options", [{}, {"precision": "fp16"}, {"reuse_batch": True}, {"batch_gpu": 4}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({}, {"precision": "fp16"}, {"reuse_batch": True}, {"batch_gpu": 4}, {"aux_augment": 0.5}),
+        {"objective": "dmd"},
+        {"objective": "ikl+sid"},
+    ],
+)
 def test_an_iteration_reads_nothing_back(options):
-    trainer = make_trainer(dropout=True, objective="dmd", **options)
+    trainer = make_trainer(dropout=True, **options)
     trainer.step()  # Adam makes its state
     with NoWaiting():
         trainer.step()
@@ -132,9 +139,10 @@ def test_an_iteration_reads_nothing_back(options):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("objective", ["ikl", "ikl+sid"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_an_iteration_never_waits_for_the_gpu(precision):
-    trainer = make_trainer("cuda", precision=precision, dropout=True)
+def test_an_iteration_never_waits_for_the_gpu(precision, objective):
+    trainer = make_trainer("cuda", precision=precision, objective=objective, dropout=True, aux_augment=0.5)
     trainer.step()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -161,11 +169,11 @@ def test_a_reused_batch_gives_the_student_its_own_images():
     """With aux at rest the student's gradient is that of `student_step` on the very images of the auxiliary step."""
     trainer = make_trainer(reuse_batch=True)
     trainer.aux_step(0.0, keep=True)
-    (x, _, c), *_ = trainer._kept
+    fakes = trainer._kept[0]
     trainer.student_step(0.0)
     got = [p.grad.clone() for p in trainer.student_parameters if p.grad is not None]
     assert sum(bool(g.abs().max() > 0) for g in got) > 10
-    assert x.grad_fn is not None and c.shape == (8, 3)
+    assert fakes.x.grad_fn is not None and fakes.c.shape == (8, 3)
 
 
 def test_compiled_networks_keep_names_and_numbers():

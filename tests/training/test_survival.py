@@ -142,9 +142,9 @@ def test_states_are_kept_and_the_newest_whole_one_is_taken(tmp_path):
     for damage in (lambda data: data[: len(data) // 2], lambda data: b"", flip_a_byte):
         whole = newest.read_bytes()
         newest.write_bytes(damage(whole))
-        path, state, notes = load_newest(find_training_states(tmp_path))
-        assert path.name == names[1] and state["nimg"] == 32
-        assert len(notes) == 1 and names[0] in notes[0]
+        found = load_newest(find_training_states(tmp_path))
+        assert found.path.name == names[1] and found.state["nimg"] == 32
+        assert len(found.damaged) == 1 and names[0] in found.damaged[0]
         newest.write_bytes(whole)
     for path in training_states(tmp_path):
         path.write_bytes(b"")
@@ -257,14 +257,14 @@ def test_the_best_is_the_highest_where_the_metric_says_so(tmp_path):
     metric.direction = "higher"
     training = make_run(tmp_path, metrics=[metric])
     run(training)
-    assert training.snapshots.best["value"] == 7.0
+    assert training.snapshots.standing.best.value == 7.0
 
 
 def test_patience_ends_a_run_that_does_not_get_better(tmp_path):
     training = make_run(tmp_path, metrics=[Numbers(9.0, 5.0, 3.0, 4.0, 3.5, 1.0)], kimg=1.0)
     training.config = dataclasses.replace(training.config, patience=2, metrics=("fd10-fake",), ref="x.npz")
     run(training)
-    assert training.trainer.nimg == 32 and training.snapshots.best["snapshot"].endswith("000000.016.safetensors")
+    assert training.trainer.nimg == 32 and training.snapshots.standing.best.snapshot.endswith("000000.016.safetensors")
     assert "no better fd10-fake in 2 snapshots: done" in (tmp_path / "log.txt").read_text()
     best = (tmp_path / "network-snapshot-best.safetensors").read_bytes()
     assert best == (tmp_path / "network-snapshot-000000.016.safetensors").read_bytes()
@@ -274,7 +274,7 @@ def test_patience_ends_a_run_that_does_not_get_better(tmp_path):
 def test_no_failure_of_a_metric_ends_a_run(tmp_path, error):
     training = make_run(tmp_path, metrics=[Numbers(9.0, error, math.nan, 2.0)])
     run(training)
-    assert training.trainer.nimg == 24 and training.snapshots.best["value"] == 2.0
+    assert training.trainer.nimg == 24 and training.snapshots.standing.best.value == 2.0
     assert (tmp_path / "log.txt").read_text().count("metric fd10-fake failed: ") == 1
 
 

@@ -10,12 +10,15 @@ import torch
 from refine.config import RefineConfig
 from refine.networks.edm import EDMPrecond
 from refine.networks.stylegan2 import Generator
+from refine.objectives import REGISTRY
 from refine.pair import check_pair
 from refine.training.loop import TrainingRun
 from refine.training.monitor import Monitor
+from refine.training.observe import GAP_NAMES, SIGMA_EDGES
 from refine.training.run_dir import RunDir
+from refine.training.snapshots import Best, Standing
 from refine.training.state import load_training_state
-from refine.training.trainer import GAP_NAMES, SIGMA_EDGES, Trainer, select_parameters
+from refine.training.trainer import Trainer, select_parameters
 from tests.metrics.networks import PlainGenerator
 
 
@@ -158,6 +161,47 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, c_dim):
     assert snapshots[0].read_bytes() == snapshots[1].read_bytes()
 
 
+def test_states_hold_what_they_always_held(tmp_path):
+    """So that runs begun by earlier versions go on; the two last names came later and may be missing."""
+    training = make_run(tmp_path)
+    run(training)
+    state = load_training_state(tmp_path / "training-state-000000.024.pt")
+    later = {"start_recall", "recall_lost"}
+    assert set(state) == later | {
+        *("networks", "student_optimizer", "aux_optimizer", "rng", "cuda_rng", "nimg", "warmup_steps_done"),
+        *("loss_scales", "skips", "means", "config", "elapsed", "begun", "tick_start", "best", "since_best"),
+    }
+    state["best"] = {"metric": "fd", "value": 1.0, "snapshot": "x.safetensors", "kimg": 0.008}
+    training.load_state_dict({key: value for key, value in state.items() if key not in later})
+    assert training.snapshots.standing == Standing(Best("fd", 1.0, "x.safetensors", 0.008))
+    assert training.state_dict()["best"] == state["best"]
+
+
+def test_the_loop_fits_on_a_page():
+    import refine.training.loop
+
+    with open(refine.training.loop.__file__) as file:
+        assert len(file.readlines()) <= 200
+
+
+def test_a_sum_of_objectives_trains_reports_its_parts_and_resumes(tmp_path):
+    options = {"objective": "ikl:0.7+sid:0.3", "sid_alpha": 1.2}
+    whole = run(make_run(tmp_path / "whole", **options))
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "stats.jsonl").read_text().splitlines()]
+    for key in ("Loss/ikl_gradient", "Loss/sid_gradient", "Loss/sid", "Loss/student_gradient"):
+        assert all(math.isfinite(line[key]) for line in lines), key
+    stop_after(make_run(tmp_path / "part", **options), 16)
+    second = make_run(tmp_path / "part", **options)
+    second.load_state_dict(load_training_state(tmp_path / "part" / "training-state-000000.016.pt"))
+    assert equal_states(whole.G, run(second).G)
+
+
+def test_an_objective_that_needs_more_networks_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(REGISTRY["ikl"], "further_networks", ("head",))
+    with pytest.raises(ValueError, match="--objective=ikl\\+sid needs head"):
+        make_run(tmp_path, objective="ikl+sid")
+
+
 def stop_after(training, nimg):
     """Run until so many images are done, as a kill right after a snapshot would."""
     trainer = training.trainer
@@ -213,7 +257,10 @@ def test_single_broken_steps_are_skipped_and_counted(tmp_path):
 
     training.trainer.student_step = sometimes_broken
     run(training)
-    assert training.trainer.skips["student"].read() == (3, 0) and training.trainer.skips["aux"].read() == (0, 0)
+    assert {name: o.skips.read() for name, o in training.trainer.optimizers.items()} == {
+        "student": (3, 0),
+        "aux": (0, 0),
+    }
     assert all(p.isfinite().all() for p in training.trainer.G.parameters())
     assert "skipped student steps 3" in (tmp_path / "log.txt").read_text()
     last = json.loads((tmp_path / "stats.jsonl").read_text().splitlines()[-1])

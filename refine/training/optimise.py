@@ -1,0 +1,78 @@
+"""An optimiser step as every network takes it: gradients of all processes, loss scale, and no broken steps."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from refine.torch_utils import distributed
+from refine.torch_utils.misc import gradient_norm
+from refine.training.precision import LossScale
+
+
+class GuardedAdam:
+    """Adam that leaves out steps with NaN or infinite gradients.
+
+    Args:
+        parameters: What it moves.
+        betas: Adam's.
+        precision: What the networks compute in; fp16 needs a loss scale.
+        device: Where the parameters are.
+
+    Attributes:
+        adam: The optimiser itself.
+        scale: What losses are multiplied with before backward.
+        skips: Counts of the steps that were left out.
+    """
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], betas: tuple[float, float], precision: str, device: torch.device
+    ):
+        self.parameters = list(parameters)
+        # eps as published; the rate is set before every step.
+        # Fused, Adam reads and writes its tensors once: 2.5 to 6 times as fast on a CPU. And it can skip a step without
+        # the host knowing.
+        self.adam = torch.optim.Adam(self.parameters, betas=betas, eps=1e-8, fused=True)
+        self.scale = LossScale(precision, device)
+        self.skips = SkippedSteps(device)
+
+    def zero_grad(self) -> None:
+        self.adam.zero_grad(set_to_none=True)
+
+    def step(self, lr: float) -> torch.Tensor:
+        """A step with the gradients summed over the processes, unless they are broken; returns their norm."""
+        distributed.sum_gradients(self.parameters)
+        self.scale.unscale(self.parameters)
+        norm = gradient_norm(self.parameters)
+        self.scale.update(norm)
+        for group in self.adam.param_groups:
+            group["lr"] = lr
+        self.skips.step(self.adam, norm)
+        return norm
+
+
+class SkippedSteps:
+    """Steps of an optimiser with NaN or infinite gradients are left out, and counted.
+
+    One such gradient would end in Adam's moments and stay there. The counts live on the device.
+    """
+
+    def __init__(self, device: torch.device):
+        self.counts = torch.zeros(2, dtype=torch.int64, device=device)  # in all, in a row until now
+
+    def step(self, optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None:
+        """A step if `norm`, that of all gradients, is finite."""
+        broken = ~norm.isfinite()
+        self.counts += broken
+        self.counts[1] *= broken
+        if optimizer.defaults["fused"]:
+            # Decided on the device, without waiting for it: torch's fused optimisers look for these two.
+            optimizer.grad_scale, optimizer.found_inf = None, broken.float()  # type: ignore[attr-defined]
+            optimizer.step()
+        elif not broken:  # on a CPU there is nothing to wait for
+            optimizer.step()
+
+    def read(self) -> tuple[int, int]:
+        """(in all, in a row until now); a CPU–GPU synchronisation."""
+        total, row = self.counts.tolist()
+        return total, row

@@ -1,0 +1,80 @@
+"""The progress line of a tick, and what TensorBoard and stats.jsonl are told of it."""
+
+import math
+import time
+from dataclasses import dataclass, field
+
+from refine.dnnlib import format_time
+
+
+@dataclass(frozen=True)
+class Clocks:
+    """When a tick began, in seconds: on the wall, and of this process's threads, which others on a CPU disturb less."""
+
+    wall: float = field(default_factory=time.time)
+    processor: float = field(default_factory=time.process_time)
+
+
+@dataclass(frozen=True)
+class TickReport:
+    """What happened between two progress lines.
+
+    Attributes:
+        tick: Its number.
+        nimg, images: Images so far, and in this tick.
+        remaining: Images until the end of the run.
+        elapsed: Seconds of the run.
+        seconds, processor_seconds: Of this tick, on the wall and of this process.
+        lr, aux_lr: Learning rates of its last step.
+        means: What `RunningMeans` gathered, by TensorBoard tag.
+        skipped: Steps left out so far, by network.
+        memory: Peak use in GiB, by kind.
+    """
+
+    tick: int
+    nimg: int
+    images: int
+    remaining: int
+    elapsed: float
+    seconds: float
+    processor_seconds: float
+    lr: float
+    aux_lr: float
+    means: dict[str, float]
+    skipped: dict[str, int]
+    memory: dict[str, float]
+
+    @property
+    def rate(self) -> float:
+        """Images per second."""
+        return self.images / max(self.seconds, 1e-9)
+
+    def line(self) -> str:
+        """The line of log.txt."""
+        fields = [
+            f"tick {self.tick:<5d}",
+            f"kimg {self.nimg / 1000:<8.1f}",
+            f"time {format_time(self.elapsed):<12s}",
+            f"sec/tick {self.seconds:<7.1f}",
+            f"sec/kimg {self.seconds / self.images * 1000:<8.2f}",
+            f"img/s {self.rate:<7.1f}",
+            f"ETA {format_time(self.remaining / self.rate):<10s}",
+            f"loss aux {self.means.get('Loss/aux', math.nan):<8.1f}",
+            *(f"{name} {value:<6.2f}" for name, value in self.memory.items()),
+            *(f"skipped {name} steps {count}" for name, count in self.skipped.items() if count),
+        ]
+        return " ".join(fields)
+
+    def scalars(self) -> dict[str, float]:
+        """Values by TensorBoard tag."""
+        return {
+            **self.means,
+            "Progress/lr": self.lr,
+            "Progress/aux_lr": self.aux_lr,
+            **{f"Progress/skipped_{name}_steps": float(count) for name, count in self.skipped.items()},
+            "Timing/img_per_sec": self.rate,
+            "Timing/sec_per_tick": self.seconds,
+            "Timing/total_hours": self.elapsed / 3600,
+            "Timing/cpu_sec_per_kimg": self.processor_seconds / self.images * 1000,
+            **{f"Resources/peak_{name}_gb": value for name, value in self.memory.items()},
+        }
