@@ -1,0 +1,1 @@
+"""Compiled ops: found, built once, kept and loaded."""
