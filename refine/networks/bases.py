@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec
@@ -94,14 +95,14 @@ class Denoiser(Network, ABC):
     Attributes:
         img_resolution, img_channels: Size of the square images.
         label_dim: Number of classes; 0 = unconditional.
-        sigma_min, sigma_max: Range of noise levels for which it is meant.
+        sigma_min, sigma_max: Range of noise levels for which it is meant; every one, unless a network says otherwise.
     """
 
     img_resolution: int
     img_channels: int
     label_dim: int
-    sigma_min: float
-    sigma_max: float
+    sigma_min: float = 0.0
+    sigma_max: float = math.inf
 
     @property
     def has_null_label(self) -> bool:

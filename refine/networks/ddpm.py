@@ -75,7 +75,7 @@ class DDPMPrecond(Preconditioner):
     Outside of the range, the nearest time is taken. D is not clipped to [-1, 1], as the samplers of diffusers may do.
 
     Args:
-        img_resolution, img_channels: Of the images. A U-Net with more output channels (a learned variance) may be
+        img_resolution, img_channels: Size of the images. A U-Net with more output channels (a learned variance) may be
             wrapped; only the first img_channels are used.
         label_dim: Number of classes, 0 = unconditional. There is no "no label": class_labels must be given.
         prediction_type: What the U-Net predicts, one of `PREDICTIONS`.
@@ -104,7 +104,8 @@ class DDPMPrecond(Preconditioner):
         if len(sigmas) < 2 or not (np.isfinite(sigmas).all() and (np.diff(sigmas) > 0).all() and sigmas[0] > 0):
             raise ValueError("the schedule's noise levels do not rise from step to step.")
         unet = _make_unet(img_resolution, img_channels, label_dim, model_kwargs)
-        super().__init__(unet, img_resolution, img_channels, label_dim, float(sigmas[0]), float(sigmas[-1]))
+        super().__init__(unet, img_resolution, img_channels, label_dim)
+        self.sigma_min, self.sigma_max = float(sigmas[0]), float(sigmas[-1])
         self.prediction_type = prediction_type
         self.register_buffer("log_sigmas", torch.tensor(np.log(sigmas), dtype=torch.float32), persistent=False)
 

@@ -29,7 +29,6 @@ class Preconditioner(Denoiser, MixedPrecision):
         img_resolution, img_channels: Size of the images. Where F has more output channels (a learned variance), the
             first img_channels are used.
         label_dim: Number of classes, 0 = unconditional.
-        sigma_min, sigma_max: Range of noise levels for which it is meant.
         use_fp16: Run F in float16 where the images are on a GPU.
 
     Attributes:
@@ -39,12 +38,11 @@ class Preconditioner(Denoiser, MixedPrecision):
     inner_name = "model"
 
     def __init__(
-        self, inner: nn.Module, img_resolution: int, img_channels: int, label_dim: int,
-        sigma_min: float, sigma_max: float, use_fp16: bool = False,
-    ):  # fmt: skip
+        self, inner: nn.Module, img_resolution: int, img_channels: int, label_dim: int = 0, use_fp16: bool = False
+    ):
         super().__init__()
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
-        self.sigma_min, self.sigma_max, self.use_fp16 = sigma_min, sigma_max, use_fp16
+        self.use_fp16 = use_fp16
         self.add_module(self.inner_name, inner)
 
     @property

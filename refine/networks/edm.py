@@ -39,7 +39,8 @@ class _AroundUNet(Preconditioner):
             img_resolution=img_resolution, in_channels=img_channels, out_channels=out_channels or img_channels,
             label_dim=label_dim, **model_kwargs,
         )  # fmt: skip
-        super().__init__(unet, img_resolution, img_channels, label_dim, sigma_min, sigma_max, use_fp16)
+        super().__init__(unet, img_resolution, img_channels, label_dim, use_fp16)
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
     @property
     def has_null_label(self) -> bool:

@@ -276,8 +276,7 @@ class Precond(Preconditioner):
         sigma_data: float = 0.5, logvar_channels: int = 128, **model_kwargs: Any,
     ):  # fmt: skip
         unet = UNet(img_resolution, img_channels, label_dim, **model_kwargs)
-        # the files name no range of noise levels
-        super().__init__(unet, img_resolution, img_channels, label_dim, 0.0, math.inf, use_fp16)
+        super().__init__(unet, img_resolution, img_channels, label_dim, use_fp16)
         self.sigma_data = sigma_data
         self.logvar_fourier = MPFourier(logvar_channels)
         self.logvar_linear = MPConv(logvar_channels, 1)
