@@ -124,7 +124,7 @@ def write_rosinality(out_path: str | os.PathLike, networks: Mapping[str, torch.n
     return notes
 
 
-def load_all(path: str | os.PathLike) -> dict[str, torch.nn.Module]:
+def load_all(path: str | os.PathLike) -> Mapping[str, torch.nn.Module]:
     """Every generator, discriminator and teacher of a file that can be read, by name; not the aux network of a run.
 
     Raises:
@@ -137,7 +137,7 @@ def load_all(path: str | os.PathLike) -> dict[str, torch.nn.Module]:
         if not names:
             raise ValueError(f"{path} is a native file without a generator or teacher; expected one with")
         return native.load_networks(path, names)
-    networks = {}
+    networks: dict[str, torch.nn.Module] = {}
     with open_container(path) as container:
         for name, kind in container.members.items():
             if kind != "discriminator":

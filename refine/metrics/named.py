@@ -21,6 +21,7 @@ from refine.metrics.pipeline import my_share, rank_and_world
 from refine.metrics.references import Looking, Reference, load_reference
 from refine.metrics.registry import METRICS
 from refine.metrics.sampling import sample_images, with_progress
+from refine.networks.bases import Generator
 
 
 def _named() -> dict[str, Metric]:
@@ -96,7 +97,7 @@ class NamedMetric:
             where = "" if self._reference is None else f", but {self._reference.name} holds none of them"
             raise ValueError(f"{name} needs {self.metric.reference} of the reference{where}")
 
-    def measure(self, G: torch.nn.Module, device: torch.device | str, progress: bool = False) -> dict[str, Any]:
+    def measure(self, G: Generator, device: torch.device | str, progress: bool = False) -> dict[str, Any]:
         """Results of `evaluate`, and `seeds`; neither the network nor the caller's random state changes.
 
         A process measures alone, unless all call this within `refine.metrics.pipeline.sharing`.

@@ -38,6 +38,7 @@ from refine.metrics.pipeline import gathered, my_share, prefetched, rank_and_wor
 from refine.metrics.sampling import Batch, sample_images
 from refine.metrics.statistics import FeatureStatistics
 from refine.metrics.stored import read_stored
+from refine.networks.bases import Generator
 
 #: Features of a reference made from images are kept up to this size; beyond, only mean and covariance are.
 MAX_FEATURE_BYTES = 1 << 30
@@ -297,7 +298,7 @@ def _measured(
     return replace(reference, form=form, images=images)
 
 
-def _of_generator(G: torch.nn.Module, path: Path, detector: Detector | None, looking: Looking) -> Reference:
+def _of_generator(G: Generator, path: Path, detector: Detector | None, looking: Looking) -> Reference:
     if detector is None:
         raise ValueError(f"reference {path} is a generator, whose images need a detector to be looked at")
     seeds = range(REFERENCE_SEED, REFERENCE_SEED + looking.num)

@@ -165,7 +165,7 @@ class Trainer:
         return G(z, c, **G.accepted(noise_mode=self.config.noise_mode))
 
     @torch.no_grad()
-    def _distance_gradient(self, G_start: torch.nn.Module, fakes: Fakes) -> torch.Tensor:
+    def _distance_gradient(self, G_start: Generator, fakes: Fakes) -> torch.Tensor:
         gradient = distance_gradient(fakes.x, self.bridge.images(self._images(G_start, fakes.z, fakes.c)))
         self.means.add("Loss/distances", gradient.square().mean(dim=[1, 2, 3]))
         return gradient
