@@ -49,7 +49,7 @@ def kill(process: subprocess.Popen, run: Path, draw: random.Random, while_saving
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--kills", default=20, show_default=True, help="How often the run is killed.")
 @click.option("--longest", default=9.0, show_default=True, help="Seconds that a process lives at most until then.")
-@click.option("--seed", default=0, show_default=True, help="Of the moments.")
+@click.option("--seed", default=0, show_default=True, help="Random seed of the moments.")
 @click.option("--outdir", default="kills-out", show_default=True, metavar="DIR")
 @click.option("--kimg", type=float, help="Length of the run.  [default: preset demo]")
 def main(kills: int, longest: float, seed: int, outdir: str, kimg: float | None) -> None:

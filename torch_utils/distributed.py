@@ -63,7 +63,7 @@ def local_device(name: str) -> str:
 
 
 class LostProcess(ConnectionError):
-    """The run ends because another process did; `told` if that one has said why, to people and to us."""
+    """The run ends because another process did; `told` if that process has said why."""
 
     def __init__(self, text: str, told: bool):
         super().__init__(text)

@@ -14,7 +14,7 @@ class GuardedAdam:
     """Adam that leaves out steps with NaN or infinite gradients.
 
     Args:
-        parameters: What it moves.
+        parameters: What it updates.
         betas: Adam's.
         precision: What the networks compute in; fp16 needs a loss scale.
         device: Where the parameters are.

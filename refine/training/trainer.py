@@ -34,12 +34,12 @@ class Trainer:
 
     Attributes:
         G, G_ema, aux, teacher: The student, its moving average, the auxiliary network, the teacher.
-        optimizers: Of 'student' and 'aux'.
+        optimizers: Those of 'student' and 'aux'.
         nimg: Images through the student step.
         remarks: Lines on what --precision and --compile could not do on this machine.
 
     Raises:
-        ValueError: The networks do not fit together, or the options name an impossible law, weighting or objective.
+        ValueError: The networks do not fit together, or an option names an impossible distribution or objective.
     """
 
     def __init__(
@@ -216,7 +216,7 @@ def _copied(network: torch.nn.Module, device: torch.device, memory_format: torch
 
 
 def select_parameters(G: Generator, train: str) -> list[torch.nn.Parameter]:
-    """The parameters of the part of the student that is to move; gradients of the rest are switched off.
+    """The parameters of the part of the student that is to be trained; the rest is frozen.
 
     Raises:
         ValueError: The generator has no such part.
