@@ -39,7 +39,8 @@ class Trainer:
         remarks: Lines on what --precision and --compile could not do on this machine.
 
     Raises:
-        ValueError: The networks do not fit together, or an option names an impossible distribution or objective.
+        ValueError: The networks do not fit together, or the options name an impossible distribution of noise levels,
+            weighting or objective.
     """
 
     def __init__(
