@@ -199,7 +199,7 @@ NAMES = Kind(
 
 @dataclass(frozen=True)
 class SigmaOptions:
-    """Distribution of the noise levels of one step; the fields of `refine.noise.SigmaLaw`, without importing torch."""
+    """The law of noise levels of one step; the fields of `refine.noise.SigmaLaw`, without importing torch."""
 
     name: str = "lognormal"
     P_mean: float = -1.2

@@ -147,7 +147,7 @@ class Machine:
         if not isinstance(function, Stub) or function.call is None:
             raise Refused(f"it calls {_what(function)}, which no checkpoint does")
         if not isinstance(args, tuple):
-            raise Refused(f"it calls {function.name} with something that is not a tuple")
+            raise Refused(f"it calls {function.name} with something that is no tuple")
         try:
             self.stack.append(function.call(*args))
         except TypeError:

@@ -105,7 +105,7 @@ def fetch(url: str, sha256: str | None = None) -> Path:
         Path in the cache, with the bytes that were there at first sight.
 
     Raises:
-        ValueError: not such a URL; the download failed for good; what came is not a network file; or the bytes are not
+        ValueError: not such a URL; the download failed for good; what came is no network file; or the bytes are not
             those of the checksum. One sentence. No partial file is left.
         OSError: the cache folder cannot be written, or the disk is full.
     """
