@@ -13,6 +13,7 @@ from refine.config.kinds import (
     BETAS,
     BOOLEAN,
     LABEL_DIST,
+    LENGTHS,
     LIMIT,
     MINUTES,
     NAMES,
@@ -108,6 +109,12 @@ class RefineConfig:
     )
     betas: tuple[float, float] = option(BETAS, (0.0, 0.999), _RATES, "Adam's betas, student.", aliases=("adam-betas",))
     aux_betas: tuple[float, float] = option(BETAS, (0.0, 0.999), _RATES, "Adam's betas, auxiliary network.")
+    clip: float | None = option(
+        LIMIT, None, _RATES, "Largest norm of the student's gradient; 0 = no limit.", aliases=("grad-clip", "max-norm")
+    )
+    aux_clip: float | None = option(
+        LIMIT, None, _RATES, "Largest norm of the auxiliary network's gradient; 0 = no limit."
+    )
     lr_schedule: str = option(
         words(("constant", "cosine", "linear")), "constant", _RATES,
         "Schedule of the student's rate over the run; the auxiliary network has to keep up, so its rate is constant.",
@@ -153,6 +160,15 @@ class RefineConfig:
         NOT_NEGATIVE, 0.0, _LENGTH,
         "Thousands of images for the auxiliary network to learn from first, while the student is frozen.",
         aliases=("aux-warmup", "warmup"),
+    )
+    average: str = option(
+        words(("power", "ema")), "power", _RATES,
+        "Average of the student that snapshots hold as G_ema: power = its length is a share of the run and can be "
+        "chosen afterwards; ema = a half-life in kimg.", formerly="ema",
+    )
+    average_lengths: tuple[float, ...] = option(
+        LENGTHS, (0.05, 0.1, 0.25), _RATES,
+        "Lengths of the power averages that are kept, as relative standard deviations; metrics try all of them.",
     )
     ema_kimg: float = option(
         NOT_NEGATIVE, 50.0, _RATES, "Half-life of the student's moving average.",
@@ -308,15 +324,16 @@ class RefineConfig:
     def from_dict(cls, values: dict[str, Any]) -> "RefineConfig":
         """The inverse of `as_dict`, also after a trip through JSON.
 
-        No preset is looked up: an option that an older version did not know takes its default, so that presets may
-        change without changing the runs that were made with them.
+        No preset is looked up: an option that an older version did not know takes its default, or what was done before
+        there was a choice, so that presets may change without changing the runs that were made with them.
 
         Raises:
             ValueError: Unknown names, or impossible values.
         """
         if unknown := set(values) - set(OPTIONS):
             raise ValueError(f"training options hold {', '.join(sorted(unknown))}, which this version does not know")
-        return cls(**{**{name: known.default for name, known in OPTIONS.items()}, **values})
+        missing = {name: known.default if known.formerly is ... else known.formerly for name, known in OPTIONS.items()}
+        return cls(**{**missing, **values})
 
 
 OPTIONS: dict[str, Option] = {f.name: f.metadata["option"] for f in dataclasses.fields(RefineConfig)}
