@@ -20,7 +20,7 @@ from refine.training.ema import ema_beta, update_ema
 from refine.training.observe import Observer
 from refine.training.optimise import GuardedAdam
 from refine.training.precision import compile_networks, set_precision, training_format
-from refine.training.regularise import AUGMENT_DIM, Augmentation, augment_dim, set_dropout
+from refine.training.regularise import AUGMENT_DIM, Augmentation, set_dropout
 
 
 class Trainer:
@@ -67,7 +67,7 @@ class Trainer:
             set_dropout(self.aux, config.aux_dropout)
         self.augmentation = None
         if config.aux_augment:
-            self.augmentation = Augmentation(config.aux_augment, augment_dim(self.aux) == AUGMENT_DIM)
+            self.augmentation = Augmentation(config.aux_augment, self.aux.augment_dim == AUGMENT_DIM)
         self.G = _copied(student, self.device, training_format(student, self.device)).train()
         self.G_ema = copy.deepcopy(self.G).eval().requires_grad_(False)
         # As it came; of the given weights also in a resumed run.
@@ -158,7 +158,8 @@ class Trainer:
         aux: Any = self.aux
         if self.augmentation is not None:
             x, augment_labels = self.augmentation(x)
-            aux = functools.partial(aux, augment_labels=augment_labels)
+            if augment_labels is not None:
+                aux = functools.partial(aux, augment_labels=augment_labels)
         return aux_loss(aux, x, labels, sigma, noise)
 
     def _images(self, G: Generator, z: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:
