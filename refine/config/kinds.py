@@ -183,7 +183,7 @@ RATE = optional(number("a rate in [0, 1)", lambda value: 0 <= value < 1), "none"
 _TERM = r"\s*\w+(:[^+:]+)?\s*"  # NAME or NAME:WEIGHT; which names there are, the registry of objectives knows
 OBJECTIVE = Kind(
     "NAME[+NAME]",
-    str,
+    str.lower,
     "a name such as ikl, or a sum such as ikl:0.7+sid:0.3",
     lambda value: bool(re.fullmatch(rf"{_TERM}(\+{_TERM})*", value)),
 )

@@ -131,7 +131,6 @@ def test_sigma_options():
         ({"betas": "0.9"}, "--betas: "),
         ({"kimg": "many"}, "--kimg: "),
         ({"batch": "1.5"}, "--batch: "),
-        ({"objective": "kl"}, "--objective: "),
         ({"dropout": "perhaps"}, "--dropout: "),
         ({"label_dist": "[[1]]"}, "--label-dist: "),
         ({"time_limit": "1:2:3:4"}, "--time-limit: "),
