@@ -20,7 +20,7 @@ from refine.config.option import flag
 from refine.device import choose_device, choose_ops
 from refine.dnnlib import check_outdir
 from refine.errors import option
-from refine.guidance import guided
+from refine.guidance import Guided
 from refine.metrics.named import NamedMetric
 from refine.metrics.pipeline import sharing
 from refine.networks.one_step import OneStepGenerator
@@ -199,7 +199,7 @@ def _check_laws(config: RefineConfig) -> None:
 def _check_against_options(pair: _Pair, config: RefineConfig) -> None:
     check_label_dist(config.label_dist, pair.student, pair.teacher)
     if config.guidance != 1:
-        guided(pair.teacher, config.guidance)
+        Guided(pair.teacher, config.guidance)
     if config.aux_dropout is not None:
         set_dropout(pair.teacher, config.aux_dropout)
     with option("--train"):

@@ -8,7 +8,7 @@ import torch
 
 from refine.config import RefineConfig
 from refine.diff_instruct import aux_loss
-from refine.guidance import guided
+from refine.guidance import Guided
 from refine.networks.bases import Denoiser, Generator
 from refine.noise import SigmaLaw, make_weighting
 from refine.objectives import make_objective
@@ -85,7 +85,7 @@ class Trainer:
             self.remarks.append(remark)
         self.null_label = self.teacher.has_null_label
         if config.guidance != 1:
-            self.teacher = guided(self.teacher, config.guidance)
+            self.teacher = Guided(self.teacher, config.guidance)
         size = config.batch_gpu or config.batch
         classes = self.bridge.teacher[2]
         self.batches = Batches(self.G, config.batch, size, prior, classes, self.null_label, self.device)
