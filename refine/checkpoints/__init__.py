@@ -1,21 +1,17 @@
 """File → network: `load_generator` and `load_teacher` take the files people have, give back modules ready for use.
 
     sniff.py      what a file is, told by its bytes
-    index.py      short names of shipped and of published files, and their checksums
-    fetch.py      URL → file in the cache
     native.py     the toolkit's own files, read and written
     registry.py   which classes a native file may name, and how they are built safely
-
-    containers.py files of other programs, opened: which networks are in them, the way in and out
-    pickles.py    tells raw pickles apart, for the readers of pickles:
-      nvidia_pickle.py  StyleGAN2-ADA, EDM, EDM2   tf_pickle.py  legacy TensorFlow
-    pt_files.py         what torch.save writes;  rosinality.py  the names in such files
-    state_dicts.py      one network in plain safetensors or .npz;  diffusers_folder.py  folders of diffusers
-    restricted_unpickler.py  reads a pickle without running it;  inert.py, tensors.py  its values, not read yet
-    custom.py     generators that a function of the user's own makes
+    describe.py   what is in a file, for `python -m refine inspect`
     export.py     gives networks back in the formats they came in
 
-    describe.py   what is in a file, for `python -m refine inspect`
+    sources/      where files come from: index.py, short names of shipped and of published files and their checksums;
+                  fetch.py, a URL to a file in the cache; custom.py, generators that a function of the user's own makes
+    foreign/      files of other programs: opening.py finds the reader, container.py is what all of them give;
+                  nvidia.py (StyleGAN2-ADA, EDM, EDM2), tensorflow.py, torch_save.py, rosinality.py, state_dicts.py,
+                  diffusers_folder.py
+    pickles/      machine.py reads a pickle without running it; inert.py and tensors.py are what it reads
 
 Importing this package does not import torch.
 """
