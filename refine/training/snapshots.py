@@ -1,6 +1,5 @@
 """What a run leaves at every snapshot: the networks, pictures of fixed latents, metrics, and a copy of the best."""
 
-import dataclasses
 import math
 import shutil
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from refine.checkpoints.export import members, write_like
 from refine.checkpoints.native import save_networks
 from refine.config import NOT_IN_SNAPSHOTS, RefineConfig
-from refine.dnnlib import replaced_atomically, sha256_of_file
+from refine.dnnlib import replaced_atomically
 from refine.images import image_grid, save_png, to_uint8
 from refine.metrics.metric import is_better
 from refine.metrics.named import NamedMetric
@@ -29,26 +28,6 @@ from refine.training.run_dir import RunDir, kimg_name
 from refine.training.trainer import Trainer
 
 GRID = (8, 8)  # rows and columns of the fixed-latent pictures
-
-
-@dataclass(frozen=True)
-class Origin:
-    """The file that a network came from."""
-
-    file: str  # its name
-    sha256: str
-
-    @classmethod
-    def of(cls, path: str | Path) -> "Origin":
-        return cls(Path(path).name, sha256_of_file(path))
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """What a run was made from."""
-
-    student: Origin
-    teacher: Origin
 
 
 @dataclass(frozen=True)
@@ -94,7 +73,7 @@ class Snapshots:
         trainer: As it is before its first step: the pictures before refinement are taken now.
         run_dir: Where everything is written.
         metrics: Measured at every snapshot; the first one decides which snapshot is the best.
-        provenance: What student and teacher were made from, written into every snapshot.
+        provenance: Name and sha256 of the files of student and teacher, written into every snapshot.
         container: The pickle that the student came in; snapshots are then written into copies of it, too. None = not.
     """
 
@@ -103,11 +82,11 @@ class Snapshots:
         trainer: Trainer,
         run_dir: RunDir,
         metrics: list[NamedMetric] | None = None,
-        provenance: Provenance | None = None,
+        provenance: dict[str, Any] | None = None,
         container: Path | None = None,
     ):
         self.trainer, self.run_dir = trainer, run_dir
-        self.metrics, self.provenance, self.container = metrics or [], provenance, container
+        self.metrics, self.provenance, self.container = metrics or [], provenance or {}, container
         self.standing = Standing()
         self._grid_z, self._grid_c = self._fixed_latents()
         self._init_grid = self._grid(trainer.G_ema)
@@ -136,8 +115,7 @@ class Snapshots:
 
     def _save(self, name: str, judged: Judged, monitor: Monitor) -> None:
         trainer, kimg = self.trainer, self._kimg
-        files = {} if self.provenance is None else dataclasses.asdict(self.provenance)
-        provenance = {**files, "options": _portable(trainer.config), "kimg": kimg}
+        provenance = {**self.provenance, "options": _portable(trainer.config), "kimg": kimg}
         if judged.length is not None:
             provenance["average_length"] = judged.length
         networks = {"G_ema": judged.network, "G": trainer.G}
