@@ -107,7 +107,8 @@ class Snapshots:
         distributed.check_equal([trainer.G, trainer.G_ema, trainer.aux])
         number = kimg_name(trainer.nimg, trainer.config.short_intervals)
         name = f"network-snapshot-{number}.safetensors"
-        judged = self._measure(trainer.averages.networks or {None: trainer.G_ema}, name, monitor)
+        averages: dict[float | None, Generator] = {**trainer.averages.networks} or {None: trainer.G_ema}
+        judged = self._measure(averages, name, monitor)
         if distributed.is_main():
             self._save(name, judged, monitor)
             self._compare_with_best(name, judged)
