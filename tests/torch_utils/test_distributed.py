@@ -96,7 +96,7 @@ def test_all_ranks_measure_and_a_metric_that_fails_in_one_ends_nothing(pair, tmp
     features = FeatureStatistics(keep_features=True).update(torch.rand(30, 5))
     save_reference(tmp_path / "ref.npz", features, detector)
     metrics = ",".join(f"{kind}250-{tmp_path}/pixels.pt" for kind in ("fd", "kid"))
-    options = (*pair, *STEPS, f"--metrics={metrics}", f"--ref={tmp_path}/ref.npz")
+    options = (*pair, *STEPS, "--average=ema", f"--metrics={metrics}", f"--ref={tmp_path}/ref.npz")
     found = {}
     for count in (1, 2):
         folder = tmp_path / str(count)

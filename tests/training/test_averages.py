@@ -1,11 +1,13 @@
 """Averages of any length, from two that were kept."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from refine.checkpoints.native import load_networks
+from refine.checkpoints.native import load_networks, read_metadata
 from refine.cli.main import run_command
 from refine.training.averages import LONGEST, PowerAverages, Profile, combination, gamma_of, relative_std
 from tests.training.test_trainer import make_run, run
@@ -150,3 +152,35 @@ def test_states_go_on_and_other_lengths_are_refused():
     assert torch.equal(other.networks[0.05].weight, network.weight)
     with pytest.raises(ValueError, match=r"lengths 0\.05, 0\.25"):
         PowerAverages(network, [0.1]).load_state_dict(one.state_dict())
+
+
+class NearestTo:
+    """A metric that likes one of the averages: the distance of its weights from some others."""
+
+    name, key, direction = "fd-fake", "fd_fake", "lower"
+
+    def __init__(self):
+        self.wanted = None
+
+    def measure(self, G, device, progress=False):
+        wanted = self.wanted() if self.wanted else G
+        pairs = zip(G.parameters(), wanted.parameters(), strict=True)
+        return {"fd_fake": float(sum((p - q).square().sum() for p, q in pairs)), "recall": 0.5}
+
+
+@pytest.mark.parametrize("length", [0.05, 0.1, 0.25])
+def test_a_snapshot_holds_the_average_that_the_first_metric_prefers(tmp_path, length):
+    metric = NearestTo()
+    training = make_run(tmp_path, lr=1e-2, metrics=[metric])
+    metric.wanted = lambda: training.trainer.averages.networks[length]
+    run(training)
+    for name in ("000000.024", "best"):
+        saved = load_networks(tmp_path / f"network-snapshot-{name}.safetensors")
+        assert set(saved) == {"G", "G_ema", "G_avg050", "G_avg100", "G_avg250"}
+    kept = load_networks(tmp_path / "network-snapshot-000000.024.safetensors")
+    preferred = training.trainer.averages.networks[length]
+    assert all(torch.equal(p, q) for p, q in zip(kept["G_ema"].parameters(), preferred.parameters(), strict=True))
+    metadata = read_metadata(tmp_path / "network-snapshot-000000.024.safetensors")
+    assert metadata["provenance"]["average_length"] == length
+    line = json.loads((tmp_path / "metric-fd-fake.jsonl").read_text().splitlines()[-1])
+    assert line["results"]["average_length"] == length and line["results"]["fd_fake"] == 0.0

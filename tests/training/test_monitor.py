@@ -28,7 +28,9 @@ class FakeMetric(NamedMetric):
 
 
 def test_everything_that_is_promised_is_there(tmp_path):
-    training = make_run(tmp_path, kimg=4.0, batch=500, tick=2.0, aux_warmup_kimg=0.0, metrics=[FakeMetric()])
+    training = make_run(
+        tmp_path, average="ema", kimg=4.0, batch=500, tick=2.0, aux_warmup_kimg=0.0, metrics=[FakeMetric()]
+    )
     monitor = Monitor(tmp_path)
     training.run(monitor)
     monitor.close()
@@ -58,7 +60,9 @@ def test_everything_that_is_promised_is_there(tmp_path):
 
 
 def test_the_best_snapshot_is_kept(tmp_path):
-    training = make_run(tmp_path, kimg=2.0, batch=500, tick=1.0, aux_warmup_kimg=0.0, metrics=[FakeMetric()])
+    training = make_run(
+        tmp_path, average="ema", kimg=2.0, batch=500, tick=1.0, aux_warmup_kimg=0.0, metrics=[FakeMetric()]
+    )
     monitor = Monitor(tmp_path)
     training.run(monitor)
     monitor.close()
