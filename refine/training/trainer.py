@@ -36,6 +36,7 @@ class Trainer:
         G, G_ema, aux, teacher: The student, its moving average, the auxiliary network, the teacher.
         optimizers: Of 'student' and 'aux'.
         nimg: Images through the student step.
+        rate_factor: What both learning rates are multiplied with; less than 1 after a run went back (`--rollback`).
         remarks: Lines on what --precision and --compile could not do on this machine.
 
     Raises:
@@ -93,6 +94,7 @@ class Trainer:
 
         self.nimg = 0
         self.warmup_steps_done = 0
+        self.rate_factor = 1.0
         self.means = RunningMeans(self.device)
         self._observe = Observer(self.means, self.device)
 
@@ -102,8 +104,8 @@ class Trainer:
         """The auxiliary steps and the student step of one iteration, and the moving average."""
         for index in range(self.config.aux_steps):
             keep = self.config.reuse_batch and index == self.config.aux_steps - 1
-            self.aux_step(self.config.aux_lr, keep)
-        self.student_step(self.config.lr * self.config.lr_factor(self.nimg))
+            self.aux_step(self.rate_factor * self.config.aux_lr, keep)
+        self.student_step(self.rate_factor * self.config.lr * self.config.lr_factor(self.nimg))
         beta = ema_beta(self.config.batch, self.nimg, self.config.ema_kimg, self.config.ema_rampup)
         update_ema(self.G_ema, self.G, beta)
         self.nimg += self.config.batch

@@ -15,7 +15,7 @@ from refine.metrics.detectors import load_detector
 from refine.metrics.references import save_reference
 from refine.metrics.statistics import FeatureStatistics
 from refine.torch_utils import distributed
-from refine.training.run_dir import training_states
+from refine.training.finding import training_states
 from refine.training.trainer import Trainer
 from tests.launch import free_port, launch, launch_ranks, wait
 from tests.training.test_trainer import make_student, make_teacher

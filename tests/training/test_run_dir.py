@@ -5,7 +5,8 @@ import threading
 
 import pytest
 
-from refine.training.run_dir import RunDir, create_run_dir, find_training_states, next_run_dir
+from refine.training.finding import find_training_states
+from refine.training.run_dir import RunDir, create_run_dir, next_run_dir
 
 
 def test_numbers_go_up_and_words_become_names(tmp_path):
