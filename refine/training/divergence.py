@@ -1,5 +1,6 @@
 """When the numbers of a run diverge: it ends with a hint, or goes back to its best state with half the rates."""
 
+import contextlib
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,7 +11,7 @@ from refine.torch_utils import distributed
 from refine.training.finding import training_states
 from refine.training.run_dir import RunDir
 from refine.training.snapshots import Best, Snapshots
-from refine.training.state import Progress, load_newest, load_training_state, save_training_state
+from refine.training.state import Progress, load_training_state, save_training_state
 from refine.training.trainer import Trainer
 
 
@@ -33,7 +34,7 @@ class Diverged(ValueError):
 
 
 def check_steps(trainer: Trainer, max_skips: int) -> None:
-    """Raises Diverged if so many steps in a row were left out."""
+    """Raises Diverged if so many steps in a row were left out; a CPU–GPU synchronisation."""
     for name, optimizer in trainer.optimizers.items():
         _, row = optimizer.skips.read()
         if row >= max_skips:
@@ -44,8 +45,9 @@ def check_steps(trainer: Trainer, max_skips: int) -> None:
 
 
 @torch.no_grad()
-def check_weights(trainer: Trainer) -> None:
-    """Raises Diverged if a parameter is NaN or infinite, or a buffer NaN; one CPU–GPU synchronisation."""
+def check_before_saving(trainer: Trainer, max_skips: int) -> None:
+    """Raises Diverged as `check_steps`, and if a parameter is NaN or infinite or a buffer is NaN."""
+    check_steps(trainer, max_skips)
     for label in ("G", "G_ema", "aux"):
         network = getattr(trainer, label)
         names, broken = [], []
@@ -91,16 +93,23 @@ def go_back(training: Run, error: Diverged) -> None:
 
 
 def _good_state(folder: Path, best: Best | None) -> Path | None:
-    """The state of the best snapshot if it is kept and whole, else the newest whole one; of the first process."""
+    """The state of the best snapshot if it is kept and whole, else the newest whole one; of the first process.
+
+    One in the middle of a row of skipped steps holds the weights that they were skipped with: it is the last resort.
+    """
     if not distributed.is_main():
         return None
     states = training_states(folder)
     if best is not None and (path := state_of(folder, best)) in states:
         states.insert(0, path)
-    try:
-        return load_newest(states).path if states else None
-    except ValueError:
-        return None
+    last_resort = None
+    for path in states:
+        with contextlib.suppress(ValueError):  # damaged
+            skips = load_training_state(path)["skips"].values()
+            if not any(int(row) for _, row in skips):
+                return path
+            last_resort = last_resort or path
+    return last_resort
 
 
 def state_of(folder: Path, best: Best) -> Path:

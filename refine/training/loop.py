@@ -11,7 +11,7 @@ from tqdm import tqdm
 from refine.dnnlib import format_time
 from refine.torch_utils import distributed
 from refine.torch_utils.misc import peak_memory
-from refine.training.divergence import Diverged, check_steps, check_weights, go_back, state_of
+from refine.training.divergence import Diverged, check_before_saving, check_steps, go_back, state_of
 from refine.training.finding import kimg_name
 from refine.training.monitor import Monitor
 from refine.training.report import Clocks, TickReport, last_line
@@ -109,7 +109,7 @@ class TrainingRun:
                     line = self._report(monitor, since, end - trainer.nimg)
                     since = Clocks()
                     if done or (config.snap and self._tick_index() % config.snap == 0):
-                        check_weights(trainer)
+                        check_before_saving(trainer, config.max_skips)
                         self._save_state(self.snapshots.save(monitor))
                         saved = True
                     self._say(line)
@@ -171,7 +171,7 @@ class TrainingRun:
 
     def _save_state(self, number: str | None = None) -> None:
         """Every process must come here. `number` is that of the snapshot, if there is one of now."""
-        check_weights(self.trainer)
+        check_before_saving(self.trainer, self.config.max_skips)
         self.progress.elapsed = time.time() - self._clock
         state = self.state_dict()  # in every process: the means are those of all of them
         if distributed.is_main():

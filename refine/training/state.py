@@ -55,13 +55,19 @@ def restore_state(state: dict[str, Any], trainer: Trainer) -> tuple[Progress, St
     """Go on from `gather_state`'s result, with networks made from the same files.
 
     Raises:
-        ValueError: The state is of other networks.
+        ValueError: The state is of other networks, or lacks something.
     """
-    trainer.load_state_dict(state)
-    # Older states know nothing of rollbacks.
-    progress = Progress(**{field.name: state.get(field.name, field.default) for field in dataclasses.fields(Progress)})
-    trainer.rate_factor = 0.5**progress.rollbacks
-    return progress, Standing.of_state(state)
+    try:
+        trainer.load_state_dict(state)
+        # Older states know nothing of rollbacks.
+        fields = dataclasses.fields(Progress)
+        values = {field.name: type(field.default)(state.get(field.name, field.default)) for field in fields}
+        progress, standing = Progress(**values), Standing.of_state(state)
+        trainer.rate_factor = 0.5**progress.rollbacks
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise ValueError(f"the training state is incomplete: {type(error).__name__} {reason}") from None
+    return progress, standing
 
 
 def save_training_state(
@@ -131,7 +137,9 @@ def load_training_state(path: Path) -> dict[str, Any]:
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} does not have its checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        complete = {"config", "networks", "nimg", "rng", "skips"} <= set(state)
+        counts = [state[name] for name in ("nimg", "warmup_steps_done")]
+        complete = {"config", "networks", "rng", "skips"} <= set(state)
+        complete &= all(type(count) is int and 0 <= count < 2**48 for count in counts)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; expected a training-state-*.pt") from None
     except (
