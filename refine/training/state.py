@@ -137,8 +137,8 @@ def load_training_state(path: Path) -> dict[str, Any]:
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} does not have its checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        counts = [state[name] for name in ("nimg", "warmup_steps_done")]
-        complete = {"config", "networks", "rng", "skips"} <= set(state)
+        complete = isinstance(state, dict) and {"config", "networks", "rng", "skips"} <= set(state)
+        counts = [state.get(name) for name in ("nimg", "warmup_steps_done")] if complete else []
         complete &= all(type(count) is int and 0 <= count < 2**48 for count in counts)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; expected a training-state-*.pt") from None

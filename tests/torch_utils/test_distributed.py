@@ -228,6 +228,30 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_iteration_and_fewer_may_g
     assert (tmp_path / "00000-x" / "network-snapshot-000000.safetensors").exists()
 
 
+def diverge_once():
+    step = Trainer.step
+
+    def diverging(self):
+        step(self)
+        if self.nimg == 20 and self.rate_factor == 1:
+            with torch.no_grad():
+                next(self.aux.parameters()).fill_(float("inf"))
+
+    Trainer.step = diverging
+
+
+def test_all_ranks_go_back_together(pair, tmp_path):
+    found = {}
+    for count in (1, 2):
+        (tmp_path / str(count)).mkdir()
+        args = [*pair, *STEPS, "--rollback=1", f"--outdir={tmp_path}/out{count}"]
+        processes, logs = launch_ranks(args, tmp_path / str(count), count, diverge_once)
+        assert wait(processes) == [0] * count, texts(logs)
+        assert "rollback    1 of 1: going on from training-state-000000.016.pt" in logs[0].read_text()
+        found[count] = load_file(tmp_path / f"out{count}" / LAST)
+    assert all((found[1][name] - x).abs().max() <= 2e-5 * x.abs().max().clamp_min(1e-2) for name, x in found[2].items())
+
+
 def test_a_rank_may_come_late(pair, tmp_path):
     processes, logs = launch_ranks([*pair, *STEPS, f"--outdir={tmp_path}"], tmp_path, 2, be_late)
     assert wait(processes) == [0, 0], texts(logs)
