@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ("--gan=digits-gan", "--teacher=digits-teacher", "--preset=demo", "--desc=kills", "--device=cpu", "--resume=auto")
-METRIC = ("--metrics=fd200-digits", "--ref=digits-reference", "--tick=0.16", "--snap=1")
+# Snapshots come often, and the warm-up is short: kills shall fall into everything that a run does.
+METRIC = ("--metrics=fd200-digits", "--ref=digits-reference", "--tick=0.16", "--snap=1", "--aux-warmup-kimg=0.16")
 
 
 class Processes:
@@ -83,7 +84,7 @@ def kill(processes: Processes, run: Path, draw: random.Random, while_saving: boo
 @click.option("--ranks", default=2, show_default=True, help="Processes of the run.")
 @click.option("--then", default=1, show_default=True, help="Processes that a stopped run goes on with.")
 @click.option("--longest", default=9.0, show_default=True, help="Seconds that a process lives at most until then.")
-@click.option("--seed", default=0, show_default=True, help="Of the moments.")
+@click.option("--seed", default=0, show_default=True, help="Random seed of the moments.")
 @click.option("--outdir", default="kills-out", show_default=True, metavar="DIR")
 @click.option("--kimg", type=float, help="Length of the run.  [default: preset demo]")
 def main(kills: int, ranks: int, then: int, longest: float, seed: int, outdir: str, kimg: float | None) -> None:

@@ -10,7 +10,7 @@ class Guided(Denoiser):
 
     Args:
         teacher: Denoiser that was trained with label dropout.
-        guidance: w; 1 = none, more moves images towards what is typical of their class.
+        guidance: w; 1 = none; larger values pull images towards what is typical of their class.
 
     Raises:
         ValueError: The teacher does not know a missing label.

@@ -28,7 +28,7 @@ def one_voice() -> Iterator[None]:
 
 @contextlib.contextmanager
 def together(cuda: bool) -> Iterator[None]:
-    """`torch_utils.distributed.session`, in which a failure ends all processes, and is told once.
+    """`torch_utils.distributed.session`, in which a failure ends all processes, and is reported once.
 
     Args:
         cuda: Whether gradients are exchanged between GPUs; without gradients, it does not matter.

@@ -69,7 +69,7 @@ def local_device(name: str) -> str:
 
 
 class LostProcess(ConnectionError):
-    """The run ends because another process did; `told` if that one has said why, to people and to us."""
+    """The run ends because another process did; `told` if that process has said why."""
 
     def __init__(self, text: str, told: bool):
         super().__init__(text)
@@ -141,8 +141,8 @@ def _reached() -> dist.TCPStore:
     except TimeoutError:
         where = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
         raise ConnectionError(
-            f"rank {rank()} got no answer of rank 0 at {where} within {TIMEOUT.seconds} s: it hangs, or another "
-            "program listens there"
+            f"rank {rank()} got no answer of rank 0 at {where} within {TIMEOUT.seconds} s: it was not started, hangs, or "
+            "another program listens there"
         ) from None
 
 

@@ -19,7 +19,8 @@ import click
 def export(network: str, like: str | None, out: str, format_name: str | None) -> None:
     """Writes networks for other tools.
 
-    With --like=original.pkl the result is that pickle with refined numbers in it: whatever loads the original loads it.
+    With --like=original.pkl the result is that pickle with the refined weights in it: whatever loads the original
+    loads it.
     """
     from refine.checkpoints import resolve
     from refine.errors import option
@@ -32,7 +33,7 @@ def export(network: str, like: str | None, out: str, format_name: str | None) ->
         hint = "give the pickle that the student came from as --like" if suffix == "pkl" else "or give --format"
         raise ValueError(f"--out: found {out}; expected .pt or .safetensors, {hint}")
     if not Path(out).absolute().parent.is_dir():
-        raise ValueError(f"--out: {Path(out).parent} is no folder")
+        raise ValueError(f"--out: {Path(out).parent} is not a folder")
     with option("--network"):
         source = resolve(network)
     with option("--like"):

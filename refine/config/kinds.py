@@ -181,11 +181,20 @@ LABEL_DIST = optional(
 )
 RATE = optional(number("a rate in [0, 1)", lambda value: 0 <= value < 1), "none")
 _TERM = r"\s*\w+(:[^+:]+)?\s*"  # NAME or NAME:WEIGHT; which names there are, the registry of objectives knows
+_SUM = re.compile(rf"{_TERM}(\+{_TERM})*")
+
+
+def _read_objective(text: str) -> str:
+    if not _SUM.fullmatch(text):
+        raise ValueError
+    return text.lower()
+
+
 OBJECTIVE = Kind(
     "NAME[+NAME]",
-    str,
+    _read_objective,
     "a name such as ikl, or a sum such as ikl:0.7+sid:0.3",
-    lambda value: bool(re.fullmatch(rf"{_TERM}(\+{_TERM})*", value)),
+    lambda value: bool(_SUM.fullmatch(value)),
 )
 NAMES = Kind(
     "LIST",
@@ -193,6 +202,16 @@ NAMES = Kind(
     "a list of names",
     lambda value: isinstance(value, tuple) and all(isinstance(name, str) for name in value),
     show=lambda value: ",".join(value) or "none",
+    cast=_tuple,
+)
+
+
+LENGTHS = Kind(
+    "LIST",
+    lambda text: tuple(float(part) for part in text.split(",")),
+    "different numbers of 0.005 to 0.288, ascending",
+    lambda value: len(value) > 0 and list(value) == sorted(set(value)) and all(0.005 <= v <= 0.288 for v in value),
+    show=lambda value: ",".join(map(str, value)),
     cast=_tuple,
 )
 

@@ -70,8 +70,8 @@ def compare(
         outdir: Where comparison.json, comparison.png and report.html go; None = nowhere. Made if it does not exist.
         batch: Images per batch.
         device: Where networks and detector run.
-        noise_mode: Of a StyleGAN2, for the numbers; the pictures always use its constant noise.
-        truncation_psi: Of a StyleGAN2.
+        noise_mode: Noise of a StyleGAN2, for the numbers; the pictures always use its constant noise.
+        truncation_psi: Truncation of a StyleGAN2.
         also: Further metrics that take longer, of `refine.metrics.registry.ON_REQUEST`, such as 'fdinf' (FID∞).
         ref_num: Images drawn from a generator that serves as the reference.
         cache: Keep what was measured of a reference that is images.
@@ -83,7 +83,7 @@ def compare(
         `ratio` is its mean after by its mean before, `verdict` ('better', 'not distinguishable', 'worse') and `summary`
         are about it. `curve` has a row for each snapshot of a run folder: kimg, name, whether it is `judged`, numbers,
         difference to `before`.
-        What the numbers stand on: num, seeds, detector, reference, quantisation, versions, seconds.
+        What the numbers are based on: num, seeds, detector, reference, quantisation, versions, seconds.
 
     Raises:
         ValueError: If an input cannot be used; the message begins with its option.
@@ -273,7 +273,7 @@ def _write_report(
     metric = results["metric"]
     captions = [f"{name}: {results[name]['name']}, {metric} {results[name][metric]['mean']:.3g}" for name in sides]
     figures = {"comparison": side_by_side(pictures[0], pictures[1], captions, columns)}
-    # look-alikes of one class tell of missing diversity; what is held against real images is of different classes
+    # look-alikes of one class show missing diversity; images of different classes are compared with real ones
     figures["diversity"] = look_alikes(_panel_images(sides, [0] * PANEL_IMAGES), detector)
     nearest = nearest_real(_panel_images(sides, range(ROWS)), detector, reference)
     figures |= {} if nearest is None else {"nearest": nearest}

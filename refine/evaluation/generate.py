@@ -19,7 +19,7 @@ from refine.metrics.pipeline import gathered, my_share, prefetched, rank_and_wor
 from refine.metrics.sampling import latents_of_seeds, sample_images, sample_teacher
 
 MAX_SEED = 2**32 - 1
-GRID_IMAGES = 400  # the grid shows the first so many
+GRID_IMAGES = 400  # how many of the first images the grid shows
 WRITERS = 4  # threads that compress images
 
 
@@ -42,7 +42,7 @@ def generate(
         seeds: One per image, see `refine.metrics.sampling.latents_of_seeds`.
         outdir: Folder of the images; made if it does not exist.
         class_index: Class of all images; None = drawn per seed, where there are classes.
-        truncation_psi, noise_mode: Of a StyleGAN2.
+        truncation_psi, noise_mode: Truncation and noise of a StyleGAN2.
         batch: Images per batch.
         device: Where the network runs.
         progress: Show a bar with the time left on stderr.

@@ -87,7 +87,7 @@ def write_html(path: str | os.PathLike, results: dict[str, Any], figures: Mappin
 
     Args:
         path: The file, replaced as a whole.
-        results: Of `refine.evaluation.compare.compare`.
+        results: What `refine.evaluation.compare.compare` returned.
         figures: 'comparison' (the grids, from `side_by_side`), and those of `refine.evaluation.panels` by their names.
     """
     page = _PAGE.format(
@@ -118,7 +118,7 @@ def feature_space_note(results: dict[str, Any]) -> str:
         )
     return (
         f"Distances are measured in the {detector['feature_dim']} features of the detector '{detector['name']}'. "
-        "This is not FID: its numbers compare only with others from the same detector weights."
+        "This is not FID: its numbers can only be compared with others from the same detector weights."
     )
 
 

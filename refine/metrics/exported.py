@@ -66,7 +66,7 @@ def _check(path: Path) -> None:
             contents = [json.loads(archive.read(info)) for info in documents]
             names = archive.namelist()
     except (zipfile.BadZipFile, OSError, json.JSONDecodeError, UnicodeDecodeError, NotImplementedError, RecursionError):
-        raise ValueError(f"{path} is no whole archive of torch.export") from None
+        raise ValueError(f"{path} is not a whole archive of torch.export") from None
     if any("/aotinductor/" in name or name.endswith(".so") for name in names):
         raise ValueError(f"{path} holds compiled code; expected a program of torch.export alone")
     for content in contents:
@@ -75,11 +75,11 @@ def _check(path: Path) -> None:
             if key == "target" and isinstance(value, str) and "." in value and not _is_name(content, value):
                 problem = None if _TARGET.fullmatch(value) else f"calls {value[:80]!r}"
             elif key == "expr_str" and not _is_arithmetic(value):
-                problem = "has an expression that is no arithmetic"
+                problem = "has an expression that is not arithmetic"
             elif key == "guards_code" and not (isinstance(value, list) and all(map(_is_arithmetic, value))):
-                problem = "has a condition that is no arithmetic"
+                problem = "has a condition that is not arithmetic"
             elif key == "path_name" and not re.fullmatch(r"(tensor|weight)_\d+", str(value)):
-                problem = f"holds an object {str(value)[:40]!r} that is no tensor"
+                problem = f"holds an object {str(value)[:40]!r} that is not a tensor"
             if problem:
                 raise ValueError(f"{path} {problem}, which a detector does not need; nothing of it was run")
 

@@ -40,7 +40,7 @@ class ImageSet:
         path: Folder, searched with its subfolders, or zip file.
 
     Attributes:
-        names: Of the images, relative to the path.
+        names: Names of the images, relative to the path.
         classes: int64 [N] from dataset.json, or None.
 
     Raises:
@@ -67,7 +67,7 @@ class ImageSet:
         return len(self.names)
 
     def sha256(self) -> str:
-        """Of the zip file; of a folder, over the names and contents of its images."""
+        """Checksum of the zip file, or, for a folder, over the names and contents of its images."""
         if self._archive is not None:
             return sha256_of_file(self.path)
         digest = hashlib.sha256()
@@ -122,12 +122,12 @@ class ImageSet:
         try:
             table = {folder + str(name): label for name, label in labels}
         except (TypeError, ValueError):
-            raise ValueError(f"{self.path}: {member} has labels that are no list of [name, class]") from None
+            raise ValueError(f"{self.path}: {member} has labels that are not a list of [name, class]") from None
         found = [table.get(name) for name in self.names]
         if not all(isinstance(label, int) and not isinstance(label, bool) and 0 <= label < 1 << 20 for label in found):
             bad = next(n for n, label in zip(self.names, found, strict=True) if type(label) is not int or label < 0)
             if all(isinstance(label, list) for label in found):
-                return None  # labels that are vectors are no classes
+                return None  # labels that are vectors are not classes
             raise ValueError(f"{self.path}: {member} has no class for {bad}; expected a number from 0 for every image")
         return torch.tensor(found, dtype=torch.int64)
 
@@ -136,7 +136,7 @@ class SampleArray:
     """Images in an .npz as ADM's tools write them: `arr_0`, uint8 [N, H, W, C], read piece by piece.
 
     Raises:
-        ValueError: The array is no images.
+        ValueError: The array does not hold images.
     """
 
     classes = None

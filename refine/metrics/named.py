@@ -53,13 +53,13 @@ class NamedMetric:
 
     Attributes:
         name: As given, a detector's path shortened to its file's name: fit for file names and tags.
-        key: Of the leading number in the results.
-        metric: Of the registry.
+        key: Name of the leading number in the results.
+        metric: The metric of the registry.
         direction: 'lower' or 'higher': which values of the leading number are better.
         num: Number of images.
 
     Raises:
-        ValueError: The name is no metric, or detector and reference cannot be read or do not fit.
+        ValueError: The name is not a metric, or detector and reference cannot be read or do not fit.
     """
 
     direction: Direction = "lower"

@@ -48,8 +48,9 @@ def check_steps(trainer: Trainer, max_skips: int) -> None:
 def check_before_saving(trainer: Trainer, max_skips: int) -> None:
     """Raises Diverged as `check_steps`, and if a parameter is NaN or infinite or a buffer is NaN."""
     check_steps(trainer, max_skips)
-    for label in ("G", "G_ema", "aux"):
-        network = getattr(trainer, label)
+    networks = {"G": trainer.G, "G_ema": trainer.G_ema, "aux": trainer.aux}
+    networks |= {f"average {length}": network for length, network in trainer.averages.networks.items()}
+    for label, network in networks.items():
         names, broken = [], []
         for name, x in (*network.named_parameters(), *network.named_buffers()):
             if x.is_floating_point():

@@ -74,11 +74,11 @@ class TrainingRun:
         return {StopReason.TIME_IS_UP: 0, StopReason.SIGNALLED: stop.signal or signal.SIGTERM}.get(reason)
 
     def _warm_up(self, stop: StopRequests) -> StopReason:
-        """Auxiliary steps before the student moves; returns a reason to stop, or GO_ON."""
+        """Auxiliary steps while the student is frozen; returns a reason to stop, or GO_ON."""
         trainer, steps, start = self.trainer, self.config.warmup_steps, time.time()
         if trainer.warmup_steps_done >= steps:
             return StopReason.GO_ON
-        self._say(f"auxiliary warm-up: {steps} steps, the student rests")
+        self._say(f"auxiliary warm-up: {steps} steps, the student is frozen")
         with self._progress_bar(steps, trainer.warmup_steps_done, "step", "warm-up") as bar:
             while trainer.warmup_steps_done < steps:
                 trainer.aux_step(trainer.rate_factor * self.config.aux_lr)

@@ -53,7 +53,7 @@ class Augmentation:
     student's own.
 
     Attributes:
-        probability: Of each transformation, 0 to 1.
+        probability: How often each transformation happens, 0 to 1.
         labelled: Whether the network takes labels of `AUGMENT_DIM` numbers.
     """
 

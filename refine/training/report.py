@@ -1,4 +1,4 @@
-"""The progress line of a tick, what TensorBoard and stats.jsonl are told of it, and the last line of a run."""
+"""The progress line of a tick, what goes into TensorBoard and stats.jsonl, and the last line of a run."""
 
 import math
 import time
@@ -28,7 +28,7 @@ class TickReport:
         nimg, images: Images so far, and in this tick.
         remaining: Images until the end of the run.
         elapsed: Seconds of the run.
-        seconds, processor_seconds: Of this tick, on the wall and of this process.
+        seconds, processor_seconds: Time of this tick, on the wall and of this process.
         lr, aux_lr: Learning rates of its last step.
         means: What `RunningMeans` gathered, by TensorBoard tag.
         skipped: Steps left out so far, by network.

@@ -60,9 +60,9 @@ def restore_state(state: dict[str, Any], trainer: Trainer) -> tuple[Progress, St
     try:
         trainer.load_state_dict(state)
         # Older states know nothing of rollbacks.
-        fields = dataclasses.fields(Progress)
-        values = {field.name: type(field.default)(state.get(field.name, field.default)) for field in fields}
-        progress, standing = Progress(**values), Standing.of_state(state)
+        usual = dataclasses.asdict(Progress())
+        progress = Progress(**{name: type(value)(state.get(name, value)) for name, value in usual.items()})
+        standing = Standing.of_state(state)
         trainer.rate_factor = 0.5**progress.rollbacks
     except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
         reason = " ".join(str(error).split())[:100]

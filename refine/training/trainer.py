@@ -14,6 +14,7 @@ from refine.noise import SigmaLaw, make_weighting
 from refine.objectives import make_objective
 from refine.pair import check_label_dist, check_pair
 from refine.torch_utils.misc import RunningMeans
+from refine.training.averages import PowerAverages
 from refine.training.batches import Batches, Fakes
 from refine.training.diversity import distance_gradient
 from refine.training.ema import ema_beta, update_ema
@@ -33,14 +34,17 @@ class Trainer:
         device: Where the networks run.
 
     Attributes:
-        G, G_ema, aux, teacher: The student, its moving average, the auxiliary network, the teacher.
-        optimizers: Of 'student' and 'aux'.
+        G, aux, teacher: The student, the auxiliary network, the teacher.
+        averages: Power-function averages of the student, one per length; none with --average=ema.
+        G_ema: The longest of them, or the exponential moving average.
+        optimizers: Those of 'student' and 'aux'.
         nimg: Images through the student step.
         rate_factor: What both learning rates are multiplied with; less than 1 after a run went back (`--rollback`).
         remarks: Lines on what --precision and --compile could not do on this machine.
 
     Raises:
-        ValueError: The networks do not fit together, or the options name an impossible law, weighting or objective.
+        ValueError: The networks do not fit together, or the options name an impossible distribution of noise levels,
+            weighting or objective.
     """
 
     def __init__(
@@ -70,13 +74,14 @@ class Trainer:
         if config.aux_augment:
             self.augmentation = Augmentation(config.aux_augment, augment_dim(self.aux) == AUGMENT_DIM)
         self.G = _copied(student, self.device, training_format(student, self.device)).train()
-        self.G_ema = copy.deepcopy(self.G).eval().requires_grad_(False)
+        self.averages = PowerAverages(self.G, config.average_lengths if config.average == "power" else ())
+        self.G_ema = self.averages.longest() or copy.deepcopy(self.G).eval().requires_grad_(False)
         # As it came; of the given weights also in a resumed run.
         self.G_start = copy.deepcopy(self.G).requires_grad_(False) if config.keep_distances else None
         self.student_parameters = select_parameters(self.G, config.train)
         self.optimizers = {
-            "student": GuardedAdam(self.student_parameters, config.betas, config.precision, self.device),
-            "aux": GuardedAdam(self.aux.parameters(), config.aux_betas, config.precision, self.device),
+            "student": GuardedAdam(self.student_parameters, config.betas, config.clip, config.precision, self.device),
+            "aux": GuardedAdam(self.aux.parameters(), config.aux_betas, config.aux_clip, config.precision, self.device),
         }
 
         computing = (self.G, self.aux, self.teacher)
@@ -106,9 +111,14 @@ class Trainer:
             keep = self.config.reuse_batch and index == self.config.aux_steps - 1
             self.aux_step(self.rate_factor * self.config.aux_lr, keep)
         self.student_step(self.rate_factor * self.config.lr * self.config.lr_factor(self.nimg))
-        beta = ema_beta(self.config.batch, self.nimg, self.config.ema_kimg, self.config.ema_rampup)
-        update_ema(self.G_ema, self.G, beta)
+        self._average(before=self.nimg, now=self.nimg + self.config.batch)
         self.nimg += self.config.batch
+
+    def _average(self, before: int, now: int) -> None:
+        if self.averages.networks:
+            self.averages.update(self.G, before, now)
+        else:
+            update_ema(self.G_ema, self.G, ema_beta(now - before, before, self.config.ema_kimg, self.config.ema_rampup))
 
     def aux_step(self, lr: float, keep: bool = False) -> None:
         """One step of aux on fresh images of the student, which are kept for the student step if `keep`."""
@@ -178,6 +188,7 @@ class Trainer:
         """Everything that changes from step to step; plain tensors and numbers."""
         return {
             "networks": {name: getattr(self, name).state_dict() for name in ("G", "G_ema", "aux")},
+            "averages": self.averages.state_dict(),
             **{f"{name}_optimizer": optimizer.adam.state_dict() for name, optimizer in self.optimizers.items()},
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
@@ -197,6 +208,7 @@ class Trainer:
         try:
             for name, values in state["networks"].items():
                 getattr(self, name).load_state_dict(values)
+            self.averages.load_state_dict(state.get("averages", {}))
             for name, optimizer in self.optimizers.items():
                 optimizer.adam.load_state_dict(state[f"{name}_optimizer"])
         except (RuntimeError, KeyError, ValueError) as error:
@@ -218,7 +230,7 @@ def _copied(network: torch.nn.Module, device: torch.device, memory_format: torch
 
 
 def select_parameters(G: Generator, train: str) -> list[torch.nn.Parameter]:
-    """The parameters of the part of the student that is to move; gradients of the rest are switched off.
+    """The parameters of the part of the student that is to be trained; the rest is frozen.
 
     Raises:
         ValueError: The generator has no such part.

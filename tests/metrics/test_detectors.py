@@ -146,10 +146,10 @@ def change_entry(source, target, name, old, new):
     "name, old, new, message",
     [
         ("model.json", b"torch.ops.aten.div.Tensor", b"torch.hub.load", "calls 'torch.hub.load'"),
-        ("model.json", b"Symbol('", b"__import__('os').system('", "no arithmetic"),
+        ("model.json", b"Symbol('", b"__import__('os').system('", "not arithmetic"),
         ("model.json", b'"guards_code": []', b'"guards_code": ["exit()"]', "condition"),
-        ("weights_config.json", b'"weight_0"', b'"opaque_obj_0"', "no tensor"),
-        ("model.json", b"{", b"[", "no whole archive"),
+        ("weights_config.json", b'"weight_0"', b'"opaque_obj_0"', "not a tensor"),
+        ("model.json", b"{", b"[", "not a whole archive"),
     ],
 )
 def test_an_exported_program_that_does_more_than_compute_is_refused(exported, tmp_path, name, old, new, message):

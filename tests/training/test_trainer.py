@@ -163,10 +163,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, c_dim):
 
 def test_states_hold_what_they_always_held(tmp_path):
     """So that runs begun by earlier versions go on; the last names came later and may be missing."""
-    training = make_run(tmp_path)
+    training = make_run(tmp_path, average="ema")
     run(training)
     state = load_training_state(tmp_path / "training-state-000000.024.pt")
-    later = {"start_recall", "recall_lost", "rollbacks", "files"}
+    later = {"start_recall", "recall_lost", "rollbacks", "files", "averages"}
     assert set(state) == later | {
         *("networks", "student_optimizer", "aux_optimizer", "rng", "cuda_rng", "nimg", "warmup_steps_done"),
         *("loss_scales", "skips", "means", "config", "elapsed", "begun", "tick_start", "best", "since_best"),

@@ -107,7 +107,7 @@ def _npy_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[str, t
     with archive.open(info) as entry:
         magic = entry.read(8)
         if magic[:6] != b"\x93NUMPY" or magic[6:7] not in (b"\x01", b"\x02", b"\x03"):
-            raise Refused(f"{shown(info.filename)} is no array")
+            raise Refused(f"{shown(info.filename)} is not an array")
         width = 2 if magic[6] == 1 else 4
         length = int.from_bytes(entry.read(width), "little")
         if length > 10_000:
@@ -117,7 +117,7 @@ def _npy_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[str, t
         r"\{'descr': '([<|=])([A-Za-z]\d+)', 'fortran_order': (True|False), 'shape': (\([\d, ]*\)), \}\s*", text
     )
     if not match:
-        raise Refused(f"{shown(info.filename)} is no plain array of numbers")
+        raise Refused(f"{shown(info.filename)} is not a plain array of numbers")
     try:
         shape = ast.literal_eval(match[4])
     except (SyntaxError, ValueError):
@@ -207,10 +207,10 @@ def _arguments(
     if isinstance(table, dict) and "init_kwargs" in table:
         class_name, table = class_name or table.get("class"), table["init_kwargs"]
     if not isinstance(table, dict):
-        raise Refused("its init kwargs are no table")
+        raise Refused("its init kwargs are not a table")
     class_name = class_name or ("edm.EDMPrecond" if "model_type" in table else "stylegan2.Generator")
     if not isinstance(class_name, str):
-        raise Refused("its class is no name")
+        raise Refused("its class is not a name")
     return class_name, plain(table)
 
 
@@ -218,7 +218,7 @@ def _json(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise Refused("its init kwargs are no valid JSON") from None
+        raise Refused("its init kwargs are not valid JSON") from None
 
 
 def save_plain(path: str | os.PathLike, network: torch.nn.Module) -> None:

@@ -136,7 +136,7 @@ def read_legacy(path: Path, stream: BinaryIO, expected: str) -> tuple[Any, list[
     with saying(str(path)):
         system, keys = values[2], values[4]
         if values[1] != 1001 or not isinstance(system, dict) or system.get("little_endian") is not True:
-            raise Refused("it is no little-endian stream of torch.save")
+            raise Refused("it is not a little-endian stream of torch.save")
         if not isinstance(keys, list) or len(keys) != len(ids) or not all(isinstance(key, str) for key in keys):
             raise Refused("its list of storages is not that of its tensors")
         for key in keys:

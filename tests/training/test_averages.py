@@ -1,0 +1,110 @@
+"""Averages of any length, from two that were kept."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from refine.training.averages import LONGEST, PowerAverages, Profile, combination, combined, gamma_of, relative_std
+
+LENGTHS = (0.05, 0.25)
+
+
+@pytest.mark.parametrize(("length", "gamma"), [(0.05, 16.97), (0.10, 6.94)])  # published (EDM2, section 3.1)
+def test_gamma_of_a_length(length, gamma):
+    assert gamma_of(length) == pytest.approx(gamma, abs=0.005)
+    assert relative_std(gamma_of(length)) == pytest.approx(length, rel=1e-9)
+
+
+@pytest.mark.parametrize("length", [0.0, 0.001, 0.3, float("nan")])
+def test_impossible_lengths(length):
+    with pytest.raises(ValueError, match="expected a length of"):
+        gamma_of(length)
+
+
+def test_the_longest_is_the_plain_mean():
+    assert gamma_of(LONGEST - 1e-9) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(("a", "b"), [((0.05, 3.0), (0.25, 7.0)), ((0.25, 2.0), (0.1, 2.0)), ((0.2, 9.0), (0.1, 4.0))])
+def test_products_equal_numerical_integrals(a, b):
+    one, other = Profile.of(*a), Profile.of(*b)
+    tau = (np.arange(400_000) + 0.5) / 400_000 * max(one.t, other.t)
+
+    def density(p):
+        return np.where(tau <= p.t, (p.gamma + 1) * tau**p.gamma / p.t ** (p.gamma + 1), 0.0)
+
+    numerical = (density(one) * density(other)).mean() * max(one.t, other.t)
+    assert one.product(other) == other.product(one) == pytest.approx(numerical, rel=1e-4)
+
+
+def drifting(steps, seed=0):
+    """A network of one weight that walks about, as training would leave it at every step."""
+    rng = np.random.RandomState(seed)
+    return np.cumsum(rng.randn(steps) * 0.05) + np.log1p(np.arange(steps))
+
+
+def averages_of(path, lengths, every=None):
+    """The averages after each step that is a multiple of `every`: {(length, time): value}."""
+    network = nn.Linear(1, 1, bias=False)
+    averages, found = PowerAverages(network, lengths), {}
+    for step, value in enumerate(path, start=1):
+        with torch.no_grad():
+            network.weight.fill_(float(value))
+        averages.update(network, step - 1, step)
+        if (every and step % every == 0) or step == len(path):
+            found |= {(length, step): average.weight.item() for length, average in averages.networks.items()}
+    return found
+
+
+def test_an_average_has_its_profile():
+    """Of a network that grows linearly, the average is t (γ + 1) / (γ + 2), up to the size of a step."""
+    found = averages_of(np.arange(1.0, 2001.0), LENGTHS)
+    for (length, t), value in found.items():
+        gamma = gamma_of(length)
+        assert value == pytest.approx(t * (gamma + 1) / (gamma + 2), rel=1e-3)
+
+
+@pytest.mark.parametrize("wanted", [0.07, 0.1, 0.15, 0.2])
+@pytest.mark.parametrize("time", [1600, 2000])
+def test_other_lengths_are_found_from_those_that_were_kept(wanted, time):
+    path = drifting(2000)
+    kept = averages_of(path, LENGTHS, every=100)
+    truth = averages_of(path[:time], [wanted])[wanted, time]
+    profiles = [Profile.of(length, t) for length, t in kept]
+    coefficients = combination(profiles, Profile.of(wanted, time))
+    found = coefficients @ np.array(list(kept.values()))
+    assert found == pytest.approx(truth, abs=0.01)
+    assert abs(found - truth) < 0.2 * min(abs(kept[length, time] - truth) for length in LENGTHS)  # than either is
+
+
+def test_a_kept_length_is_found_exactly():
+    profiles = [Profile.of(length, t) for t in (100, 200) for length in LENGTHS]
+    assert combination(profiles, profiles[2]) == pytest.approx([0, 0, 1, 0], abs=1e-6)
+
+
+def test_combinations_of_states():
+    a = {"w": torch.tensor([1.0, 2.0]), "filter": torch.tensor([0.1]), "n": torch.tensor(3)}
+    b = {"w": torch.tensor([3.0, 6.0]), "filter": torch.tensor([0.1]), "n": torch.tensor(3)}
+    found = combined([a, b], [-0.5, 1.5])
+    assert torch.equal(found["w"], torch.tensor([4.0, 8.0])) and torch.equal(found["filter"], a["filter"])
+    assert found["n"] == 3 and found["w"].dtype == torch.float32
+
+
+def test_before_the_first_update_averages_are_the_network_and_after_it_the_new_one():
+    network = nn.Linear(2, 1)
+    averages = PowerAverages(network, LENGTHS)
+    assert all(torch.equal(average.weight, network.weight) for average in averages.networks.values())
+    with torch.no_grad():
+        network.weight.add_(1)
+    averages.update(network, 0, 32)
+    assert all(torch.equal(average.weight, network.weight) for average in averages.networks.values())
+
+
+def test_states_go_on_and_other_lengths_are_refused():
+    network = nn.Linear(2, 1)
+    one, other = PowerAverages(network, LENGTHS), PowerAverages(nn.Linear(2, 1), LENGTHS)
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(other.networks[0.05].weight, network.weight)
+    with pytest.raises(ValueError, match=r"lengths 0\.05, 0\.25"):
+        PowerAverages(network, [0.1]).load_state_dict(one.state_dict())
