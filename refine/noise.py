@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
+from refine.config import SigmaOptions
+
 LAWS = ("lognormal", "loguniform", "karras")
 WEIGHTINGS = ("1", "sigma^P")
 
 
 @dataclass(frozen=True)
-class SigmaLaw:
+class SigmaLaw(SigmaOptions):
     """A distribution of noise levels, confined to [sigma_min, sigma_max].
 
     Attributes:
@@ -25,13 +27,6 @@ class SigmaLaw:
     Raises:
         ValueError: An unknown name, or numbers that give no distribution.
     """
-
-    name: str = "lognormal"
-    P_mean: float = -1.2
-    P_std: float = 1.2
-    rho: float = 7.0
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
 
     def __post_init__(self):
         if self.name not in LAWS:

@@ -141,8 +141,8 @@ def _reached() -> dist.TCPStore:
     except TimeoutError:
         where = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
         raise ConnectionError(
-            f"rank {rank()} got no answer of rank 0 at {where} within {TIMEOUT.seconds} s: it was not started, hangs, or "
-            "another program listens there"
+            f"rank {rank()} got no answer of rank 0 at {where} within {TIMEOUT.seconds} s: "
+            "it was not started, hangs, or another program listens there"
         ) from None
 
 

@@ -1,22 +1,17 @@
 """File → network: `load_generator` and `load_teacher` take the files people have, give back modules ready for use.
 
-    sniff.py     what a file is, told by its bytes
-    native.py    the toolkit's own files, read and written
-    registry.py  which classes a native file may name, and how they are built safely
-    describe.py  what is in a file, for `python -m refine inspect`
-    export.py    gives networks back in the formats they came in
+    sniff.py      what a file is, told by its bytes
+    native.py     the toolkit's own files, read and written
+    registry.py   which classes a native file may name, and how they are built safely
+    describe.py   what is in a file, for `python -m refine inspect`
+    export.py     gives networks back in the formats they came in
 
-    sources/     index.py   short names of shipped and of published files, and their checksums
-                 fetch.py   URL → file in the cache
-                 custom.py  generators that a function of the user's own makes
-
-    foreign/     opening.py     opens a file of another program
-                 container.py   which networks are in it, and the way in and out
-                 raw_pickle.py  tells raw pickles apart: nvidia.py (StyleGAN2-ADA, EDM, EDM2), tensorflow.py (legacy)
-                 torch_save.py  what torch.save writes; rosinality.py has the names in such files
-                 state_dicts.py, diffusers_folder.py  one network in safetensors or .npz, and folders of diffusers
-
-    pickles/     machine.py reads a pickle without running it; inert.py and tensors.py hold its values, not read yet
+    sources/      where files come from: index.py, short names of shipped and of published files and their checksums;
+                  fetch.py, a URL to a file in the cache; custom.py, generators that a function of the user's own makes
+    foreign/      files of other programs: opening.py finds the reader, container.py is what all of them give;
+                  nvidia.py (StyleGAN2-ADA, EDM, EDM2), tensorflow.py, torch_save.py, rosinality.py, state_dicts.py,
+                  diffusers_folder.py
+    pickles/      machine.py reads a pickle without running it; inert.py and tensors.py are what it reads
 
 Importing this package does not import torch.
 """

@@ -218,7 +218,7 @@ LENGTHS = Kind(
 
 @dataclass(frozen=True)
 class SigmaOptions:
-    """The law of noise levels of one step; the fields of `refine.noise.SigmaLaw`, without importing torch."""
+    """The law of noise levels of one step; see `refine.noise.SigmaLaw`, which draws from it."""
 
     name: str = "lognormal"
     P_mean: float = -1.2

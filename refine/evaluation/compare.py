@@ -121,10 +121,10 @@ def compare(
 
 
 class Side:
-    """One of the two networks: loaded from a file, and how it is sampled."""
+    """A network that makes images, a generator or a diffusion model: loaded from a file, and how it is sampled."""
 
     def __init__(self, path: str | os.PathLike, device: str, batch: int, noise_mode: str, truncation_psi: float):
-        self.network, self.is_teacher = load_any(path, device)
+        self.network, self.is_teacher = _load_any(path, device)
         file = source_file(path)
         self.path, self.name, self.sha256 = str(file), file.name, sha256_of_file(file)
         self.image_shape = [self.network.img_channels, self.network.img_resolution, self.network.img_resolution]
@@ -136,7 +136,9 @@ class Side:
     def num_classes(self) -> int:
         return self.network.label_dim if self.is_teacher else self.network.c_dim
 
-    def sample(self, seeds: Sequence[int], classes: Sequence[int] | None = None, **options: Any) -> Iterator[Batch]:
+    def sample(
+        self, seeds: Sequence[int], classes: int | Sequence[int] | None = None, **options: Any
+    ) -> Iterator[Batch]:
         """Batches of images for seeds, see `refine.metrics.sampling`; options override those of a StyleGAN2."""
         if self.is_teacher:
             return sample_teacher(self.network, seeds, classes=classes, **self._common)
@@ -153,7 +155,7 @@ def _sampling(G: Generator, truncation_psi: float, noise_mode: str) -> str:
     return ", ".join(words) or "G(z, c)"
 
 
-def load_any(path: str | os.PathLike, device: str) -> tuple[Any, bool]:
+def _load_any(path: str | os.PathLike, device: str) -> tuple[Any, bool]:
     """(generator, False) or (diffusion model, True), whichever the file holds. Raises ValueError if neither."""
     try:
         # channels_last halves a generator's time on a CPU: no page faults for copies between layouts

@@ -40,7 +40,7 @@ class _AroundUNet(Preconditioner):
             label_dim=label_dim, **model_kwargs,
         )  # fmt: skip
         super().__init__(unet, img_resolution, img_channels, label_dim, use_fp16)
-        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+        self.sigma_min, self.sigma_max, self.augment_dim = sigma_min, sigma_max, unet.augment_dim
 
     @property
     def has_null_label(self) -> bool:

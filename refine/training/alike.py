@@ -10,7 +10,6 @@ import refine
 from refine.config import OPTIONS, RefineConfig
 from refine.config.option import flag
 from refine.torch_utils import distributed
-from refine.training.snapshots import Provenance
 
 PLACES = {"gan", "teacher", "ref", "outdir"}  # machines may have their files in different places
 
@@ -33,10 +32,14 @@ def check_options_alike(config: RefineConfig, resumed_at: int | None, dry_run: b
     _check(facts)
 
 
-def check_origins_alike(provenance: Provenance) -> None:
-    """Compares the contents of the files of --gan and --teacher. Raises as `check_options_alike`."""
-    origins = {"--gan": provenance.student, "--teacher": provenance.teacher}
-    _check({f"the sha256 of {name}": origin.sha256 for name, origin in origins.items()})
+def check_origins_alike(origins: Mapping[str, Mapping[str, str]]) -> None:
+    """Compares the contents of the files of --gan and --teacher. Raises as `check_options_alike`.
+
+    Args:
+        origins: 'student' and 'teacher', each with its 'sha256'.
+    """
+    names = {"--gan": "student", "--teacher": "teacher"}
+    _check({f"the sha256 of {name}": origins[network]["sha256"] for name, network in names.items()})
 
 
 def _check(facts: Mapping[str, str]) -> None:

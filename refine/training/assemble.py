@@ -1,6 +1,7 @@
 """From checked options to a run: networks are loaded and compared, the run folder is made, the training begins."""
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,9 +17,9 @@ from refine.checkpoints.sources import custom
 from refine.config import CHANGEABLE, OPTIONS, RefineConfig
 from refine.config.option import flag
 from refine.device import choose_device, choose_ops
-from refine.dnnlib import check_outdir
+from refine.dnnlib import check_outdir, sha256_of_file
 from refine.errors import option
-from refine.guidance import guided
+from refine.guidance import Guided
 from refine.metrics.named import NamedMetric
 from refine.metrics.pipeline import sharing
 from refine.networks.one_step import OneStepGenerator
@@ -35,7 +36,6 @@ from refine.training.monitor import Monitor
 from refine.training.regularise import set_dropout
 from refine.training.resuming import ONE_STEP, Resumed, absolute_place, resumed_config
 from refine.training.run_dir import RunDir, create_run_dir, next_run_dir
-from refine.training.snapshots import Origin, Provenance
 from refine.training.stopping import StopRequests
 from refine.training.streams import lasting_streams
 from refine.training.trainer import Trainer, select_parameters
@@ -71,7 +71,12 @@ class _Pair:
     teacher: Any
     student_path: Path
     teacher_path: Path
-    provenance: Provenance
+
+    @functools.cached_property
+    def origins(self) -> dict[str, dict[str, str]]:
+        """Name and sha256 of both files."""
+        paths = {"student": self.student_path, "teacher": self.teacher_path}
+        return {name: {"file": path.name, "sha256": sha256_of_file(path)} for name, path in paths.items()}
 
 
 def run(config: RefineConfig, dry_run: bool = False) -> Run:
@@ -132,7 +137,7 @@ def _run_together(config: RefineConfig, resumed: Resumed | None, device_name: st
     distributed.wait_for_main()
     if not distributed.is_main():
         pair = _load_pair(config)
-    check_origins_alike(pair.provenance)
+    check_origins_alike(pair.origins)
     _check_against_options(pair, config)
     with option("--metrics"), sharing():  # all processes look at the images of --ref
         metrics = [NamedMetric(name, config.ref, device=device) for name in config.metrics]
@@ -148,18 +153,20 @@ def _run_together(config: RefineConfig, resumed: Resumed | None, device_name: st
         place = next_run_dir(config.outdir, desc) if resumed is None else resumed.found.path.parent
         return Run(config, str(device), place)
     run_dir = _open_run_dir(config, desc, resumed)
-    training = _make_training(config, pair, metrics, run_dir, device, files)
+    trainer, no_container = Trainer(config, pair.student, pair.teacher, device), _no_container(config.gan, pair)
+    container = None if no_container else pair.student_path
+    training = TrainingRun(trainer, run_dir, files, metrics=metrics, provenance=pair.origins, container=container)
     if resumed is not None:
         with option("--resume"):
             training.load_state_dict(resumed.found.state)
-        run_dir.trim_after(training.trainer.nimg / 1000)
+        run_dir.trim_after(trainer.nimg / 1000)
         if (best := training.snapshots.standing.best) is not None:
             mend_best(run_dir, best.snapshot)
     _write_options(run_dir, config, pair, device)
-    _log_files(run_dir, config, pair, resumed)
+    _log_files(run_dir, config, no_container, resumed)
     if resumed is not None:
-        _log_changes(run_dir, config, resumed, training.trainer.nimg)
-    _log_networks(run_dir, training.trainer)
+        _log_changes(run_dir, config, resumed, trainer.nimg)
+    _log_networks(run_dir, trainer)
     return Run(config, str(device), run_dir.path, _train(training, run_dir, resumed is not None))
 
 
@@ -182,17 +189,15 @@ def _load_pair(config: RefineConfig) -> _Pair:
     if one_step:
         with option("--sigma-init"):
             student = OneStepGenerator.from_teacher(teacher, config.sigma_init)
-    student_path = student_path or teacher_path
-    origins = Provenance(Origin.of(student_path), Origin.of(teacher_path))
-    return _Pair(student, teacher, student_path, teacher_path, origins)
+    return _Pair(student, teacher, student_path or teacher_path, teacher_path)
 
 
 def _checksums(config: RefineConfig, pair: _Pair, metrics: list[NamedMetric]) -> dict[str, str]:
     """SHA-256 of the files that a run which is resumed must find again, by option; code of the user's may change."""
-    files = {"teacher": pair.provenance.teacher.sha256}
+    files = {"teacher": pair.origins["teacher"]["sha256"]}
     reference = custom.parse(config.gan)
     if config.gan != ONE_STEP and (reference is None or reference.file):
-        files["gan"] = pair.provenance.student.sha256
+        files["gan"] = pair.origins["student"]["sha256"]
     if digest := next((metric.reference_sha256 for metric in metrics if metric.reference_sha256), None):
         files["ref"] = digest
     return files
@@ -212,7 +217,7 @@ def _check_laws(config: RefineConfig) -> None:
 def _check_against_options(pair: _Pair, config: RefineConfig) -> None:
     check_label_dist(config.label_dist, pair.student, pair.teacher)
     if config.guidance != 1:
-        guided(pair.teacher, config.guidance)
+        Guided(pair.teacher, config.guidance)
     if config.aux_dropout is not None:
         set_dropout(pair.teacher, config.aux_dropout)
     with option("--train"):
@@ -238,50 +243,30 @@ def _open_run_dir(config: RefineConfig, desc: str, resumed: Resumed | None) -> R
     return RunDir(folder, writes=distributed.is_main())
 
 
-def _make_training(
-    config: RefineConfig,
-    pair: _Pair,
-    metrics: list[NamedMetric],
-    run_dir: RunDir,
-    device: torch.device,
-    files: dict[str, str],
-) -> TrainingRun:
-    return TrainingRun(
-        Trainer(config, pair.student, pair.teacher, device),
-        run_dir,
-        files,
-        metrics=metrics,
-        provenance=pair.provenance,
-        container=None if _no_container(config.gan, pair.student_path) else pair.student_path,
-    )
-
-
-def _no_container(gan: str, path: Path) -> str | None:
+def _no_container(gan: str, pair: _Pair) -> str | None:
     """Why snapshots are not written into copies of the file that the GAN came in; None = they are."""
     if gan == ONE_STEP:
         return "the one-step generator is made here, from the teacher"
     if reference := custom.parse(gan):
         return f"use them as {reference}@FILE"
-    return can_write_like(path)
+    return can_write_like(pair.student_path)
 
 
 def _write_options(run_dir: RunDir, config: RefineConfig, pair: _Pair, device: torch.device) -> None:
     versions = {"gan-refine": refine.__version__, "torch": torch.__version__, "python": sys.version.split()[0]}
     machine = {"device": str(device), "processes": distributed.world_size(), "versions": versions}
-    place = {"run_dir": str(run_dir.path), "files": dataclasses.asdict(pair.provenance)}
+    place = {"run_dir": str(run_dir.path), "files": pair.origins}
     run_dir.write_json("training_options.json", {**config.as_dict(), **machine, **place})
 
 
-def _log_files(run_dir: RunDir, config: RefineConfig, pair: _Pair, resumed: Resumed | None) -> None:
+def _log_files(run_dir: RunDir, config: RefineConfig, no_container: str | None, resumed: Resumed | None) -> None:
     run_dir.log(f"run folder  {run_dir.path}")
     for message in resumed.found.damaged if resumed is not None else ():
         run_dir.log(f"damaged     {message}; going on from the state before it")
     if distributed.world_size() > 1:
         run_dir.log(f"processes   {distributed.world_size()}, {config.batch // distributed.world_size()} images each")
-    reason = _no_container(config.gan, pair.student_path)
-    run_dir.log(
-        f"snapshots   .safetensors{f' only: {reason}' if reason else ' and .pkl, the container that the GAN came in'}"
-    )
+    pickles = f" only: {no_container}" if no_container else " and .pkl, the container that the GAN came in"
+    run_dir.log(f"snapshots   .safetensors{pickles}")
 
 
 def _log_changes(run_dir: RunDir, config: RefineConfig, resumed: Resumed, nimg: int) -> None:

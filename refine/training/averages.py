@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from scipy.optimize import brentq
 from torch import nn
 
+from refine.checkpoints.native import load_networks, read_metadata
 from refine.training.ema import update_ema
 
 LONGEST = 1 / math.sqrt(12)  # of the plain mean of the whole run, γ = 0
@@ -64,32 +66,20 @@ class Profile:
 def combination(stored: Sequence[Profile], wanted: Profile) -> np.ndarray:
     """Coefficients with which the stored averages come nearest to the wanted one, in the least squares sense.
 
+    They are made to sum to 1: what all networks of the run share, which is most of a pretrained network, must stay.
+
     Returns:
-        float64 (len(stored),). They are not confined to [0, 1], and sum to about 1.
+        float64 (len(stored),). They are not confined to [0, 1].
     """
     scale = wanted.t  # all times relative to it: products of order 1
     relative = [Profile(profile.gamma, profile.t / scale) for profile in stored]
     target = Profile(wanted.gamma, 1.0)
     gram = np.array([[a.product(b) for b in relative] for a in relative])
     right = np.array([profile.product(target) for profile in relative])
-    return np.linalg.lstsq(gram, right, rcond=1e-12)[0]
-
-
-def combined(states: Sequence[Mapping[str, torch.Tensor]], coefficients: Sequence[float]) -> dict[str, torch.Tensor]:
-    """The combination of state dicts, summed in float64.
-
-    Tensors that are equal in all of them (filters, constant noise) stay as they are, bit for bit.
-    """
-    result = {}
-    for name, last in states[-1].items():
-        if not last.is_floating_point() or all(torch.equal(state[name], last) for state in states):
-            result[name] = last.clone()
-            continue
-        total = torch.zeros_like(last, dtype=torch.float64)
-        for state, coefficient in zip(states, coefficients, strict=True):
-            total.add_(state[name].double(), alpha=float(coefficient))
-        result[name] = total.to(last.dtype)
-    return result
+    # Of the Lagrangian: the normal equations, bordered by the constraint.
+    n = len(relative)
+    bordered = np.block([[gram, np.ones((n, 1))], [np.ones((1, n)), np.zeros((1, 1))]])
+    return np.linalg.lstsq(bordered, np.append(right, 1.0), rcond=1e-12)[0][:n]
 
 
 class PowerAverages:
@@ -128,3 +118,44 @@ class PowerAverages:
             raise ValueError(f"it holds averages of the lengths {', '.join(state) or 'none'}")
         for length, average in self.networks.items():
             average.load_state_dict(state[str(length)])
+
+
+def reconstruct(snapshots: Sequence[tuple[float, Path]], length: float, kimg: float) -> tuple[nn.Module, float]:
+    """The average of a length at a time of a run, from what its snapshots keep.
+
+    Args:
+        snapshots: (kimg, file) of the run's snapshots.
+        length: Relative standard deviation of its profile.
+        kimg: The end of the profile.
+
+    Returns:
+        The generator, and the relative error of its profile: 0 = exactly this average.
+
+    Raises:
+        ValueError: The snapshots keep no averages, or the length is impossible.
+    """
+    stored = [(path, name, Profile.of(kept, time)) for time, path in snapshots for name, kept in kept_in(path).items()]
+    if not stored:
+        raise ValueError("its snapshots keep no averages of the student; expected a run with --average=power")
+    wanted = Profile.of(length, kimg)
+    profiles = [profile for _, _, profile in stored]
+    coefficients = combination(profiles, wanted)
+    gram = np.array([[a.product(b) for b in profiles] for a in profiles])
+    distance = coefficients @ gram @ coefficients - 2 * coefficients @ [p.product(wanted) for p in profiles]
+    error = math.sqrt(max(distance / wanted.product(wanted) + 1, 0.0))
+    totals: dict[str, torch.Tensor] = {}
+    for (path, name, _), coefficient in zip(stored, coefficients, strict=True):
+        network = load_networks(path, [name])[name]  # one at a time: a run may keep many
+        for key, value in network.state_dict().items():
+            if value.is_floating_point():
+                totals.setdefault(key, torch.zeros_like(value, dtype=torch.float64)).add_(value.double() * coefficient)
+    state = network.state_dict()
+    state |= {key: total.to(state[key].dtype) for key, total in totals.items()}
+    network.load_state_dict(state)
+    return network, error
+
+
+def kept_in(path: Path) -> dict[str, float]:
+    """name → length of the averages in a snapshot."""
+    names = read_metadata(path)["networks"]
+    return {name: int(name[5:]) / 1000 for name in names if name.startswith("G_avg")}

@@ -75,16 +75,13 @@ class SkippedSteps:
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)  # in all, in a row until now
 
     def step(self, optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None:
-        """A step if `norm`, that of all gradients, is finite."""
+        """A step of a fused optimiser if `norm`, that of all gradients, is finite."""
         broken = ~norm.isfinite()
         self.counts += broken
         self.counts[1] *= broken
-        if optimizer.defaults["fused"]:
-            # Decided on the device, without waiting for it: torch's fused optimisers look for these two.
-            optimizer.grad_scale, optimizer.found_inf = None, broken.float()  # type: ignore[attr-defined]
-            optimizer.step()
-        elif not broken:  # on a CPU there is nothing to wait for
-            optimizer.step()
+        # Decided on the device, without waiting for it: torch's fused optimisers look for these two.
+        optimizer.grad_scale, optimizer.found_inf = None, broken.float()  # type: ignore[attr-defined]
+        optimizer.step()
 
     def read(self) -> tuple[int, int]:
         """(in all, in a row until now); a CPU–GPU synchronisation."""

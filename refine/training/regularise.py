@@ -28,11 +28,6 @@ def set_dropout(network: nn.Module, rate: float) -> None:
         raise ValueError(f"--aux-dropout is {rate:g}, but the network of --teacher has no layers with dropout")
 
 
-def augment_dim(network: nn.Module) -> int:
-    """Width of the augmentation labels that a denoiser was built for; 0 = none."""
-    return getattr(getattr(network, "model", None), "augment_dim", 0)
-
-
 @dataclass(frozen=True)
 class Augmentation:
     """Random geometric transformations, each with the same probability, and the labels that tell a network of them.

@@ -1,6 +1,5 @@
 """What a run leaves at every snapshot: the networks, pictures of fixed latents, metrics, and a copy of the best."""
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from tqdm import tqdm
 from refine.checkpoints.export import members, write_like
 from refine.checkpoints.native import save_networks
 from refine.config import NOT_IN_SNAPSHOTS, RefineConfig
-from refine.dnnlib import sha256_of_file
 from refine.images import image_grid, save_png, to_uint8
 from refine.metrics.metric import is_better
 from refine.metrics.named import NamedMetric
@@ -30,26 +28,6 @@ from refine.training.run_dir import RunDir
 from refine.training.trainer import Trainer
 
 GRID = (8, 8)  # rows and columns of the fixed-latent pictures
-
-
-@dataclass(frozen=True)
-class Origin:
-    """The file that a network came from."""
-
-    file: str  # its name
-    sha256: str
-
-    @classmethod
-    def of(cls, path: str | Path) -> "Origin":
-        return cls(Path(path).name, sha256_of_file(path))
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """What a run was made from."""
-
-    student: Origin
-    teacher: Origin
 
 
 @dataclass(frozen=True)
@@ -95,7 +73,7 @@ class Snapshots:
         trainer: As it is before its first step: the pictures before refinement are taken now.
         run_dir: Where everything is written.
         metrics: Measured at every snapshot; the first one decides which snapshot is the best.
-        provenance: What student and teacher were made from, written into every snapshot.
+        provenance: Name and sha256 of the files of student and teacher, written into every snapshot.
         container: The pickle that the student came in; snapshots are then written into copies of it, too. None = not.
     """
 
@@ -104,11 +82,11 @@ class Snapshots:
         trainer: Trainer,
         run_dir: RunDir,
         metrics: list[NamedMetric] | None = None,
-        provenance: Provenance | None = None,
+        provenance: dict[str, Any] | None = None,
         container: Path | None = None,
     ):
         self.trainer, self.run_dir = trainer, run_dir
-        self.metrics, self.provenance, self.container = metrics or [], provenance, container
+        self.metrics, self.provenance, self.container = metrics or [], provenance or {}, container
         self.standing = Standing()
         self._grid_z, self._grid_c = self._fixed_latents()
         self._init_grid = self._grid(trainer.G_ema)
@@ -134,7 +112,8 @@ class Snapshots:
         exact = trainer.config.short_intervals
         number = snapshot_number(self.run_dir.path, trainer.nimg, exact) if distributed.is_main() else ""
         name = f"network-snapshot-{number}.safetensors"
-        judged = self._measure(trainer.averages.networks or {None: trainer.G_ema}, name, monitor)
+        averages: dict[float | None, Generator] = {**trainer.averages.networks} or {None: trainer.G_ema}
+        judged = self._measure(averages, name, monitor)
         if distributed.is_main():
             self._save(name, judged, monitor)
             self._compare_with_best(name, judged)
@@ -143,8 +122,7 @@ class Snapshots:
 
     def _save(self, name: str, judged: Judged, monitor: Monitor) -> None:
         trainer, kimg = self.trainer, self._kimg
-        files = {} if self.provenance is None else dataclasses.asdict(self.provenance)
-        provenance = {**files, "options": _portable(trainer.config), "kimg": kimg}
+        provenance = {**self.provenance, "options": _portable(trainer.config), "kimg": kimg}
         if judged.length is not None:
             provenance["average_length"] = judged.length
         networks = {"G_ema": judged.network, "G": trainer.G}

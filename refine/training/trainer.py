@@ -8,7 +8,7 @@ import torch
 
 from refine.config import RefineConfig
 from refine.diff_instruct import aux_loss
-from refine.guidance import guided
+from refine.guidance import Guided
 from refine.networks.bases import Denoiser, Generator
 from refine.noise import SigmaLaw, make_weighting
 from refine.objectives import make_objective
@@ -21,7 +21,7 @@ from refine.training.ema import ema_beta, update_ema
 from refine.training.observe import Observer
 from refine.training.optimise import GuardedAdam
 from refine.training.precision import compile_networks, set_precision, training_format
-from refine.training.regularise import AUGMENT_DIM, Augmentation, augment_dim, set_dropout
+from refine.training.regularise import AUGMENT_DIM, Augmentation, set_dropout
 
 
 class Trainer:
@@ -72,7 +72,7 @@ class Trainer:
             set_dropout(self.aux, config.aux_dropout)
         self.augmentation = None
         if config.aux_augment:
-            self.augmentation = Augmentation(config.aux_augment, augment_dim(self.aux) == AUGMENT_DIM)
+            self.augmentation = Augmentation(config.aux_augment, self.aux.augment_dim == AUGMENT_DIM)
         self.G = _copied(student, self.device, training_format(student, self.device)).train()
         self.averages = PowerAverages(self.G, config.average_lengths if config.average == "power" else ())
         self.G_ema = self.averages.longest() or copy.deepcopy(self.G).eval().requires_grad_(False)
@@ -91,7 +91,7 @@ class Trainer:
             self.remarks.append(remark)
         self.null_label = self.teacher.has_null_label
         if config.guidance != 1:
-            self.teacher = guided(self.teacher, config.guidance)
+            self.teacher = Guided(self.teacher, config.guidance)
         size = config.batch_gpu or config.batch
         classes = self.bridge.teacher[2]
         self.batches = Batches(self.G, config.batch, size, prior, classes, self.null_label, self.device)
@@ -170,7 +170,8 @@ class Trainer:
         aux: Any = self.aux
         if self.augmentation is not None:
             x, augment_labels = self.augmentation(x)
-            aux = functools.partial(aux, augment_labels=augment_labels)
+            if augment_labels is not None:
+                aux = functools.partial(aux, augment_labels=augment_labels)
         return aux_loss(aux, x, labels, sigma, noise)
 
     def _images(self, G: Generator, z: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:

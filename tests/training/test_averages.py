@@ -5,7 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from refine.training.averages import LONGEST, PowerAverages, Profile, combination, combined, gamma_of, relative_std
+from refine.checkpoints.native import load_networks
+from refine.cli.main import run_command
+from refine.training.averages import LONGEST, PowerAverages, Profile, combination, gamma_of, relative_std
+from tests.training.test_trainer import make_run, run
 
 LENGTHS = (0.05, 0.25)
 
@@ -74,7 +77,7 @@ def test_other_lengths_are_found_from_those_that_were_kept(wanted, time):
     profiles = [Profile.of(length, t) for length, t in kept]
     coefficients = combination(profiles, Profile.of(wanted, time))
     found = coefficients @ np.array(list(kept.values()))
-    assert found == pytest.approx(truth, abs=0.01)
+    assert found == pytest.approx(truth, abs=0.01) and coefficients.sum() == pytest.approx(1, abs=1e-9)
     assert abs(found - truth) < 0.2 * min(abs(kept[length, time] - truth) for length in LENGTHS)  # than either is
 
 
@@ -83,12 +86,51 @@ def test_a_kept_length_is_found_exactly():
     assert combination(profiles, profiles[2]) == pytest.approx([0, 0, 1, 0], abs=1e-6)
 
 
-def test_combinations_of_states():
-    a = {"w": torch.tensor([1.0, 2.0]), "filter": torch.tensor([0.1]), "n": torch.tensor(3)}
-    b = {"w": torch.tensor([3.0, 6.0]), "filter": torch.tensor([0.1]), "n": torch.tensor(3)}
-    found = combined([a, b], [-0.5, 1.5])
-    assert torch.equal(found["w"], torch.tensor([4.0, 8.0])) and torch.equal(found["filter"], a["filter"])
-    assert found["n"] == 3 and found["w"].dtype == torch.float32
+def test_averages_of_a_run_are_made_afterwards(tmp_path, capsys):
+    """Against an average of that length that was kept all along; and what was kept is found bit for bit, nearly."""
+    options = {"kimg": 0.16, "lr": 1e-2, "tick": 0.016, "average_lengths": (0.05, 0.25)}
+    training = make_run(tmp_path / "run", **options)
+    truth = PowerAverages(training.trainer.G, [0.12])
+    step = training.trainer.step
+
+    def counted():
+        before = training.trainer.nimg
+        step()
+        truth.update(training.trainer.G, before, training.trainer.nimg)
+
+    training.trainer.step = counted
+    run(training)
+    folder = tmp_path / "run"
+    with pytest.raises(SystemExit) as stop:
+        run_command("average", [str(folder), "--length=0.12", f"--out={tmp_path / 'found.safetensors'}"])
+    assert stop.value.code == 0 and "length 0.12 at 0.16 kimg" in capsys.readouterr().out
+    found = load_networks(tmp_path / "found.safetensors")["G_ema"].state_dict()
+    last = training.trainer.averages.networks
+    for name, wanted in truth.networks[0.12].named_parameters():
+        error = (found[name] - wanted).norm()
+        assert error <= 0.1 * min((last[length].state_dict()[name] - wanted).norm() for length in last) + 1e-6, name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--length=0.5"], "--length: found 0.5; expected a length of"),
+        (["--length=0.1", "--kimg=9"], "--kimg is 9; expected a number up to 0.024"),
+        (["--length=0.1", "--out=x.pkl"], "--out: found x.pkl; expected"),
+    ],
+)
+def test_wrong_arguments_name_their_option(tmp_path, capsys, arguments, message):
+    run(make_run(tmp_path / "run"))
+    with pytest.raises(SystemExit) as stop:
+        run_command("average", [str(tmp_path / "run"), f"--out={tmp_path / 'a.safetensors'}", *arguments])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_run_without_averages_says_so(tmp_path, capsys):
+    run(make_run(tmp_path / "run", average="ema"))
+    with pytest.raises(SystemExit) as stop:
+        run_command("average", [str(tmp_path / "run"), "--length=0.1", f"--out={tmp_path / 'a.safetensors'}"])
+    assert stop.value.code == 2 and "keep no averages" in capsys.readouterr().err
 
 
 def test_before_the_first_update_averages_are_the_network_and_after_it_the_new_one():
