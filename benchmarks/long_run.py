@@ -18,7 +18,7 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from refine.config import PRESETS
-from refine.training.run_dir import find_training_states
+from refine.training.finding import find_training_states
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -257,6 +257,11 @@ class RefineConfig:
         count(1), 20, _RESUMING, "Stop after this many steps in a row with NaN or infinite gradients.",
         changeable=True, in_snapshots=False,
     )
+    rollback: int = option(
+        count(0), 0, _RESUMING,
+        "When the numbers diverge, go on from the best training state with half the rates, at most so many times.",
+        changeable=True, in_snapshots=False,
+    )
     # fmt: on
 
     def __post_init__(self) -> None:

@@ -1,7 +1,6 @@
 """What a run leaves at every snapshot: the networks, pictures of fixed latents, metrics, and a copy of the best."""
 
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ from tqdm import tqdm
 from refine.checkpoints.export import members, write_like
 from refine.checkpoints.native import save_networks
 from refine.config import NOT_IN_SNAPSHOTS, RefineConfig
-from refine.dnnlib import replaced_atomically
 from refine.images import image_grid, save_png, to_uint8
 from refine.metrics.metric import is_better
 from refine.metrics.named import NamedMetric
@@ -23,8 +21,10 @@ from refine.metrics.sampling import latents_of_seeds
 from refine.networks.bases import Generator
 from refine.torch_utils import distributed
 from refine.training.averages import average_name
+from refine.training.best import copy_best
+from refine.training.finding import snapshot_number
 from refine.training.monitor import Monitor
-from refine.training.run_dir import RunDir, kimg_name
+from refine.training.run_dir import RunDir
 from refine.training.trainer import Trainer
 
 GRID = (8, 8)  # rows and columns of the fixed-latent pictures
@@ -101,11 +101,16 @@ class Snapshots:
         if judged.results is not None:
             self.standing.start_recall = judged.results.get("recall")
 
-    def save(self, monitor: Monitor) -> None:
-        """Networks, pictures and metrics of now. All processes measure, the first one writes and knows the best."""
+    def save(self, monitor: Monitor) -> str:
+        """Networks, pictures and metrics of now. All processes measure, the first one writes and knows the best.
+
+        Returns:
+            The number in the snapshot's name, which its training state takes, too; of the first process.
+        """
         trainer = self.trainer
         distributed.check_equal([trainer.G, trainer.G_ema, trainer.aux])
-        number = kimg_name(trainer.nimg, trainer.config.short_intervals)
+        exact = trainer.config.short_intervals
+        number = snapshot_number(self.run_dir.path, trainer.nimg, exact) if distributed.is_main() else ""
         name = f"network-snapshot-{number}.safetensors"
         averages: dict[float | None, Generator] = {**trainer.averages.networks} or {None: trainer.G_ema}
         judged = self._measure(averages, name, monitor)
@@ -113,6 +118,7 @@ class Snapshots:
             self._save(name, judged, monitor)
             self._compare_with_best(name, judged)
         distributed.wait_for_main()
+        return number
 
     def _save(self, name: str, judged: Judged, monitor: Monitor) -> None:
         trainer, kimg = self.trainer, self._kimg
@@ -209,9 +215,7 @@ class Snapshots:
         if standing.best is None or is_better(metric.direction, judged.value, standing.best.value):
             standing.since_best = 0
             standing.best = Best(metric.name, judged.value, snapshot, self._kimg)
-            for path in self.run_dir.path.glob(f"{Path(snapshot).stem}.*"):
-                with replaced_atomically(path.with_stem("network-snapshot-best")) as temporary:
-                    shutil.copyfile(path, temporary)
+            copy_best(self.run_dir.path, snapshot)
 
     @torch.no_grad()
     def _fixed_latents(self) -> tuple[torch.Tensor, torch.Tensor | None]:

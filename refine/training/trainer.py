@@ -39,6 +39,7 @@ class Trainer:
         G_ema: The longest of them, or the exponential moving average.
         optimizers: Those of 'student' and 'aux'.
         nimg: Images through the student step.
+        rate_factor: What both learning rates are multiplied with; less than 1 after a run went back (`--rollback`).
         remarks: Lines on what --precision and --compile could not do on this machine.
 
     Raises:
@@ -98,6 +99,7 @@ class Trainer:
 
         self.nimg = 0
         self.warmup_steps_done = 0
+        self.rate_factor = 1.0
         self.means = RunningMeans(self.device)
         self._observe = Observer(self.means, self.device)
 
@@ -107,8 +109,8 @@ class Trainer:
         """The auxiliary steps and the student step of one iteration, and the moving average."""
         for index in range(self.config.aux_steps):
             keep = self.config.reuse_batch and index == self.config.aux_steps - 1
-            self.aux_step(self.config.aux_lr, keep)
-        self.student_step(self.config.lr * self.config.lr_factor(self.nimg))
+            self.aux_step(self.rate_factor * self.config.aux_lr, keep)
+        self.student_step(self.rate_factor * self.config.lr * self.config.lr_factor(self.nimg))
         self._average(before=self.nimg, now=self.nimg + self.config.batch)
         self.nimg += self.config.batch
 

@@ -1,11 +1,13 @@
 """Run folders and their files."""
 
 import json
+import os
 import threading
 
 import pytest
 
-from refine.training.run_dir import RunDir, create_run_dir, find_training_states, next_run_dir
+from refine.training.finding import find_training_states
+from refine.training.run_dir import RunDir, create_run_dir, next_run_dir
 
 
 def test_numbers_go_up_and_words_become_names(tmp_path):
@@ -60,3 +62,26 @@ def test_the_latest_state_is_found_in_a_run_and_in_a_folder_of_runs(tmp_path):
         (tmp_path / name).touch()
     assert find_training_states(tmp_path / "00000-a")[0].name == "training-state-000009.pt"
     assert find_training_states(tmp_path)[0] == tmp_path / "00001-b/training-state-000002.pt"
+
+
+def test_runs_with_other_names_that_start_at_once_get_other_numbers(tmp_path):
+    for round_ in range(20):
+        out, barrier = tmp_path / str(round_), threading.Barrier(4)
+
+        def start(index, out=out, barrier=barrier):
+            barrier.wait()
+            create_run_dir(out, f"s{index}")
+
+        threads = [threading.Thread(target=start, args=(index,)) for index in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(path.name[:5] for path in out.iterdir()) == [f"{number:05d}" for number in range(4)]
+
+
+def test_a_claim_that_a_kill_left_is_no_obstacle(tmp_path):
+    (tmp_path / ".00000.claim").mkdir()
+    os.utime(tmp_path / ".00000.claim", (0, 0))
+    assert create_run_dir(tmp_path, "x").name == "00000-x"
+    assert [path.name for path in tmp_path.iterdir()] == ["00000-x"]
