@@ -56,18 +56,18 @@ class Processes:
         return [process.wait(seconds) for process in self.all]
 
 
-def being_written(run: Path) -> bool:
-    return any(run.glob(".training-state-*.tmp"))
+def being_written(outdir: Path) -> bool:
+    return any(outdir.glob("0*/.training-state-*.tmp"))
 
 
-def kill(processes: Processes, run: Path, draw: random.Random, while_saving: bool, longest: float) -> str | None:
+def kill(processes: Processes, outdir: Path, draw: random.Random, while_saving: bool, longest: float) -> str | None:
     """Kill one process at its moment; returns where the run was, or None if it had come to its end before."""
-    for leftover in run.glob(".training-state-*.tmp"):  # of the start before: not to be taken for this one's
+    for leftover in outdir.glob("0*/.training-state-*.tmp"):  # of the start before: not to be taken for this one's
         leftover.unlink()
     deadline = time.monotonic() + draw.uniform(3, longest)
     while processes.run() and time.monotonic() < deadline:
         time.sleep(0.02)
-    while while_saving and processes.run() and not being_written(run):
+    while while_saving and processes.run() and not being_written(outdir):
         time.sleep(0.0005)
     if not processes.run():
         if any(processes.wait(90)):
@@ -76,7 +76,7 @@ def kill(processes: Processes, run: Path, draw: random.Random, while_saving: boo
     victim = 0 if while_saving else draw.randrange(len(processes.all))  # rank 0 is the one that writes
     processes.all[victim].kill()
     processes.wait(90)
-    return "while saving" if being_written(run) else "elsewhere"
+    return "while saving" if being_written(outdir) else "elsewhere"
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -100,8 +100,7 @@ def main(kills: int, ranks: int, then: int, longest: float, seed: int, outdir: s
     draw, places, log = random.Random(seed), [], folder / "killed.txt"
     processes = Processes(log, ranks, *again)
     while len(places) < kills:
-        runs = sorted((folder / "killed").glob("0*"))  # a start that was killed early leaves a folder without a state
-        place = kill(processes, runs[-1] if runs else folder, draw, len(places) % 2 == 1, longest)
+        place = kill(processes, folder / "killed", draw, len(places) % 2 == 1, longest)
         if place is None:
             break
         places.append(place)
@@ -115,7 +114,7 @@ def main(kills: int, ranks: int, then: int, longest: float, seed: int, outdir: s
 
 
 def go_on_with_others(folder: Path, ranks: int, then: int, options: list[str]) -> float:
-    """Largest error of weights, in units of their tensor's norm, after a stop and a start with `then` processes."""
+    """Error of all weights, relative to their norm, after a stop and a start with `then` processes."""
     log, outdir = folder / "others.txt", f"--outdir={folder}/others"
     processes = Processes(log, ranks, *options, outdir, "--state-minutes=0")
     while processes.run() and not list((folder / "others").glob("0*/training-state-*.pt")):
@@ -126,7 +125,8 @@ def go_on_with_others(folder: Path, ranks: int, then: int, options: list[str]) -
     if any(Processes(log, then, *options, outdir).wait()):
         raise click.ClickException(f"the run failed; see {log}")
     ours, theirs = load_file(last_snapshot(folder / "others")), load_file(last_snapshot(folder / "whole"))
-    return max(((ours[n] - x).norm() / x.norm().clamp_min(1e-12)).item() for n, x in theirs.items())
+    squares = [((ours[n].double() - x).square().sum(), x.double().square().sum()) for n, x in theirs.items()]
+    return float((sum(error for error, _ in squares) / sum(norm for _, norm in squares)) ** 0.5)
 
 
 def last_snapshot(outdir: Path) -> Path:

@@ -141,8 +141,8 @@ class TrainingRun:
         )
         progress.tick_start = trainer.nimg
         kimg, scalars = trainer.nimg / 1000, report.scalars()
-        monitor.scalars(scalars, kimg)
         self.run_dir.append_stats({"kimg": kimg, "tick": report.tick, **scalars})
+        monitor.scalars(scalars, kimg)
         return report.line()
 
     def _between_iterations(self, stop: StopRequests, saved: bool = False) -> StopReason:

@@ -7,6 +7,7 @@ streams raise at every line, wherever it is printed from.
 import contextlib
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any, TextIO, cast
 
@@ -48,8 +49,17 @@ class Lasting:
 
 @contextlib.contextmanager
 def lasting_streams() -> Iterator[None]:
-    """For as long as the block lasts, nothing fails because stdout or stderr does."""
-    before = sys.stdout, sys.stderr
+    """For as long as the block lasts, nothing fails because stdout or stderr does.
+
+    Nor does a thread print a traceback of an OSError: TensorBoard's writer raises it once more, where it is handled.
+    """
+    before, hook = (sys.stdout, sys.stderr), threading.excepthook
+
+    def without_files(failure: threading.ExceptHookArgs) -> None:
+        if not issubclass(failure.exc_type, OSError):
+            hook(failure)
+
+    threading.excepthook = without_files
     sys.stdout, sys.stderr = (
         cast(TextIO, Lasting(stream, name)) for stream, name in zip(before, ("stdout", "stderr"), strict=True)
     )
@@ -58,3 +68,4 @@ def lasting_streams() -> Iterator[None]:
     finally:
         sys.stdout.flush()  # here, where a failure is nothing
         sys.stdout, sys.stderr = before
+        threading.excepthook = hook

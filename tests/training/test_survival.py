@@ -261,7 +261,7 @@ def test_the_best_is_the_highest_where_the_metric_says_so(tmp_path):
 
 
 def test_patience_ends_a_run_that_does_not_get_better(tmp_path):
-    training = make_run(tmp_path, metrics=[Numbers(9.0, 5.0, 3.0, 4.0, 3.5, 1.0)], kimg=1.0)
+    training = make_run(tmp_path, metrics=[Numbers(9.0, 5.0, 3.0, 4.0, 3.5, 1.0)], kimg=1.0, average="ema")
     training.config = dataclasses.replace(training.config, patience=2, metrics=("fd10-fake",), ref="x.npz")
     run(training)
     assert training.trainer.nimg == 32 and training.snapshots.standing.best.snapshot.endswith("000000.016.safetensors")
@@ -272,7 +272,7 @@ def test_patience_ends_a_run_that_does_not_get_better(tmp_path):
 
 @pytest.mark.parametrize("error", [KeyError("x"), MemoryError(), ZeroDivisionError("division"), OSError("no file")])
 def test_no_failure_of_a_metric_ends_a_run(tmp_path, error):
-    training = make_run(tmp_path, metrics=[Numbers(9.0, error, math.nan, 2.0)])
+    training = make_run(tmp_path, metrics=[Numbers(9.0, error, math.nan, 2.0)], average="ema")
     run(training)
     assert training.trainer.nimg == 24 and training.snapshots.standing.best.value == 2.0
     assert (tmp_path / "log.txt").read_text().count("metric fd10-fake failed: ") == 1
