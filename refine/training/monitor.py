@@ -2,6 +2,7 @@
 
 import json
 import math
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,10 @@ class Monitor:
     ):
         self._images_per_step = 1000 if total_kimg >= 50 else 1
         purge = None if resumed_kimg is None else self._step(resumed_kimg) + 1
-        self._writer = SummaryWriter(str(path), flush_secs=20, purge_step=purge) if writes else None
+        suffix = f".{secrets.token_hex(4)}"  # a name that nobody can have put a link at
+        self._writer = (
+            SummaryWriter(str(path), flush_secs=20, purge_step=purge, filename_suffix=suffix) if writes else None
+        )
 
     def options(self, options: dict[str, Any]) -> None:
         """The options as text and as hparams, in this run itself: `add_hparams` would make a second one."""

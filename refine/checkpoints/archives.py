@@ -1,0 +1,135 @@
+"""Zip archives from elsewhere, NumPy's among them: what is taken into memory is bounded by the file's size.
+
+An archive can claim what it does not hold, and a megabyte can unpack to terabytes; some methods of compression give out
+a gigabyte at a single call. So the claims are added up before anything is unpacked, only the two methods that people's
+programs use are unpacked at all, and an array has as many bytes as its shape says.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from refine.checkpoints.pickles.inert import Refused, shown
+
+MAX_INFLATION, SPARE_BYTES = 4, 64 << 20  # compressed weights: 1.1 times, or 2 where they are rounded
+MAX_ENTRIES = 4_000_000  # ImageNet has 1.3 million
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+_KINDS = "fiubUS"  # of NumPy's types: numbers and text
+
+#: What Python's zip and NumPy's header readers raise for broken files.
+BROKEN: tuple[type[Exception], ...] = (
+    *(zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError, KeyError, IndexError),
+    *(struct.error, ValueError, OverflowError, SyntaxError, TypeError, AttributeError, RecursionError),
+)
+
+
+@contextmanager
+def opened(file: str | os.PathLike | BinaryIO) -> Iterator[zipfile.ZipFile]:
+    """A zip archive, for as long as the block lasts.
+
+    Raises:
+        Refused: It is none, is broken, or has more entries than a data set has images; also for what the block meets.
+    """
+    try:
+        check_entries(file)
+        with zipfile.ZipFile(file) as archive:
+            yield archive
+    except Refused:
+        raise
+    except BROKEN:
+        raise Refused("it is a broken or cut-off zip archive") from None
+
+
+def check_entries(file: str | os.PathLike | BinaryIO) -> None:
+    """Raises Refused if a list of entries alone would take gigabytes; the list takes 46 bytes for each in the file."""
+    size = os.fstat(file.fileno()).st_size if hasattr(file, "fileno") else os.path.getsize(file)
+    if size > 46 * MAX_ENTRIES and _entries(file, size) > MAX_ENTRIES:
+        raise Refused(f"it has more than {MAX_ENTRIES:,} entries")
+
+
+def _entries(file: Any, size: int) -> int:
+    """The number of entries that the end of an archive tells, at most."""
+    with open(file, "rb") if isinstance(file, str | os.PathLike) else open(os.dup(file.fileno()), "rb") as stream:
+        stream.seek(max(0, size - (1 << 17)))
+        tail = stream.read()
+    wide = tail.rfind(b"PK\x06\x06")
+    if wide >= 0 and len(tail) >= wide + 40:
+        return int.from_bytes(tail[wide + 32 : wide + 40], "little")
+    return 0
+
+
+def check_inflation(infos: Iterable[zipfile.ZipInfo], size: int) -> int:
+    """The bytes that entries claim to unpack to.
+
+    Args:
+        infos: The entries that are to be read.
+        size: Of the archive, in bytes.
+
+    Raises:
+        Refused: They are many times the file, or compressed in an unusual way.
+    """
+    infos = list(infos)
+    if any(info.compress_type not in _METHODS for info in infos):
+        raise Refused("it is compressed in an unusual way; expected deflate or none")
+    inflated = sum(info.file_size for info in infos)
+    if inflated > MAX_INFLATION * size + SPARE_BYTES:
+        raise Refused("its entries claim many times the memory that the file is long")
+    return inflated
+
+
+def read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, limit: int) -> bytes:
+    """One entry, of at most so many bytes.
+
+    Raises:
+        Refused: It claims more, or is compressed in an unusual way.
+    """
+    if info.file_size > limit or info.compress_type not in _METHODS:
+        raise Refused(f"{shown(info.filename)} claims {info.file_size} bytes; expected at most {limit}")
+    return archive.read(info)
+
+
+def npy_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether in Fortran order, and dtype; the stream is left at the data. Raises ValueError, see `BROKEN`."""
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(stream)
+
+
+def read_arrays(path: Path, skip: str = "") -> dict[str, np.ndarray]:
+    """The arrays of an .npz by name, in the machine's byte order: numbers and text.
+
+    Args:
+        path: The file.
+        skip: An array that is only named, and comes empty.
+
+    Raises:
+        Refused: The file is broken, holds objects, or claims many times its size.
+    """
+    with opened(path) as archive:
+        infos = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        check_inflation((info for name, info in infos.items() if name != skip), os.path.getsize(path))
+        return {name: np.empty(0) if name == skip else _read_npy(archive, info) for name, info in infos.items()}
+
+
+def _read_npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    with archive.open(info) as stream:
+        shape, fortran, dtype = npy_header(stream)
+        if dtype.kind not in _KINDS or dtype.kind == "f" and dtype.itemsize > 8:
+            raise Refused(f"{shown(info.filename)} has dtype {shown(str(dtype))}; expected plain numbers or text")
+        nbytes = dtype.itemsize
+        for length in shape:
+            nbytes *= length
+        if any(length < 0 for length in shape) or stream.tell() + nbytes != info.file_size:
+            raise Refused(f"{shown(info.filename)} has other data than its shape {list(shape)[:8]} says")
+        data = bytearray(stream.read())
+    array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
+    return array.astype(dtype.newbyteorder("="), copy=False)
