@@ -123,7 +123,7 @@ def read_arrays(path: Path, skip: str = "") -> dict[str, np.ndarray]:
 def _read_npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
     with archive.open(info) as stream:
         shape, fortran, dtype = npy_header(stream)
-        if dtype.kind not in _KINDS or dtype.kind == "f" and dtype.itemsize > 8:
+        if dtype.kind not in _KINDS or (dtype.kind == "f" and dtype.itemsize > 8):
             raise Refused(f"{shown(info.filename)} has dtype {shown(str(dtype))}; expected plain numbers or text")
         nbytes = dtype.itemsize
         for length in shape:

@@ -294,9 +294,7 @@ def test_a_library_is_run_only_from_a_folder_of_ones_own(place, name, who):
     (library,) = place.libraries()
     evil = library.with_suffix(".c")
     trap = place.folder / "trap"
-    evil.write_text(
-        f'#include <stdlib.h>\nvoid __attribute__((constructor)) f(void) {{ system("touch {trap}"); }}'
-    )
+    evil.write_text(f'#include <stdlib.h>\nvoid __attribute__((constructor)) f(void) {{ system("touch {trap}"); }}')
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, evil], check=True)
     target = library.name.split(".")[0]
     library.rename(library.with_name(f"{target}.{op_cache.checksum(library)}.so"))

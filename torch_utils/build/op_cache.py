@@ -147,7 +147,7 @@ def writable_folder(name: str = "") -> Path:
                 continue
             with tempfile.TemporaryFile(dir=base / name):
                 return base / name
-        except OSError as error:  # noqa: PERF203 - a handful of folders
+        except OSError as error:
             reasons.append(f"{base}: {error.strerror}")
     raise CacheError(f"no folder to keep them in ({'; '.join(reasons)}); set REFINE_OPS_CACHE")
 
