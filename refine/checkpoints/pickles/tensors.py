@@ -19,6 +19,7 @@ from refine.checkpoints.pickles.machine import load_bytes, make_ordered
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001  # of torch.save before torch 1.6
 _HEADER_BYTES = 1024  # of a legacy stream of one storage; about 244 are used
 _HEADER_OPCODES = 200
+_STORAGE_COST = 40  # opcodes in a usual header
 
 _STORAGE_DTYPES = {
     "FloatStorage": torch.float32,
@@ -285,7 +286,7 @@ TENSOR_RULES = {
         Stub("torch._utils._rebuild_tensor_v2", call=_rebuild_tensor),
         Stub("torch._utils._rebuild_parameter", call=_rebuild_parameter),
         Stub("torch._utils._rebuild_parameter_with_state", call=_rebuild_parameter),
-        Stub("torch.storage._load_from_bytes", call=load_storage),
+        Stub("torch.storage._load_from_bytes", call=load_storage, cost=_STORAGE_COST),
         Stub("torch.Size", call=lambda sizes: tuple(sizes) if isinstance(sizes, tuple | list) else ()),
         Stub("torch.device", call=lambda *args: str(args[0])[:20] if args and isinstance(args[0], str) else "cpu"),
         Stub("collections.OrderedDict", call=make_ordered),
