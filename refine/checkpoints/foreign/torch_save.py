@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from refine.checkpoints import archives
 from refine.checkpoints.foreign import nvidia, rosinality
 from refine.checkpoints.foreign.container import Container, saying
 from refine.checkpoints.pickles.inert import Blob, Buildable, Refused, Stub, shown
@@ -57,18 +58,14 @@ def read_zip(path: Path, stream: BinaryIO, expected: str) -> tuple[Any, list[str
     """
     size = os.fstat(stream.fileno()).st_size
     try:
-        with zipfile.ZipFile(stream) as archive:
+        with archives.opened(stream) as archive:
             entries = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
             pickled = entries["data.pkl"]
             if any(info.compress_type != zipfile.ZIP_STORED for info in entries.values()):
                 raise Refused("its zip is compressed, which torch.save never does")
-            if pickled.file_size > min(size, _MAX_PICKLE_BYTES):
-                raise Refused(f"its pickle claims {pickled.file_size} bytes")
-            data = archive.read(pickled)
-            if "byteorder" in entries and archive.read(entries["byteorder"])[:6] != b"little":
+            data = archives.read_member(archive, pickled, min(size, _MAX_PICKLE_BYTES))
+            if "byteorder" in entries and archives.read_member(archive, entries["byteorder"], 16)[:6] != b"little":
                 raise Refused("its numbers are big-endian")
-    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError, KeyError, EOFError):
-        raise ValueError(f"{path} is a broken or cut-off zip archive; expected {expected}") from None
     except Refused as error:
         raise ValueError(f"{path}: {error}") from None
     blobs: dict[str, Blob] = {}
