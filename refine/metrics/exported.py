@@ -1,8 +1,8 @@
 """Runs programs written by `torch.export.save`, without torch's reader of them.
 
-That reader unpickles, evaluates text and calls whatever function of torch's a file names. Here the archive's JSON is the
-program, and nothing else of it is looked at: numbers are read as bytes, every step is an operator of `OPERATORS`, by
-its exact name, and sizes are plain integers. An operator's result depends on its arguments alone, and it changes
+That reader unpickles, evaluates text and calls whatever function of torch's a file names. Here the archive's JSON is
+the program, and nothing else of it is looked at: numbers are read as bytes, every step is an operator of `OPERATORS`,
+by its exact name, and sizes are plain integers. An operator's result depends on its arguments alone, and it changes
 nothing but, where its name says so, an intermediate result. Before images of a new shape are looked at, the steps are
 run on tensors without numbers: so a file of some kilobytes cannot ask for terabytes.
 """
@@ -10,7 +10,6 @@ run on tensors without numbers: so a file of some kilobytes cannot ask for terab
 from __future__ import annotations
 
 import json
-
 import operator
 import re
 import zipfile
@@ -31,27 +30,28 @@ MAX_NUMBERS = 1 << 24  # of one result, per image; Inception's largest has 1.4 m
 MAX_NUMBERS_IN_ALL = 1 << 30  # of all results, per image
 _MAX_JSON_BYTES, _MAX_STEPS = 32 << 20, 20_000
 
-_POINTWISE = """abs.default add.Scalar add.Tensor ceil.default clamp.default clamp.Tensor clamp_max.default
+_POINTWISE = """abs.default add.Scalar add.Tensor ceil.default clamp.Tensor clamp.default clamp_max.default
 clamp_min.default cos.default div.Scalar div.Tensor div.Tensor_mode elu.default eq.Scalar eq.Tensor erf.default
 exp.default floor.default ge.Scalar ge.Tensor gelu.default gt.Scalar gt.Tensor hardsigmoid.default hardswish.default
-hardtanh.default le.Scalar le.Tensor leaky_relu.default log.default log1p.default logical_and.default logical_not.default
-logical_or.default lt.Scalar lt.Tensor masked_fill.Scalar maximum.default minimum.default mish.default mul.Scalar
-mul.Tensor ne.Scalar ne.Tensor neg.default pow.Tensor_Scalar pow.Tensor_Tensor reciprocal.default relu.default
-relu6.default remainder.Scalar remainder.Tensor round.default rsqrt.default rsub.Scalar sigmoid.default silu.default sin.default softplus.default
-sqrt.default square.default sub.Scalar sub.Tensor tanh.default where.self"""
-_IN_PLACE = """add_.Scalar add_.Tensor clamp_.default clamp_max_.default clamp_min_.default detach_.default div_.Scalar
-div_.Tensor elu_.default hardsigmoid_.default hardswish_.default hardtanh_.default leaky_relu_.default mish_.default
-mul_.Scalar mul_.Tensor relu_.default relu6_.default sigmoid_.default silu_.default sub_.Scalar sub_.Tensor
-tanh_.default"""
+hardtanh.default le.Scalar le.Tensor leaky_relu.default log.default log1p.default logical_and.default
+logical_not.default logical_or.default lt.Scalar lt.Tensor masked_fill.Scalar maximum.default minimum.default
+mish.default mul.Scalar mul.Tensor ne.Scalar ne.Tensor neg.default pow.Tensor_Scalar pow.Tensor_Tensor
+reciprocal.default relu.default relu6.default remainder.Scalar remainder.Tensor round.default rsqrt.default
+rsub.Scalar sigmoid.default silu.default sin.default softplus.default sqrt.default square.default sub.Scalar
+sub.Tensor tanh.default where.self"""
+_IN_PLACE = """add_.Scalar add_.Tensor clamp_.default clamp_max_.default clamp_min_.default detach_.default
+div_.Scalar div_.Tensor elu_.default hardsigmoid_.default hardswish_.default hardtanh_.default leaky_relu_.default
+mish_.default mul_.Scalar mul_.Tensor relu6_.default relu_.default sigmoid_.default silu_.default sub_.Scalar
+sub_.Tensor tanh_.default"""
 _REDUCTIONS = """amax.default amin.default argmax.default cumsum.default linalg_vector_norm.default log_softmax.int
 logsumexp.default max.default max.dim mean.default mean.dim min.default min.dim softmax.int std.correction sum.default
 sum.dim_IntList var.correction"""
-_SHAPES = """alias.default cat.default chunk.default clone.default contiguous.default detach.default expand.default
-expand_as.default flatten.using_ints flip.default gather.default index.Tensor index_select.default
-lift_fresh_copy.default movedim.int permute.default pixel_shuffle.default pixel_unshuffle.default
-repeat.default reshape.default roll.default select.int slice.Tensor split.Tensor split.sizes split_with_sizes.default
-squeeze.default squeeze.dim squeeze.dims stack.default t.default to.device to.dtype to.dtype_layout transpose.int
-type_as.default unbind.int unflatten.int unsqueeze.default view.default _to_copy.default"""
+_SHAPES = """_to_copy.default alias.default cat.default chunk.default clone.default contiguous.default detach.default
+expand.default expand_as.default flatten.using_ints flip.default gather.default index.Tensor index_select.default
+lift_fresh_copy.default movedim.int permute.default pixel_shuffle.default pixel_unshuffle.default repeat.default
+reshape.default roll.default select.int slice.Tensor split.Tensor split.sizes split_with_sizes.default squeeze.default
+squeeze.dim squeeze.dims stack.default t.default to.device to.dtype to.dtype_layout transpose.int type_as.default
+unbind.int unflatten.int unsqueeze.default view.default"""
 _LAYERS = """_upsample_bicubic2d_aa.default _upsample_bicubic2d_aa.vec _upsample_bilinear2d_aa.default
 _upsample_bilinear2d_aa.vec adaptive_avg_pool2d.default adaptive_max_pool2d.default addmm.default avg_pool2d.default
 baddbmm.default batch_norm.default bmm.default constant_pad_nd.default conv1d.default conv2d.default conv2d.padding
@@ -69,7 +69,8 @@ OPERATORS = frozenset(" ".join((_POINTWISE, _IN_PLACE, _REDUCTIONS, _SHAPES, _LA
 _ARITHMETIC: dict[str, Callable[..., Any]] = {
     **{f"_operator.{name}": getattr(operator, name) for name in ("add", "sub", "mul", "floordiv", "mod", "neg")},
     **{f"_operator.{name}": getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
-    **{"torch.sym_max": max, "torch.sym_min": min},
+    "torch.sym_max": max,
+    "torch.sym_min": min,
 }
 _CHECKS = {f"torch.ops.aten.{name}" for name in ("_assert_scalar.default", "_assert_tensor_metadata.default")}
 _CHECKS |= {"torch.ops.aten.sym_constrain_range_for_size.default", "torch.ops.aten.sym_constrain_range.default"}
@@ -266,7 +267,7 @@ def _held(path: Path, archive: zipfile.ZipFile, specs: Sequence[Any]) -> tuple[d
         if kind not in ("parameter", "buffer", "tensor_constant"):
             raise Refused(f"it takes a {shown(kind)}, which a detector does not need")
         key = content[f"{kind}_name"]
-        folder, entry = next((folder, table[key]) for folder, table in tables if key in table)
+        folder, entry = _entry(tables, key)
         file = str(entry["path_name"])
         if entry["use_pickle"] is not False or not re.fullmatch(r"(weight|tensor)_\d+", file):
             raise Refused(f"it holds an object {shown(file)} that is no plain tensor")
@@ -276,6 +277,13 @@ def _held(path: Path, archive: zipfile.ZipFile, specs: Sequence[Any]) -> tuple[d
         held[content["arg"]["name"]] = _tensor(storages[info.filename], entry["tensor_meta"])
     (only,) = images
     return held, only
+
+
+def _entry(tables: Sequence[tuple[str, Any]], key: str) -> tuple[str, Any]:
+    for folder, table in tables:
+        if key in table:
+            return folder, table[key]
+    raise Refused(f"it does not hold its tensor {shown(str(key))}")
 
 
 def _tensor(data: bytes, meta: Mapping[str, Any]) -> torch.Tensor:
@@ -440,7 +448,10 @@ def _last_uses(nodes: Sequence[Any], result: str) -> dict[int, tuple[str, ...]]:
         if node["target"] in _CHECKS:
             continue
         gives = _gives(node["outputs"])
-        for name in [*([gives] if isinstance(gives, str) else gives), *_names([_value(i["arg"]) for i in node["inputs"]])]:
+        for name in [
+            *([gives] if isinstance(gives, str) else gives),
+            *_names([_value(i["arg"]) for i in node["inputs"]]),
+        ]:
             last[name] = index
     last.pop(result, None)
     over: dict[int, tuple[str, ...]] = {}

@@ -142,7 +142,7 @@ def _run_together(config: RefineConfig, resumed: _Resumed | None, device_name: s
         pair = _load_pair(config)
     _check_against_options(pair, config)
     with option("--metrics"), sharing():  # all processes look at the images of --ref
-        metrics = [NamedMetric(name, config.ref, device=device) for name in config.metrics]
+        metrics = [NamedMetric(name, config.ref, device=device, trust=config.trust_detector) for name in config.metrics]
     distributed.wait_for_main()
     config = _with_absolute_paths(config)
     student_name = ONE_STEP if config.gan == ONE_STEP else pair.student_path.stem

@@ -155,6 +155,10 @@ class TensorRef:
         values = self._view(self._flat())
         return (values.flip(self.flip) if self.flip else values).contiguous()
 
+    def read_as_laid_out(self) -> torch.Tensor:
+        """The values as the file has them, in its dtype and in its order in memory; without flip, scale and shift."""
+        return self._view(self._flat())
+
     def item(self) -> float | int | bool:
         """The one value of a tensor of no axes, as the file has it."""
         if self.shape:
