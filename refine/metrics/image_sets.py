@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from refine.checkpoints import archives
+from refine.checkpoints.pickles.inert import shown
 from refine.dnnlib import sha256_of_file
 from refine.metrics.sampling import Batch
 
@@ -30,6 +31,7 @@ _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM")  # of those names; Pill
 MAX_PIXELS = 1 << 24  # 4096x4096; a few hundred kilobytes can unpack to gigapixels
 MAX_IMAGE_BYTES = 128 << 20  # of a file; the largest picture takes 96 MiB without compression
 _BROKEN: tuple[type[Exception], ...] = (*archives.BROKEN, Image.DecompressionBombError)
+_MAX_CLASSES = 1 << 20
 _READERS = 4  # threads that decode
 
 
@@ -82,7 +84,8 @@ class ImageSet:
         Raises:
             ValueError: It is broken, transparent or of a kind without defined grey levels.
         """
-        where = f"{self.path}: {self.names[index]}" if self._archive else str(self.path / self.names[index])
+        name = shown(self.names[index])
+        where = f"{self.path}: {name}" if self._archive else f"{self.path / name}"
         try:
             picture = Image.open(io.BytesIO(self._bytes(self.names[index], MAX_IMAGE_BYTES)), formats=_FORMATS)
             if picture.width * picture.height > MAX_PIXELS:
@@ -92,7 +95,7 @@ class ImageSet:
             pixels = _pixels(picture)
         except _Unusable as error:
             raise ValueError(f"{where} {error}") from None
-        except _BROKEN:
+        except (*_BROKEN, MemoryError):
             raise ValueError(f"{where} is broken or no image") from None
         return torch.from_numpy(pixels)
 
@@ -109,33 +112,38 @@ class ImageSet:
 
     def _bytes(self, name: str, limit: int) -> bytes:
         """A file of the set, of at most so many bytes."""
-        if self._archive is not None:
-            return archives.read_member(self._archive, self._archive.getinfo(name), limit)
-        if (size := (self.path / name).stat().st_size) > limit:
+        info = None if self._archive is None else self._archive.getinfo(name)
+        size = (self.path / name).stat().st_size if info is None else info.file_size
+        if size > limit:
             raise _Unusable(f"has {size} bytes; expected at most {limit}")
-        return (self.path / name).read_bytes()
+        if self._archive is None or info is None:
+            return (self.path / name).read_bytes()
+        return archives.read_member(self._archive, info, limit)
 
     def _read_classes(self, names: list[str]) -> torch.Tensor | None:
         member = next((name for name in names if name.rpartition("/")[2] == "dataset.json"), None)
         if member is None:
             return None
-        folder = member.removesuffix("dataset.json")
+        folder, listed = member.removesuffix("dataset.json"), shown(member)
         try:
             labels = json.loads(self._bytes(member, (1 << 20) + 300 * len(self.names))).get("labels")
         except (*_BROKEN, MemoryError):
-            raise ValueError(f"{self.path}: {member} is broken; expected a table with 'labels'") from None
+            raise ValueError(f"{self.path}: {listed} is broken; expected a table with 'labels'") from None
         if labels is None:
             return None
         try:
             table = {folder + str(name): label for name, label in labels}
         except (TypeError, ValueError):
-            raise ValueError(f"{self.path}: {member} has labels that are no list of [name, class]") from None
+            raise ValueError(f"{self.path}: {listed} has labels that are no list of [name, class]") from None
         found = [table.get(name) for name in self.names]
-        if not all(isinstance(label, int) and not isinstance(label, bool) and 0 <= label < 1 << 20 for label in found):
-            bad = next(n for n, label in zip(self.names, found, strict=True) if type(label) is not int or label < 0)
-            if all(isinstance(label, list) for label in found):
-                return None  # labels that are vectors are no classes
-            raise ValueError(f"{self.path}: {member} has no class for {bad}; expected a number from 0 for every image")
+        if all(isinstance(label, list) for label in found):
+            return None  # labels that are vectors are no classes
+        for name, label in zip(self.names, found, strict=True):
+            if type(label) is not int or not 0 <= label < _MAX_CLASSES:
+                raise ValueError(
+                    f"{self.path}: {listed} has no class for {shown(name)}; "
+                    f"expected a number from 0, below {_MAX_CLASSES}, for every image"
+                )
         return torch.tensor(found, dtype=torch.int64)
 
 

@@ -127,7 +127,14 @@ def load_reference(
     Raises:
         ValueError: It does not exist, is none of the known forms, or does not fit the detector.
     """
-    text, looking = os.fspath(path_or_name), looking or Looking()
+    try:
+        return _load(path_or_name, detector, looking or Looking())
+    except MemoryError:
+        raise ValueError(f"reference {path_or_name} asks for more memory than there is") from None
+
+
+def _load(path_or_name: str | os.PathLike, detector: Detector | None, looking: Looking) -> Reference:
+    text = os.fspath(path_or_name)
     if os.path.isdir(text):
         return _measured(ImageSet(Path(text)), Path(text), "folder of images", detector, looking)
     path = resolve(path_or_name)

@@ -19,6 +19,7 @@ from typing import IO, Any, cast
 import torch
 
 from refine.checkpoints.foreign.torch_save import load_plain
+from refine.checkpoints.pickles.inert import shown
 from refine.dnnlib import replaced_atomically
 from refine.training.run_dir import kimg_name, training_states
 from refine.training.snapshots import Standing
@@ -111,7 +112,7 @@ def load_training_state(path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
             if damaged := archive.testzip():
-                raise ValueError(f"{damaged} does not have its checksum")
+                raise ValueError(f"{shown(damaged)} does not have its checksum")
         state = load_plain(path)
         complete = {"config", "networks", "nimg", "rng", "skips"} <= set(state)
     except FileNotFoundError:
