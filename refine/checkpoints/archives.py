@@ -8,6 +8,7 @@ programs use are unpacked at all, and an array has as many bytes as its shape sa
 from __future__ import annotations
 
 import os
+import re
 import struct
 import zipfile
 import zlib
@@ -25,6 +26,11 @@ MAX_INFLATION, SPARE_BYTES = 4, 64 << 20  # compressed weights: 1.1 times, or 2 
 MAX_DIRECTORY_BYTES = 96 << 20  # of the list of entries; ImageNet's 1.3 million take 86
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _KINDS = "fiubUS"  # of NumPy's types: numbers and text
+_MAX_HEADER_BYTES = 10_000
+_HEADER = re.compile(  # Python 2 wrote long integers
+    r"\{\s*'descr': '([<>|=]?[A-Za-z]\d{1,8})', 'fortran_order': (True|False), "
+    r"'shape': \(((?:\d{1,18}L?, ?)*(?:\d{1,18}L?)?)\),?\s*\}\s*"
+)
 
 #: What Python's zip and NumPy's header readers raise for broken files.
 BROKEN: tuple[type[Exception], ...] = (
@@ -94,10 +100,25 @@ def read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, limit: int) -> 
 
 
 def npy_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether in Fortran order, and dtype; the stream is left at the data. Raises ValueError, see `BROKEN`."""
-    version = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(stream)
+    """Shape, whether in Fortran order, and dtype of a plain array; the stream is left at the data.
+
+    NumPy's own reader evaluates the header as Python text.
+
+    Raises:
+        Refused: It is no array, or one of objects or with fields.
+    """
+    magic = stream.read(8)
+    if magic[:6] != b"\x93NUMPY" or magic[6:7] not in (b"\x01", b"\x02", b"\x03"):
+        raise Refused("it holds a member that is no array")
+    length = int.from_bytes(stream.read(2 if magic[6] == 1 else 4), "little")
+    text = stream.read(length).decode("latin-1") if length <= _MAX_HEADER_BYTES else ""
+    match = _HEADER.fullmatch(text)
+    if match is None:
+        raise Refused(f"it holds what is no plain array of numbers or text ({shown(text[:60].strip())})")
+    shape = tuple(int(number.strip(" L")) for number in match[3].split(",") if number.strip())
+    if len(shape) > 32 or any(size >= 1 << 48 for size in shape):
+        raise Refused("it holds an array of an impossible shape")
+    return shape, match[2] == "True", np.dtype(match[1])
 
 
 def read_arrays(path: Path, skip: str = "") -> dict[str, np.ndarray]:

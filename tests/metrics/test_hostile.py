@@ -59,7 +59,7 @@ ARRAYS = {
     "no features": ({"features": np.zeros((0, 4)), "classes": np.zeros(0, np.int64)}, "N at least 2"),
     "no classes": ({"features": np.ones((3, 4)), "classes": np.zeros(0, np.int64)}, "has classes that are no"),
     "many classes": ({"features": np.ones((3, 4)), "classes": np.array([0, 1, 1 << 40])}, "has classes that are no"),
-    "objects": ({"mu": np.array([1, "a"], dtype=object)}, "dtype object"),
+    "objects": ({"mu": np.array([1, "a"], dtype=object)}, "no plain array"),
     "complex": ({"mu": MU.astype(complex)}, "complex"),
 }
 

@@ -10,10 +10,8 @@ The arguments are a JSON object, either {"class": "stylegan2.Generator", "init_k
 
 from __future__ import annotations
 
-import ast
 import json
 import os
-import re
 import zipfile
 from collections.abc import Mapping
 from io import BytesIO
@@ -97,25 +95,8 @@ def open_npz(path: Path, stream: BinaryIO, expected: str, **given: Any) -> Conta
 def _npy_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[str, tuple[int, ...], bool, int]:
     """dtype ('f4', or 'U…' for text), shape, whether in Fortran order, and where the data begin."""
     with archive.open(info) as entry:
-        magic = entry.read(8)
-        if magic[:6] != b"\x93NUMPY" or magic[6:7] not in (b"\x01", b"\x02", b"\x03"):
-            raise Refused(f"{shown(info.filename)} is no array")
-        width = 2 if magic[6] == 1 else 4
-        length = int.from_bytes(entry.read(width), "little")
-        if length > 10_000:
-            raise Refused(f"{shown(info.filename)} has an overlong header")
-        text = entry.read(length).decode("latin-1")
-    match = re.fullmatch(
-        r"\{'descr': '([<|=])([A-Za-z]\d+)', 'fortran_order': (True|False), 'shape': (\([\d, ]*\)), \}\s*", text
-    )
-    if not match:
-        raise Refused(f"{shown(info.filename)} is no plain array of numbers")
-    try:
-        shape = ast.literal_eval(match[4])
-    except (SyntaxError, ValueError):
-        raise Refused(f"{shown(info.filename)} has an impossible shape") from None
-    shape = shape if isinstance(shape, tuple) else (shape,)
-    return match[2], shape, match[3] == "True", 8 + width + length
+        shape, fortran, dtype = archives.npy_header(entry)
+        return dtype.str.lstrip("<|="), shape, fortran, entry.tell()
 
 
 def _npy_text(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> str:
