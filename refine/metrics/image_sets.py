@@ -58,8 +58,8 @@ class ImageSet:
             try:
                 archives.check_entries(path)
                 self._archive = zipfile.ZipFile(path)
-                names = [info.filename for info in self._archive.infolist() if not info.is_dir()]
-            except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+                names = [name for name in self._archive.namelist() if not name.endswith("/")]
+            except archives.BROKEN:
                 raise ValueError(f"{path} is a broken or cut-off zip archive; expected one of images") from None
         self.names = sorted((name for name in names if name.lower().endswith(SUFFIXES)), key=_natural)
         if not self.names:

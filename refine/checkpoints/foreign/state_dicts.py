@@ -107,19 +107,18 @@ def _npy_text(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> str:
 
 
 def _npy_ref(archive, stream, info, dtype, shape, fortran, start, size) -> TensorRef:
+    length = info.file_size - start
     if info.compress_type == zipfile.ZIP_STORED:
         stream.seek(info.header_offset + 26)
         lengths = stream.read(4)
         start += info.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
-        end = info.header_offset + info.file_size
-        if end > size:
+        if start + length > size:
             raise Refused("the archive is cut off")
-        return _ref(stream, dtype, shape, start, None, fortran, limit=size)
-    data = archive.read(info)  # no longer than the entry says, or zipfile raises
-    return _ref(BytesIO(data), dtype, shape, start, None, fortran, limit=len(data))
+        return _ref(stream, dtype, shape, start, length, fortran)
+    return _ref(BytesIO(archive.read(info)), dtype, shape, start, length, fortran)  # no longer than the entry says
 
 
-def _ref(stream, dtype, shape, start, length=None, fortran=False, limit=None) -> TensorRef:
+def _ref(stream, dtype, shape, start, length, fortran=False) -> TensorRef:
     if len(shape) > 8 or any(size >= 1 << 40 for size in shape):
         raise Refused("an array has an impossible shape")
     steps, step = [], 1
@@ -127,7 +126,7 @@ def _ref(stream, dtype, shape, start, length=None, fortran=False, limit=None) ->
         steps.append(step)
         step *= size
     nbytes = step * dtype.itemsize
-    if (length is not None and length != nbytes) or (limit is not None and start + nbytes > limit):
+    if length != nbytes:
         raise Refused("an array has other data than its shape says")
     stride = tuple(steps if fortran else reversed(steps))
     return TensorRef.checked(Storage(dtype, step, Blob(stream, start, nbytes), 0), 0, tuple(shape), stride)
