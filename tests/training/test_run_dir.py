@@ -1,6 +1,7 @@
 """Run folders and their files."""
 
 import json
+import os
 import threading
 
 import pytest
@@ -60,3 +61,21 @@ def test_the_latest_state_is_found_in_a_run_and_in_a_folder_of_runs(tmp_path):
         (tmp_path / name).touch()
     assert find_training_states(tmp_path / "00000-a")[0].name == "training-state-000009.pt"
     assert find_training_states(tmp_path)[0] == tmp_path / "00001-b/training-state-000002.pt"
+
+
+@pytest.mark.parametrize("name", ["log.txt", "training_options.json", "stats.jsonl", "metric-fd.jsonl"])
+@pytest.mark.parametrize("target", ["../mine.txt", "/dev/full"])
+def test_a_run_folder_with_links_to_elsewhere_is_not_written_through(name, target, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "run" / name).symlink_to(target)
+    run = RunDir(tmp_path / "run", quiet=True)
+    write = {
+        "log.txt": lambda: run.log("x"),
+        "training_options.json": lambda: run.write_json(name, {}),
+        "stats.jsonl": lambda: run.append_stats({}),
+        "metric-fd.jsonl": lambda: run.append_metric("fd", {}, "s", 1.0),
+    }
+    with pytest.raises(OSError, match="is a link to another folder; nothing was written through it"):
+        write[name]()
+    assert (tmp_path / "mine.txt").read_text() == "mine" and os.listdir(tmp_path / "run") == [name]
