@@ -11,5 +11,6 @@ def test_every_promise_names_a_test_that_is_there(root):
     for path, name in named:
         tree = ast.parse((root / path).read_text(encoding="utf-8"))
         assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{path}::{name}"
-    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith(("| Promise", "| What"))]
+    heads = ("| Promise |", "| What could")
+    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith(heads)]
     assert rows and all("::test_" in row for row in rows)

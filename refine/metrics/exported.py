@@ -10,7 +10,6 @@ run on tensors without numbers: so a file of some kilobytes cannot ask for terab
 from __future__ import annotations
 
 import json
-import operator
 import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -25,57 +24,11 @@ from refine.checkpoints import archives
 from refine.checkpoints.foreign.container import saying
 from refine.checkpoints.pickles.inert import Blob, Refused, shown
 from refine.checkpoints.pickles.tensors import Storage, TensorRef
+from refine.metrics.operators import ARITHMETIC, CHECKS, IN_PLACE, LIKE, OFF, OPERATORS
 
 MAX_NUMBERS = 1 << 24  # of one result, per image; Inception's largest has 1.4 million
 MAX_NUMBERS_IN_ALL = 1 << 30  # of all results, per image
 _MAX_JSON_BYTES, _MAX_STEPS = 32 << 20, 20_000
-
-_POINTWISE = """abs.default add.Scalar add.Tensor ceil.default clamp.Tensor clamp.default clamp_max.default
-clamp_min.default cos.default div.Scalar div.Tensor div.Tensor_mode elu.default eq.Scalar eq.Tensor erf.default
-exp.default floor.default ge.Scalar ge.Tensor gelu.default gt.Scalar gt.Tensor hardsigmoid.default hardswish.default
-hardtanh.default le.Scalar le.Tensor leaky_relu.default log.default log1p.default logical_and.default
-logical_not.default logical_or.default lt.Scalar lt.Tensor masked_fill.Scalar maximum.default minimum.default
-mish.default mul.Scalar mul.Tensor ne.Scalar ne.Tensor neg.default pow.Tensor_Scalar pow.Tensor_Tensor
-reciprocal.default relu.default relu6.default remainder.Scalar remainder.Tensor round.default rsqrt.default
-rsub.Scalar sigmoid.default silu.default sin.default softplus.default sqrt.default square.default sub.Scalar
-sub.Tensor tanh.default where.self"""
-_IN_PLACE = """add_.Scalar add_.Tensor clamp_.default clamp_max_.default clamp_min_.default detach_.default
-div_.Scalar div_.Tensor elu_.default hardsigmoid_.default hardswish_.default hardtanh_.default leaky_relu_.default
-mish_.default mul_.Scalar mul_.Tensor relu6_.default relu_.default sigmoid_.default silu_.default sub_.Scalar
-sub_.Tensor tanh_.default"""
-_REDUCTIONS = """amax.default amin.default argmax.default cumsum.default linalg_vector_norm.default log_softmax.int
-logsumexp.default max.default max.dim mean.default mean.dim min.default min.dim softmax.int std.correction sum.default
-sum.dim_IntList var.correction"""
-_SHAPES = """_to_copy.default alias.default cat.default chunk.default clone.default contiguous.default detach.default
-expand.default expand_as.default flatten.using_ints flip.default gather.default index.Tensor index_select.default
-lift_fresh_copy.default movedim.int permute.default pixel_shuffle.default pixel_unshuffle.default repeat.default
-reshape.default roll.default select.int slice.Tensor split.Tensor split.sizes split_with_sizes.default squeeze.default
-squeeze.dim squeeze.dims stack.default t.default to.device to.dtype to.dtype_layout transpose.int type_as.default
-unbind.int unflatten.int unsqueeze.default view.default"""
-_LAYERS = """_upsample_bicubic2d_aa.default _upsample_bicubic2d_aa.vec _upsample_bilinear2d_aa.default
-_upsample_bilinear2d_aa.vec adaptive_avg_pool2d.default adaptive_max_pool2d.default addmm.default avg_pool2d.default
-baddbmm.default batch_norm.default bmm.default constant_pad_nd.default conv1d.default conv2d.default conv2d.padding
-convolution.default dropout.default embedding.default group_norm.default layer_norm.default linear.default
-matmul.default max_pool2d.default max_pool2d_with_indices.default mm.default native_layer_norm.default pad.default
-reflection_pad2d.default replication_pad2d.default rms_norm.default scaled_dot_product_attention.default
-upsample_bicubic2d.default upsample_bicubic2d.vec upsample_bilinear2d.default upsample_bilinear2d.vec
-upsample_nearest2d.default upsample_nearest2d.vec"""
-_CREATION = """arange.default arange.start arange.start_step full.default full_like.default linspace.default
-new_full.default new_ones.default new_zeros.default ones.default ones_like.default scalar_tensor.default zeros.default
-zeros_like.default"""
-
-#: Every operator of ATen that a program may name; `sym_size` and the arithmetic on sizes beside.
-OPERATORS = frozenset(" ".join((_POINTWISE, _IN_PLACE, _REDUCTIONS, _SHAPES, _LAYERS, _CREATION)).split())
-_ARITHMETIC: dict[str, Callable[..., Any]] = {
-    **{f"_operator.{name}": getattr(operator, name) for name in ("add", "sub", "mul", "floordiv", "mod", "neg")},
-    **{f"_operator.{name}": getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
-    "torch.sym_max": max,
-    "torch.sym_min": min,
-}
-_CHECKS = {f"torch.ops.aten.{name}" for name in ("_assert_scalar.default", "_assert_tensor_metadata.default")}
-_CHECKS |= {"torch.ops.aten.sym_constrain_range_for_size.default", "torch.ops.aten.sym_constrain_range.default"}
-# Arguments with which a result is no function of the images.
-_OFF = {"batch_norm": "training", "dropout": "train", "scaled_dot_product_attention": "dropout_p"}
 
 # As torch numbers them in these files.
 _DTYPES = {1: torch.uint8, 2: torch.int8, 3: torch.int16, 4: torch.int32, 5: torch.int64, 6: torch.float16}
@@ -233,7 +186,7 @@ def _program(path: Path, archive: zipfile.ZipFile) -> ExportedProgram:
     last = _last_uses(graph["nodes"], result)
     steps = []
     for index, node in enumerate(graph["nodes"]):
-        if node["target"] not in _CHECKS:
+        if node["target"] not in CHECKS:
             steps.append(_step(node, defined, last.get(index, ())))
     if result not in defined:
         raise Refused("it returns something that it does not compute")
@@ -296,7 +249,8 @@ def _tensor(data: bytes, meta: Mapping[str, Any]) -> torch.Tensor:
 
 
 def _input(name: str, meta: Mapping[str, Any], document: Mapping[str, Any]) -> _Input:
-    sizes, ranges = [], {}
+    sizes: list[int | str] = []
+    ranges: dict[str, tuple[int, int]] = {}
     for size in meta["sizes"]:
         ((kind, value),) = size.items()
         sizes.append(_integer(value) if kind == "as_int" else str(value["expr_str"])[:1000])
@@ -325,15 +279,15 @@ def _step(node: Mapping[str, Any], defined: set[str], over: tuple[str, ...]) -> 
     over = tuple(name for name in over if name in defined)
     if target == "torch.ops.aten.sym_size.int":
         return _Step("sym_size", _size, list(given.values()), {}, gives, over, False)
-    if target in _ARITHMETIC:
-        return _Step(target, _arithmetic(_ARITHMETIC[target]), list(given.values()), {}, gives, over, False)
+    if target in ARITHMETIC:
+        return _Step(target, _arithmetic(ARITHMETIC[target]), list(given.values()), {}, gives, over, False)
     name = str(target).removeprefix("torch.ops.aten.")
     if name not in OPERATORS or target != f"torch.ops.aten.{name}":
         raise Refused(f"it calls {shown(str(target))!r}, which a detector does not need; nothing of it was run")
     packet, overload = name.split(".")
     function = getattr(getattr(torch.ops.aten, packet), overload)
     args, kwargs = _bound(packet, function._schema, given)
-    return _Step(name, function, args, kwargs, gives, over, name in _IN_PLACE.split())
+    return _Step(name, function, args, kwargs, gives, over, name in IN_PLACE)
 
 
 def _bound(packet: str, schema: Any, given: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
@@ -341,10 +295,10 @@ def _bound(packet: str, schema: Any, given: dict[str, Any]) -> tuple[list[Any], 
     args, kwargs = [], {}
     for argument in schema.arguments:
         value = given.pop(argument.name, _MISSING)
-        if argument.name == _OFF.get(packet) and value is not _MISSING and value != 0:
+        if argument.name == OFF.get(packet) and value is not _MISSING and value != 0:
             raise Refused(f"it holds {packet} in training; export the network in eval mode")
         if argument.name == "device" and argument.kwarg_only:
-            value = _MISSING if f"{packet}.default" in _LIKE else _DEVICE
+            value = _MISSING if packet in LIKE else _DEVICE
         if argument.name == "pin_memory":
             value = _MISSING
         if argument.kwarg_only:
@@ -361,9 +315,6 @@ def _bound(packet: str, schema: Any, given: dict[str, Any]) -> tuple[list[Any], 
 
 
 _MISSING = object()
-_LIKE = {f"{kind}_like.default" for kind in ("full", "ones", "zeros")} | {
-    f"new_{kind}.default" for kind in ("full", "ones", "zeros")
-}
 
 
 def _value(arg: Mapping[str, Any]) -> Any:
@@ -394,7 +345,8 @@ def _value(arg: Mapping[str, Any]) -> Any:
         return value
     if kind == "as_device":
         return _DEVICE
-    table = {"as_scalar_type": _DTYPES, "as_memory_format": _MEMORY_FORMATS, "as_layout": {_STRIDED: torch.strided}}
+    table: dict[str, Mapping[int, Any]] = {"as_scalar_type": _DTYPES, "as_memory_format": _MEMORY_FORMATS}
+    table["as_layout"] = {_STRIDED: torch.strided}
     if kind in table and type(value) is int and value in table[kind]:
         return table[kind][value]
     raise Refused(f"it has an argument {shown(kind)} {shown(str(value)[:40])!r}, which a detector does not need")
@@ -445,7 +397,7 @@ def _last_uses(nodes: Sequence[Any], result: str) -> dict[int, tuple[str, ...]]:
     """Number of a step → names that no later one uses; a step that is left out hands its own on."""
     last: dict[str, int] = {}
     for index, node in enumerate(nodes):
-        if node["target"] in _CHECKS:
+        if node["target"] in CHECKS:
             continue
         gives = _gives(node["outputs"])
         for name in [

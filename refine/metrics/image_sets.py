@@ -30,7 +30,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", "
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM")  # of those names; Pillow has readers for many more
 MAX_PIXELS = 1 << 24  # 4096x4096; a few hundred kilobytes can unpack to gigapixels
 MAX_IMAGE_BYTES = 128 << 20  # of a file; the largest picture takes 96 MiB without compression
-_BROKEN: tuple[type[Exception], ...] = (*archives.BROKEN, Image.DecompressionBombError)
+_BROKEN: tuple[type[Exception], ...] = (*archives.BROKEN, Image.DecompressionBombError, MemoryError)
 _MAX_CLASSES = 1 << 20
 _READERS = 4  # threads that decode
 
@@ -95,7 +95,7 @@ class ImageSet:
             pixels = _pixels(picture)
         except _Unusable as error:
             raise ValueError(f"{where} {error}") from None
-        except (*_BROKEN, MemoryError):
+        except _BROKEN:
             raise ValueError(f"{where} is broken or no image") from None
         return torch.from_numpy(pixels)
 
@@ -127,7 +127,7 @@ class ImageSet:
         folder, listed = member.removesuffix("dataset.json"), shown(member)
         try:
             labels = json.loads(self._bytes(member, (1 << 20) + 300 * len(self.names))).get("labels")
-        except (*_BROKEN, MemoryError):
+        except _BROKEN:
             raise ValueError(f"{self.path}: {listed} is broken; expected a table with 'labels'") from None
         if labels is None:
             return None
