@@ -1,17 +1,21 @@
-"""Coverage-guided fuzzing of the checkpoint readers with atheris (pip install atheris), Google's libFuzzer for Python.
+"""Fuzzing of everything that is read from files: networks, detectors, training states, references, sets of images.
 
-    python benchmarks/fuzz_checkpoints.py --minutes=10 [--seed=0] [--out=FOLDER]
+    python benchmarks/fuzz_checkpoints.py --what=networks --minutes=10 [--seed=0] [--out=FOLDER]
 
-An answer is a loaded network, or a ValueError of one line. Anything else (another exception, more than 2 seconds of
-processor time, 1 GB of memory, a payload that ran) is a finding: it is printed, the file is kept in FOLDER, and the
-fuzzing ends. libFuzzer chooses what to mutate by the lines of `refine.checkpoints` that a file reaches; what it would
-hardly find by chance is helped along: changes of whole opcodes, of files inside a zip, of the header of safetensors.
+An answer is what was asked for, or a ValueError of one line. Anything else (another exception, more than 2 seconds of
+processor time, 1 GB of memory, a payload that ran) is a finding: it is printed and the file is kept in FOLDER.
+
+Small good files are changed: bytes, whole opcodes of pickles, values of JSON, files inside a zip whose checksums are
+then right, the header of safetensors. With the package atheris (Google's libFuzzer for Python, Linux and macOS), the
+fuzzing of networks is guided by the lines of `refine.checkpoints` that a file reaches, and ends at the first finding.
 """
 
 import argparse
+import contextlib
 import io
 import json
 import os
+import pickle
 import pickletools
 import random
 import resource
@@ -19,7 +23,9 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -28,21 +34,26 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 try:
     import atheris
 except ImportError:
-    sys.exit("Error: fuzzing needs the package atheris (Linux and macOS): pip install atheris")
+    atheris = None
 
 import numpy as np
 import torch
+from PIL import Image
 
 from refine.networks import edm2
 from refine.networks.edm import EDMPrecond
 from refine.networks.stylegan2 import Discriminator, Generator
 from tests.checkpoints.builders import Call, Format, Global, dumps, edm2_file, edm_file, stylegan2_file
 from tests.checkpoints.rosinality_reference import random_generator
+from tests.metrics.networks import PixelDetector
 
-with atheris.instrument_imports(include=["refine.checkpoints"]):
+with atheris.instrument_imports(include=["refine.checkpoints"]) if atheris else contextlib.nullcontext():
     import refine.checkpoints.foreign.raw_pickle  # noqa: F401 - some modules are imported when needed, and then not instrumented
     from refine.checkpoints import describe, load_generator, load_teacher, peek
     from refine.checkpoints.foreign import state_dicts
+from refine.metrics.detectors import load_detector
+from refine.metrics.references import Looking, load_reference
+from refine.training.state import load_training_state
 
 TRAP = "REFINE_FUZZ_TRAP"
 SECONDS, BYTES = 2.0, 1 << 30
@@ -87,11 +98,14 @@ SNIPPETS += [
     b"ccollections\nOrderedDict\n",
     dumps(PAYLOAD, 2)[2:-1],
 ]
+WORDS = ["self", "input", "images", "relu", "p_conv_weight", "as_int", "as_ints", "as_tensor", "as_string", "as_none"]
+WORDS += ["torch.ops.aten.add_.Tensor", "torch.ops.aten.zeros.default", "torch.ops.aten.repeat.default", "size"]
+warnings.simplefilter("ignore")  # Pillow's about broken pictures
 EXTREMES = [0, 1, 4, 8, 127, 128, 255, 1 << 15, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1]
 
 
-def seeds() -> list[bytes]:
-    """Small good files of every kind."""
+def network_seeds() -> list[bytes]:
+    """Small good files of every kind of network."""
     torch.manual_seed(0)
     G = Generator(4, 2, 4, 8, 3, {"num_layers": 1}, {"channel_base": 16, "channel_max": 2})
     D = Discriminator(2, 8, 3, channel_base=16, channel_max=2, mapping_kwargs={"num_layers": 1})
@@ -123,6 +137,79 @@ def seeds() -> list[bytes]:
     return [*files, file.getvalue()]
 
 
+class Colours(torch.nn.Module):
+    """A detector of a few steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = torch.nn.functional.interpolate(images.float() / 255, size=(12, 12), mode="bilinear")
+        one, two = torch.nn.functional.relu(self.norm(self.conv(x)), inplace=True).chunk(2, 1)
+        return torch.cat([one, two.flip(3)], 1).reshape(x.shape[0], 4, -1).mean(2)
+
+
+def detector_seeds() -> list[bytes]:
+    """Programs of torch.export."""
+    images, sizes = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), ({0: torch.export.Dim("N", min=1, max=4096)},)
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.export.save(torch.export.export(Colours().eval(), (images,), dynamic_shapes=sizes), file)
+    return [file.getvalue()]
+
+
+def state_seeds() -> list[bytes]:
+    """Training states, as far as their reader looks."""
+    net = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(net.parameters())
+    net(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    state = {"networks": {"G": net.state_dict()}, "optimizer": optimizer.state_dict(), "nimg": 1000, "skips": 0}
+    file = io.BytesIO()
+    torch.save({**state, "config": json.dumps({"gan": "x" * 300}), "rng": torch.get_rng_state()[:100]}, file)
+    return [file.getvalue()]
+
+
+def reference_seeds() -> list[bytes]:
+    """Statistics and samples, of the four features of `PixelDetector`."""
+    rng = np.random.default_rng(0)
+    features = rng.random((20, 4)).astype(np.float32)
+    mu, sigma = features.mean(0, dtype=np.float64), np.cov(features, rowvar=False)
+    arrays: list[dict[str, np.ndarray]] = [
+        {"mu": mu, "sigma": sigma},
+        {"mu": mu, "sigma": sigma, "features": features, "num": np.int64(20), "classes": np.arange(20)},
+        {"feats": features},
+        {"arr_0": rng.integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)},
+    ]
+    files = []
+    for save in (np.savez, np.savez_compressed):
+        for table in arrays:
+            file = io.BytesIO()
+            save(file, **table)  # type: ignore[arg-type] # numpy's stubs know no tables of arrays
+            files.append(file.getvalue())
+    sums = {"raw_mean": 20 * mu, "raw_cov": 19 * sigma + 20 * np.outer(mu, mu), "num_items": 20}
+    return [*files, *(pickle.dumps(table, 4) for table in (sums, {"all_features": [features]}))]
+
+
+def image_seeds() -> list[bytes]:
+    """Zips of images, one with classes."""
+    files = []
+    for kind, labels in (("png", True), ("jpeg", False), ("bmp", False), ("webp", False), ("tiff", False)):
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w") as archive:
+            names = [f"00000/img{index}.{kind}" for index in range(3)]
+            for index, name in enumerate(names):
+                picture = io.BytesIO()
+                Image.new("L" if index == 1 else "RGB", (8, 8), 40 * index).save(picture, kind)
+                archive.writestr(name, picture.getvalue())
+            if labels:
+                archive.writestr("dataset.json", json.dumps({"labels": [[name, 1] for name in names]}))
+        files.append(file.getvalue())
+    return files
+
+
 def opcode_bounds(data: bytes) -> list[int]:
     """Where the opcodes of a pickle begin, as far as it can be followed."""
     bounds = []
@@ -142,8 +229,51 @@ def mutate(data: bytes, most: int, seed: int) -> bytes:
     if data[8:9] == b"{" and rng.random() < 0.7:
         return mutate_header(data, most, rng)
     if rng.random() < 0.4:
-        return atheris.Mutate(data, most)
+        return mutate_bytes(data, most, rng)
     return mutate_opcodes(data, rng)[:most]
+
+
+def mutate_bytes(data: bytes, most: int, rng: random.Random) -> bytes:
+    """A few bytes changed, by libFuzzer where it is there."""
+    if atheris is not None:
+        return atheris.Mutate(data, most)
+    changed = bytearray(data)
+    for _ in range(rng.choice([1, 1, 2, 8]) if data else 0):
+        changed[rng.randrange(len(changed))] = rng.choice([0, 1, 127, 128, 255, rng.randrange(256)])
+    return bytes(changed[: rng.randrange(len(changed) + 1)] if rng.random() < 0.1 else changed)[:most]
+
+
+def mutate_json(data: bytes, rng: random.Random) -> bytes:
+    """One to three values or keys of a document changed."""
+    try:
+        document = json.loads(data)
+    except ValueError:
+        return data
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        places: list[tuple[dict | list, str | int]] = []
+        stack: list[dict | list] = [document]
+        while stack:
+            table = stack.pop()
+            for key in table if isinstance(table, dict) else range(len(table)):
+                places.append((table, key))  # type: ignore[arg-type] # the keys are those of the table
+                if isinstance(table[key], dict | list):
+                    stack.append(table[key])
+        if not places:
+            break
+        where, key = rng.choice(places)
+        other, other_key = rng.choice(places)
+        kind = rng.randrange(4)
+        if kind == 0:
+            where[key] = rng.choice([*EXTREMES, -1, -(1 << 40), 1 << 62, 1.5, None, True, "", "x", [], {}, [1 << 40]])
+        elif kind == 1:
+            where[key] = json.loads(json.dumps(other[other_key]))
+        elif kind == 2:
+            del where[key]
+        elif isinstance(where, dict):
+            where[rng.choice([str(other_key), *WORDS])] = where.pop(key)
+        elif isinstance(where[key], int | str):
+            where[key] = rng.choice(WORDS)
+    return json.dumps(document).encode()
 
 
 def mutate_zip(data: bytes, most: int, rng: random.Random) -> bytes:
@@ -152,11 +282,18 @@ def mutate_zip(data: bytes, most: int, rng: random.Random) -> bytes:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             files = {info.filename: archive.read(info) for info in archive.infolist() if info.file_size < 1 << 20}
     except Exception:  # noqa: BLE001 - a mutated archive breaks zipfile in many ways
-        return atheris.Mutate(data, most)
+        return mutate_bytes(data, most, rng)
     name = rng.choice([*files, "x"])
     changed, result = files.pop(name, b"x"), io.BytesIO()
-    small = atheris.Mutate(changed, 2 * len(changed) + 16) if rng.random() < 0.5 else mutate_opcodes(changed, rng)
-    with zipfile.ZipFile(result, "w") as archive:
+    if name.endswith(".json") and rng.random() < 0.8:
+        small = mutate_json(changed, rng)
+    elif name.endswith(".npy") and rng.random() < 0.5:
+        small = mutate_bytes(changed[:128], 128, rng) + changed[128:]
+    else:
+        simple = rng.random() < 0.5
+        small = mutate_bytes(changed, 2 * len(changed) + 16, rng) if simple else mutate_opcodes(changed, rng)
+    method = rng.choice([zipfile.ZIP_STORED] * 8 + [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
+    with zipfile.ZipFile(result, "w", method) as archive:
         for key, value in {**files, name: small}.items():
             archive.writestr(key, value)
     return result.getvalue()[:most]
@@ -165,7 +302,8 @@ def mutate_zip(data: bytes, most: int, rng: random.Random) -> bytes:
 def mutate_header(data: bytes, most: int, rng: random.Random) -> bytes:
     """The safetensors file with another header, and a length that is right."""
     length = min(int.from_bytes(data[:8], "little"), len(data) - 8)
-    header = atheris.Mutate(data[8 : 8 + length], length + 16)
+    header = data[8 : 8 + length]
+    header = mutate_json(header, rng) if rng.random() < 0.5 else mutate_bytes(header, length + 16, rng)
     return (len(header).to_bytes(8, "little") + header + data[8 + length :])[:most]
 
 
@@ -206,19 +344,43 @@ def mutate_opcodes(data: bytes, rng: random.Random) -> bytes:
 def attempt(path: Path) -> str | None:
     """None for an answer; otherwise what happened instead."""
     try:
-        for kind, load in (("generator", load_generator), ("teacher", load_teacher)):
-            network = answer(load, path)
-            if network is not None:
-                info = peek(path, kind)
-                if (info.img_resolution, info.img_channels) != (network.img_resolution, network.img_channels):
-                    return f"peek says {info}"
-        answer(describe.inspect_file, path)
+        return TARGETS[what()][1](path)
     except Exception:  # noqa: BLE001 - that is what is looked for
         return traceback.format_exc()
+
+
+def read_networks(path: Path) -> str | None:
+    for kind, load in (("generator", load_generator), ("teacher", load_teacher)):
+        network = answer(load, path)
+        if network is not None:
+            info = peek(path, kind)
+            if (info.img_resolution, info.img_channels) != (network.img_resolution, network.img_channels):
+                return f"peek says {info}"
+    answer(describe.inspect_file, path)
     return None
 
 
-def answer(function, path: Path):
+def read_detector(path: Path) -> str | None:
+    detector = answer(load_detector, path)
+    if detector is not None:
+        with contextlib.suppress(RuntimeError):  # what torch says of shapes that do not fit; the programs tell it
+            answer(detector, torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+    return None
+
+
+def read_state(path: Path) -> str | None:
+    answer(load_training_state, path)
+    return None
+
+
+def read_reference(path: Path) -> str | None:
+    reference = answer(lambda file: load_reference(file, PixelDetector(), Looking(cache=False, batch=4)), path)
+    if reference is not None and not (reference.mu.isfinite().all() and reference.sigma.isfinite().all()):
+        return "statistics that are not finite"
+    return None
+
+
+def answer(function: Callable, path: Path | torch.Tensor):
     """What the function returns, or None for a refusal of one line."""
     try:
         return function(path)
@@ -243,32 +405,75 @@ def test_one_input(data: bytes) -> None:
         problem = "more than 2 GB of memory in all"
     if problem is not None:
         print(f"FINDING: {problem}", flush=True)
-        raise RuntimeError(problem)
+        raise Finding(problem)
 
 
-def main() -> None:
+class Finding(RuntimeError):
+    """What a file did that is no answer."""
+
+
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--what", choices=list(TARGETS), default="networks")
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("fuzz-findings"))
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def what() -> str:
+    return OPTIONS.what
+
+
+def main() -> None:
     torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
+    OPTIONS.out.mkdir(parents=True, exist_ok=True)
+    longest = 2 * max(map(len, SEEDS))
+    if atheris is None or what() != "networks":
+        change_at_random(longest)
+        return
     corpus = Path(FOLDER) / "corpus"
     corpus.mkdir()
     for index, data in enumerate(SEEDS):
         (corpus / str(index)).write_bytes(data)
-    longest = 2 * max(map(len, SEEDS))
-    flags = [f"-max_total_time={60 * options.minutes:.0f}", f"-max_len={longest}", f"-seed={options.seed + 1}"]
-    flags += [f"-artifact_prefix={options.out}/", "-rss_limit_mb=4096", "-timeout=60", "-print_final_stats=1"]
+    flags = [f"-max_total_time={60 * OPTIONS.minutes:.0f}", f"-max_len={longest}", f"-seed={OPTIONS.seed + 1}"]
+    flags += [f"-artifact_prefix={OPTIONS.out}/", "-rss_limit_mb=4096", "-timeout=60", "-print_final_stats=1"]
     atheris.Setup([sys.argv[0], *flags, str(corpus)], test_one_input, custom_mutator=mutate)
     print(f"{len(SEEDS)} seeds; `cov` is the number of branches reached, `Done` the number of inputs", flush=True)
     atheris.Fuzz()  # ends the process: 0, or 77 after a finding
 
 
-SEEDS = seeds()
+def change_at_random(longest: int) -> None:
+    """Without guidance: as many changed files as there is time for; what a crash leaves behind is the last one."""
+    for data in SEEDS:
+        test_one_input(data)
+    rng, count, findings = random.Random(OPTIONS.seed), 0, 0
+    end = time.monotonic() + 60 * OPTIONS.minutes
+    while time.monotonic() < end and findings < 20:
+        data = mutate(rng.choice(SEEDS), longest, rng.randrange(1 << 62))
+        if rng.random() < 0.3:
+            data = mutate(data, longest, rng.randrange(1 << 62))
+        count += 1
+        try:
+            test_one_input(data)
+        except Finding:
+            findings += 1
+            (OPTIONS.out / f"{what()}-{findings}").write_bytes(data)
+    print(f"{what()}: {len(SEEDS)} seeds, {count} inputs, {findings} findings", flush=True)
+    sys.exit(77 if findings else 0)
+
+
+TARGETS: dict[str, tuple[Callable[[], list[bytes]], Callable[[Path], str | None]]] = {
+    "networks": (network_seeds, read_networks),
+    "detectors": (detector_seeds, read_detector),
+    "states": (state_seeds, read_state),
+    "references": (reference_seeds, read_reference),
+    "images": (image_seeds, read_reference),
+}
+OPTIONS = parsed()
+SEEDS = TARGETS[OPTIONS.what][0]()
 FOLDER = tempfile.mkdtemp(prefix="fuzz-checkpoints-")
-PATH = Path(FOLDER) / "x"
+PATH = Path(FOLDER) / "x.zip"
 
 if __name__ == "__main__":
     main()

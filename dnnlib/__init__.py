@@ -1,12 +1,19 @@
 """Small helpers that know nothing of torch, GANs or diffusion: everything here is the standard library."""
 
-from refine.dnnlib.util import (
-    check_outdir,
-    format_bytes,
-    format_kimg,
-    format_time,
-    replaced_atomically,
-    sha256_of_file,
-)
+from refine.dnnlib.caches import distrust, keep_from_others, make_folder, user_cache
+from refine.dnnlib.util import check_outdir, format_bytes, format_kimg, format_time, sha256_of_file
+from refine.dnnlib.writing import append_text, replaced_atomically
 
-__all__ = ["check_outdir", "format_bytes", "format_kimg", "format_time", "replaced_atomically", "sha256_of_file"]
+__all__ = [
+    "append_text",
+    "check_outdir",
+    "distrust",
+    "format_bytes",
+    "format_kimg",
+    "format_time",
+    "keep_from_others",
+    "make_folder",
+    "replaced_atomically",
+    "sha256_of_file",
+    "user_cache",
+]

@@ -1,10 +1,8 @@
-"""Formatting for people, and files that appear whole or not at all."""
+"""Formatting for people, checksums, and folders that can be written to."""
 
-import contextlib
 import hashlib
 import os
-import secrets
-from collections.abc import Iterator
+import stat
 from pathlib import Path
 
 
@@ -60,39 +58,15 @@ def _whole(value: float, what: str) -> int:
     return int(value + 0.5)
 
 
-_UMASK = os.umask(0o022)  # can only be read by setting it; once, before there are threads
-os.umask(_UMASK)
-
-
-@contextlib.contextmanager
-def replaced_atomically(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; moves it there when the block ends well and removes it otherwise.
-
-    A reader of `path` sees the old file or the whole new one, also after a crash. A symbolic link is followed: the file
-    that it points to is replaced.
-
-    Raises:
-        OSError: the folder does not exist or cannot be written, or the disk is full.
-    """
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name[:200]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        yield temporary
-        temporary.chmod(0o666 & ~_UMASK)  # some writers make private files
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())  # otherwise a power cut can leave the new name with no contents
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def sha256_of_file(path: str | os.PathLike) -> str:
     """SHA-256 of a file's contents as 64 lower-case hexadecimal digits.
 
     Raises:
-        OSError: the file cannot be read.
+        OSError: the file cannot be read, or is no regular file: a pipe would be waited for.
     """
     digest = hashlib.sha256()
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(f"{os.fspath(path)} is no regular file")
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)

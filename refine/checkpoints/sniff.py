@@ -13,6 +13,8 @@ from typing import Any
 
 HEADER_KEY = "gan-refine"  # our JSON lives under this one key of the safetensors `__metadata__`
 MAX_HEADER_BYTES = 16 << 20
+_LONG_DIRECTORY_BYTES = 8 << 20  # of a zip: some hundred thousand entries, more than any network has
+_ZIP_END_BYTES = (1 << 16) + 128  # the end of a zip, with the longest comment
 
 _SAFETENSORS_BITS = {
     "F64": 64,
@@ -208,7 +210,32 @@ def _sniff_safetensors(path: str | os.PathLike) -> Sniffed:
     return Sniffed("safetensors", "a safetensors file of another program")
 
 
+def zip_directory_bytes(file: Any) -> int:
+    """How long the list of entries at the end of a zip archive says that it is; Python's reader believes it.
+
+    Args:
+        file: A path or an open file, which is left where it is.
+    """
+    if isinstance(file, str | os.PathLike):
+        with open(file, "rb") as opened:
+            return zip_directory_bytes(opened)
+    before = file.tell()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - _ZIP_END_BYTES))
+    tail = file.read(_ZIP_END_BYTES)
+    file.seek(before)
+    claims = [0]
+    for magic, start, end in ((b"PK\x05\x06", 12, 16), (b"PK\x06\x06", 40, 48)):  # of 4 GiB at most, and of more
+        position = tail.find(magic)
+        while position >= 0:  # several may be there, and readers differ in which one they take
+            claims.append(int.from_bytes(tail[position + start : position + end], "little"))
+            position = tail.find(magic, position + 1)
+    return max(claim for claim in claims if claim <= size)
+
+
 def _sniff_zip(path: str | os.PathLike) -> Sniffed:
+    if zip_directory_bytes(path) > _LONG_DIRECTORY_BYTES:
+        return Sniffed("zip", "a zip archive of very many files")
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()

@@ -46,6 +46,9 @@ def _parse_ranges(_ctx: click.Context, _param: click.Parameter, value: str) -> l
     help="Feature space: digits, inception-2015-12-05, effnet-lite0, or a file with a detector.",
 )
 @click.option(
+    "--trust-detector", is_flag=True, help="Run a --detector that is TorchScript, which can do more than compute."
+)
+@click.option(
     "--num",
     "--num-images",
     "num",

@@ -230,6 +230,11 @@ class RefineConfig:
         optional(text("FILE|NAME"), "none"), None, _MONITORING, "Reference statistics of the metrics (.npz).",
         changeable=True, in_snapshots=False, aliases=("reference",),
     )
+    trust_detector: bool = option(
+        BOOLEAN, False, _MONITORING,
+        "Run the TorchScript files that --metrics names: programs that can do more than compute.",
+        changeable=True, in_snapshots=False,
+    )
     device: str | None = option(
         optional(text("DEVICE"), "cuda where there is one"), None, _SPEED, "cpu, cuda or cuda:N.",
         changeable=True, in_snapshots=False,

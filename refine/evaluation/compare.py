@@ -56,6 +56,7 @@ def compare(
     ref_num: int = 50_000,
     cache: bool = True,
     progress: bool = True,
+    trust_detector: bool = False,
 ) -> dict[str, Any]:
     """Compares two generators (or diffusion models) on the same seeds.
 
@@ -76,6 +77,7 @@ def compare(
         ref_num: Images drawn from a generator that serves as the reference.
         cache: Keep what was measured of a reference that is images.
         progress: Show a bar with the time left on stderr.
+        trust_detector: Run a detector that is TorchScript, a program that can do more than compute.
 
     Returns:
         JSON-able dict. `before`, `after` and `difference` hold for each metric `mean`, `std` and `values` (one per seed
@@ -99,7 +101,7 @@ def compare(
     with option("--outdir"):
         folder = None if outdir is None else check_outdir(outdir)
     looking = Looking(batch=batch, device=device, num=ref_num, cache=cache, progress=progress)
-    judge, reference = _load_space(detector, ref, sides["before"].image_shape, looking)
+    judge, reference = _load_space(detector, ref, sides["before"].image_shape, looking, trust_detector)
     kinds = _kinds(also, judge, sides)
     job = Job(judge, reference, num, tuple(seed_ranges), kinds, batch, progress)
     runs = {"before": job.run(sides["before"], "before")}
@@ -198,11 +200,11 @@ def _load_side(name: str, path: str | os.PathLike, *sampling: Any) -> Side:
 
 
 def _load_space(
-    detector: str | os.PathLike, ref: str | os.PathLike, image_shape: Sequence[int], looking: Looking
+    detector: str | os.PathLike, ref: str | os.PathLike, image_shape: Sequence[int], looking: Looking, trust: bool
 ) -> tuple[Detector, Reference]:
     """Detector and reference; two black images tell, before any long work, whether all go together."""
     with option("--detector"):
-        judge = load_detector(detector).to(looking.device)
+        judge = load_detector(detector, trust).to(looking.device)
         try:
             with torch.no_grad():
                 judge(torch.zeros([2, *image_shape], dtype=torch.uint8, device=looking.device))

@@ -171,17 +171,22 @@ class ModuleDetector:
             return False
 
 
-def load_detector(path_or_name: str | os.PathLike) -> Detector:
-    """Loads a detector on the CPU, in eval mode, without gradients. Nothing of a pickle or state dict is executed.
+def load_detector(path_or_name: str | os.PathLike, trust: bool = False) -> Detector:
+    """Loads a detector on the CPU, in eval mode, without gradients.
+
+    A TorchScript file is a program that can write files, and it is loaded only on the caller's word. Of all others
+    nothing is executed but the computation of features.
 
     Args:
         path_or_name: A file or URL: the Inception-2015-12-05 weights as NVIDIA's TorchScript or pickle or as
             pytorch-fid's state dict, any TorchScript or torch.export file that maps uint8 [N, C, H, W] to features, or
             a native file that holds a detector. Or a name: 'digits' (the shipped classifier), 'inception-2015-12-05'
             (pytorch-fid's file, downloaded once), 'effnet-lite0' (ImageNet weights of a Python package).
+        trust: Whether the caller knows where a TorchScript file comes from.
 
     Raises:
-        ValueError: If the name is unknown, the file does not exist or is not a detector.
+        ValueError: If the name is unknown, or the file does not exist, is not a detector, or is TorchScript without
+            trust.
     """
     if str(path_or_name) == "effnet-lite0":
         # a name, so that nobody else needs its package
@@ -191,6 +196,11 @@ def load_detector(path_or_name: str | os.PathLike) -> Detector:
     if found.kind == "native":
         return _load_native(path)
     if found.kind == "torchscript":
+        if not trust:
+            raise ValueError(
+                f"{path} is TorchScript, a program that can do more than compute; if you know where it comes from, say "
+                f"--trust-detector"
+            )
         return ModuleDetector(_load_torchscript(path), path.name, sha256_of_file(path))
     if found.kind in ("torch", "pickle"):
         return _load_inception(path)

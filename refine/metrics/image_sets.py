@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import re
-import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -21,15 +21,17 @@ import numpy as np
 import torch
 from PIL import Image
 
+from refine.checkpoints import archives
+from refine.checkpoints.pickles.inert import shown
 from refine.dnnlib import sha256_of_file
 from refine.metrics.sampling import Batch
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-_BROKEN: tuple[type[Exception], ...] = (
-    *(OSError, SyntaxError, ValueError, EOFError, zlib.error, zipfile.BadZipFile, struct.error, RuntimeError),
-    *(NotImplementedError, Image.DecompressionBombError, OverflowError, KeyError, IndexError, TypeError),
-)
-_BROKEN_JSON: tuple[type[Exception], ...] = (*_BROKEN, AttributeError, RecursionError)  # no table, or too deep
+_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM")  # of those names; Pillow has readers for many more
+MAX_PIXELS = 1 << 24  # 4096x4096; a few hundred kilobytes can unpack to gigapixels
+MAX_IMAGE_BYTES = 128 << 20  # of a file; the largest picture takes 96 MiB without compression
+_BROKEN: tuple[type[Exception], ...] = (*archives.BROKEN, Image.DecompressionBombError, MemoryError)
+_MAX_CLASSES = 1 << 20
 _READERS = 4  # threads that decode
 
 
@@ -54,9 +56,10 @@ class ImageSet:
             names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
         else:
             try:
+                archives.check_entries(path)
                 self._archive = zipfile.ZipFile(path)
-                names = [info.filename for info in self._archive.infolist() if not info.is_dir()]
-            except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+                names = [name for name in self._archive.namelist() if not name.endswith("/")]
+            except archives.BROKEN:
                 raise ValueError(f"{path} is a broken or cut-off zip archive; expected one of images") from None
         self.names = sorted((name for name in names if name.lower().endswith(SUFFIXES)), key=_natural)
         if not self.names:
@@ -81,13 +84,13 @@ class ImageSet:
         Raises:
             ValueError: It is broken, transparent or of a kind without defined grey levels.
         """
-        where = f"{self.path}: {self.names[index]}" if self._archive else str(self.path / self.names[index])
+        name = shown(self.names[index])
+        where = f"{self.path}: {name}" if self._archive else f"{self.path / name}"
         try:
-            if self._archive is None:
-                data = (self.path / self.names[index]).read_bytes()
-            else:
-                data = self._archive.read(self.names[index])
-            picture = Image.open(io.BytesIO(data))
+            picture = Image.open(io.BytesIO(self._bytes(self.names[index], MAX_IMAGE_BYTES)), formats=_FORMATS)
+            if picture.width * picture.height > MAX_PIXELS:
+                size = f"{picture.width}x{picture.height} pixels"
+                raise _Unusable(f"has {size}; expected at most {MAX_PIXELS >> 20} million")
             picture.load()
             pixels = _pixels(picture)
         except _Unusable as error:
@@ -107,28 +110,40 @@ class ImageSet:
                     classes = None if self.classes is None else self.classes[list(part[low:high])]
                     yield Batch(_stacked(images[low:high]), classes)
 
+    def _bytes(self, name: str, limit: int) -> bytes:
+        """A file of the set, of at most so many bytes."""
+        info = None if self._archive is None else self._archive.getinfo(name)
+        size = (self.path / name).stat().st_size if info is None else info.file_size
+        if size > limit:
+            raise _Unusable(f"has {size} bytes; expected at most {limit}")
+        if self._archive is None or info is None:
+            return (self.path / name).read_bytes()
+        return archives.read_member(self._archive, info, limit)
+
     def _read_classes(self, names: list[str]) -> torch.Tensor | None:
         member = next((name for name in names if name.rpartition("/")[2] == "dataset.json"), None)
         if member is None:
             return None
-        folder = member.removesuffix("dataset.json")
+        folder, listed = member.removesuffix("dataset.json"), shown(member)
         try:
-            data = (self.path / member).read_bytes() if self._archive is None else self._archive.read(member)
-            labels = json.loads(data).get("labels")
-        except _BROKEN_JSON:
-            raise ValueError(f"{self.path}: {member} is broken; expected a table with 'labels'") from None
+            labels = json.loads(self._bytes(member, (1 << 20) + 300 * len(self.names))).get("labels")
+        except _BROKEN:
+            raise ValueError(f"{self.path}: {listed} is broken; expected a table with 'labels'") from None
         if labels is None:
             return None
         try:
             table = {folder + str(name): label for name, label in labels}
         except (TypeError, ValueError):
-            raise ValueError(f"{self.path}: {member} has labels that are not a list of [name, class]") from None
+            raise ValueError(f"{self.path}: {listed} has labels that are no list of [name, class]") from None
         found = [table.get(name) for name in self.names]
-        if not all(isinstance(label, int) and not isinstance(label, bool) and 0 <= label < 1 << 20 for label in found):
-            bad = next(n for n, label in zip(self.names, found, strict=True) if type(label) is not int or label < 0)
-            if all(isinstance(label, list) for label in found):
-                return None  # labels that are vectors are not classes
-            raise ValueError(f"{self.path}: {member} has no class for {bad}; expected a number from 0 for every image")
+        if all(isinstance(label, list) for label in found):
+            return None  # labels that are vectors are no classes
+        for name, label in zip(self.names, found, strict=True):
+            if type(label) is not int or not 0 <= label < _MAX_CLASSES:
+                raise ValueError(
+                    f"{self.path}: {listed} has no class for {shown(name)}; "
+                    f"expected a number from 0, below {_MAX_CLASSES}, for every image"
+                )
         return torch.tensor(found, dtype=torch.int64)
 
 
@@ -144,14 +159,19 @@ class SampleArray:
     def __init__(self, path: Path, key: str = "arr_0"):
         self.path, self._member = path, f"{key}.npy"
         try:
-            with zipfile.ZipFile(path) as archive, archive.open(self._member) as stream:
-                self._shape, fortran, dtype = _npy_header(stream)
-        except _BROKEN:
+            with archives.opened(path) as archive, archive.open(self._member) as stream:
+                self._shape, fortran, dtype = archives.npy_header(stream)
+                found = archive.getinfo(self._member).file_size - stream.tell()
+                archives.check_method(archive.getinfo(self._member))
+        except archives.BROKEN:
             raise ValueError(f"{path} has a broken {key}; expected uint8 images [N, H, W, 3]") from None
-        if dtype != np.uint8 or fortran or len(self._shape) != 4 or self._shape[3] not in (1, 3) or 0 in self._shape:
+        plain = dtype == np.uint8 and not fortran and len(self._shape) == 4 and self._shape[3] in (1, 3)
+        if not plain or min(self._shape) < 1 or self._shape[1] * self._shape[2] > MAX_PIXELS:
             raise ValueError(
                 f"{path} has {key} of shape {list(self._shape)} and dtype {dtype}; expected uint8 images [N, H, W, 3]"
             )
+        if found != math.prod(self._shape):
+            raise ValueError(f"{path} has {found} bytes of {key}, not what its shape {list(self._shape)} says")
 
     def __len__(self) -> int:
         return self._shape[0]
@@ -166,7 +186,7 @@ class SampleArray:
         size = height * width * channels
         with zipfile.ZipFile(self.path) as archive, archive.open(self._member) as stream:
             try:
-                _npy_header(stream)
+                archives.npy_header(stream)
                 stream.seek(indices.start * size, io.SEEK_CUR)
                 for start in range(0, len(indices), batch):
                     count = min(batch, len(indices) - start)
@@ -214,12 +234,8 @@ def _stacked(images: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack([image.expand(channels, -1, -1) for image in images])
 
 
-def _npy_header(stream) -> tuple[tuple[int, ...], bool, np.dtype]:
-    version = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(stream)
-
-
 def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Numbers by their value: by the number of their digits, then by the digits, for an int may not take so many."""
     parts = re.split(r"(\d+)", name)
-    return [(1, int(part), "") if part.isascii() and part.isdigit() else (0, 0, part) for part in parts]
+    digits = (part.lstrip("0") if part.isascii() and part.isdigit() else None for part in parts)
+    return [(0, 0, part) if n is None else (1, len(n), n) for part, n in zip(parts, digits, strict=True)]

@@ -72,6 +72,7 @@ class NamedMetric:
         device: torch.device | str = "cpu",
         batch: int = 100,
         cache: bool = True,
+        trust: bool = False,
     ):
         kind, self.num, detector = _parsed(name)
         self.metric = _NAMED[kind]
@@ -79,7 +80,7 @@ class NamedMetric:
         if detector is not None and "/" in detector:
             self.name = name.removesuffix(detector) + Path(detector).stem
         self.direction, self._batch = self.metric.rows[0].direction, batch
-        self._detector = load_detector(detector or INCEPTION_SPACE)
+        self._detector = load_detector(detector or INCEPTION_SPACE, trust)
         if kind != self.metric.name and not self._detector.fid_basis:
             found = f"{self._detector.name} (sha256 {self._detector.sha256[:12]}…)"
             raise ValueError(

@@ -18,8 +18,6 @@ import hashlib
 import json
 import os
 import sys
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,10 +26,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from refine.checkpoints import load_generator, resolve
+from refine.checkpoints import archives, load_generator, resolve
+from refine.checkpoints.pickles.inert import Refused
 from refine.checkpoints.sniff import Sniffed, sniff
 from refine.checkpoints.sources.fetch import cache_dir
-from refine.dnnlib import replaced_atomically, sha256_of_file
+from refine.dnnlib import distrust, keep_from_others, make_folder, replaced_atomically, sha256_of_file
+from refine.errors import describe_os_error
 from refine.metrics.detectors import Detector
 from refine.metrics.image_sets import ImageSet, SampleArray
 from refine.metrics.pipeline import gathered, my_share, prefetched, rank_and_world
@@ -44,6 +44,8 @@ from refine.networks.bases import Generator
 MAX_FEATURE_BYTES = 1 << 30
 #: Seeds of a generator that serves as a reference begin here, far from those of the generators it judges.
 REFERENCE_SEED = 1 << 31
+MAX_WIDTH = 8192  # features; detectors in use have up to 4096
+_ROUNDING = 1e-5
 _CACHE_VERSION = 1
 _STATISTICS = "statistics (.npz with mu and sigma, a StyleGAN or torch-fidelity cache), images (folder, zip, .npz of"
 EXPECTED = f"{_STATISTICS} samples), or a generator"
@@ -125,7 +127,14 @@ def load_reference(
     Raises:
         ValueError: It does not exist, is none of the known forms, or does not fit the detector.
     """
-    text, looking = os.fspath(path_or_name), looking or Looking()
+    try:
+        return _load(path_or_name, detector, looking or Looking())
+    except MemoryError:
+        raise ValueError(f"reference {path_or_name} asks for more memory than there is") from None
+
+
+def _load(path_or_name: str | os.PathLike, detector: Detector | None, looking: Looking) -> Reference:
+    text = os.fspath(path_or_name)
     if os.path.isdir(text):
         return _measured(ImageSet(Path(text)), Path(text), "folder of images", detector, looking)
     path = resolve(path_or_name)
@@ -184,6 +193,7 @@ def _from_npz(path: Path, detector: Detector | None, looking: Looking) -> Refere
             raise ValueError(
                 f"reference {path} has feats of shape {list(features.shape)}, expected [N, D], N at least 2"
             )
+        _check_width(path, features.shape[1])
         statistics.update(features)
         return _from_statistics(path, statistics, "features (feats)")
     if "arr_0" in keys:
@@ -239,6 +249,7 @@ def _from_checkpoint(path: Path, found: Sniffed, detector: Detector | None, look
 def _from_table(path: Path, value: Any) -> Reference | None:
     """A reference from a table of arrays, or from features alone; None if the value is neither."""
     if isinstance(value, torch.Tensor) and value.ndim == 2 and value.is_floating_point() and len(value) >= 2:
+        _check_width(path, value.shape[1])
         statistics = FeatureStatistics(keep_features=True).update(value)
         return _from_statistics(path, statistics, "torch-fidelity features")
     if not isinstance(value, dict):
@@ -253,8 +264,10 @@ def _from_table(path: Path, value: Any) -> Reference | None:
     if {"raw_mean", "raw_cov"} <= set(arrays):
         return _from_sums(path, arrays, value.get("num_items"))
     if isinstance(parts := value.get("all_features"), list):
-        parts = [part for part in parts if isinstance(part, torch.Tensor)]
+        parts = [part for part in parts if isinstance(part, torch.Tensor) and part.ndim == 2]
         if sum(map(len, parts)) >= 2:
+            for width in {part.shape[1] for part in parts}:
+                _check_width(path, width)
             statistics = FeatureStatistics(keep_features=True)
             for part in parts:
                 statistics.update(part)
@@ -331,8 +344,7 @@ def _cached(
     statistics = _look(batches(), num, path.name, detector, looking)
     labels = {} if classes is None else {"classes": classes.numpy()}
     if looking.cache and rank_and_world()[0] == 0:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        save_reference(target, statistics, detector, **labels)
+        _keep(target, lambda: save_reference(target, statistics, detector, **labels))
     return Reference(
         name=path.name,
         sha256=content,
@@ -346,11 +358,23 @@ def _cached(
     )
 
 
+def _keep(target: Path, save: Callable[[], None]) -> None:
+    """Keeps what was measured for the next time; where that cannot be, the numbers are good all the same."""
+    try:
+        make_folder(target.parent)
+        save()
+        keep_from_others(target)
+    except OSError as error:
+        print(f"what was measured of --ref cannot be kept: {describe_os_error(error)}", file=sys.stderr)
+
+
 def _kept(target: Path, num: int, detector: Detector) -> Reference | None:
     """What was measured before, if it is there and whole."""
-    if not target.is_file():
-        return None
     try:
+        if reason := distrust(target, cache_dir()):
+            raise ValueError(reason)
+        if not target.is_file():
+            return None
         reference = _from_arrays(target, _read_npz(target), "cache")
         reference.check_detector(detector)
         if reference.num != num:
@@ -392,14 +416,10 @@ def _look(batches: Iterator[Batch], num: int, name: str, detector: Detector, loo
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     """Arrays of an .npz; images (`arr_0`) are only named, they may be gigabytes."""
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {key: np.empty(0) if key == "arr_0" else archive[key] for key in archive.files}
-        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
-            raise TypeError("numpy gives members that are not arrays as bytes")
-        return arrays
-    except (ValueError, OSError, EOFError, AttributeError, TypeError, RuntimeError, zlib.error, zipfile.BadZipFile):
+        return archives.read_arrays(path, skip="arr_0")
+    except Refused as error:
         raise ValueError(
-            f"reference {path} is not a whole .npz file of plain arrays, expected one with mu and sigma"
+            f"reference {path} is not a whole .npz file of plain arrays, expected one with mu and sigma ({error})"
         ) from None
 
 
@@ -407,13 +427,14 @@ def _classes(path: Path, arrays: dict[str, np.ndarray], features: torch.Tensor |
     if "classes" not in arrays or features is None:
         return None
     classes = arrays["classes"]
-    if classes.dtype.kind not in "iu" or classes.shape != (len(features),) or classes.min() < 0:
-        raise ValueError(f"reference {path} has classes that are not numbers from 0, one for each of its features")
+    whole = classes.dtype.kind in "iu" and classes.shape == (len(features),) and len(classes) > 0
+    if not whole or classes.min() < 0 or classes.max() >= 1 << 20:
+        raise ValueError(f"reference {path} has classes that are no numbers from 0, one for each of its features")
     return torch.from_numpy(classes.astype(np.int64))
 
 
 def _floats(path: Path, array: np.ndarray, key: str) -> torch.Tensor:
-    if array.dtype.kind != "f":
+    if array.dtype.kind != "f" or array.dtype.itemsize > 8:
         raise ValueError(f"reference {path} has {key} of dtype {array.dtype}, expected floats")
     if not np.isfinite(array).all():
         raise ValueError(f"reference {path} has NaN or infinity in {key}, expected finite numbers")
@@ -424,8 +445,11 @@ def _count(path: Path, arrays: dict[str, np.ndarray], features: torch.Tensor | N
     if "num" not in arrays:
         return None if features is None else len(features)
     if arrays["num"].ndim or arrays["num"].dtype.kind not in "iu":
-        raise ValueError(f"reference {path} has a num that is not an integer, expected the number of images")
-    return int(arrays["num"])
+        raise ValueError(f"reference {path} has a num that is no integer, expected the number of images")
+    num = int(arrays["num"])
+    if num < 2:
+        raise ValueError(f"reference {path} has a num of {num}, expected the number of images, at least 2")
+    return num
 
 
 def _check_shapes(path: Path, mu: torch.Tensor, sigma: torch.Tensor, features: torch.Tensor | None) -> None:
@@ -434,7 +458,19 @@ def _check_shapes(path: Path, mu: torch.Tensor, sigma: torch.Tensor, features: t
             f"reference {path} has mu of shape {list(mu.shape)} and sigma of shape {list(sigma.shape)}, "
             "expected [D] and [D, D]"
         )
+    _check_width(path, len(mu))
     if not torch.allclose(sigma, sigma.T, rtol=1e-4, atol=1e-6 * sigma.abs().max().item()):
         raise ValueError(f"reference {path} has a sigma that is not symmetric, expected a covariance matrix")
-    if features is not None and (features.ndim != 2 or features.shape[1] != len(mu)):
-        raise ValueError(f"reference {path} has features of shape {list(features.shape)}, expected [N, {len(mu)}]")
+    # Of single precision, covariances have eigenvalues a little below zero.
+    spare = _ROUNDING * sigma.diagonal().abs().max().double() * torch.eye(len(mu), dtype=torch.float64)
+    if torch.linalg.cholesky_ex(sigma.double() + spare).info.item():
+        raise ValueError(f"reference {path} has a sigma with negative eigenvalues, expected a covariance matrix")
+    if features is not None and (features.ndim != 2 or features.shape[1] != len(mu) or len(features) < 2):
+        found = f"features of shape {list(features.shape)}"
+        raise ValueError(f"reference {path} has {found}, expected [N, {len(mu)}], N at least 2")
+
+
+def _check_width(path: Path, width: int) -> None:
+    """The covariance of so many features is taken into memory."""
+    if not 0 < width <= MAX_WIDTH:
+        raise ValueError(f"reference {path} is of {width} features, expected at most {MAX_WIDTH}")

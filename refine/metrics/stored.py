@@ -37,7 +37,8 @@ LAYER_RULES = {
     for name in names
     for stub in [Stub(f"torch.nn.modules.{module}.{name}", new=nvidia.ModuleDict)]
 }
-_MAX_ARRAY_BYTES = 4 << 30
+_MAX_VALUES, _MAX_DEPTH = 200_000, 12
+_SPARE_BYTES = 64 << 20  # that arrays may take beyond twice the file: views of one storage can overlap
 
 
 def read_stored(path: str | os.PathLike, expected: str) -> Any:
@@ -56,8 +57,7 @@ def read_stored(path: str | os.PathLike, expected: str) -> Any:
             value = _read_pickle(Path(path), stream, expected)
         else:
             raise ValueError(f"{path} is {found.description}; expected {expected}")
-        budget = [200_000, _MAX_ARRAY_BYTES]
-        return _loaded(value, budget, depth=0)
+        return _Loading(os.path.getsize(path)).loaded(value, depth=0)
 
 
 def _read_pickle(path: Path, stream: Any, expected: str) -> Any:
@@ -67,28 +67,40 @@ def _read_pickle(path: Path, stream: Any, expected: str) -> Any:
     return Machine(stream, os.fstat(stream.fileno()).st_size, rules).load()
 
 
-def _loaded(value: Any, budget: list[int], depth: int) -> Any:
-    budget[0] -= 1
-    if depth > 12 or budget[0] < 0:
-        raise Refused("it holds too many values, or too deeply nested ones")
-    if isinstance(value, Array):
-        value = value.ref
-    if isinstance(value, TensorRef):
-        budget[1] -= value.nbytes
-        if budget[1] < 0:
-            raise Refused(f"it holds more than {_MAX_ARRAY_BYTES >> 30} GiB of arrays")
-        return value.read_exact()  # in the file's own dtype: statistics are float64
-    if isinstance(value, nvidia.Persistent | nvidia.ModuleDict):
-        return _loaded(nvidia.collect(value), budget, depth + 1)
-    if isinstance(value, dict):
-        return {str(key): _loaded(item, budget, depth + 1) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_loaded(item, budget, depth + 1) for item in value]
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    if isinstance(value, str):
-        return str(value)
-    return None  # text and bytes that nothing here needs
+class _Loading:
+    """Brings values into memory, each array once, and no more than a file of this size can hold."""
+
+    def __init__(self, size: int):
+        self._values, self._bytes = _MAX_VALUES, 2 * size + _SPARE_BYTES
+        self._arrays: dict[int, torch.Tensor] = {}
+
+    def loaded(self, value: Any, depth: int) -> Any:
+        self._values -= 1
+        if depth > _MAX_DEPTH or self._values < 0:
+            raise Refused("it holds too many values, or too deeply nested ones")
+        if isinstance(value, Array):
+            value = value.ref
+        if isinstance(value, TensorRef):
+            return self._array(value)
+        if isinstance(value, nvidia.Persistent | nvidia.ModuleDict):
+            return self.loaded(nvidia.collect(value), depth + 1)
+        if isinstance(value, dict):
+            return {str(key): self.loaded(item, depth + 1) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.loaded(item, depth + 1) for item in value]
+        if value is None or isinstance(value, bool | int | float):
+            return value
+        if isinstance(value, str):
+            return str(value)
+        return None  # text and bytes that nothing here needs
+
+    def _array(self, ref: TensorRef) -> torch.Tensor:
+        if id(ref) not in self._arrays:
+            self._bytes -= ref.nbytes
+            if self._bytes < 0:
+                raise Refused("its arrays take many times the memory that the file is long")
+            self._arrays[id(ref)] = ref.read_exact()  # in the file's own dtype: statistics are float64
+        return self._arrays[id(ref)]
 
 
 def tensors_in(value: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:

@@ -140,7 +140,7 @@ def _run_together(config: RefineConfig, resumed: Resumed | None, device_name: st
     check_origins_alike(pair.origins)
     _check_against_options(pair, config)
     with option("--metrics"), sharing():  # all processes look at the images of --ref
-        metrics = [NamedMetric(name, config.ref, device=device) for name in config.metrics]
+        metrics = [NamedMetric(name, config.ref, device=device, trust=config.trust_detector) for name in config.metrics]
     distributed.wait_for_main()
     files = _checksums(config, pair, metrics)
     if resumed is not None:

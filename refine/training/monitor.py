@@ -1,6 +1,7 @@
 """TensorBoard: scalars, pictures, texts and hparams of a run, with images on the x axis."""
 
 import json
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ class Monitor:
 
     def _open(self, after_kimg: float | None) -> None:
         purge = None if after_kimg is None else _step(after_kimg) + 1
-        self._writer = SummaryWriter(self._path, flush_secs=20, purge_step=purge)
+        suffix = f".{secrets.token_hex(4)}"  # a name that nobody can have put a link at
+        self._writer = SummaryWriter(self._path, flush_secs=20, purge_step=purge, filename_suffix=suffix)
 
     def forget_after(self, kimg: float) -> None:
         """The run goes back to `kimg`: TensorBoard leaves out what was written of the time after it."""

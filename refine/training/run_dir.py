@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from refine.dnnlib import replaced_atomically
+from refine.dnnlib import append_text, replaced_atomically
 
 
 def next_run_dir(outdir: str | os.PathLike, desc: str) -> Path:
@@ -116,8 +116,7 @@ class RunDir:
     def _append(self, name: str, line: str) -> None:
         if not self.writes:
             return
-        with open(self.path / name, "a") as file:
-            file.write(line + "\n")
+        append_text(self.path / name, line + "\n")
 
     def trim_after(self, kimg: float) -> None:
         """Drop lines of .jsonl files past `kimg`, which a resumed run writes again, and what a kill left half-done."""

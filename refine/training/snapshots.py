@@ -112,7 +112,7 @@ class Snapshots:
         exact = trainer.config.short_intervals
         number = snapshot_number(self.run_dir.path, trainer.nimg, exact) if distributed.is_main() else ""
         name = f"network-snapshot-{number}.safetensors"
-        averages: dict[float | None, Generator] = {**trainer.averages.networks} or {None: trainer.G_ema}
+        averages: dict[Any, Generator] = dict(trainer.averages.networks) or {None: trainer.G_ema}
         judged = self._measure(averages, name, monitor)
         if distributed.is_main():
             self._save(name, judged, monitor)

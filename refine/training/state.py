@@ -19,6 +19,8 @@ from typing import IO, Any, cast
 
 import torch
 
+from refine.checkpoints.foreign.torch_save import load_plain
+from refine.checkpoints.pickles.inert import shown
 from refine.dnnlib import replaced_atomically
 from refine.training.finding import training_states
 from refine.training.snapshots import Standing
@@ -135,8 +137,8 @@ def load_training_state(path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
             if damaged := archive.testzip():
-                raise ValueError(f"{damaged} does not have its checksum")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+                raise ValueError(f"{shown(damaged)} does not have its checksum")
+        state = load_plain(path)
         complete = isinstance(state, dict) and {"config", "networks", "rng", "skips"} <= set(state)
         counts = [state.get(name) for name in ("nimg", "warmup_steps_done")] if complete else []
         complete &= all(type(count) is int and 0 <= count < 2**48 for count in counts)

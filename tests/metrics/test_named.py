@@ -18,8 +18,9 @@ def space(monkeypatch, tmp_path):
     detector = PixelDetector(num_classes=4)
     loaded = []
 
-    def load(name):
+    def load(name, trust):
         loaded.append(name)
+        assert not trust
         detector.fid_basis = "in a test" if name == INCEPTION_SPACE else None
         return detector
 

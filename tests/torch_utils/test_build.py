@@ -283,7 +283,60 @@ def test_a_folder_of_somebody_else_below_tmp_is_not_trusted(place):
     assert place.run(REFINE_OPS_CACHE=bad, HOME=bad) == ("native 1", "")
     shared.chmod(0o777)
     out, err = place.run(REFINE_OPS_CACHE=bad, HOME=bad)
-    assert out == "plain torch" and "belongs to somebody else" in one_line(err)
+    assert out == "plain torch" and "can be written to by others" in one_line(err)
+
+
+@pytest.mark.parametrize("name", ["REFINE_CACHE", "REFINE_OPS_CACHE"])
+@pytest.mark.parametrize("who", ["others may write", "somebody else's"])
+def test_a_library_is_run_only_from_a_folder_of_ones_own(place, name, who):
+    """Somebody's shared cache with a library of the right name, which would run as soon as it is opened."""
+    place.run()
+    (library,) = place.libraries()
+    evil = library.with_suffix(".c")
+    trap = place.folder / "trap"
+    evil.write_text(f'#include <stdlib.h>\nvoid __attribute__((constructor)) f(void) {{ system("touch {trap}"); }}')
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, evil], check=True)
+    target = library.name.split(".")[0]
+    library.rename(library.with_name(f"{target}.{op_cache.checksum(library)}.so"))
+    shared = place.folder / "shared"
+    place.cache.rename(shared if name == "REFINE_OPS_CACHE" else shared.with_name("ops"))
+    if name == "REFINE_CACHE":
+        shared.mkdir()
+        shared.with_name("ops").rename(shared / "ops")
+    folder = shared if name == "REFINE_OPS_CACHE" else shared / "ops"
+    if who == "others may write":
+        folder.chmod(0o777)
+    elif os.getuid() == 0:
+        os.chown(folder, 1234, -1)
+    else:
+        pytest.skip("only root can give a folder away")
+    out, err = place.run(**{"REFINE_OPS_CACHE": "", name: str(shared)})
+    assert out == "native 1" and not trap.exists()
+    assert f"not used: {folder} " in one_line(err) and str(place.folder / "home") in err
+
+
+def test_a_relative_xdg_cache_home_is_ignored(place):
+    out, err = place.run(REFINE_OPS_CACHE="", REFINE_CACHE="", XDG_CACHE_HOME="here")
+    assert out == "native 1" and str(place.folder / "home" / ".cache") in one_line(err)
+    assert not (place.folder / "here").exists()
+
+
+def test_what_is_no_library_in_the_cache_is_told(place):
+    """A pipe would be waited for, and the system's loader crashes on a library that is cut off."""
+    place.run()
+    (library,) = place.libraries()
+    target, data = library.name.split(".")[0], library.read_bytes()
+    library.unlink()
+    os.mkfifo(library)
+    out, err = place.run()
+    assert out == "native 1" and f"not used: {library} is no regular file" in one_line(err)
+    library.unlink(missing_ok=True)
+    for path in place.libraries():
+        path.unlink()
+    library.write_bytes(data[:-2000])
+    library = library.rename(library.with_name(f"{target}.{op_cache.checksum(library)}.so"))
+    out, err = place.run()
+    assert out == "native 1" and f"not used: {library} is cut off" in one_line(err)
 
 
 def test_no_ninja(place):

@@ -85,3 +85,21 @@ def test_a_claim_that_a_kill_left_is_no_obstacle(tmp_path):
     os.utime(tmp_path / ".00000.claim", (0, 0))
     assert create_run_dir(tmp_path, "x").name == "00000-x"
     assert [path.name for path in tmp_path.iterdir()] == ["00000-x"]
+
+
+@pytest.mark.parametrize("name", ["log.txt", "training_options.json", "stats.jsonl", "metric-fd.jsonl"])
+@pytest.mark.parametrize("target", ["../mine.txt", "/dev/full"])
+def test_a_run_folder_with_links_to_elsewhere_is_not_written_through(name, target, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "run" / name).symlink_to(target)
+    run = RunDir(tmp_path / "run", quiet=True)
+    write = {
+        "log.txt": lambda: run.log("x"),
+        "training_options.json": lambda: run.write_json(name, {}),
+        "stats.jsonl": lambda: run.append_stats({}),
+        "metric-fd.jsonl": lambda: run.append_metric("fd", {}, "s", 1.0),
+    }
+    with pytest.raises(OSError, match="is a link to another folder; nothing was written through it"):
+        write[name]()
+    assert (tmp_path / "mine.txt").read_text() == "mine" and os.listdir(tmp_path / "run") == [name]

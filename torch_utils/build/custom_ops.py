@@ -16,7 +16,7 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -187,12 +187,13 @@ class Wanted:
         asked = not self.targets or set(have) == set(self.targets)
         return asked and all(toolchain.serves(have, gpu) for gpu in self.capabilities)
 
-    def find(self) -> list[Path]:
-        """The libraries in the cache that fit, best first."""
-        found = op_cache.find(self.folder, self.accepts)
+    def find(self) -> tuple[list[Path], dict[Path, str]]:
+        """The libraries in the cache that fit, best first; and what was passed over, and why."""
+        passed_over: dict[Path, str] = {}
+        found = op_cache.find(self.folder, self.accepts, passed_over)
         if self.device_type == "cpu":
             found.sort(key=lambda path: self.targets.index(op_cache.targets_of(path)))
-        return found
+        return found, passed_over
 
 
 def describe_wanted(device_type: str, portable: bool = False) -> Wanted:
@@ -268,8 +269,8 @@ def _no_compiler(device_type: str) -> str:
 
 def _attempt(device_type: str, portable: bool) -> Library:
     wanted = describe_wanted(device_type, portable)
-    refused: dict[Path, str] = {}  # whole files that cannot be loaded, and why
-    for path in wanted.find():
+    found, refused = wanted.find()  # libraries that cannot be used, and why
+    for path in found:
         try:
             return Library(_open(path, device_type), path, built=False)
         except NativeUnavailable as error:  # noqa: PERF203 - a handful of files
@@ -297,7 +298,7 @@ def _open(path: Path, device_type: str) -> ctypes.CDLL:
     return library
 
 
-def _build(wanted: Wanted, compiler: toolchain.Compiler, refused: Collection[Path]) -> tuple[Path, bool]:
+def _build(wanted: Wanted, compiler: toolchain.Compiler, refused: Mapping[Path, str]) -> tuple[Path, bool]:
     """A library, and whether this process built it, not another one that was waited for."""
     device, limit = wanted.device_type, _limit()
     if device == "cuda":
@@ -309,11 +310,11 @@ def _build(wanted: Wanted, compiler: toolchain.Compiler, refused: Collection[Pat
     entry = op_cache.writable_folder(wanted.folder)
     ninja, log = toolchain.find_ninja(), entry / f"{'+'.join(targets)}.log"
     with op_cache.locked(entry, limit, lambda who: _line.begin(device, f"waiting for {who}, which compiles them")):
-        for path in wanted.find():
+        for path in wanted.find()[0]:
             if path not in refused:
                 _line.end(device, "done")
                 return path, False
-        _line.begin(device, "compiling, once")
+        _line.begin(device, "compiling, once" + "".join(f" (not used: {reason})" for reason in refused.values()))
         start = time.monotonic()
         with op_cache.build_folder(entry) as folder:
             for name, source in wanted.sources.items():

@@ -11,11 +11,13 @@ import hashlib
 import os
 import shutil
 import socket
-import sys
+import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from refine.dnnlib import distrust, keep_from_others, make_folder, user_cache
 
 
 class CacheError(RuntimeError):
@@ -30,9 +32,8 @@ def cache_folders() -> list[Path]:
         folders.append(Path(os.environ["REFINE_OPS_CACHE"]).expanduser())
     if os.environ.get("REFINE_CACHE"):
         folders.append(Path(os.environ["REFINE_CACHE"]).expanduser() / "ops")
-    home = "~/Library/Caches" if sys.platform == "darwin" else os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     with contextlib.suppress(RuntimeError):  # a user without a home folder
-        folders.append(Path(home).expanduser() / "gan-refine" / "ops")
+        folders.append(user_cache() / "ops")
     if hasattr(os, "getuid"):  # Windows cannot tell whose a folder is
         folders.append(_temporary_folder())
     return list(dict.fromkeys(map(Path.absolute, folders)))
@@ -42,22 +43,32 @@ def _temporary_folder() -> Path:
     return Path(tempfile.gettempdir()).absolute() / f"gan-refine-ops-{getattr(os, 'getuid', str)()}"
 
 
-def _is_safe(base: Path) -> bool:
-    """Whether code from this folder may be run: nobody else can have put it into the one below /tmp."""
-    if base != _temporary_folder() or not os.path.lexists(base):
-        return True
-    stat = base.lstat()
-    return not base.is_symlink() and stat.st_uid == os.getuid() and not stat.st_mode & 0o022
+def find(folder: str, accepts: Callable[[str], bool], passed_over: dict[Path, str]) -> list[Path]:
+    """Whole libraries whose targets are accepted, folder by folder of the cache, newest first.
 
-
-def find(folder: str, accepts: Callable[[str], bool]) -> list[Path]:
-    """Whole libraries whose targets are accepted, folder by folder of the cache, newest first."""
+    Args:
+        folder: Of the libraries, below each cache folder.
+        accepts: Of a file's targets.
+        passed_over: What was not looked into, and why, is noted here: code is run only from where nobody else can
+            have put it.
+    """
     found: list[Path] = []
-    for entry in (base / folder for base in cache_folders() if _is_safe(base)):
-        with contextlib.suppress(OSError):
-            here = [path for path in entry.glob("*.*.so") if accepts(targets_of(path)) and _is_whole(path)]
-            found += sorted(here, key=lambda path: -path.stat().st_mtime_ns)
+    for base in cache_folders():
+        try:
+            entries = sorted((base / folder).glob("*.*.so"), key=_age)
+        except OSError as error:
+            passed_over[base / folder] = f"{base / folder}: {error.strerror}"
+            continue
+        for path in (entry for entry in entries if accepts(targets_of(entry))):
+            if reason := distrust(path, base) or _damage(path):
+                passed_over[path] = reason
+            else:
+                found.append(path)
     return found
+
+
+def _age(path: Path) -> int:
+    return -path.lstat().st_mtime_ns
 
 
 def targets_of(path: Path) -> str:
@@ -65,8 +76,32 @@ def targets_of(path: Path) -> str:
     return path.name.split(".")[0]
 
 
-def _is_whole(path: Path) -> bool:
-    return checksum(path) == path.name.split(".")[1]
+def _damage(path: Path) -> str | None:
+    """What is wrong with a library: the system's loader would crash on one that is cut off."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    if hashlib.sha256(data).hexdigest()[:16] != path.name.split(".")[1]:
+        return f"{path} does not have its checksum"
+    if data[:4] == b"\x7fELF" and not _is_whole_elf(data):
+        return f"{path} is cut off"
+    return None
+
+
+def _is_whole_elf(data: bytes) -> bool:
+    """Whether all segments and sections that a 64-bit ELF file names lie within it."""
+    if len(data) < 64 or data[4:6] not in (b"\x02\x01", b"\x02\x02"):
+        return False
+    order = "<" if data[5] == 1 else ">"
+    segments, sections = struct.unpack(f"{order}2Q", data[32:48])
+    segment_size, segment_count, section_size, section_count = struct.unpack(f"{order}4H", data[54:62])
+    if segment_size != 56 or segments + 56 * segment_count > len(data):
+        return False
+    if sections + section_size * section_count > len(data):
+        return False
+    places = (struct.unpack_from(f"{order}8xQ16xQ", data, segments + 56 * index) for index in range(segment_count))
+    return all(start + length <= len(data) for start, length in places)
 
 
 def checksum(path: Path) -> str:
@@ -83,6 +118,7 @@ def keep(library: Path, entry: Path, targets: list[str]) -> Path:
         os.fsync(file.fileno())
     stem = "+".join(targets)
     target = entry / f"{stem}.{checksum(library)}.so"
+    keep_from_others(library)
     os.replace(library, target)
     for old in entry.glob(f"{stem}.*.so"):
         if old != target:
@@ -105,13 +141,13 @@ def writable_folder(name: str = "") -> Path:
     reasons = []
     for base in cache_folders():
         try:
-            if not _is_safe(base):
-                raise PermissionError(1, "belongs to somebody else")
-            base.mkdir(parents=True, exist_ok=True, mode=0o700 if base == _temporary_folder() else 0o777)
-            (base / name).mkdir(exist_ok=True)
+            make_folder(base / name)
+            if reason := distrust(base / name, base):
+                reasons.append(f"{reason}, so code from there is not run")
+                continue
             with tempfile.TemporaryFile(dir=base / name):
                 return base / name
-        except OSError as error:  # noqa: PERF203 - a handful of folders
+        except OSError as error:
             reasons.append(f"{base}: {error.strerror}")
     raise CacheError(f"no folder to keep them in ({'; '.join(reasons)}); set REFINE_OPS_CACHE")
 

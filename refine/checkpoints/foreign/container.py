@@ -161,6 +161,12 @@ def saying(what: str) -> Iterator[None]:
     except ValueError as error:
         text = "".join(char if char.isprintable() else "?" for char in str(error))
         raise ValueError(text if text.startswith(what) else f"{what}: {text}") from None
+    except (MemoryError, RecursionError) as error:
+        raise ValueError(f"{what} asks for more memory than there is ({type(error).__name__})") from None
+    except RuntimeError as error:  # torch's MemoryError
+        if "can't allocate memory" not in str(error):
+            raise
+        raise ValueError(f"{what} asks for more memory than there is") from None
 
 
 def plain(value: Any, what: str = "init kwargs") -> Any:

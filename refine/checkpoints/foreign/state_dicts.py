@@ -10,21 +10,17 @@ The arguments are a JSON object, either {"class": "stylegan2.Generator", "init_k
 
 from __future__ import annotations
 
-import ast
 import json
 import os
-import re
 import zipfile
-import zlib
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 
-from refine.checkpoints import registry
+from refine.checkpoints import archives, registry
 from refine.checkpoints.foreign import diffusers_folder
 from refine.checkpoints.foreign.container import Container, FileNetwork, plain, saying
 from refine.checkpoints.native import _DTYPES
@@ -33,7 +29,6 @@ from refine.checkpoints.pickles.tensors import Storage, TensorRef
 from refine.checkpoints.sniff import BrokenHeader, TensorInfo, read_safetensors_header
 
 _MAX_JSON_BYTES = 1 << 20
-_MAX_INFLATION, _SPARE_BYTES = 4, 64 << 20  # compressed weights: 1.1 times, or 2 where they are rounded
 _NPY_DTYPES = {"f2": torch.float16, "f4": torch.float32, "f8": torch.float64}
 
 
@@ -81,22 +76,17 @@ def open_npz(path: Path, stream: BinaryIO, expected: str, **given: Any) -> Conta
     """
     size = os.fstat(stream.fileno()).st_size
     refs, metadata = {}, {}
-    try:
-        with zipfile.ZipFile(stream) as archive, saying(str(path)):
-            inflated = sum(info.file_size for info in archive.infolist())
-            if inflated > _MAX_INFLATION * size + _SPARE_BYTES:
-                raise Refused("its arrays claim many times the memory that the file is long")
-            for info in archive.infolist():
-                name = info.filename.removesuffix(".npy")
-                dtype, shape, fortran, start = _npy_header(archive, info)
-                if dtype.startswith(("U", "S")):
-                    metadata[name] = _npy_text(archive, info)
-                    continue
-                if dtype not in _NPY_DTYPES:
-                    raise Refused(f"{shown(name)} has dtype {shown(dtype)}; expected floating point numbers")
-                refs[name] = _npy_ref(archive, stream, info, _NPY_DTYPES[dtype], shape, fortran, start, size)
-    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError, EOFError, KeyError, zlib.error):
-        raise ValueError(f"{path} is a broken or cut-off NumPy archive; expected {expected}") from None
+    with saying(str(path)), archives.opened(stream) as archive:
+        inflated = archives.check_inflation(archive.infolist(), size)
+        for info in archive.infolist():
+            name = info.filename.removesuffix(".npy")
+            dtype, shape, fortran, start = _npy_header(archive, info)
+            if dtype.startswith(("U", "S")):
+                metadata[name] = _npy_text(archive, info)
+                continue
+            if dtype not in _NPY_DTYPES:
+                raise Refused(f"{shown(name)} has dtype {shown(dtype)}; expected floating point numbers")
+            refs[name] = _npy_ref(archive, stream, info, _NPY_DTYPES[dtype], shape, fortran, start, size)
     _check_arguments(path, metadata, given, "a NumPy archive (.npz)", expected)
     with saying(str(path)):
         return _container(path, stream, refs, metadata, "a NumPy archive of one network", given, inflated)
@@ -105,52 +95,30 @@ def open_npz(path: Path, stream: BinaryIO, expected: str, **given: Any) -> Conta
 def _npy_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[str, tuple[int, ...], bool, int]:
     """dtype ('f4', or 'U…' for text), shape, whether in Fortran order, and where the data begin."""
     with archive.open(info) as entry:
-        magic = entry.read(8)
-        if magic[:6] != b"\x93NUMPY" or magic[6:7] not in (b"\x01", b"\x02", b"\x03"):
-            raise Refused(f"{shown(info.filename)} is not an array")
-        width = 2 if magic[6] == 1 else 4
-        length = int.from_bytes(entry.read(width), "little")
-        if length > 10_000:
-            raise Refused(f"{shown(info.filename)} has an overlong header")
-        text = entry.read(length).decode("latin-1")
-    match = re.fullmatch(
-        r"\{'descr': '([<|=])([A-Za-z]\d+)', 'fortran_order': (True|False), 'shape': (\([\d, ]*\)), \}\s*", text
-    )
-    if not match:
-        raise Refused(f"{shown(info.filename)} is not a plain array of numbers")
-    try:
-        shape = ast.literal_eval(match[4])
-    except (SyntaxError, ValueError):
-        raise Refused(f"{shown(info.filename)} has an impossible shape") from None
-    shape = shape if isinstance(shape, tuple) else (shape,)
-    return match[2], shape, match[3] == "True", 8 + width + length
+        shape, fortran, dtype = archives.npy_header(entry)
+        return dtype.str.lstrip("<|="), shape, fortran, entry.tell()
 
 
 def _npy_text(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> str:
     if info.file_size > _MAX_JSON_BYTES:
         raise Refused(f"{shown(info.filename)} is an overlong text")
-    with archive.open(info) as entry:
-        try:
-            array = np.lib.format.read_array(entry, allow_pickle=False)
-        except ValueError:
-            raise Refused(f"{shown(info.filename)} is a broken array") from None
+    array = archives.read_npy(archive, info)
     return str(array.reshape(-1)[0]) if array.size == 1 else ""
 
 
 def _npy_ref(archive, stream, info, dtype, shape, fortran, start, size) -> TensorRef:
+    length = info.file_size - start
     if info.compress_type == zipfile.ZIP_STORED:
         stream.seek(info.header_offset + 26)
         lengths = stream.read(4)
         start += info.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
-        end = info.header_offset + info.file_size
-        if end > size:
+        if start + length > size:
             raise Refused("the archive is cut off")
-        return _ref(stream, dtype, shape, start, None, fortran, limit=size)
-    data = archive.read(info)  # no longer than the entry says, or zipfile raises
-    return _ref(BytesIO(data), dtype, shape, start, None, fortran, limit=len(data))
+        return _ref(stream, dtype, shape, start, length, fortran)
+    return _ref(BytesIO(archive.read(info)), dtype, shape, start, length, fortran)  # no longer than the entry says
 
 
-def _ref(stream, dtype, shape, start, length=None, fortran=False, limit=None) -> TensorRef:
+def _ref(stream, dtype, shape, start, length, fortran=False) -> TensorRef:
     if len(shape) > 8 or any(size >= 1 << 40 for size in shape):
         raise Refused("an array has an impossible shape")
     steps, step = [], 1
@@ -158,7 +126,7 @@ def _ref(stream, dtype, shape, start, length=None, fortran=False, limit=None) ->
         steps.append(step)
         step *= size
     nbytes = step * dtype.itemsize
-    if (length is not None and length != nbytes) or (limit is not None and start + nbytes > limit):
+    if length != nbytes:
         raise Refused("an array has other data than its shape says")
     stride = tuple(steps if fortran else reversed(steps))
     return TensorRef.checked(Storage(dtype, step, Blob(stream, start, nbytes), 0), 0, tuple(shape), stride)

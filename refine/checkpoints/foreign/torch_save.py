@@ -14,12 +14,15 @@ from typing import Any, BinaryIO
 
 import torch
 
+from refine.checkpoints import archives
 from refine.checkpoints.foreign import nvidia, rosinality
 from refine.checkpoints.foreign.container import Container, saying
-from refine.checkpoints.pickles.inert import Blob, Buildable, Refused, Stub, shown
+from refine.checkpoints.pickles.inert import Blob, Buildable, Refused, Stub, Text, shown
 from refine.checkpoints.pickles.machine import Machine
 from refine.checkpoints.pickles.tensors import STORAGE_RULES, Array, Storage, TensorRef, storage_id
 
+_STATE_OPCODES = 1_500_000  # a training state has a few tensors for each one of the networks
+_MAX_DEPTH, _SPARE_BYTES = 20, 64 << 20
 _MAX_PICKLE_BYTES = 32 << 20  # of the pickle inside a zip; a generator's has about 30 kB
 
 
@@ -49,26 +52,27 @@ def open_zip(path: Path, stream: BinaryIO, expected: str) -> Container:
     return _container(path, stream, *read_zip(path, stream, expected), expected)
 
 
-def read_zip(path: Path, stream: BinaryIO, expected: str) -> tuple[Any, list[str]]:
+def read_zip(path: Path, stream: BinaryIO, expected: str, budget: int | None = None) -> tuple[Any, list[str]]:
     """What was saved, tensors as `TensorRef`, and the names of NVIDIA's classes met on the way; zip format.
+
+    Args:
+        path, stream: The file, open.
+        expected: What a refusal says was expected.
+        budget: Of opcodes, see `Machine`.
 
     Raises:
         ValueError: it is broken, or holds what is not allowed.
     """
     size = os.fstat(stream.fileno()).st_size
     try:
-        with zipfile.ZipFile(stream) as archive:
+        with archives.opened(stream) as archive:
             entries = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
             pickled = entries["data.pkl"]
             if any(info.compress_type != zipfile.ZIP_STORED for info in entries.values()):
                 raise Refused("its zip is compressed, which torch.save never does")
-            if pickled.file_size > min(size, _MAX_PICKLE_BYTES):
-                raise Refused(f"its pickle claims {pickled.file_size} bytes")
-            data = archive.read(pickled)
-            if "byteorder" in entries and archive.read(entries["byteorder"])[:6] != b"little":
+            data = archives.read_member(archive, pickled, min(size, _MAX_PICKLE_BYTES))
+            if "byteorder" in entries and archives.read_member(archive, entries["byteorder"], 16)[:6] != b"little":
                 raise Refused("its numbers are big-endian")
-    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError, KeyError, EOFError):
-        raise ValueError(f"{path} is a broken or cut-off zip archive; expected {expected}") from None
     except Refused as error:
         raise ValueError(f"{path}: {error}") from None
     blobs: dict[str, Blob] = {}
@@ -82,8 +86,58 @@ def read_zip(path: Path, stream: BinaryIO, expected: str) -> tuple[Any, list[str
         return _storage(blobs[key], dtype, numel)
 
     seen: list[str] = []
-    value = _unpickle(path, Machine(BytesIO(data), len(data), _rules(seen), persistent_load), seen, expected)
+    value = _unpickle(path, Machine(BytesIO(data), len(data), _rules(seen), persistent_load, budget), seen, expected)
     return value, seen
+
+
+def load_plain(path: Path) -> Any:
+    """What torch.save wrote, as torch.load would give it: tables, lists, numbers, text, and tensors on the CPU.
+
+    Raises:
+        ValueError: It is broken, or holds something else; the message does not name the file.
+    """
+    try:
+        with open(path, "rb") as stream, saying(str(path)):
+            value, _ = read_zip(path, stream, "plain tensors and numbers", _STATE_OPCODES)
+            return _Plain(os.fstat(stream.fileno()).st_size).value(value, 0)
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix(f"{path}: ")) from None
+
+
+class _Plain:
+    """Brings values into memory: each text and tensor once, and no more than a file of this size can hold."""
+
+    def __init__(self, size: int):
+        self._values, self._bytes = _STATE_OPCODES, size + _SPARE_BYTES
+        self._known: dict[int, Any] = {}  # by the identity of what the machine made
+
+    def value(self, item: Any, depth: int) -> Any:
+        self._values -= 1
+        if depth > _MAX_DEPTH or self._values < 0:
+            raise Refused("it holds too many values, or too deeply nested ones")
+        if isinstance(item, dict):
+            keys = [str(key) if isinstance(key, str) else key for key in item]
+            return dict(zip(keys, (self.value(part, depth + 1) for part in item.values()), strict=True))
+        if isinstance(item, list | tuple | set):
+            return type(item)(self.value(part, depth + 1) for part in item)
+        if item is None or isinstance(item, bool | int | float):
+            return item
+        if isinstance(item, str):
+            return str(item)
+        if id(item) not in self._known:
+            self._known[id(item)] = self._large(item)
+        return self._known[id(item)]
+
+    def _large(self, item: Any) -> Any:
+        if isinstance(item, TensorRef):
+            self._bytes -= item.nbytes
+            if self._bytes < 0:
+                raise Refused("its tensors take more memory than the file is long")
+            return item.read_as_laid_out()
+        if isinstance(item, Text):
+            item.stream.seek(item.offset)
+            return item.stream.read(item.length).decode("utf-8")
+        raise Refused(f"it holds a {type(item).__name__}")
 
 
 def _zip_entry(stream: BinaryIO, info: zipfile.ZipInfo, size: int) -> Blob:

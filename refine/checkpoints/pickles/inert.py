@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+_FEW_READS = 8
+
 
 class Refused(ValueError):
     """Something in the file that has no place in a checkpoint; the message is ready to follow 'path: '."""
@@ -40,11 +42,13 @@ class Blob:
     """Bytes of a file: `length` of them from `offset`, or, where `text_length` is set, hidden in that many bytes of
     UTF-8 from `offset`, one character each."""
 
-    __slots__ = ("length", "offset", "storage", "stream", "text_length")
+    __slots__ = ("decoded", "length", "offset", "reads", "storage", "stream", "text_length")
 
     def __init__(self, stream: BinaryIO, offset: int, length: int, text_length: int | None = None):
         self.stream, self.offset, self.length, self.text_length = stream, offset, length, text_length
         self.storage: Any = None  # what has been found in these bytes, so that they are looked at once
+        self.decoded: bytes | None = None  # of text that is read often: thousands of tensors may lie in one
+        self.reads = 0
 
     def read(self, start: int, length: int) -> bytes:
         """`length` bytes from `start`.
@@ -76,6 +80,12 @@ class Blob:
             self.stream.seek(self.offset + start)
             if self.stream.readinto(view) != len(view):  # type: ignore[attr-defined] # what binary files have
                 raise Refused("the file is cut off")
+            return
+        self.reads += 1
+        if self.decoded is None and self.reads > _FEW_READS:
+            self.decoded = b"".join(latin1_chunks(self.stream, self.offset, self.text_length))
+        if self.decoded is not None:
+            view[:] = self.decoded[start : start + len(view)]
             return
         position = 0  # of the chunk among the decoded bytes
         for chunk in latin1_chunks(self.stream, self.offset, self.text_length):
@@ -110,11 +120,13 @@ class Stub:
         name: 'module.name', as the file spells it.
         call: What calling it (REDUCE) with a tuple of arguments gives.
         new: What `cls.__new__(cls)` (NEWOBJ, without arguments) gives.
+        cost: Opcodes that a call counts as.
     """
 
     name: str
     call: Callable[..., Any] | None = None
     new: Callable[[], Any] | None = None
+    cost: int = 1
 
 
 class Buildable:

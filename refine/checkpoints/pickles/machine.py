@@ -7,7 +7,9 @@ bytes, embedded source text) stays in the file: the machine notes where it lies 
 Values: None, bool, int, float, str, list, tuple, set, dict (with str or int keys), those of `inert.py`, and what the
 stubs make, see `tensors.py` and the readers.
 
-Limits (opcodes, text, memo, keys) bound time and memory by the file's size; nothing here recurses. No torch.
+Limits (opcodes, text, memo, keys) bound time and memory by the file's size; nothing here recurses. A call may copy what
+it is given, so each item given counts as an opcode. Numbers as keys are few: a file can choose thousands that land in
+one place of a table, where each is compared with all. No torch.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from refine.checkpoints.pickles.inert import (
 
 MAX_OPCODES = 300_000  # EDM of CIFAR-10 size has 41,000, three StyleGAN2 networks 17,000
 MAX_TEXT = 200  # bytes; longer text stays in the file. The smallest storage written as text (protocol 2) is longer.
+MAX_NUMBER_KEYS = 4096  # in tables and sets, together; optimisers number the parameters of one network
 _MAX_NAME = 200
 _KEY_TYPES = (str, int)
 
@@ -50,6 +53,8 @@ class Machine:
         framed: Whether the file is divided into frames (protocol 4), so that lengths cannot be changed.
         globals: Every global named so far, in order.
         count: Opcodes run so far.
+        copied: Items given to calls so far, and what the calls themselves count as.
+        numbers: Numbers taken as keys so far.
     """
 
     def __init__(
@@ -67,6 +72,7 @@ class Machine:
         self.memo: dict[int, Any] = {}
         self.globals: dict[str, None] = {}
         self.protocol, self.framed, self.count = 2, False, 0
+        self.copied = self.numbers = 0
 
     def load(self) -> Any:
         """The value of the pickle; the stream is left behind it.
@@ -148,6 +154,12 @@ class Machine:
             raise Refused(f"it calls {_what(function)}, which no checkpoint does")
         if not isinstance(args, tuple):
             raise Refused(f"it calls {function.name} with something that is no tuple")
+        self.copied += function.cost + len(args)
+        self.copied += sum(len(arg) for arg in args if isinstance(arg, list | tuple | set | dict))
+        if self.copied > self.budget:
+            raise Refused(f"its calls copy more than {self.budget:,} values")
+        if function.call is make_set and args:
+            self.check_keys(args[0], "a set")
         try:
             self.stack.append(function.call(*args))
         except TypeError:
@@ -169,9 +181,7 @@ class Machine:
         table = self.stack[-1]
         if not isinstance(table, dict) or len(items) % 2:
             raise Refused(f"it sets items of {_what(table)}")
-        for key in items[::2]:
-            if not isinstance(key, _KEY_TYPES):  # others could be slow or dangerous to hash
-                raise Refused(f"it has a dict with {_what(key)} as a key")
+        self.check_keys(items[::2], "a dict")
         table.update(zip(items[::2], items[1::2], strict=True))
 
     def append_items(self, items: list[Any]) -> None:
@@ -182,9 +192,21 @@ class Machine:
 
     def add_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
-        if type(target) is not set or not all(isinstance(item, _KEY_TYPES) for item in items):
-            raise Refused(f"it adds items to {_what(target)}, or items that are neither text nor numbers")
+        if type(target) is not set:
+            raise Refused(f"it adds items to {_what(target)}")
+        self.check_keys(items, "a set")
         target.update(items)
+
+    def check_keys(self, keys: Any, where: str) -> None:
+        """Raises Refused for what could be slow or dangerous to hash."""
+        if not isinstance(keys, list | tuple):
+            raise Refused(f"it makes {where} of {_what(keys)}")
+        for key in keys:
+            if not isinstance(key, _KEY_TYPES):
+                raise Refused(f"it has {where} with {_what(key)} as a key")
+        self.numbers += sum(isinstance(key, int) for key in keys)
+        if self.numbers > MAX_NUMBER_KEYS:
+            raise Refused(f"it has more than {MAX_NUMBER_KEYS:,} numbers as keys")
 
     def persistent(self) -> None:
         if self.persistent_load is None:
@@ -212,9 +234,7 @@ def encode_latin1(text: Any, encoding: Any) -> Blob:
 
 
 def make_set(items: Any = ()) -> set:
-    """`set(items)` as protocols 2 and 3 write it."""
-    if not isinstance(items, list | tuple) or not all(isinstance(item, _KEY_TYPES) for item in items):
-        raise Refused("it makes a set of something else than text and numbers")
+    """`set(items)` as protocols 2 and 3 write it; the machine has looked at the items."""
     return set(items)
 
 
@@ -360,6 +380,7 @@ def _push_marked_list(m: Machine, items: list) -> None:
 
 
 def _push_marked_frozenset(m: Machine, items: list) -> None:
+    m.check_keys(items, "a set")
     m.stack.append(make_set(items))
 
 

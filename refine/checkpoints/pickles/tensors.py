@@ -19,6 +19,7 @@ from refine.checkpoints.pickles.machine import load_bytes, make_ordered
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001  # of torch.save before torch 1.6
 _HEADER_BYTES = 1024  # of a legacy stream of one storage; about 244 are used
 _HEADER_OPCODES = 200
+_STORAGE_COST = 40  # opcodes in a usual header
 
 _STORAGE_DTYPES = {
     "FloatStorage": torch.float32,
@@ -154,6 +155,10 @@ class TensorRef:
         values = self._view(self._flat())
         return (values.flip(self.flip) if self.flip else values).contiguous()
 
+    def read_as_laid_out(self) -> torch.Tensor:
+        """The values as the file has them, in its dtype and in its order in memory; without flip, scale and shift."""
+        return self._view(self._flat())
+
     def item(self) -> float | int | bool:
         """The one value of a tensor of no axes, as the file has it."""
         if self.shape:
@@ -285,7 +290,7 @@ TENSOR_RULES = {
         Stub("torch._utils._rebuild_tensor_v2", call=_rebuild_tensor),
         Stub("torch._utils._rebuild_parameter", call=_rebuild_parameter),
         Stub("torch._utils._rebuild_parameter_with_state", call=_rebuild_parameter),
-        Stub("torch.storage._load_from_bytes", call=load_storage),
+        Stub("torch.storage._load_from_bytes", call=load_storage, cost=_STORAGE_COST),
         Stub("torch.Size", call=lambda sizes: tuple(sizes) if isinstance(sizes, tuple | list) else ()),
         Stub("torch.device", call=lambda *args: str(args[0])[:20] if args and isinstance(args[0], str) else "cpu"),
         Stub("collections.OrderedDict", call=make_ordered),

@@ -14,9 +14,11 @@ import contextlib
 import hashlib
 import json
 import os
+import queue
 import re
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +27,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import SplitResult, urlsplit
 
 from refine import dnnlib
-from refine.checkpoints.sniff import sniff
+from refine.checkpoints.sniff import check_readable_file, sniff
 
 if TYPE_CHECKING:
     import requests
@@ -37,6 +39,7 @@ MIN_RATE = 1024  # bytes per second
 WAITS = (1.0, 2.0, 4.0)  # seconds before each further try
 MAX_REDIRECTS = 10
 MAX_BYTES = 16 << 30  # a server that never stops must not fill the disk
+_MAX_RECORD_BYTES = 1 << 16
 
 # Kinds of `sniff` that are never a network or statistics: error pages, archives, pictures, halves of files.
 _REFUSED = {"empty", "html", "text", "lfs", "image", "hdf5", "gguf", "pdf", "npy", "binary"}
@@ -70,10 +73,8 @@ def without_secrets(url: str) -> str:
 def cache_dir() -> Path:
     """`$REFINE_CACHE` where it is set, otherwise the platform's cache folder."""
     if os.environ.get("REFINE_CACHE"):
-        return Path(os.environ["REFINE_CACHE"]).expanduser()
-    import pooch
-
-    return Path(pooch.os_cache("gan-refine"))
+        return Path(os.environ["REFINE_CACHE"]).expanduser().absolute()
+    return dnnlib.user_cache()
 
 
 def cache_path(url: str) -> Path:
@@ -105,11 +106,13 @@ def fetch(url: str, sha256: str | None = None) -> Path:
         Path in the cache, with the bytes that were there at first sight.
 
     Raises:
-        ValueError: not such a URL; the download failed for good; what came is no network file; or the bytes are not
-            those of the checksum. One sentence. No partial file is left.
+        ValueError: not such a URL; the download failed for good; what came is no network file; the bytes are not those
+            of the checksum; or others can write to the cache. One sentence. No partial file is left.
         OSError: the cache folder cannot be written, or the disk is full.
     """
     target = cache_path(url)
+    if reason := dnnlib.distrust(target, cache_dir()):
+        raise ValueError(f"{reason}, so nothing is loaded from there; set REFINE_CACHE to a folder of your own")
     _remove_leftovers()
     with contextlib.nullcontext() if target.exists() else _locked(target):
         if not target.exists():  # another process may just have put it there
@@ -145,7 +148,7 @@ def _locked(target: Path, wait: bool = True) -> Iterator[None]:
     import filelock
 
     folder = cache_dir() / ".locks"
-    folder.mkdir(parents=True, exist_ok=True)
+    dnnlib.make_folder(folder)
     lock = filelock.FileLock(folder / f"{hashlib.sha256(str(target).encode()).hexdigest()[:16]}.lock")
     try:
         lock.acquire(blocking=False)
@@ -181,10 +184,11 @@ def _download(url: str, target: Path, sha256: str | None) -> None:
     pooch.get_logger().setLevel("WARNING")  # its notes would print passwords in URLs
     shown, part = without_secrets(url), _part_folder(target)
     known = sha256 or (_read_record(target) or {}).get("sha256")
-    part.mkdir(parents=True, exist_ok=True)
+    dnnlib.make_folder(part)
     _note(f"downloading {shown} to {target}")
     try:
         file = pooch.retrieve(url, known, fname=target.name, path=part, downloader=_Downloader(shown, target))
+        dnnlib.keep_from_others(Path(file))
         os.replace(file, target)
     except DownloadError as error:
         raise DownloadError(f"{error}; a file fetched by other means belongs at {target}") from None
@@ -237,10 +241,11 @@ def _record_path(target: Path) -> Path:
 
 def _read_record(target: Path) -> dict[str, Any] | None:
     path = _record_path(target)
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
+    try:
+        known = check_readable_file(path) <= _MAX_RECORD_BYTES
+        record = json.loads(path.read_text(encoding="utf-8")) if known else None
     except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict) or not re.fullmatch(r"[0-9a-f]{64}", str(record.get("sha256"))):
@@ -250,6 +255,59 @@ def _read_record(target: Path) -> dict[str, Any] | None:
 
 def _note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+class _Answer:
+    """A server's answer, read by a thread of its own: a server that drips bytes keeps the thread waiting, not us.
+
+    The timeouts of sockets are for each byte. A thread that was left ends with its connection, or with the program.
+
+    Args:
+        session, url, headers: What is asked, and how.
+    """
+
+    def __init__(self, session: "requests.Session", url: str, headers: dict[str, str]):
+        self._queue: queue.Queue[Any] = queue.Queue(maxsize=8)
+        self._left = threading.Event()
+        threading.Thread(target=self._read, args=(session, url, headers), daemon=True).start()
+
+    def next(self, seconds: float, otherwise: str) -> Any:
+        """The response first, then its bytes, then b"".
+
+        Raises:
+            _TryAgain: Nothing came within so many seconds; says `otherwise`.
+            Exception: What the connection raised.
+        """
+        try:
+            item = self._queue.get(timeout=max(seconds, 0))
+        except queue.Empty:
+            raise _TryAgain(otherwise) from None
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def leave(self) -> None:
+        self._left.set()
+
+    def _read(self, session: "requests.Session", url: str, headers: dict[str, str]) -> None:
+        try:
+            with session.get(
+                url, headers=headers, stream=True, timeout=(CONNECT_TIMEOUT, 2 * STALL_TIMEOUT)
+            ) as response:
+                self._put(response)
+                while not self._left.is_set():
+                    chunk = response.raw.read1(1 << 18)  # what is there, at most so much: a slow server is noticed
+                    self._put(chunk)
+                    if not chunk:
+                        break
+        except Exception as error:  # noqa: BLE001 - raised where the bytes are waited for
+            self._put(error)
+
+    def _put(self, item: Any) -> None:
+        while not self._left.is_set():
+            with contextlib.suppress(queue.Full):
+                self._queue.put(item, timeout=0.1)
+                return
 
 
 class _Downloader:
@@ -293,12 +351,16 @@ class _Downloader:
         headers = {"Accept-Encoding": "identity", "User-Agent": "gan-refine"}
         if file.tell() and self._validator:
             headers |= {"Range": f"bytes={file.tell()}-", "If-Range": self._validator}
-        with session.get(url, headers=headers, stream=True, timeout=(CONNECT_TIMEOUT, STALL_TIMEOUT)) as response:
+        answer = _Answer(session, url, headers)
+        try:
+            response = answer.next(STALL_TIMEOUT, f"{self._shown} sent no answer for {STALL_TIMEOUT:g} s")
             self._check_answer(response)
             self._place(response, file)
             bar.total = self._total
             bar.n = bar.initial = bar.last_print_n = file.tell()
-            self._copy(response, file, bar)
+            self._copy(answer, file, bar)
+        finally:
+            answer.leave()
         if self._total is not None and file.tell() < self._total:
             raise _TryAgain(self._broke_off(file.tell()))
 
@@ -333,15 +395,14 @@ class _Downloader:
             needed, there = dnnlib.format_bytes(missing), dnnlib.format_bytes(free)
             raise DownloadError(f"{self._shown} needs {needed}, but {self._target.parent} has {there} left")
 
-    def _copy(self, response: "requests.Response", file: BinaryIO, bar: "tqdm") -> None:
+    def _copy(self, answer: "_Answer", file: BinaryIO, bar: "tqdm") -> None:
         since, size = time.monotonic(), file.tell()
-        while chunk := response.raw.read1(1 << 18):  # what is there, at most so much: a slow server is noticed
+        slow = f"{self._shown} sent less than {dnnlib.format_bytes(MIN_RATE)} a second for {STALL_TIMEOUT:g} s"
+        while chunk := answer.next(since + STALL_TIMEOUT - time.monotonic(), slow):
             file.write(chunk)
             bar.update(len(chunk))
             self._check_size(file.tell())
-            if time.monotonic() - since > STALL_TIMEOUT:
-                if file.tell() - size < MIN_RATE * STALL_TIMEOUT:
-                    raise _TryAgain(f"{self._shown} sends less than {dnnlib.format_bytes(MIN_RATE)} a second")
+            if file.tell() - size >= MIN_RATE * STALL_TIMEOUT:
                 since, size = time.monotonic(), file.tell()
 
     def _check_size(self, size: int) -> None:
@@ -371,8 +432,6 @@ class _Downloader:
         for kind, text in for_good.items():
             if isinstance(error, kind) or isinstance(reason, kind):
                 raise DownloadError(text) from None
-        if isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError):
-            return f"{self._shown} sent nothing for {STALL_TIMEOUT:g} s"
         return self._broke_off(size)
 
     def _broke_off(self, size: int) -> str:

@@ -3,20 +3,27 @@
 Every case of this file goes through `attempt`, which holds it to that, and to limits of time and memory.
 """
 
+import io
+import json
 import os
 import random
 import struct
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
 from refine.checkpoints import load_generator, load_teacher
+from refine.checkpoints.pickles.inert import Blob
+from refine.metrics.image_sets import ImageSet
 from refine.networks.edm import EDMPrecond
 from refine.networks.stylegan2 import Generator
+from refine.training.state import load_training_state
 from tests.checkpoints import builders
 from tests.checkpoints.builders import Call, Format, Global, New, PersistentId, dumps, edm_file, stylegan2_file, write
+from tests.limits import outcome
 
 LIMIT_SECONDS = 2.0  # of processor time
 LIMIT_BYTES = 1 << 30  # of memory above what the process had
@@ -276,7 +283,42 @@ def doubled(levels):
     return b"N" + b"".join(b"q\x00h\x00\x86" for _ in range(levels))
 
 
+def copied(function, items, times):
+    """A global called with the same list many times."""
+    made = b"c" + function + b"\nq\x000](" + items + b"eq\x01"
+    return b"\x80\x02" + made + b"h\x00h\x01\x85R" * times + b"."
+
+
+NUMBERS = b"".join(b"J" + struct.pack("<i", i) for i in range(100_000))
+WORDS = b"".join(b"X\x05\x00\x00\x00%05d" % i for i in range(100_000))
+
+
+def colliding(count, between=b""):
+    """Numbers with one hash: multiples of the modulus that Python takes of them."""
+    values = (i * ((1 << 61) - 1) for i in range(1, count + 1))
+    return b"".join(b"\x8a\x0a" + value.to_bytes(10, "little") + between for value in values)
+
+
+def neighbours(count, between=b""):
+    """Small numbers whose places in a table of 2^18 are the same."""
+    return b"".join(b"\x8a\x06" + (i << 20).to_bytes(6, "little") + between for i in range(count))
+
+
 BOMBS = {
+    "sets of one list": copied(b"__builtin__\nset", WORDS, 40_000),
+    "sets of one list of numbers": copied(b"__builtin__\nset", NUMBERS, 40_000),
+    "sizes of one list": copied(b"ctorch\nSize"[1:], NUMBERS, 40_000),
+    "a tuple as many arguments": b"\x80\x02ctorch\ndevice\nq\x000("
+    + NUMBERS
+    + b"tq\x01"
+    + b"h\x00h\x01R" * 40_000
+    + b".",
+    "numbers of one hash in a set": b"\x80\x02\x8f(" + colliding(120_000) + b"\x90.",
+    "numbers of one hash in a frozen set": b"\x80\x02(" + colliding(120_000) + b"\x91.",
+    "numbers of one hash in a list for a set": copied(b"__builtin__\nset", colliding(3000), 1000),
+    "numbers of one hash as keys": b"\x80\x02}(" + colliding(100_000, b"N") + b"u.",
+    "numbers of one place as keys": b"\x80\x02}(" + neighbours(100_000, b"N") + b"u.",
+    "keys one by one": b"\x80\x02}" + b"".join(b"M" + struct.pack("<H", i) + b"Ns" for i in range(60_000)) + b".",
     "memo index": b"\x80\x04Nr\xff\xff\xff\xff.",
     "bytes": b"\x80\x04\x8e" + struct.pack("<Q", 1 << 60) + b".",
     "bytearray": b"\x80\x05\x96" + struct.pack("<Q", 1 << 60) + b".",
@@ -344,6 +386,106 @@ def test_a_long_text_of_bytes_uses_little_memory(tmp_path):
     text = "\xe9" * (8 << 20) + "\U0001f600"
     data = b"\x80\x02c_codecs\nencode\nX" + struct.pack("<I", len(text.encode())) + text.encode()
     assert "text where there should be bytes" in attempt(tmp_path / "x.pkl", data + b"X\x06\x00\x00\x00latin1\x86R.")
+
+
+def test_thousands_of_tensors_in_one_text():
+    """Bytes written as text are decoded from their beginning, but not again for each tensor."""
+    text = ("\xff" * (4 << 20)).encode()
+    blob, before = Blob(io.BytesIO(text), 0, 4 << 20, text_length=len(text)), time.process_time()
+    assert all(blob.read((4 << 20) - 16, 16) == b"\xff" * 16 for _ in range(2000))
+    assert time.process_time() - before < LIMIT_SECONDS
+
+
+def test_small_values_that_are_copied_are_read(tmp_path):
+    table = {"sizes": [Call(Global("torch", "Size"), (1, 2))] * 1000, "sets": [{1, 2, "x"}] * 200}
+    assert "keys 'sizes', 'sets'" in attempt(tmp_path / "x.pkl", dumps(table, 2))
+
+
+# Zips of torch.save.
+
+ENTRIES = ("byteorder", "data.pkl", "version", "data/0")
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["stored", "deflated"])
+@pytest.mark.parametrize("name", ENTRIES)
+def test_zips_with_large_members(name, stored, tmp_path):
+    path = tmp_path / "x.pt"
+    torch.save({"g_ema": {"x": torch.ones(3)}}, path)
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    method = zipfile.ZIP_STORED if stored else zipfile.ZIP_DEFLATED
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for key, data in members.items():
+            if not key.endswith(f"/{name}"):
+                archive.writestr(key, data)
+        with archive.open(f"x/{name}", "w", force_zip64=True) as entry:
+            for _ in range(16):
+                entry.write(b"\0" * (1 << 24))
+    assert outcome(load_generator, path)
+    assert "training state" in outcome(load_training_state, path)
+
+
+def test_a_zip_of_millions_of_entries(tmp_path):
+    """A list of entries is read into memory before anything else; one of 100 MB would take gigabytes."""
+    entry = b"PK\x01\x02" + b"\0" * 42
+    with open(tmp_path / "x.zip", "wb") as file:
+        file.write(b"PK\x03\x04" + b"\0" * 26)
+        for _ in range(110):
+            file.write(entry * ((1 << 20) // len(entry)))
+        size = file.tell() - 30
+        file.write(b"PK\x05\x06" + struct.pack("<4H2LH", 0, 0, 0, 0, size, 30, 0))
+    assert "a zip archive of very many files" in outcome(load_generator, tmp_path / "x.zip")
+    assert "broken" in outcome(ImageSet, tmp_path / "x.zip")
+
+
+# Training states.
+
+
+def test_a_state_is_read_as_torch_reads_it(tmp_path):
+    net = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(net.parameters())
+    net(torch.ones(1, 3, 4, 4)).sum().backward()
+    optimizer.step()
+    state = {"networks": {"G": net.state_dict()}, "optimizer": optimizer.state_dict(), "nimg": 1 << 40, "skips": 0}
+    state |= {"config": json.dumps({"text": "é" * 1000}), "rng": torch.get_rng_state(), "best": None, "x": [(1, -2.5)]}
+    torch.save(state, tmp_path / "s.pt")
+    read, expected = load_training_state(tmp_path / "s.pt"), torch.load(tmp_path / "s.pt", weights_only=True)
+
+    def same(a, b):
+        if isinstance(b, torch.Tensor):
+            return a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(a, b)
+        if isinstance(b, dict):
+            return a.keys() == b.keys() and all(same(a[key], b[key]) for key in b)
+        if isinstance(b, list | tuple):
+            return type(a) is type(b) and all(map(same, a, b))
+        return type(a) is type(b) and a == b
+
+    assert same(read, expected)
+
+
+STATES = {
+    "a function": {"config": Call(Global("builtins", "eval"), "1")},
+    "an object": {"config": Call(Global("collections", "OrderedDict")), "networks": Global("torch", "float32")},
+    "bytes": {"rng": b"x" * 300},
+    "sets of one list": copied(b"__builtin__\nset", WORDS, 40_000),
+    "sizes of one list": copied(b"torch\nSize", NUMBERS, 40_000),
+    "a list in itself": b"\x80\x02}X\x01\x00\x00\x00a]q\x00h\x00as.",
+    "doubling tuples": b"\x80\x02}X\x01\x00\x00\x00a" + doubled(60) + b"s.",
+    "the same text often": b"\x80\x02]q\x000X" + struct.pack("<I", 1 << 20) + b"x" * (1 << 20) + b"q\x010"
+    + b"h\x00" + b"h\x01a" * 200_000 + b".",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_hostile_states(case, tmp_path):
+    value = STATES[case]
+    usual = {"config": "{}", "networks": {}, "nimg": 0, "rng": None, "skips": 0}
+    data = value if isinstance(value, bytes) else dumps({**usual, **value}, 2)
+    with zipfile.ZipFile(tmp_path / "s.pt", "w") as archive:
+        archive.writestr("s/data.pkl", data)
+        archive.writestr("s/version", b"3\n")
+    assert outcome(load_training_state, tmp_path / "s.pt")
+    assert TRAP not in os.environ
 
 
 # Arguments that ask for too much.

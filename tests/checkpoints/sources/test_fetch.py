@@ -22,6 +22,7 @@ from refine.checkpoints.sources import fetch as fetching
 from refine.checkpoints.sources import index
 from refine.checkpoints.sources.fetch import cache_path, fetch, without_secrets
 from refine.cli.main import run_command
+from refine.dnnlib import user_cache
 from tests.training.test_trainer import make_student, make_teacher
 
 NET = pickle.dumps({"weights": np.random.RandomState(0).bytes(300_000)}, protocol=4)
@@ -112,6 +113,26 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(bytes([byte]))
             if self.server.over.wait(0.05):
                 break
+
+    def drip(self, start, byte):
+        self.wfile.write(start)
+        while not self.server.over.wait(0.05):
+            self.wfile.write(byte)
+
+    def dripping_header(self, count):
+        self.drip(b"HTTP/1.1 200 OK\r\nX-A: ", b"x")
+
+    def dripping_chunk(self, count):
+        self.drip(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"0")
+
+    def endless_chunk(self, count):
+        self.drip(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"0" * 100_000)
+
+    def endless_headers(self, count):
+        self.drip(b"HTTP/1.1 200 OK\r\n" + b"X-A: y\r\n" * 100_000, b"X-A: y\r\n")
+
+    def negative_length(self, count):
+        self.answer(NET[:1000], length=-5)
 
     def reset(self, count):
         self.connection.close()
@@ -211,7 +232,7 @@ def test_download_once(url, server, tmp_path, capsys):
     assert (record["sha256"], record["bytes"], record["url"]) == (SHA256, len(NET), url("good"))
     umask = os.umask(0)
     os.umask(umask)
-    assert path.stat().st_mode & 0o777 == 0o666 & ~umask  # a cache may be shared
+    assert path.stat().st_mode & 0o777 == 0o644 & ~umask  # for reading, a cache may be shared
     output = capsys.readouterr()
     assert output.out == "" and f"downloading {url('good')} to {path}" in output.err
     assert fetch(url("good")) == path and server.counts["good"] == 1
@@ -247,9 +268,14 @@ def test_a_broken_transfer_goes_on_where_it_ended(url, server):
         ("length-too-small", "sent is a cut-off pickle", 1),
         ("length-too-large", f"broke off after {len(NET)} of {len(NET) + 1000} bytes, 4 times", 4),
         ("length-absurd", "sends more than 16.0 GiB", 1),
-        ("stalled", "sent nothing for 0.25 s, 4 times", 4),
-        ("silent", "sent nothing for 0.25 s, 4 times", 4),
-        ("trickling", "sends less than 1.00 KiB a second, 4 times", 4),
+        ("stalled", "sent less than 1.00 KiB a second for 0.25 s, 4 times", 4),
+        ("silent", "sent no answer for 0.25 s, 4 times", 4),
+        ("trickling", "sent less than 1.00 KiB a second for 0.25 s, 4 times", 4),
+        ("dripping-header", "sent no answer for 0.25 s, 4 times", 4),
+        ("dripping-chunk", "sent less than 1.00 KiB a second for 0.25 s, 4 times", 4),
+        ("endless-chunk", "broke off after 0 bytes, 4 times", 4),
+        ("endless-headers", "broke off after 0 bytes, 4 times", 4),
+        ("negative-length", "sent is a cut-off pickle", 1),
         ("reset", "broke off after 0 bytes, 4 times", 4),
         ("circle", "redirects in circles", 11),
         ("elsewhere", "leads to an address that is not http or https", 1),
@@ -313,7 +339,7 @@ def test_a_full_disk(url, where, tmp_path, monkeypatch):
         assert "needs 293 KiB, but" in refusal(lambda: fetch(url("good")))
     else:  # a write that fails
 
-        def fail(self, response, file, bar):
+        def fail(self, answer, file, bar):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         monkeypatch.setattr(fetching._Downloader, "_copy", fail)
@@ -323,8 +349,8 @@ def test_a_full_disk(url, where, tmp_path, monkeypatch):
 
 
 def test_interrupted(url, tmp_path, monkeypatch):
-    def interrupt(self, response, file, bar):
-        file.write(response.raw.read(1000))
+    def interrupt(self, answer, file, bar):
+        file.write(answer.next(5, "too late"))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(fetching._Downloader, "_copy", interrupt)
@@ -400,7 +426,34 @@ def test_cache_paths(monkeypatch, tmp_path):
     assert len({at(url) for url in others}) == len(others)
     assert len(Path(at("https://h/" + "x" * 5000 + ".pkl")).name) < 255
     monkeypatch.delenv("REFINE_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for named in ("relative", ""):  # which the specification of these folders says to ignore
+        monkeypatch.setenv("XDG_CACHE_HOME", named)
+        assert cache_path("https://h/net.pkl").is_relative_to(tmp_path / user_cache().relative_to(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert "gan-refine" in str(cache_path("https://h/net.pkl"))
+
+
+def test_a_cache_that_others_can_write_to(url, tmp_path):
+    path = fetch(url("good"))
+    for bad in (path, path.parent, tmp_path / "cache"):
+        mode = bad.stat().st_mode
+        bad.chmod(mode | 0o002)
+        message = refusal(lambda: fetch(url("good")))
+        assert message.startswith(f"{bad} can be written to by others") and "REFINE_CACHE" in message
+        bad.chmod(mode)
+    real = path.rename(tmp_path / "real.pkl")
+    path.symlink_to(real)
+    assert "is a link" in refusal(lambda: fetch(url("good")))
+    path.unlink()
+    os.mkfifo(path)
+    assert "is no regular file" in refusal(lambda: fetch(url("good")))
+    path.unlink()
+    real.rename(path)
+    record = path.with_name("good.pkl.json")
+    record.unlink()
+    os.mkfifo(record)
+    assert "is no record of a checksum" in refusal(lambda: fetch(url("good")))
 
 
 @pytest.mark.parametrize(
