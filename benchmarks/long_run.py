@@ -18,7 +18,7 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from refine.config import PRESETS
-from refine.training.run_dir import find_training_states
+from refine.training.finding import find_training_states
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -65,9 +65,9 @@ def draw(stats: list[dict], distances: list[tuple[float, float]], path: Path) ->
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--times", default=10.0, show_default=True, help="Length, in lengths of the demo.")
-@click.option("--patience", default=0, show_default=True, help="Stop after so many snapshots without a better FD.")
+@click.option("--patience", default=0, show_default=True, help="Stop after this many snapshots without a better FD.")
 @click.option("--outdir", default="long-out", show_default=True, metavar="DIR")
-@click.option("--device", default=None, help="As of refine.py.")
+@click.option("--device", default=None, help="As the option of refine.py.")
 def main(times: float, patience: int, outdir: str, device: str | None) -> None:
     """Run the demo for many times its length, draw its course, and print what changed on the way."""
     kimg = PRESETS["demo"]["kimg"] * times

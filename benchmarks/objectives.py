@@ -95,7 +95,7 @@ def _mean(values: list) -> str:
 
 @click.command(help=__doc__.split("\n\n")[0])
 @click.option("--out", type=click.Path(dir_okay=False), required=True, help="JSON of the finished cells.")
-@click.option("--variants", default="ikl;dmd;sid;sim", show_default=True, help=f"Of: {'; '.join(VARIANTS)}. Or all.")
+@click.option("--variants", default="ikl;dmd;sid;sim", show_default=True, help=f"all, or {'; '.join(VARIANTS)}.")
 @click.option("--seeds", default="0,1,2", show_default=True)
 @click.option("--budgets", default="iterations,time", show_default=True)
 @click.option("--times", type=float, default=1.0, show_default=True, help="Length of the runs, in demos.")

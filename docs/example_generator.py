@@ -1,4 +1,4 @@
-"""A generator that is no StyleGAN2: a convolutional decoder of digits, trained as a variational autoencoder.
+"""A generator that is not a StyleGAN2: a convolutional decoder of digits, trained as a variational autoencoder.
 
 python docs/example_generator.py --out=decoder.pt
 export PYTHONPATH=docs DECODER=decoder.pt

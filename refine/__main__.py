@@ -1,4 +1,4 @@
-"""`python -m refine {refine,compare,generate,inspect} …`"""
+"""`python -m refine {refine,compare,generate,inspect,export,doctor,ops} …`, see `refine.cli.main`."""
 
 from refine.cli.main import main
 

@@ -34,7 +34,8 @@ def choose_ops(mode: str | None, device: str) -> None:
         device: Where they will run.
 
     Raises:
-        ValueError: The compiled ops are asked for and cannot be had on this device, or REFINE_OPS is no such word.
+        ValueError: The compiled ops are asked for and are not available on this device, or REFINE_OPS is
+            not one of these words.
     """
     from refine.torch_utils.build import custom_ops
 

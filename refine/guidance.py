@@ -10,7 +10,7 @@ class Guided(Denoiser):
 
     Args:
         teacher: Denoiser that was trained with label dropout.
-        guidance: w; 1 = none, more moves images towards what is typical of their class.
+        guidance: w; 1 = none; larger values pull images towards what is typical of their class.
 
     Raises:
         ValueError: The teacher does not know a missing label.
@@ -20,7 +20,9 @@ class Guided(Denoiser):
         super().__init__()
         if not teacher.has_null_label:
             what = "was trained without label dropout" if teacher.label_dim else "has no classes"
-            raise ValueError(f"found {guidance:g}, but --teacher {what}; expected a teacher that knows a missing label")
+            raise ValueError(
+                f"--guidance: found {guidance:g}, but --teacher {what}; expected a teacher that knows a missing label"
+            )
         self.teacher, self.guidance = teacher, guidance
         self.img_resolution, self.img_channels = teacher.img_resolution, teacher.img_channels
         self.label_dim, self.sigma_min, self.sigma_max = teacher.label_dim, teacher.sigma_min, teacher.sigma_max
@@ -46,11 +48,3 @@ class Guided(Denoiser):
         )
         free, labelled = twice.chunk(2)
         return free + self.guidance * (labelled - free)
-
-
-def guided(teacher: Denoiser, guidance: float) -> Guided:
-    """The teacher under classifier-free guidance. Raises ValueError where it does not know a missing label."""
-    try:
-        return Guided(teacher, guidance)
-    except ValueError as error:
-        raise ValueError(f"--guidance: {error}") from None

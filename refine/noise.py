@@ -6,36 +6,31 @@ from dataclasses import dataclass
 
 import torch
 
+from refine.config import SigmaOptions
+
 LAWS = ("lognormal", "loguniform", "karras")
 WEIGHTINGS = ("1", "sigma^P")
 
 
 @dataclass(frozen=True)
-class SigmaLaw:
+class SigmaLaw(SigmaOptions):
     """A distribution of noise levels, confined to [sigma_min, sigma_max].
 
     Attributes:
         name: 'lognormal': ln σ ~ N(P_mean, P_std²), truncated to the range (Karras et al. 2022, table 1);
             'loguniform': ln σ uniform over the range; 'karras': σ^(1/ρ) uniform over the range, the density of the
             EDM sampler's steps (Karras et al. 2022, eq. 5), which favours coarse scales.
-        P_mean, P_std: Of 'lognormal'.
-        rho: Of 'karras'.
+        P_mean, P_std: Mean and standard deviation of ln σ, for 'lognormal'.
+        rho: ρ, for 'karras'.
         sigma_min, sigma_max: The range, in units of [-1, 1] images.
 
     Raises:
         ValueError: An unknown name, or numbers that give no distribution.
     """
 
-    name: str = "lognormal"
-    P_mean: float = -1.2
-    P_std: float = 1.2
-    rho: float = 7.0
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-
     def __post_init__(self):
         if self.name not in LAWS:
-            raise ValueError(f"unknown law of sigma {self.name!r}; expected one of {', '.join(LAWS)}")
+            raise ValueError(f"unknown distribution of sigma {self.name!r}; expected one of {', '.join(LAWS)}")
         if not 0 < self.sigma_min < self.sigma_max < math.inf:
             raise ValueError(f"sigma range is {self.sigma_min:g} to {self.sigma_max:g}; expected 0 < min < max")
         if not (self.P_std > 0 and self.rho > 0 and math.isfinite(self.P_mean)):

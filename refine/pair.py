@@ -11,7 +11,7 @@ def check_pair(student: Any, teacher: Any) -> Bridge:
     """The way from a student's images and labels to a teacher's.
 
     Args:
-        student, teacher: Networks, or what `refine.checkpoints.peek` tells of them.
+        student, teacher: Networks, or what `refine.checkpoints.peek` says of them.
 
     Raises:
         ValueError: There is none.

@@ -12,18 +12,23 @@ def is_first() -> bool:
 
 @contextlib.contextmanager
 def one_voice() -> Iterator[None]:
-    """Of several processes that were given the same wrong options, the first one complains; the others exit with 2."""
+    """For what is checked before processes join: the first one that fails complains, the others that fail exit with 2.
+
+    Those that found nothing wrong learn the reason when they join.
+    """
     try:
         yield
-    except (ValueError, OSError):
-        if not is_first():
+    except (ValueError, OSError) as error:
+        from refine.torch_utils import distributed  # torch
+
+        if distributed.is_launched() and not distributed.speaks_for_all(str(error)):
             raise SystemExit(2) from None
         raise
 
 
 @contextlib.contextmanager
 def together(cuda: bool) -> Iterator[None]:
-    """`torch_utils.distributed.session`, in which a failure ends all processes, and is told once.
+    """`torch_utils.distributed.session`, in which a failure ends all processes, and is reported once.
 
     Args:
         cuda: Whether gradients are exchanged between GPUs; without gradients, it does not matter.

@@ -96,7 +96,7 @@ def test_student_and_teacher_mixed_up(save):
         f"{path} holds a generator (Generator 32×32×1, 10 classes); expected a teacher"
     )
     path = save(G=make_generator(), aux=EDMPrecond(**UNET))
-    assert "expected a teacher" in refusal(refine.load_teacher, path), "a run's auxiliary network is no teacher"
+    assert "expected a teacher" in refusal(refine.load_teacher, path), "a run's auxiliary network is not a teacher"
 
 
 def test_which_of_several(save):

@@ -6,7 +6,9 @@ gloo between CPUs), and one of gloo for numbers that live on the host, which nee
 
 How failures spread: a process that dies closes its connections, so that the others fail in their next exchange, at
 once. Before a process that raises goes, it leaves its message in the store; whoever loses the connection looks there
-for the reason. What neither dies nor answers is given up after TIMEOUT.
+for the reason. What neither dies nor answers is given up after TIMEOUT: exchanges in step have it as their limit, and
+`pulse` ends whoever waits for a silent process elsewhere. The store may be held by the very process that is silent, so
+nothing asks it without a limit either.
 """
 
 import contextlib
@@ -20,13 +22,17 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from refine.torch_utils.pulse import Pulse, within
+
 T = TypeVar("T")
 TIMEOUT = timedelta(seconds=50)  # for a process to join, and for any exchange between processes in step
+ROLL_CALL = timedelta(seconds=10)  # how long a process that failed before joining waits for the others
 PATIENCE = timedelta(hours=24)  # for rank 0 to write, and for all to measure, which takes them unequal time
 BUCKET = 2**24  # elements that are averaged at once: 64 MiB of float32
 
 _groups: dict[str, dist.ProcessGroup] = {}  # empty outside of `session`
 _store: list[dist.Store] = []
+_pulse: list[Pulse] = []
 
 
 def is_launched() -> bool:
@@ -63,7 +69,7 @@ def local_device(name: str) -> str:
 
 
 class LostProcess(ConnectionError):
-    """The run ends because another process did; `told` if that one has said why, to people and to us."""
+    """The run ends because another process did; `told` if that process has said why."""
 
     def __init__(self, text: str, told: bool):
         super().__init__(text)
@@ -88,6 +94,8 @@ def session(cuda: bool) -> Iterator[None]:
     try:
         yield
         _part()
+    except LostProcess:
+        raise
     except BaseException as error:
         if is_lost_connection(error):
             raise _loss() from error
@@ -98,34 +106,90 @@ def session(cuda: bool) -> Iterator[None]:
         _leave()
 
 
+def speaks_for_all(text: str) -> bool:
+    """Whether this process, which fails before it joins the others, is the one to say so.
+
+    The others are told. Of several that fail the first one speaks, and so does whoever reaches nobody.
+    """
+    try:
+        store = within(TIMEOUT.total_seconds(), _meet, text)
+        return min(_failures(store)) == rank()
+    except (ValueError, OSError, RuntimeError):
+        return True
+
+
 def _join(cuda: bool) -> None:
+    store = _reached()
+    try:
+        if failed := within(ROLL_CALL.total_seconds(), _failures, store):
+            raise LostProcess(f"another process failed; {failed[min(failed)]}", told=True)
+        _pulse.append(Pulse(_connected(False), rank(), world_size(), TIMEOUT.total_seconds() + 4))
+        backend = "nccl" if cuda else "gloo"
+        groups = dist.PrefixStore("groups", store)
+        dist.init_process_group(backend, store=groups, rank=rank(), world_size=world_size(), timeout=TIMEOUT)
+        _store.append(store)
+        _groups["numbers"] = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        _groups["waiting"] = dist.new_group(backend="gloo", timeout=PATIENCE)
+    except (RuntimeError, TimeoutError) as error:
+        raise ConnectionError(f"rank {rank()} lost the others while joining: {_first_line(error)}") from None
+
+
+def _reached() -> dist.TCPStore:
+    """The store, once all processes have been there. Raises ConnectionError: one of them did not come."""
+    try:
+        return within(TIMEOUT.total_seconds() + 2, _meet)
+    except TimeoutError:
+        where = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise ConnectionError(
+            f"rank {rank()} got no answer of rank 0 at {where} within {TIMEOUT.seconds} s: "
+            "it was not started, hangs, or another program listens there"
+        ) from None
+
+
+def _meet(failure: str | None = None) -> dist.TCPStore:
+    """Connects to the store and waits for all processes to have been there, with what made this one fail, if so."""
+    try:
+        store = _connected(is_main() and not _agent_holds_store())
+    except RuntimeError as error:
+        where = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise ConnectionError(f"rank {rank()} did not reach rank 0 at {where}: {_first_line(error)}") from None
+    if failure is not None:
+        store.set(f"failed/{rank()}", _signed(failure))
+    store.set(f"here/{rank()}", socket.gethostname())
+    names = [f"here/{other}" for other in range(world_size())]
+    try:
+        store.wait(names, TIMEOUT if failure is None else ROLL_CALL)
+    except (dist.DistStoreError, RuntimeError):
+        if failure is None:
+            raise ConnectionError(
+                f"{_missing(store, names)} of {world_size()} did not come within {TIMEOUT.seconds} s; "
+                "were all machines started?"
+            ) from None
+    return store
+
+
+def _connected(mine: bool) -> dist.TCPStore:
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     except (KeyError, ValueError) as error:
         raise ValueError(f"WORLD_SIZE is set, but not {error}; expected to be started by torchrun") from None
-    try:
-        mine = is_main() and not _agent_holds_store()
-        store = dist.TCPStore(
-            address, port, world_size(), mine, timeout=TIMEOUT, wait_for_workers=False, multi_tenant=True
-        )
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0][:150]
-        raise ConnectionError(f"rank {rank()} did not reach rank 0 at {address}:{port}: {reason}") from None
-    store.set(f"here/{rank()}", socket.gethostname())
-    names = [f"here/{other}" for other in range(world_size())]
-    try:
-        store.wait(names, TIMEOUT)
-    except (dist.DistStoreError, RuntimeError):
-        missing = _missing(store, names)
-        raise ConnectionError(
-            f"{missing} of {world_size()} did not come within {TIMEOUT.seconds} s; were all machines started?"
-        ) from None
-    backend = "nccl" if cuda else "gloo"
-    groups = dist.PrefixStore("groups", store)
-    dist.init_process_group(backend, store=groups, rank=rank(), world_size=world_size(), timeout=TIMEOUT)
-    _store.append(store)
-    _groups["numbers"] = dist.new_group(backend="gloo", timeout=TIMEOUT)
-    _groups["waiting"] = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return dist.TCPStore(address, port, world_size(), mine, timeout=TIMEOUT, wait_for_workers=False, multi_tenant=True)
+
+
+def _failures(store: dist.TCPStore) -> dict[int, str]:
+    """By rank, what processes said that failed before they joined. Who holds the store waits until all have looked."""
+    names = {other: f"failed/{other}" for other in range(world_size())}
+    found = {other: store.get(name).decode() for other, name in names.items() if store.check([name])}
+    if found:
+        store.set(f"seen/{rank()}", "")
+        if is_main():
+            with contextlib.suppress(RuntimeError):
+                store.wait([f"seen/{other}" for other in names], timedelta(seconds=3))
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _missing(store: dist.Store, names: list[str]) -> str:
@@ -139,15 +203,19 @@ def _part() -> None:
     """Nobody hangs up before all have finished: the last exchange of a slow process needs the others' connections."""
     with contextlib.suppress(Exception):  # the store went: its holder saw all of us here
         _store[0].set(f"done/{rank()}", "")
-        _store[0].wait([f"done/{other}" for other in range(world_size())], TIMEOUT)
+        names = [f"done/{other}" for other in range(world_size())]
+        within(TIMEOUT.total_seconds(), _store[0].wait, names, TIMEOUT)
 
 
 def _leave() -> None:
     _groups.clear()
+    for pulse in _pulse:
+        pulse.stop()
     # An error closes this process's connections, so that the others notice; the store goes last (see _linger).
     with contextlib.suppress(Exception):
         dist.destroy_process_group()
     _linger()
+    _pulse.clear()
     _store.clear()
 
 
@@ -165,21 +233,33 @@ def _agent_holds_store() -> bool:
 
 def _leave_message(text: str) -> bool:
     """Say why this process ends; False if another one spoke first."""
-    with contextlib.suppress(Exception):
+
+    def leave() -> bool:
         if _store[0].add("messages", 1) > 1:
             return False
-        _store[0].set("message", f"rank {rank()} on {socket.gethostname()}: {' '.join(text.split())[:400]}")
-    return True
+        _store[0].set("message", _signed(text))
+        return True
+
+    try:
+        return within(2, leave)
+    except Exception:  # noqa: BLE001 - nobody to say it to
+        return True
+
+
+def _signed(text: str) -> str:
+    return f"rank {rank()} on {socket.gethostname()}: {' '.join(text.split())[:400]}"
 
 
 def _loss() -> LostProcess:
-    deadline = time.monotonic() + 2
-    while _store and time.monotonic() < deadline:
+    def message() -> str:
+        while not _store[0].check(["message"]):
+            time.sleep(0.1)
+        return _store[0].get("message").decode()
+
+    if _store:
         with contextlib.suppress(Exception):
-            if _store[0].check(["message"]):
-                return LostProcess(f"another process failed; {_store[0].get('message').decode()}", told=True)
-        time.sleep(0.1)
-    lost = "lost another process, which left no message: it was killed, or its machine is gone"
+            return LostProcess(f"another process failed; {within(2, message)}", told=True)
+    lost = "lost another process, which left no message: it was killed or stopped, or its machine is gone"
     return LostProcess(f"rank {rank()} {lost}", told=False)
 
 

@@ -40,7 +40,7 @@ def grow(G: Generator, seed: int = 0) -> Generator:
 @click.command(help=__doc__.split("\n\n")[0])
 @click.option("--gan", required=True, metavar="FILE|NAME")
 @click.option("--out", required=True, type=click.Path(dir_okay=False))
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the new block's weights.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Random seed of the new block's weights.")
 def main(gan, out, seed):
     source = resolve(gan, "generator")
     provenance = {

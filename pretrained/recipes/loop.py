@@ -24,7 +24,7 @@ class Training(ABC):
     `COUNTERS` those that are numbers.
 
     Args:
-        options: Of the command line; `seed` is one of them. A checkpoint is for the same options only.
+        options: The options of the command line; `seed` is one of them. A checkpoint is for the same options only.
         network: Keyword arguments of the network, or whatever else of the recipe itself makes checkpoints incompatible.
 
     Attributes:

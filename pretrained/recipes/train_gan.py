@@ -7,7 +7,7 @@ recipe tends to collapse to one image per class, so this one begins as a variati
 generator as its decoder), which draws all digits, roughly; then a critic joins and plays the game with gradient
 penalties on real and generated images (R3GAN: Huang et al. 2024, arXiv 2501.05441), while the reconstruction term stays
 as an anchor (VAE-GAN: Larsen et al. 2016, arXiv 1512.09300). The same command goes on where a killed run stopped.
-With --no-classes nobody is told which digit an image shows: an unconditional generator, for docs/objectives.md.
+With --no-classes no network is told which digit an image shows: the generator is unconditional (docs/objectives.md).
 """
 
 import itertools

@@ -122,7 +122,7 @@ def snapshot(training: TeacherTraining, workdir: Path, name: str) -> None:
 @click.option("--ema-halflife-kimg", type=click.FloatRange(min=0), default=30, help="Half-life of the weight average.")
 @click.option("--p-mean", type=float, default=-0.5, help="Mean of ln sigma: digits want coarser scales than EDM's.")
 @click.option("--p-std", type=click.FloatRange(min=0), default=1.2, help="Standard deviation of ln sigma.")
-@click.option("--seed", type=int, default=0, help="Of the weights, the data order and the noise.")
+@click.option("--seed", type=int, default=0, help="Random seed of the weights, the data order and the noise.")
 @click.option("--snap-kimg", type=click.FloatRange(min=0, min_open=True), default=50, help="Keep a network this often.")
 def main(out: Path, workdir: Path | None, snap_kimg: float, **options) -> None:
     """Train the digits teacher and write its weight average to OUT."""

@@ -1,21 +1,17 @@
 """File → network: `load_generator` and `load_teacher` take the files people have, give back modules ready for use.
 
     sniff.py      what a file is, told by its bytes
-    index.py      short names of shipped and of published files, and their checksums
-    fetch.py      URL → file in the cache
     native.py     the toolkit's own files, read and written
     registry.py   which classes a native file may name, and how they are built safely
-
-    containers.py files of other programs, opened: which networks are in them, the way in and out
-    pickles.py    tells raw pickles apart, for the readers of pickles:
-      nvidia_pickle.py  StyleGAN2-ADA, EDM, EDM2   tf_pickle.py  legacy TensorFlow
-    pt_files.py         what torch.save writes;  rosinality.py  the names in such files
-    state_dicts.py      one network in plain safetensors or .npz;  diffusers_folder.py  folders of diffusers
-    restricted_unpickler.py  reads a pickle without running it;  inert.py, tensors.py  its values, not read yet
-    custom.py     generators that a function of the user's own makes
+    describe.py   what is in a file, for `python -m refine inspect`
     export.py     gives networks back in the formats they came in
 
-    describe.py   what is in a file, for `python -m refine inspect`
+    sources/      where files come from: index.py, short names of shipped and of published files and their checksums;
+                  fetch.py, a URL to a file in the cache; custom.py, generators that a function of the user's own makes
+    foreign/      files of other programs: opening.py finds the reader, container.py is what all of them give;
+                  nvidia.py (StyleGAN2-ADA, EDM, EDM2), tensorflow.py, torch_save.py, rosinality.py, state_dicts.py,
+                  diffusers_folder.py
+    pickles/      machine.py reads a pickle without running it; inert.py and tensors.py are what it reads
 
 Importing this package does not import torch.
 """
@@ -43,7 +39,7 @@ class NetworkInfo:
 
     Attributes:
         kind: 'generator' or 'teacher'.
-        img_resolution, img_channels: Of its images.
+        img_resolution, img_channels: Size of its images.
         classes: Number of classes, 0 = unconditional; also as `c_dim` and `label_dim`, the names that generators and
             teachers have for it, so that this can stand in for either.
     """
@@ -163,7 +159,7 @@ def _read_native(path: Path, kind: str, build: bool) -> Any:
     if metadata["kind"] != "networks":
         raise ValueError(f"{path} is a native file of {metadata['kind']}; expected a {kind}")
     networks, preferred = metadata["networks"], _PREFERRED[kind]
-    # aux: the auxiliary network of a run follows that run's student, so it is no teacher
+    # aux: the auxiliary network of a run follows that run's student, so it is not a teacher
     of_kind = [name for name, entry in networks.items() if registry.kind_of(entry["class"]) == kind and name != "aux"]
     if not of_kind:
         raise ValueError(f"{path} holds {describe.contents(networks)}; expected a {kind}")

@@ -1,6 +1,6 @@
 """Gives networks back in the formats that other tools read.
 
-write_like        the file that a network came from, with refined numbers in it and every other byte as it was
+write_like        the file that a network came from, with refined weights in it and every other byte as it was
 write_rosinality  a `.pt` with state dicts under the names of rosinality/stylegan2-pytorch
 write_plain       safetensors with the network's own tensor names
 write_native      this toolkit's own format
@@ -74,7 +74,7 @@ def write_like(
 def write_native(
     out_path: str | os.PathLike, networks: Mapping[str, torch.nn.Module], source: str | os.PathLike
 ) -> None:
-    """Writes this toolkit's own format; the file that the networks came from is told by name and sha256."""
+    """Writes this toolkit's own format; its provenance names the file that the networks came from, with its sha256."""
     provenance = {"converted_from": {"file": os.path.basename(source), "sha256": dnnlib.sha256_of_file(source)}}
     native.save_networks(out_path, networks, provenance=provenance)
 
@@ -142,7 +142,7 @@ def load_all(path: str | os.PathLike) -> Mapping[str, torch.nn.Module]:
         for name, kind in container.members.items():
             if kind != "discriminator":
                 networks[name] = container.load(name)
-        if "D" in container.members:  # it may be of a kind that is not known here, which is no reason to fail
+        if "D" in container.members:  # it may be of a kind that is not known here, and that is not a reason to fail
             with contextlib.suppress(ValueError):
                 networks["D"] = container.load("D")
     return networks

@@ -139,7 +139,7 @@ class _LargeTensorsOnMeta(TorchFunctionMode):
 
 
 def check_init_kwargs(init_kwargs: Any) -> None:
-    """Holds init kwargs to plain JSON of harmless size, before anything is built from them.
+    """Checks that init kwargs are plain JSON of harmless size, before anything is built from them.
 
     Raises:
         ValueError: not a dict of JSON values, NaN, too many or too large values, resolution above 4096.

@@ -36,7 +36,7 @@ def _parse_ranges(_ctx: click.Context, _param: click.Parameter, value: str) -> l
     "--ref",
     required=True,
     metavar="FILE|DIR|NAME",
-    help="What is compared with: statistics, a folder or zip of images, or a generator.",
+    help="What the images are compared with: statistics, a folder or zip of images, or a generator.",
 )
 @click.option(
     "--detector",
@@ -75,7 +75,7 @@ def _parse_ranges(_ctx: click.Context, _param: click.Parameter, value: str) -> l
     show_default=True,
     help="Images of a --ref that is a generator.",
 )
-@click.option("--no-cache", is_flag=True, help="Look at images of --ref again, and keep nothing.")
+@click.option("--no-cache", is_flag=True, help="Measure the images of --ref again, and keep nothing in the cache.")
 @click.option("--outdir", metavar="DIR", help="Where to write comparison.json, the figures and report.html.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 @click.option("--batch", type=click.IntRange(min=1), default=100, show_default=True, help="Images per batch.")

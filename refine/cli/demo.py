@@ -27,7 +27,7 @@ STUDENT, TEACHER, REFERENCE = "digits-gan", "digits-teacher", "digits-reference"
 def demo(outdir: str, gan: str, num: int, seed: int, **given: str | float | None) -> None:
     """Refine the shipped digits GAN, compare it with what it was, and write a report.
 
-    Controls: --lr=0 (the student rests), --aux-lr=0 (aux stays the teacher, so there is no gradient).
+    Controls: --lr=0 (the student is frozen), --aux-lr=0 (aux stays the teacher, so there is no gradient).
     """
     from refine.config import RefineConfig
     from refine.evaluation.compare import compare

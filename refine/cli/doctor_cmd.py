@@ -8,7 +8,7 @@ import click
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 def doctor(as_json: bool) -> int:
-    """Looks at this machine and tries the compiled ops: do they build, agree with the reference, and pay?
+    """Looks at this machine and tries the compiled ops: do they build, agree with the reference, and save time?
 
     Exit code: 0 = all work on every device here, 1 = something is missing; without it plain torch does the work.
     """

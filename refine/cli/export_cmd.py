@@ -1,8 +1,12 @@
 """`python -m refine export`: a network in the format that another tool reads."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
+
+from refine.errors import option
 
 
 @click.command("export")
@@ -19,10 +23,10 @@ import click
 def export(network: str, like: str | None, out: str, format_name: str | None) -> None:
     """Writes networks for other tools.
 
-    With --like=original.pkl the result is that pickle with refined numbers in it: whatever loads the original loads it.
+    With --like=original.pkl the result is that pickle with the refined weights in it: whatever loads the original
+    loads it.
     """
     from refine.checkpoints import resolve
-    from refine.errors import option
 
     suffix = out.rpartition(".")[2].lower()
     defaults = {"pt": "rosinality", "safetensors": "native"}
@@ -32,7 +36,7 @@ def export(network: str, like: str | None, out: str, format_name: str | None) ->
         hint = "give the pickle that the student came from as --like" if suffix == "pkl" else "or give --format"
         raise ValueError(f"--out: found {out}; expected .pt or .safetensors, {hint}")
     if not Path(out).absolute().parent.is_dir():
-        raise ValueError(f"--out: {Path(out).parent} is no folder")
+        raise ValueError(f"--out: {Path(out).parent} is not a folder")
     with option("--network"):
         source = resolve(network)
     with option("--like"):
@@ -61,16 +65,14 @@ def export(network: str, like: str | None, out: str, format_name: str | None) ->
     click.echo(f"Wrote {out}" + "".join(f"\n  {note}" for note in notes))
 
 
-def _write_like(original, out: str, networks: dict) -> list[str]:
+def _write_like(original: Path, out: str, networks: Mapping[str, Any]) -> list[str]:
     """Puts those networks into the container that it has names for."""
-    from refine.checkpoints.export import write_like
-    from refine.checkpoints.foreign.opening import open_container
-    from refine.errors import option
+    from refine.checkpoints.export import members, write_like
 
-    with option("--like"), open_container(original) as container:
-        wanted = {name: network for name, network in networks.items() if name in container.members}
-        if not wanted:
-            held = ", ".join(container.members)
-            raise ValueError(f"{original} holds {held}; --network holds {', '.join(networks)}, none of these")
     with option("--like"):
+        held = members(original)
+        wanted = {name: network for name, network in networks.items() if name in held}
+        if not wanted:
+            found = ", ".join(networks)
+            raise ValueError(f"{original} holds {', '.join(held)}; --network holds {found}, none of these")
         return write_like(original, out, wanted)

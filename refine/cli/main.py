@@ -22,6 +22,7 @@ _COMMANDS = {  # name -> module, attribute
     "generate": ("refine.cli.generate", "command"),
     "inspect": ("refine.cli.inspect_cmd", "inspect"),
     "export": ("refine.cli.export_cmd", "export"),
+    "average": ("refine.cli.average_cmd", "average"),
     "doctor": ("refine.cli.doctor_cmd", "doctor"),
     "ops": ("refine.cli.ops_cmd", "ops"),
 }

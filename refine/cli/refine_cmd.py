@@ -3,13 +3,11 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import click
 
 from refine.cli.config_command import ConfigCommand, GroupedOption, read_options, show_preset
-from refine.config import CHANGEABLE, OPTIONS, RefineConfig
-from refine.config.option import flag
+from refine.config import OPTIONS, RefineConfig
 from refine.errors import option
 from refine.processes import is_first, one_voice
 
@@ -19,9 +17,10 @@ from refine.processes import is_first, one_voice
     "--resume",
     cls=GroupedOption,
     group=OPTIONS["keep"].group,
-    metavar="PATH|latest",
-    help="Go on from a training state, a snapshot, a run folder, or the latest run of --outdir. May be given with "
-    "another --kimg, --lr, --aux-lr, --batch-gpu, --device, --metrics, … of the run.",
+    metavar="PATH|latest|auto",
+    help="Go on from a training state, a snapshot, a run folder, or the latest run of --outdir; auto = the latest, or "
+    "a new run where there is none. May be given with another --kimg, --lr, --aux-lr, --batch-gpu, --device, "
+    "--metrics, … of the run, and with --gan and --teacher in another place.",
 )
 @click.option("--show", is_flag=True, help="Print the options of --preset, and stop.")
 @click.option("-n", "--dry-run", is_flag=True, help="Check everything, print the options, and stop.")
@@ -37,13 +36,15 @@ def refine(resume: str | None, show: bool, dry_run: bool, **texts: str | None) -
         if show:
             click.echo(show_preset(read_options(texts).get("preset", OPTIONS["preset"].default)))
             return
-        if resume is None:
-            config = make_config(texts)
-        else:
-            states, changes = _what_to_resume(resume, texts)
+        given = read_options(texts)
+        states = [] if resume is None else _states_of(resume, given.get("outdir", OPTIONS["outdir"].default))
+        config = None if states else make_config(texts)
     from refine.training import assemble  # torch, from here on: the options are valid
 
-    run = assemble.resume(states, changes, dry_run) if resume is not None else assemble.run(config, dry_run)
+    if config is not None:
+        run = assemble.run(config, dry_run)
+    else:
+        run = assemble.resume(states, {k: v for k, v in given.items() if k != "outdir"}, dry_run)
     if dry_run and is_first():
         place = {"run_dir": str(run.folder), "device": run.device}
         click.echo(json.dumps({**run.config.as_dict(), **place}, indent=2))
@@ -60,15 +61,11 @@ def make_config(texts: Mapping[str, str | None]) -> RefineConfig:
     return RefineConfig(**read_options(texts))
 
 
-def _what_to_resume(resume: str, texts: Mapping[str, str | None]) -> tuple[list[Path], dict[str, Any]]:
-    """The training states that --resume means, the first one first, and the options to change."""
-    given = [name for name, text in texts.items() if text is not None and name != "outdir"]
-    if fixed := [flag(name) for name in given if name not in CHANGEABLE]:
-        names = ", ".join(sorted(map(flag, CHANGEABLE)))
-        raise ValueError(f"--resume goes on with the options of the run; {fixed[0]} cannot be changed, only {names}")
-    from refine.training.run_dir import find_training_states
+def _states_of(resume: str, outdir: str) -> list[Path]:
+    """The training states that --resume means, the first one first; none only where `auto` finds none."""
+    from refine.training.finding import find_training_states, newest_states
 
-    changes = read_options(texts)
-    outdir = changes.pop("outdir", OPTIONS["outdir"].default)
     with option("--resume"):
-        return find_training_states(outdir if resume == "latest" else resume), changes
+        if resume == "auto":
+            return newest_states(Path(outdir))
+        return find_training_states(outdir if resume == "latest" else resume)

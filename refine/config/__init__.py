@@ -1,4 +1,4 @@
-"""What a refinement run is told: one frozen dataclass that checks itself.
+"""The options of a refinement run: one frozen dataclass that checks itself.
 
 Everything that is known about an option stands in its field: default, kind of value, group and text of --help, whether
 --resume may change it, whether snapshots show it. The command line, the checks and the sets below come from there.
@@ -13,6 +13,7 @@ from refine.config.kinds import (
     BETAS,
     BOOLEAN,
     LABEL_DIST,
+    LENGTHS,
     LIMIT,
     MINUTES,
     NAMES,
@@ -39,7 +40,7 @@ __all__ = [
 ]
 
 OPS_MODES = ("auto", "native", "ref")  # those of torch_utils.build.custom_ops, without importing it
-OPS_HELP = "Compiled ops: auto = where they can be had, native = or an error, ref = plain torch."
+OPS_HELP = "Compiled ops: auto = where they are available, native = always, or an error, ref = plain torch."
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 _FILES, _LENGTH, _RATES, _NOISE, _OBJECTIVE, _COVERAGE, _SPEED, _MONITORING, _RESUMING = GROUPS
@@ -53,9 +54,9 @@ _PRESET = dataclasses.replace(words(tuple(PRESETS)), holds=lambda value: isinsta
 class RefineConfig:
     """All options of a run; `training_options.json` is this, written out.
 
-    An argument that is not given (`...`) takes the value of the preset, or else the option's default. A law of noise
-    may be given as a dict of some of the fields of SigmaOptions, which are laid over the preset's. Once made, all
-    values are there, and the preset is only a name.
+    An argument that is not given (`...`) takes the value of the preset, or else the option's default. A distribution of
+    noise levels may be given as a dict of some of the fields of SigmaOptions, which are laid over the preset's. Once
+    made, all values are there, and the preset is only a name.
 
     The order of the fields is that of the options in snapshots and `training_options.json`.
 
@@ -95,7 +96,7 @@ class RefineConfig:
     batch: int = option(count(1), 64, _LENGTH, "Images per step.", aliases=("batch-size", "bs"))
     batch_gpu: int | None = option(
         optional(count(1), "all of --batch"), None, _SPEED,
-        "At most so many images at once; gradients are accumulated.",
+        "How many images are computed at once, at most; gradients are accumulated.",
         changeable=True, aliases=("micro-batch", "gradient-accumulation"),
     )
     lr: float = option(
@@ -108,13 +109,19 @@ class RefineConfig:
     )
     betas: tuple[float, float] = option(BETAS, (0.0, 0.999), _RATES, "Adam's betas, student.", aliases=("adam-betas",))
     aux_betas: tuple[float, float] = option(BETAS, (0.0, 0.999), _RATES, "Adam's betas, auxiliary network.")
+    clip: float | None = option(
+        LIMIT, None, _RATES, "Largest norm of the student's gradient; 0 = no limit.", aliases=("grad-clip", "max-norm")
+    )
+    aux_clip: float | None = option(
+        LIMIT, None, _RATES, "Largest norm of the auxiliary network's gradient; 0 = no limit."
+    )
     lr_schedule: str = option(
         words(("constant", "cosine", "linear")), "constant", _RATES,
-        "Of the student's rate, over the run's kimg; the auxiliary network must keep up and keeps its rate.",
+        "Schedule of the student's rate over the run; the auxiliary network has to keep up, so its rate is constant.",
         aliases=("scheduler", "lr-scheduler"),
     )
     lr_rampup_kimg: float = option(
-        NOT_NEGATIVE, 0.0, _RATES, "The student's rate rises linearly from zero over so many kimg.",
+        NOT_NEGATIVE, 0.0, _RATES, "The student's rate rises linearly from zero over this many kimg.",
         aliases=("lr-warmup", "lr-rampup"),
     )
 
@@ -150,22 +157,32 @@ class RefineConfig:
     sigma_init: float = option(POSITIVE, 2.5, _NOISE, "Noise level at which --gan=one-step uses the teacher's U-Net.")
     aux_steps: int = option(count(1), 1, _LENGTH, "Auxiliary steps per student step.", aliases=("critic-steps",))
     aux_warmup_kimg: float = option(
-        NOT_NEGATIVE, 0.0, _LENGTH, "Thousands of images that the auxiliary network follows before the student moves.",
+        NOT_NEGATIVE, 0.0, _LENGTH,
+        "Thousands of images for the auxiliary network to learn from first, while the student is frozen.",
         aliases=("aux-warmup", "warmup"),
+    )
+    average: str = option(
+        words(("power", "ema")), "power", _RATES,
+        "Average of the student that snapshots hold as G_ema: power = its length is a share of the run and can be "
+        "chosen afterwards; ema = a half-life in kimg.", formerly="ema",
+    )
+    average_lengths: tuple[float, ...] = option(
+        LENGTHS, (0.05, 0.1, 0.25), _RATES,
+        "Lengths of the power averages that are kept, as relative standard deviations; metrics try all of them.",
     )
     ema_kimg: float = option(
         NOT_NEGATIVE, 50.0, _RATES, "Half-life of the student's moving average.",
         aliases=("ema", "ema-halflife-kimg", "ema-decay"),
     )
     ema_rampup: float | None = option(
-        LIMIT, 0.05, _RATES, "Half-life at most this share of the images so far; 0 = no limit."
+        LIMIT, 0.05, _RATES, "Limits the half-life to this share of the images so far; 0 = no limit."
     )
 
     noise_mode: str = option(
         words(("random", "const", "none")), "random", _NOISE, "Noise inputs of the student while training."
     )
     train: str = option(
-        words(("all", "synthesis", "mapping")), "all", _OBJECTIVE, "Which part of the student moves.",
+        words(("all", "synthesis", "mapping")), "all", _OBJECTIVE, "Which part of the student is trained.",
         aliases=("trainable", "freeze"),
     )
     dropout: bool = option(
@@ -197,11 +214,12 @@ class RefineConfig:
         "Random seed of latents, labels and noise.", aliases=("random-seed",),
     )
     tick: float = option(
-        POSITIVE, 4.0, _MONITORING, "Print progress every so many kimg.", changeable=True,
+        POSITIVE, 4.0, _MONITORING, "How many kimg there are between two lines of progress.", changeable=True,
         aliases=("kimg-per-tick", "log-every"),
     )
     snap: int = option(
-        count(0), 10, _MONITORING, "Save a snapshot every so many ticks; 0 = at the end only.", changeable=True,
+        count(0), 10, _MONITORING, "How many ticks there are between two snapshots; 0 = one at the end only.",
+        changeable=True,
         aliases=("snapshot", "save-every"),
     )
     metrics: tuple[str, ...] = option(
@@ -226,22 +244,27 @@ class RefineConfig:
     )
 
     keep: int = option(
-        count(1), 2, _RESUMING, "Training states that are kept.", changeable=True, in_snapshots=False
+        count(1), 2, _RESUMING, "How many training states are kept.", changeable=True, in_snapshots=False
     )
     state_minutes: float = option(
         number("a number ≥ 0", lambda value: value >= 0), 10.0, _RESUMING,
-        "Save a training state at least so often, beside snapshots.", changeable=True, in_snapshots=False,
+        "Save a training state at least this often, besides every snapshot.", changeable=True, in_snapshots=False,
     )
     time_limit: float | None = option(  # seconds
         optional(MINUTES, "none"), None, _RESUMING,
         "Stop in time for the state to be saved, as a batch queue wants it.", changeable=True, in_snapshots=False,
     )
     patience: int = option(
-        count(0), 0, _RESUMING, "Stop after so many snapshots without a better first metric; 0 = never.",
+        count(0), 0, _RESUMING, "Stop after this many snapshots without a better first metric; 0 = never.",
         changeable=True, in_snapshots=False, aliases=("early-stopping",),
     )
     max_skips: int = option(
-        count(1), 20, _RESUMING, "Stop after so many steps in a row with NaN or infinite gradients.",
+        count(1), 20, _RESUMING, "Stop after this many steps in a row with NaN or infinite gradients.",
+        changeable=True, in_snapshots=False,
+    )
+    rollback: int = option(
+        count(0), 0, _RESUMING,
+        "When the numbers diverge, go on from the best training state with half the rates, at most so many times.",
         changeable=True, in_snapshots=False,
     )
     # fmt: on
@@ -311,15 +334,16 @@ class RefineConfig:
     def from_dict(cls, values: dict[str, Any]) -> "RefineConfig":
         """The inverse of `as_dict`, also after a trip through JSON.
 
-        No preset is looked up: an option that an older version did not know takes its default, so that presets may
-        change without changing the runs that were made with them.
+        No preset is looked up: an option that an older version did not know takes its default, or what was done before
+        there was a choice, so that presets may change without changing the runs that were made with them.
 
         Raises:
             ValueError: Unknown names, or impossible values.
         """
         if unknown := set(values) - set(OPTIONS):
             raise ValueError(f"training options hold {', '.join(sorted(unknown))}, which this version does not know")
-        return cls(**{**{name: known.default for name, known in OPTIONS.items()}, **values})
+        missing = {name: known.default if known.formerly is ... else known.formerly for name, known in OPTIONS.items()}
+        return cls(**{**missing, **values})
 
 
 OPTIONS: dict[str, Option] = {f.name: f.metadata["option"] for f in dataclasses.fields(RefineConfig)}

@@ -181,11 +181,20 @@ LABEL_DIST = optional(
 )
 RATE = optional(number("a rate in [0, 1)", lambda value: 0 <= value < 1), "none")
 _TERM = r"\s*\w+(:[^+:]+)?\s*"  # NAME or NAME:WEIGHT; which names there are, the registry of objectives knows
+_SUM = re.compile(rf"{_TERM}(\+{_TERM})*")
+
+
+def _read_objective(text: str) -> str:
+    if not _SUM.fullmatch(text):
+        raise ValueError
+    return text.lower()
+
+
 OBJECTIVE = Kind(
     "NAME[+NAME]",
-    str,
+    _read_objective,
     "a name such as ikl, or a sum such as ikl:0.7+sid:0.3",
-    lambda value: bool(re.fullmatch(rf"{_TERM}(\+{_TERM})*", value)),
+    lambda value: bool(_SUM.fullmatch(value)),
 )
 NAMES = Kind(
     "LIST",
@@ -197,9 +206,19 @@ NAMES = Kind(
 )
 
 
+LENGTHS = Kind(
+    "LIST",
+    lambda text: tuple(float(part) for part in text.split(",")),
+    "different numbers of 0.005 to 0.288, ascending",
+    lambda value: len(value) > 0 and list(value) == sorted(set(value)) and all(0.005 <= v <= 0.288 for v in value),
+    show=lambda value: ",".join(map(str, value)),
+    cast=_tuple,
+)
+
+
 @dataclass(frozen=True)
 class SigmaOptions:
-    """The law of noise levels of one step; the fields of `refine.noise.SigmaLaw`, without importing torch."""
+    """The law of noise levels of one step; see `refine.noise.SigmaLaw`, which draws from it."""
 
     name: str = "lognormal"
     P_mean: float = -1.2

@@ -23,8 +23,9 @@ class Option:
         group: Its heading in --help.
         help: Its text there.
         changeable: Whether --resume may change it: the length and the course of the run, where and how it runs, and the
-            two rates, which are what one changes after a run went astray. The rest decides what is being trained.
+            two rates, which one changes after a run went astray. All others decide what is being trained.
         in_snapshots: Whether two runs that differ in it write different files.
+        formerly: What runs meant that were saved before there was the option; `...` = its default.
         aliases: Names that people know it by from elsewhere; they are suggested, not accepted.
     """
 
@@ -34,6 +35,7 @@ class Option:
     help: str
     changeable: bool = False
     in_snapshots: bool = True
+    formerly: Any = ...
     aliases: tuple[str, ...] = ()
 
 

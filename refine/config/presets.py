@@ -11,6 +11,7 @@ _PUBLISHED: dict[str, Any] = {
     "batch": 128,
     "lr": 1e-5,
     "aux_lr": 1e-5,
+    "average": "ema",
     "ema_kimg": 500.0,
     "tick": 50.0,  # 100 progress lines in so long a run
 }
@@ -21,6 +22,7 @@ _DIGITS: dict[str, Any] = {
     "aux_betas": (0.9, 0.999),
     "aux_sigma": SigmaOptions(P_mean=-0.4),  # digits want coarser noise than photographs
     "lr_schedule": "cosine",  # a short run ends on a small rate
+    "average": "ema",  # the settings were found with it
     "ema_rampup": None,  # in so short a run the ramp-up would leave next to no averaging
     "tick": 0.32,
     "snap": 5,

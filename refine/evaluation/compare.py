@@ -71,8 +71,8 @@ def compare(
         outdir: Where comparison.json, comparison.png and report.html go; None = nowhere. Made if it does not exist.
         batch: Images per batch.
         device: Where networks and detector run.
-        noise_mode: Of a StyleGAN2, for the numbers; the pictures always use its constant noise.
-        truncation_psi: Of a StyleGAN2.
+        noise_mode: Noise of a StyleGAN2, for the numbers; the pictures always use its constant noise.
+        truncation_psi: Truncation of a StyleGAN2.
         also: Further metrics that take longer, of `refine.metrics.registry.ON_REQUEST`, such as 'fdinf' (FID∞).
         ref_num: Images drawn from a generator that serves as the reference.
         cache: Keep what was measured of a reference that is images.
@@ -85,7 +85,7 @@ def compare(
         `ratio` is its mean after by its mean before, `verdict` ('better', 'not distinguishable', 'worse') and `summary`
         are about it. `curve` has a row for each snapshot of a run folder: kimg, name, whether it is `judged`, numbers,
         difference to `before`.
-        What the numbers stand on: num, seeds, detector, reference, quantisation, versions, seconds.
+        What the numbers are based on: num, seeds, detector, reference, quantisation, versions, seconds.
 
     Raises:
         ValueError: If an input cannot be used; the message begins with its option.
@@ -123,10 +123,10 @@ def compare(
 
 
 class Side:
-    """One of the two networks: loaded from a file, and how it is sampled."""
+    """A network that makes images, a generator or a diffusion model: loaded from a file, and how it is sampled."""
 
     def __init__(self, path: str | os.PathLike, device: str, batch: int, noise_mode: str, truncation_psi: float):
-        self.network, self.is_teacher = load_any(path, device)
+        self.network, self.is_teacher = _load_any(path, device)
         file = source_file(path)
         self.path, self.name, self.sha256 = str(file), file.name, sha256_of_file(file)
         self.image_shape = [self.network.img_channels, self.network.img_resolution, self.network.img_resolution]
@@ -138,7 +138,9 @@ class Side:
     def num_classes(self) -> int:
         return self.network.label_dim if self.is_teacher else self.network.c_dim
 
-    def sample(self, seeds: Sequence[int], classes: Sequence[int] | None = None, **options: Any) -> Iterator[Batch]:
+    def sample(
+        self, seeds: Sequence[int], classes: int | Sequence[int] | None = None, **options: Any
+    ) -> Iterator[Batch]:
         """Batches of images for seeds, see `refine.metrics.sampling`; options override those of a StyleGAN2."""
         if self.is_teacher:
             return sample_teacher(self.network, seeds, classes=classes, **self._common)
@@ -155,7 +157,7 @@ def _sampling(G: Generator, truncation_psi: float, noise_mode: str) -> str:
     return ", ".join(words) or "G(z, c)"
 
 
-def load_any(path: str | os.PathLike, device: str) -> tuple[Any, bool]:
+def _load_any(path: str | os.PathLike, device: str) -> tuple[Any, bool]:
     """(generator, False) or (diffusion model, True), whichever the file holds. Raises ValueError if neither."""
     try:
         # channels_last halves a generator's time on a CPU: no page faults for copies between layouts
@@ -275,7 +277,7 @@ def _write_report(
     metric = results["metric"]
     captions = [f"{name}: {results[name]['name']}, {metric} {results[name][metric]['mean']:.3g}" for name in sides]
     figures = {"comparison": side_by_side(pictures[0], pictures[1], captions, columns)}
-    # look-alikes of one class tell of missing diversity; what is held against real images is of different classes
+    # look-alikes of one class show missing diversity; images of different classes are compared with real ones
     figures["diversity"] = look_alikes(_panel_images(sides, [0] * PANEL_IMAGES), detector)
     nearest = nearest_real(_panel_images(sides, range(ROWS)), detector, reference)
     figures |= {} if nearest is None else {"nearest": nearest}

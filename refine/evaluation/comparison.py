@@ -17,7 +17,7 @@ def compared(before: Sequence[Measurement], after: Sequence[Measurement]) -> dic
 
     Returns:
         JSON-able: `before` and `after`, see `summarise`; `difference`, see `differences`; `metric`, the leading
-        distance; its `ratio` and `verdict`; and what the numbers stand on.
+        distance; its `ratio` and `verdict`; and what the numbers are based on.
     """
     first = before[0].results
     space = space_of_results(first)

@@ -6,20 +6,19 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from refine.dnnlib import check_outdir
 from refine.errors import option
-from refine.evaluation.compare import load_any
+from refine.evaluation.compare import Side
 from refine.images import save_image_grid, save_png
 from refine.metrics.pipeline import gathered, my_share, prefetched, rank_and_world
-from refine.metrics.sampling import latents_of_seeds, sample_images, sample_teacher
+from refine.metrics.sampling import latents_of_seeds
 
 MAX_SEED = 2**32 - 1
-GRID_IMAGES = 400  # the grid shows the first so many
+GRID_IMAGES = 400  # how many of the first images the grid shows
 WRITERS = 4  # threads that compress images
 
 
@@ -42,7 +41,7 @@ def generate(
         seeds: One per image, see `refine.metrics.sampling.latents_of_seeds`.
         outdir: Folder of the images; made if it does not exist.
         class_index: Class of all images; None = drawn per seed, where there are classes.
-        truncation_psi, noise_mode: Of a StyleGAN2.
+        truncation_psi, noise_mode: Truncation and noise of a StyleGAN2.
         batch: Images per batch.
         device: Where the network runs.
         progress: Show a bar with the time left on stderr.
@@ -59,17 +58,14 @@ def generate(
         if max(seeds) > MAX_SEED:
             raise ValueError(f"{max(seeds)} is too large; expected seeds up to {MAX_SEED}")
     with option("--network"):
-        net, is_teacher = load_any(network, device)
+        side = Side(network, device, batch, noise_mode, truncation_psi)
     with option("--class"):
-        latents_of_seeds(seeds[:1], [1], net.label_dim if is_teacher else net.c_dim, class_index)
+        latents_of_seeds(seeds[:1], [1], side.num_classes, class_index)
     with option("--outdir"):
         folder = check_outdir(outdir)
     paths = [folder / f"seed{seed:04d}.png" for seed in seeds]
     share, (rank, world) = my_share(range(len(seeds)), batch), rank_and_world()
-    mine = [seeds[index] for index in share]
-    common: dict[str, Any] = {"classes": class_index, "batch": batch, "device": device}
-    stylegan: dict[str, Any] = {"truncation_psi": truncation_psi, "noise_mode": noise_mode}
-    batches = sample_teacher(net, mine, **common) if is_teacher else sample_images(net, mine, **common, **stylegan)
+    batches = side.sample([seeds[index] for index in share], class_index)
     shown: list[torch.Tensor] = []
     done, disable = share.start if share else 0, not progress or rank > 0
     with tqdm(total=len(seeds), unit="img", desc="generate", disable=disable) as bar, option("--network"):

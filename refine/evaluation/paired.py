@@ -31,7 +31,7 @@ def paired_difference(
 
     Args:
         before, after: One number for each seed range.
-        direction: Of the metric: 'lower', 'higher' or 'information', which values are better.
+        direction: Which values of the metric are better: 'lower', 'higher' or 'information'.
         contributions: For each range, what each image contributes before and after: float64 [N] each, the same seeds
             in the same order; see `refine.metrics.metric.Numbers`.
 
@@ -64,7 +64,7 @@ def bootstrap_interval(
     Args:
         contributions: As for `paired_difference`.
         replicates: Draws.
-        seed: Of the draws, so that the same images give the same interval.
+        seed: Seed of the draws, so that the same images give the same interval.
     """
     rng = np.random.RandomState(seed)
     total = np.zeros(replicates)

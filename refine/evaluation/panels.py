@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -14,6 +14,9 @@ from refine.metrics.detectors import Detector, space_of_results
 from refine.metrics.image_sets import ImageSet
 from refine.metrics.references import Reference
 from refine.metrics.registry import rows_in
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PAIRS = 8  # of look-alikes
 ROWS, NEIGHBOURS = 6, 5  # of nearest real images
@@ -102,11 +105,17 @@ def curve_figure(results: dict[str, Any]) -> Image.Image:
             if point["judged"]:
                 panel.axvline(point["kimg"], color="black", linewidth=0.8, label="judged")
         panel.set(xlabel="kimg")
+    return Image.open(io.BytesIO(drawn(figure)))
+
+
+def drawn(figure: Figure) -> bytes:
+    """PNG of a figure, whose panels get their legends."""
+    for panel in figure.axes:
         panel.legend(frameon=False, fontsize="small")
         panel.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    return Image.open(buffer)
+    return buffer.getvalue()
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from refine.dnnlib import replaced_atomically
+from refine.evaluation.panels import drawn
 from refine.images import image_grid, png_bytes, to_pil
 from refine.metrics.detectors import space_of_results
 from refine.metrics.metric import Table, plus_minus
@@ -68,18 +68,12 @@ def metrics_figure(results: dict[str, Any]) -> bytes:
     for (low, high), label in zip(pairs, results["seeds"], strict=True):
         panels[0].plot(["before", "after"], [low, high], marker="o", label=f"seeds {label}")
     panels[0].set(ylabel=leading, ylim=(0, None), xlim=(-0.3, 1.3))
-    panels[0].legend(frameon=False, fontsize="small")
     for panel, shown in zip(panels[1:], bars, strict=True):
         for offset, side, heights in ((-0.2, "before", shown.before), (0.2, "after", shown.after)):
             panel.bar([k + offset for k in range(len(heights))], heights, width=0.4, label=side)
         panel.axhline(shown.level, color="black", linewidth=0.8, linestyle=":", label=shown.level_label)
         panel.set(xlabel=shown.xlabel, ylabel=shown.ylabel)
-        panel.legend(frameon=False, fontsize="small")
-    for panel in panels:
-        panel.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return drawn(figure)
 
 
 def write_html(path: str | os.PathLike, results: dict[str, Any], figures: Mapping[str, Image.Image]) -> None:
@@ -87,7 +81,7 @@ def write_html(path: str | os.PathLike, results: dict[str, Any], figures: Mappin
 
     Args:
         path: The file, replaced as a whole.
-        results: Of `refine.evaluation.compare.compare`.
+        results: What `refine.evaluation.compare.compare` returned.
         figures: 'comparison' (the grids, from `side_by_side`), and those of `refine.evaluation.panels` by their names.
     """
     page = _PAGE.format(
@@ -118,18 +112,14 @@ def feature_space_note(results: dict[str, Any]) -> str:
         )
     return (
         f"Distances are measured in the {detector['feature_dim']} features of the detector '{detector['name']}'. "
-        "This is not FID: its numbers compare only with others from the same detector weights."
+        "This is not FID: its numbers can only be compared with others from the same detector weights."
     )
 
 
 def _rows(results: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Names of the numbers in a comparison → what each says, and which values are better; in reading order.
-
-    Numbers of metrics that are unknown here, from a newer version or one's own, come last.
-    """
-    known = {key: (row.explanation, _BETTER[row.direction]) for key, row in rows_in(space_of_results(results)).items()}
-    shown = {name: known[name] for name in known if name in results["difference"]}
-    return shown | {name: ("", "") for name in results["difference"] if name not in known}
+    """Names of the numbers in a comparison → what each says, and which values are better; in reading order."""
+    rows = rows_in(space_of_results(results)).items()
+    return {key: (row.explanation, _BETTER[row.direction]) for key, row in rows if key in results["difference"]}
 
 
 def _of_metrics(what: str, results: Mapping[str, Any]) -> list[Any]:

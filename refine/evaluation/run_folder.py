@@ -54,7 +54,7 @@ class RunFolder:
 
 
 def read_run_folder(path: str | os.PathLike) -> RunFolder | None:
-    """The snapshots in a folder; None if the path is no folder.
+    """The snapshots in a folder; None if the path is not a folder.
 
     Where a snapshot is there as a native file and as a pickle, the native file is taken.
 

@@ -7,7 +7,7 @@ Inception-2015-12-05 weights that the literature's numbers were made with. When 
 - By content: its sha256 begins with the eight digits that its publishers put into the file's name (6726825d, of the
   state dict that pytorch-fid and torch-fidelity use), whatever the file is called now.
 - By name: it is called as NVIDIA's files are, and its structure is this network's. No checksum of those files is
-  established, so the name is the user's word for it; every result says so and prints the sha256.
+  established, so the name is taken on trust; every result says so and prints the sha256.
 
 Anything else, such as the same network with other weights, is measured in a space named after its file.
 """
@@ -55,7 +55,7 @@ class Detector(Protocol):
     Attributes:
         name: For people, e.g. 'digits' or a file name.
         space: Names the feature space in metric names, e.g. 'digits'.
-        sha256: Of the file that the weights came from.
+        sha256: Checksum of the file that the weights came from.
         feature_dim: Length of a feature vector; None if only known after the first call.
         resize: In words, what happens to the size of an image before the network sees it.
         fid_basis: Why distances in this space may be called FID, for people; None = they may not.
@@ -81,7 +81,7 @@ class Detector(Protocol):
         """Features, float32 [N, feature_dim], of uint8 images [N, C, H, W]."""
 
     def classify(self, images: torch.Tensor) -> torch.Tensor | None:
-        """Class probabilities, float32 [N, classes], of uint8 images; None if the detector is no classifier."""
+        """Class probabilities, float32 [N, classes], of uint8 images; None if the detector is not a classifier."""
 
     def to(self, device: torch.device | str) -> Detector:
         """Moves the weights; returns self."""
@@ -92,7 +92,7 @@ class InceptionDetector:
 
     Args:
         network: With its weights.
-        name, sha256: Of the file that they came from.
+        name, sha256: Name and checksum of the file that they came from.
     """
 
     feature_dim = FEATURES
@@ -217,7 +217,7 @@ def observe(detector: Detector, images: torch.Tensor, classes: bool) -> tuple[to
 
 
 def classifies(detector: Detector) -> bool:
-    """Whether the detector may give class probabilities; a program tells only once it has seen images."""
+    """Whether the detector may give class probabilities; for a program this shows only once it has seen images."""
     return hasattr(detector, "observe") or hasattr(detector, "classify")
 
 
@@ -226,7 +226,7 @@ def fid_basis(name: str, sha256: str) -> str | None:
     if sha256.startswith(KNOWN_BY_CONTENT):
         return f"sha256 begins with {sha256[:8]}, as published"
     if name in KNOWN_BY_NAME:
-        return f"by the file's name; no checksum of NVIDIA's file is established to hold sha256 {sha256[:12]}… against"
+        return f"by the file's name; no published checksum can confirm its sha256 {sha256[:12]}…"
     return None
 
 
@@ -280,7 +280,7 @@ def _load_inception(path: Path) -> InceptionDetector:
     try:
         network = load_inception(tensors)
     except ValueError as error:
-        raise ValueError(f"{path} is no detector that is known here: {error}; expected {EXPECTED}") from None
+        raise ValueError(f"{path} is not a detector that is known here: {error}; expected {EXPECTED}") from None
     return InceptionDetector(network, path.name, sha256_of_file(path))
 
 

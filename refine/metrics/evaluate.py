@@ -52,7 +52,7 @@ def evaluate(
 
     Returns:
         JSON-able dict: the numbers of the metrics, see docs/metrics.md and the files of `refine.metrics.measures`, and
-        what they stand on: num, detector, reference, quantisation, covariance, versions, seconds.
+        what they are based on: num, detector, reference, quantisation, covariance, versions, seconds.
 
     Raises:
         ValueError: If a metric is unknown, detector and reference do not fit, there are fewer than two images, or

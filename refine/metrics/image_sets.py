@@ -42,7 +42,7 @@ class ImageSet:
         path: Folder, searched with its subfolders, or zip file.
 
     Attributes:
-        names: Of the images, relative to the path.
+        names: Names of the images, relative to the path.
         classes: int64 [N] from dataset.json, or None.
 
     Raises:
@@ -70,7 +70,7 @@ class ImageSet:
         return len(self.names)
 
     def sha256(self) -> str:
-        """Of the zip file; of a folder, over the names and contents of its images."""
+        """Checksum of the zip file, or, for a folder, over the names and contents of its images."""
         if self._archive is not None:
             return sha256_of_file(self.path)
         digest = hashlib.sha256()
@@ -134,7 +134,7 @@ class ImageSet:
         try:
             table = {folder + str(name): label for name, label in labels}
         except (TypeError, ValueError):
-            raise ValueError(f"{self.path}: {listed} has labels that are no list of [name, class]") from None
+            raise ValueError(f"{self.path}: {listed} has labels that are not a list of [name, class]") from None
         found = [table.get(name) for name in self.names]
         if all(isinstance(label, list) for label in found):
             return None  # labels that are vectors are no classes
@@ -151,7 +151,7 @@ class SampleArray:
     """Images in an .npz as ADM's tools write them: `arr_0`, uint8 [N, H, W, C], read piece by piece.
 
     Raises:
-        ValueError: The array is no images.
+        ValueError: The array does not hold images.
     """
 
     classes = None

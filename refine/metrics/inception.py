@@ -1,7 +1,7 @@
 """The Inception network of 2015-12-05, whose features define the FID (Szegedy et al. 2015; Heusel et al. 2017).
 
 It is the graph that TensorFlow published on that day, and differs from other "Inception v3" in five ways, each of which
-moves a FID by per cents: images are resized by TensorFlow 1's bilinear rule, scaled as (x − 128) / 128, batch
+changes an FID by per cents: images are resized by TensorFlow 1's bilinear rule, scaled as (x − 128) / 128, batch
 normalisation has eps 1e-3, average pools leave the padding out, and the last block pools by maximum.
 Parameters are named as in pytorch-fid's and torch-fidelity's weights file, so that this file is its state dict.
 """

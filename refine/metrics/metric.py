@@ -53,7 +53,7 @@ class Row:
         fid_name: What results call it in the space of FID; None = `name`.
         beside: Name of the row that this number accompanies, such as its standard deviation; it then stands in results
             and logs as that row's key with the rest of the name behind it, and is neither compared nor shown.
-        aspect: What a change of it tells, in one word for the summary of a comparison; empty = not mentioned there.
+        aspect: What a change of it shows, in one word for the summary of a comparison; empty = not mentioned there.
         in_curve: Whether the curve of a run shows it beside the leading distance; only for shares between 0 and 1.
     """
 
@@ -109,9 +109,9 @@ class Sample:
 
     Attributes:
         detector: Made the features.
-        statistics: Of the features.
+        statistics: Mean and covariance of the features.
         reference: What is compared with; there is one if the metric needs something of it.
-        probabilities: Of the detector's classes, float32 [N, classes], if a metric needs and the detector has them.
+        probabilities: Class probabilities, float32 [N, classes], if a metric needs and the detector has them.
         classes: Asked for, int64 [N], if there are classes.
         collected: Name of a metric → what it collected itself.
         with_contributions: Whether contributions of single images are asked for.
@@ -147,8 +147,8 @@ class Numbers(NamedTuple):
     """What a metric found.
 
     Attributes:
-        values: Name of a row → float; and what is no number (lists, tables) under its own name. Empty if the images do
-            not allow it, for instance if there are too few.
+        values: Name of a row → float; and what is not a number (lists, tables) under its own name. Empty if the images
+            do not allow it, for instance if there are too few.
         contributions: Name of a row → what each image contributes to it, float64 [N] in the order of the images: its
             first-order influence. A statistic T of N images changes, when image i counts a little more, by its
             influence: T(weights) ≈ T + mean(w_i·I_i), so that a bootstrap over images resamples numbers (the

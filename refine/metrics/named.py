@@ -53,13 +53,13 @@ class NamedMetric:
 
     Attributes:
         name: As given, a detector's path shortened to its file's name: fit for file names and tags.
-        key: Of the leading number in the results.
-        metric: Of the registry.
+        key: Name of the leading number in the results.
+        metric: The metric of the registry.
         direction: 'lower' or 'higher': which values of the leading number are better.
         num: Number of images.
 
     Raises:
-        ValueError: The name is no metric, or detector and reference cannot be read or do not fit.
+        ValueError: The name is not a metric, or detector and reference cannot be read or do not fit.
     """
 
     direction: Direction = "lower"
@@ -98,6 +98,11 @@ class NamedMetric:
             where = "" if self._reference is None else f", but {self._reference.name} holds none of them"
             raise ValueError(f"{name} needs {self.metric.reference} of the reference{where}")
 
+    @property
+    def reference_sha256(self) -> str | None:
+        """Of the file or images that are compared with, if any are."""
+        return None if self._reference is None else self._reference.sha256
+
     def measure(self, G: Generator, device: torch.device | str, progress: bool = False) -> dict[str, Any]:
         """Results of `evaluate`, and `seeds`; neither the network nor the caller's random state changes.
 
@@ -117,6 +122,11 @@ class NamedMetric:
         if self.key not in results:
             raise ValueError(f"{self.name} could not be measured: {detector.name} and the reference do not allow it")
         return {**results, "seeds": f"0-{self.num - 1}"}
+
+
+def detector_of(name: str) -> str:
+    """The file, URL or name of the detector that a metric is measured with. Raises ValueError: it is no metric."""
+    return _parsed(name)[2] or INCEPTION_SPACE
 
 
 def _parsed(name: str) -> tuple[str, int, str | None]:

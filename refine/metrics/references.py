@@ -57,13 +57,13 @@ class Reference:
 
     Attributes:
         name: File name, for people.
-        sha256: Of the file; of a folder, over the names and contents of its images.
+        sha256: Checksum of the file, or, for a folder, over the names and contents of its images.
         mu: Mean, float64 [D].
         sigma: Covariance, float64 [D, D].
         num: Number of images behind it; None if the file does not say.
         features: float32 [num, D], or None: then only the Fréchet distance can be computed.
         detector: Name of the detector that made it, or None.
-        detector_sha256: Of that detector's weights, or None.
+        detector_sha256: Checksum of that detector's weights, or None.
         form: In words, what the file was.
         classes: int64 [num], the classes of the images that the features are of, or None.
         images: The images themselves where they can be read again, or None.
@@ -102,7 +102,7 @@ class Looking:
     Attributes:
         batch: Images per batch.
         device: Where the detector is.
-        num: Images drawn from a generator that serves as the reference.
+        num: How many images are drawn from a generator that serves as the reference.
         cache: Keep what was measured, and use what was kept. Off = measure again, keep nothing.
         progress: Show a bar with the time left on stderr.
     """
@@ -429,7 +429,7 @@ def _classes(path: Path, arrays: dict[str, np.ndarray], features: torch.Tensor |
     classes = arrays["classes"]
     whole = classes.dtype.kind in "iu" and classes.shape == (len(features),) and len(classes) > 0
     if not whole or classes.min() < 0 or classes.max() >= 1 << 20:
-        raise ValueError(f"reference {path} has classes that are no numbers from 0, one for each of its features")
+        raise ValueError(f"reference {path} has classes that are not numbers from 0, one for each of its features")
     return torch.from_numpy(classes.astype(np.int64))
 
 
@@ -445,7 +445,7 @@ def _count(path: Path, arrays: dict[str, np.ndarray], features: torch.Tensor | N
     if "num" not in arrays:
         return None if features is None else len(features)
     if arrays["num"].ndim or arrays["num"].dtype.kind not in "iu":
-        raise ValueError(f"reference {path} has a num that is no integer, expected the number of images")
+        raise ValueError(f"reference {path} has a num that is not an integer, expected the number of images")
     num = int(arrays["num"])
     if num < 2:
         raise ValueError(f"reference {path} has a num of {num}, expected the number of images, at least 2")

@@ -96,6 +96,7 @@ class Denoiser(Network, ABC):
         img_resolution, img_channels: Size of the square images.
         label_dim: Number of classes; 0 = unconditional.
         sigma_min, sigma_max: Range of noise levels for which it is meant; every one, unless a network says otherwise.
+        augment_dim: Width of the `augment_labels` that a call takes; 0 = it takes none, or ignores them.
     """
 
     img_resolution: int
@@ -103,6 +104,7 @@ class Denoiser(Network, ABC):
     label_dim: int
     sigma_min: float = 0.0
     sigma_max: float = math.inf
+    augment_dim: int = 0
 
     @property
     def has_null_label(self) -> bool:

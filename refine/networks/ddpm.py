@@ -27,7 +27,7 @@ from refine.networks.denoiser import Preconditioner, Scalings
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
-_SNAP = 1e-3  # a time so near to an integer is that integer: float32 tells ln sigma to about 1e-5 of a step
+_SNAP = 1e-3  # a time this near to an integer is that integer: float32 resolves ln sigma to about 1e-5 of a step
 
 
 def vp_betas(
@@ -43,7 +43,7 @@ def vp_betas(
     """
     check_choice("beta_schedule", beta_schedule, SCHEDULES)
     if num_steps < 2 or not 0 < beta_start <= beta_end < 1:
-        raise ValueError(f"betas from {beta_start} to {beta_end} in {num_steps} steps are no schedule of noise.")
+        raise ValueError(f"betas from {beta_start} to {beta_end} in {num_steps} steps are not a schedule of noise.")
     if beta_schedule == "squaredcos_cap_v2":
         signal = np.cos((np.arange(num_steps + 1) / num_steps + 0.008) / 1.008 * math.pi / 2) ** 2
         return np.minimum(1 - signal[1:] / signal[:-1], 0.999)
@@ -57,7 +57,7 @@ def vp_betas(
 def vp_discrete_sigmas(betas: Sequence[float] | np.ndarray) -> np.ndarray:
     """Noise levels √((1 − ᾱ_t) / ᾱ_t) of the times t = 0 … T − 1, float64, rising.
 
-    1 − beta is rounded to float32, as it was where the networks were trained: that moves the smallest level of the
+    1 − beta is rounded to float32, as it was where the networks were trained: that changes the smallest level of the
     cosine schedule by 3e-4 of its size.
     """
     alphas = np.float32(1) - np.asarray(betas, dtype=np.float32)
@@ -71,7 +71,7 @@ class DDPMPrecond(Preconditioner):
 
     Between the discrete noise levels the time is interpolated, linearly in ln sigma, and the U-Net is asked at that
     fraction: its embedding of time is made of sines, smooth in t. So D is continuous in sigma and the network is always
-    told the noise there is; rounding, as iDDPM does, would tell a wrong one by up to a quarter at the small levels.
+    told the actual noise level; rounding, as iDDPM does, would tell a wrong one by up to a quarter at the small levels.
     Outside of the range, the nearest time is taken. D is not clipped to [-1, 1], as the samplers of diffusers may do.
 
     Args:

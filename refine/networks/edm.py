@@ -40,7 +40,7 @@ class _AroundUNet(Preconditioner):
             label_dim=label_dim, **model_kwargs,
         )  # fmt: skip
         super().__init__(unet, img_resolution, img_channels, label_dim, use_fp16)
-        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+        self.sigma_min, self.sigma_max, self.augment_dim = sigma_min, sigma_max, unet.augment_dim
 
     @property
     def has_null_label(self) -> bool:
@@ -51,7 +51,7 @@ class EDMPrecond(_AroundUNet):
     """Preconditioning of EDM (eq. 7, table 1 "Ours").
 
     Args:
-        img_resolution, img_channels: Of the images.
+        img_resolution, img_channels: Size of the images.
         label_dim: Number of classes, 0 = unconditional.
         use_fp16: See `Preconditioner`.
         sigma_min, sigma_max: Range of noise levels.
@@ -170,7 +170,7 @@ class iDDPMPrecond(_AroundUNet):
 def iddpm_sigmas(C_1: float = 0.001, C_2: float = 0.008, M: int = 1000) -> np.ndarray:
     """Noise levels of iDDPM, float32, (M + 1,), falling from u[0] ≈ 20291 to u[M] = 0 (EDM, table 1).
 
-    In float32 like the published networks' own; float64 would move the smallest levels by 5e-4 of their size.
+    In float32 like the published networks' own; float64 would change the smallest levels by 5e-4 of their size.
     """
     steps = np.arange(M + 1, dtype=np.float32)
     signal = np.sin(np.float32(0.5 * np.pi) * steps / np.float32(M) / np.float32(C_2 + 1)) ** 2

@@ -166,7 +166,7 @@ class UNet(nn.Module):
     """The U-Net F of EDM2, configuration G.
 
     Args:
-        img_resolution, img_channels: Of the images.
+        img_resolution, img_channels: Size of the images.
         label_dim: Width of one-hot class labels, 0 = unconditional.
         model_channels: Base width C: 128 (XS), 192 (S), 256 (M), 320 (L), 384 (XL).
         channel_mult: Width of each resolution level, in multiples of C, from fine to coarse.
@@ -264,7 +264,7 @@ class Precond(Preconditioner):
         label_dim: Number of classes, 0 = unconditional.
         use_fp16: See `Preconditioner`.
         sigma_data: Standard deviation that the data are taken to have.
-        logvar_channels: Width of the noise embedding from which the uncertainty u is told.
+        logvar_channels: Width of the noise embedding from which the uncertainty u is computed.
         **model_kwargs: Arguments of `UNet`.
     """
 

@@ -204,11 +204,12 @@ class UNetBlock(nn.Module):
         num_heads: Attention heads; None derives them from ``channels_per_head``. With 0 heads (out_channels narrower
             than one head) the attention layers do not exist at all.
         skip_scale: Factor on every residual sum; √½ keeps the variance.
-        eps: Of the group normalisations.
+        eps: Added to the variance in the group normalisations.
         resample_filter: See `Conv2d`.
         resample_proj: Give resampled skips a 1×1 convolution even where the width stays the same.
         adaptive_scale: Embedding scales and shifts after norm1 (ADM) instead of being added ahead of it (Song).
-        init, init_zero, init_attn: Of the layers in general, those that close a residual branch, and qkv.
+        init, init_zero, init_attn: First weights of the layers in general, of those that close a residual branch,
+            and of qkv.
     """
 
     def __init__(

@@ -102,7 +102,7 @@ class SongUNet(LadderUNet):
 
     Args:
         img_resolution: Side of the square images.
-        in_channels, out_channels: Of the images.
+        in_channels, out_channels: Channels of the images.
         label_dim: Width of one-hot class labels, 0 = unconditional.
         augment_dim: Width of augmentation labels, 0 = none.
         model_channels: Base width C.

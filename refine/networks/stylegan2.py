@@ -228,7 +228,7 @@ class MappingNetwork(nn.Module):
         num_layers: Fully connected layers; 0 = the normalised input itself.
         embed_features: Size of the label embedding. None = w_dim.
         layer_features: Width of the inner layers. None = w_dim.
-        activation: Of the layers, a key of `bias_act.ACTIVATIONS`.
+        activation: Activation of the layers, a key of `bias_act.ACTIVATIONS`.
         lr_multiplier: Learning rate of the layers relative to the rest.
         w_avg_beta: Decay of the running mean of w, used for truncation. None = not tracked.
     """
@@ -270,13 +270,13 @@ class MappingNetwork(nn.Module):
         truncation_cutoff: int | None = None,
         skip_w_avg_update: bool = False,
     ) -> torch.Tensor:
-        """Map latents; in train() mode the running mean of w moves unless `skip_w_avg_update`.
+        """Map latents; in train() mode the running mean of w is updated unless `skip_w_avg_update`.
 
         Args:
             z: (N, z_dim), any float dtype; None when z_dim is 0.
             c: (N, c_dim), usually one-hot; None when c_dim is 0.
             truncation_psi: 1 = off; w ← w_avg + psi·(w − w_avg).
-            truncation_cutoff: Truncate the first so many of the num_ws only. None = all.
+            truncation_cutoff: How many of the num_ws are truncated, from the first on. None = all.
             skip_w_avg_update: Leave the running mean alone.
 
         Raises:
@@ -381,11 +381,11 @@ class SynthesisNetwork(nn.Module):
         img_channels: Colour channels.
         channel_base: Channels at resolution r are channel_base / r …
         channel_max: … at most this many.
-        num_fp16_res: The so many highest resolutions compute in float16 (not below 8×8).
+        num_fp16_res: How many of the highest resolutions compute in float16 (not below 8×8).
         block_kwargs: Arguments of `SynthesisBlock` and `SynthesisLayer`.
 
     Raises:
-        ValueError: The resolution is no power of two ≥ 4, or the architecture is unknown.
+        ValueError: The resolution is not a power of two ≥ 4, or the architecture is unknown.
     """
 
     def __init__(
@@ -631,7 +631,7 @@ class Discriminator(bases.Network):
         architecture: 'orig', 'skip' or 'resnet'.
         channel_base: Channels at resolution r are channel_base / r …
         channel_max: … at most this many.
-        num_fp16_res: The so many highest resolutions compute in float16 (not below 8×8).
+        num_fp16_res: How many of the highest resolutions compute in float16 (not below 8×8).
         conv_clamp: Limit of activations. None = off.
         cmap_dim: Size of the label embedding. None = channels at 4×4.
         block_kwargs: Arguments of `DiscriminatorBlock`.
@@ -639,7 +639,7 @@ class Discriminator(bases.Network):
         epilogue_kwargs: Arguments of `DiscriminatorEpilogue`.
 
     Raises:
-        ValueError: The resolution is no power of two ≥ 4, or the architecture is unknown.
+        ValueError: The resolution is not a power of two ≥ 4, or the architecture is unknown.
     """
 
     @records_init_kwargs(defaults=True)

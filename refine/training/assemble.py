@@ -1,9 +1,9 @@
 """From checked options to a run: networks are loaded and compared, the run folder is made, the training begins."""
 
 import dataclasses
-import json
-import os
+import functools
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,15 @@ from typing import Any
 import torch
 
 import refine
-from refine.checkpoints import load_generator, load_teacher, peek, resolve, source_file
+from refine.checkpoints import load_generator, load_teacher, peek, source_file
 from refine.checkpoints.export import can_write_like
 from refine.checkpoints.sources import custom
-from refine.checkpoints.sources.fetch import is_url
 from refine.config import CHANGEABLE, OPTIONS, RefineConfig
 from refine.config.option import flag
 from refine.device import choose_device, choose_ops
-from refine.dnnlib import check_outdir
+from refine.dnnlib import check_outdir, sha256_of_file
 from refine.errors import option
-from refine.guidance import guided
+from refine.guidance import Guided
 from refine.metrics.named import NamedMetric
 from refine.metrics.pipeline import sharing
 from refine.networks.one_step import OneStepGenerator
@@ -30,16 +29,16 @@ from refine.pair import check_label_dist, check_pair
 from refine.processes import one_voice, together
 from refine.torch_utils import distributed
 from refine.torch_utils.threads import set_threads
+from refine.training.alike import check_options_alike, check_origins_alike
+from refine.training.best import mend_best
 from refine.training.loop import TrainingRun
 from refine.training.monitor import Monitor
 from refine.training.regularise import set_dropout
+from refine.training.resuming import ONE_STEP, Resumed, absolute_place, resumed_config
 from refine.training.run_dir import RunDir, create_run_dir, next_run_dir
-from refine.training.snapshots import Origin, Provenance
-from refine.training.state import FoundState, load_newest
 from refine.training.stopping import StopRequests
+from refine.training.streams import lasting_streams
 from refine.training.trainer import Trainer, select_parameters
-
-ONE_STEP = "one-step"  # of --gan: the teacher's own U-Net as the generator
 
 
 @dataclass(frozen=True)
@@ -65,14 +64,6 @@ class Run:
 
 
 @dataclass(frozen=True)
-class _Resumed:
-    """The state that a run goes on from, and the options it was saved with."""
-
-    found: FoundState
-    config: RefineConfig
-
-
-@dataclass(frozen=True)
 class _Pair:
     """The networks, and the files that they came from."""
 
@@ -80,6 +71,12 @@ class _Pair:
     teacher: Any
     student_path: Path
     teacher_path: Path
+
+    @functools.cached_property
+    def origins(self) -> dict[str, dict[str, str]]:
+        """Name and sha256 of both files."""
+        paths = {"student": self.student_path, "teacher": self.teacher_path}
+        return {name: {"file": path.name, "sha256": sha256_of_file(path)} for name, path in paths.items()}
 
 
 def run(config: RefineConfig, dry_run: bool = False) -> Run:
@@ -98,25 +95,24 @@ def run(config: RefineConfig, dry_run: bool = False) -> Run:
     return _run(config, None, dry_run)
 
 
-def resume(state_paths: list[Path], changes: dict[str, Any], dry_run: bool = False) -> Run:
-    """Go on from a training state, with other options where `changes` holds some.
+def resume(state_paths: list[Path], given: Mapping[str, Any], dry_run: bool = False) -> Run:
+    """Go on from a training state, with other options where `given` holds some.
 
     Args:
         state_paths: The first one that can be read is taken.
-        changes: Fields of RefineConfig, of those that are CHANGEABLE.
+        given: Fields of RefineConfig: those that are CHANGEABLE; `gan` and `teacher`, the same files in another place;
+            and others as they are in the state.
         dry_run: Check, and write nothing.
 
     Raises:
         ValueError, OSError, SystemExit: As for `run`.
     """
     with one_voice(), option("--resume"):
-        found = load_newest(state_paths)
-        saved = RefineConfig.from_dict({**json.loads(found.state["config"]), "time_limit": None})
-        config = dataclasses.replace(saved, **changes)
-    return _run(config, _Resumed(found, saved), dry_run)
+        resumed, config = resumed_config(state_paths, given)
+    return _run(config, resumed, dry_run)
 
 
-def _run(config: RefineConfig, resumed: _Resumed | None, dry_run: bool) -> Run:
+def _run(config: RefineConfig, resumed: Resumed | None, dry_run: bool) -> Run:
     set_threads()
     with one_voice(), option("--batch"):
         if config.batch % distributed.world_size():
@@ -125,41 +121,52 @@ def _run(config: RefineConfig, resumed: _Resumed | None, dry_run: bool) -> Run:
         device_name = choose_device(config.device)
     with one_voice():
         choose_ops(config.ops, device_name.partition(":")[0])
-    with together(cuda=device_name.startswith("cuda")):
+    with lasting_streams(), together(cuda=device_name.startswith("cuda")):
         return _run_together(config, resumed, device_name, dry_run)
 
 
-def _run_together(config: RefineConfig, resumed: _Resumed | None, device_name: str, dry_run: bool) -> Run:
+def _run_together(config: RefineConfig, resumed: Resumed | None, device_name: str, dry_run: bool) -> Run:
     """The part of `run` that all processes do together."""
     with option("--device"):
         device = torch.device(distributed.local_device(device_name))
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    check_options_alike(config, None if resumed is None else resumed.found.state["nimg"], dry_run)
     if distributed.is_main():  # which may download files; the others find them afterwards
         pair = _load_pair(config)
     distributed.wait_for_main()
     if not distributed.is_main():
         pair = _load_pair(config)
+    check_origins_alike(pair.origins)
     _check_against_options(pair, config)
     with option("--metrics"), sharing():  # all processes look at the images of --ref
         metrics = [NamedMetric(name, config.ref, device=device, trust=config.trust_detector) for name in config.metrics]
     distributed.wait_for_main()
+    files = _checksums(config, pair, metrics)
+    if resumed is not None:
+        kept = {name: digest for name, digest in files.items() if name != "ref" or config.ref == resumed.config.ref}
+        resumed.check_files(kept)
     config = _with_absolute_paths(config)
     student_name = ONE_STEP if config.gan == ONE_STEP else pair.student_path.stem
     desc = config.desc or f"{student_name}-{pair.teacher_path.stem}-batch{config.batch}"
     if dry_run:
-        return Run(config, str(device), next_run_dir(config.outdir, desc))
+        place = next_run_dir(config.outdir, desc) if resumed is None else resumed.found.path.parent
+        return Run(config, str(device), place)
     run_dir = _open_run_dir(config, desc, resumed)
-    training = _make_training(config, pair, metrics, run_dir, device)
+    trainer, no_container = Trainer(config, pair.student, pair.teacher, device), _no_container(config.gan, pair)
+    container = None if no_container else pair.student_path
+    training = TrainingRun(trainer, run_dir, files, metrics=metrics, provenance=pair.origins, container=container)
     if resumed is not None:
         with option("--resume"):
             training.load_state_dict(resumed.found.state)
-        run_dir.trim_after(training.trainer.nimg / 1000)
+        run_dir.trim_after(trainer.nimg / 1000)
+        if (best := training.snapshots.standing.best) is not None:
+            mend_best(run_dir, best.snapshot)
     _write_options(run_dir, config, pair, device)
-    _log_files(run_dir, config, pair, resumed)
+    _log_files(run_dir, config, no_container, resumed)
     if resumed is not None:
-        _log_changes(run_dir, config, resumed, training.trainer.nimg)
-    _log_networks(run_dir, training.trainer)
+        _log_changes(run_dir, config, resumed, trainer.nimg)
+    _log_networks(run_dir, trainer)
     return Run(config, str(device), run_dir.path, _train(training, run_dir, resumed is not None))
 
 
@@ -185,6 +192,17 @@ def _load_pair(config: RefineConfig) -> _Pair:
     return _Pair(student, teacher, student_path or teacher_path, teacher_path)
 
 
+def _checksums(config: RefineConfig, pair: _Pair, metrics: list[NamedMetric]) -> dict[str, str]:
+    """SHA-256 of the files that a run which is resumed must find again, by option; code of the user's may change."""
+    files = {"teacher": pair.origins["teacher"]["sha256"]}
+    reference = custom.parse(config.gan)
+    if config.gan != ONE_STEP and (reference is None or reference.file):
+        files["gan"] = pair.origins["student"]["sha256"]
+    if digest := next((metric.reference_sha256 for metric in metrics if metric.reference_sha256), None):
+        files["ref"] = digest
+    return files
+
+
 def _check_laws(config: RefineConfig) -> None:
     """What only torch can tell of the options, before anything is loaded."""
     for name, law in (("--sigma", config.sigma), ("--aux-sigma", config.aux_sigma)):
@@ -199,7 +217,7 @@ def _check_laws(config: RefineConfig) -> None:
 def _check_against_options(pair: _Pair, config: RefineConfig) -> None:
     check_label_dist(config.label_dist, pair.student, pair.teacher)
     if config.guidance != 1:
-        guided(pair.teacher, config.guidance)
+        Guided(pair.teacher, config.guidance)
     if config.aux_dropout is not None:
         set_dropout(pair.teacher, config.aux_dropout)
     with option("--train"):
@@ -207,17 +225,14 @@ def _check_against_options(pair: _Pair, config: RefineConfig) -> None:
 
 
 def _with_absolute_paths(config: RefineConfig) -> RefineConfig:
-    """For --resume from any folder; names stay names. A URL, which may hold a password, becomes its file."""
-    given = {k: v for k in ("gan", "teacher", "ref") if (v := getattr(config, k))}
-    absolute: dict[str, Any] = {
-        k: os.path.abspath(resolve(v)) for k, v in given.items() if is_url(v) or os.path.exists(v)
+    """For --resume from any folder."""
+    places: dict[str, Any] = {
+        name: absolute_place(value) for name in ("gan", "teacher", "ref") if (value := getattr(config, name))
     }
-    if (reference := custom.parse(config.gan)) and reference.file:
-        absolute["gan"] = f"{reference}@{os.path.abspath(reference.file)}"
-    return dataclasses.replace(config, **absolute)
+    return dataclasses.replace(config, **places)
 
 
-def _open_run_dir(config: RefineConfig, desc: str, resumed: _Resumed | None) -> RunDir:
+def _open_run_dir(config: RefineConfig, desc: str, resumed: Resumed | None) -> RunDir:
     """A new run folder, or the one of the state that the run goes on from."""
     with option("--outdir"):
         if resumed is not None:
@@ -228,52 +243,36 @@ def _open_run_dir(config: RefineConfig, desc: str, resumed: _Resumed | None) -> 
     return RunDir(folder, writes=distributed.is_main())
 
 
-def _make_training(
-    config: RefineConfig, pair: _Pair, metrics: list[NamedMetric], run_dir: RunDir, device: torch.device
-) -> TrainingRun:
-    return TrainingRun(
-        Trainer(config, pair.student, pair.teacher, device),
-        run_dir,
-        metrics=metrics,
-        provenance=_provenance(pair),
-        container=None if _no_container(config.gan, pair.student_path) else pair.student_path,
-    )
-
-
-def _provenance(pair: _Pair) -> Provenance:
-    return Provenance(Origin.of(pair.student_path), Origin.of(pair.teacher_path))
-
-
-def _no_container(gan: str, path: Path) -> str | None:
+def _no_container(gan: str, pair: _Pair) -> str | None:
     """Why snapshots are not written into copies of the file that the GAN came in; None = they are."""
     if gan == ONE_STEP:
         return "the one-step generator is made here, from the teacher"
     if reference := custom.parse(gan):
         return f"use them as {reference}@FILE"
-    return can_write_like(path)
+    return can_write_like(pair.student_path)
 
 
 def _write_options(run_dir: RunDir, config: RefineConfig, pair: _Pair, device: torch.device) -> None:
     versions = {"gan-refine": refine.__version__, "torch": torch.__version__, "python": sys.version.split()[0]}
     machine = {"device": str(device), "processes": distributed.world_size(), "versions": versions}
-    place = {"run_dir": str(run_dir.path), "files": dataclasses.asdict(_provenance(pair))}
+    place = {"run_dir": str(run_dir.path), "files": pair.origins}
     run_dir.write_json("training_options.json", {**config.as_dict(), **machine, **place})
 
 
-def _log_files(run_dir: RunDir, config: RefineConfig, pair: _Pair, resumed: _Resumed | None) -> None:
+def _log_files(run_dir: RunDir, config: RefineConfig, no_container: str | None, resumed: Resumed | None) -> None:
     run_dir.log(f"run folder  {run_dir.path}")
     for message in resumed.found.damaged if resumed is not None else ():
         run_dir.log(f"damaged     {message}; going on from the state before it")
     if distributed.world_size() > 1:
         run_dir.log(f"processes   {distributed.world_size()}, {config.batch // distributed.world_size()} images each")
-    reason = _no_container(config.gan, pair.student_path)
-    run_dir.log(
-        f"snapshots   .safetensors{f' only: {reason}' if reason else ' and .pkl, the container that the GAN came in'}"
-    )
+    pickles = f" only: {no_container}" if no_container else " and .pkl, the container that the GAN came in"
+    run_dir.log(f"snapshots   .safetensors{pickles}")
 
 
-def _log_changes(run_dir: RunDir, config: RefineConfig, resumed: _Resumed, nimg: int) -> None:
+def _log_changes(run_dir: RunDir, config: RefineConfig, resumed: Resumed, nimg: int) -> None:
     run_dir.log(f"going on at {nimg / 1000:.1f} of {config.kimg:g} kimg, from {resumed.found.path.name}")
+    if nimg >= config.num_steps * config.batch:
+        run_dir.log(f"finished    all of its {config.kimg:g} kimg are done; a larger --kimg would go on")
     for name, known in OPTIONS.items():
         before, now = getattr(resumed.config, name), getattr(config, name)
         if name in CHANGEABLE - {"time_limit"} and now != before:
@@ -299,7 +298,7 @@ def _train(training: TrainingRun, run_dir: RunDir, resumed: bool) -> int | None:
     """Train to the end, or to a reason to stop, as `TrainingRun.run` says."""
     config = training.config
     start_kimg = training.trainer.nimg / 1000 if resumed else None
-    monitor = Monitor(run_dir.path, config.kimg, start_kimg, writes=distributed.is_main())
+    monitor = Monitor(run_dir.path, start_kimg, writes=distributed.is_main())
     try:
         with StopRequests(config.time_limit) as stop:
             stopped = training.run(monitor, stop)

@@ -1,4 +1,4 @@
-"""What holds a student's diversity without data: its own pairwise distances before refinement."""
+"""What preserves a student's diversity without data: its own pairwise distances before refinement."""
 
 import torch
 
@@ -9,7 +9,7 @@ def distance_gradient(x: torch.Tensor, x_start: torch.Tensor) -> torch.Tensor:
     For images i, j of the batch with distance d_ij, and d⁰_ij between the images that the student drew from the same
     latents and labels before refinement: the potential is Σ_ij max(d⁰_ij − d_ij, 0)² / (4 (N − 1)). Pairs that have
     come apart are left alone, as sharper images are farther from each other. In units of images, like D_aux −
-    D_teacher, and zero while nothing has changed. A reverse KL pays nothing for missing images and has no such term.
+    D_teacher, and zero while nothing has changed. A reverse KL barely penalises missing modes and has no such term.
 
     Args:
         x: Images (N, C, H, W).

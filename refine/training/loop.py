@@ -3,6 +3,7 @@
 import math
 import signal
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from tqdm import tqdm
@@ -10,9 +11,11 @@ from tqdm import tqdm
 from refine.dnnlib import format_time
 from refine.torch_utils import distributed
 from refine.torch_utils.misc import peak_memory
+from refine.training.divergence import Diverged, check_before_saving, check_steps, go_back, state_of
+from refine.training.finding import kimg_name
 from refine.training.monitor import Monitor
-from refine.training.report import Clocks, TickReport
-from refine.training.run_dir import RunDir, training_states
+from refine.training.report import Clocks, TickReport, last_line
+from refine.training.run_dir import RunDir
 from refine.training.snapshots import Snapshots
 from refine.training.state import Progress, gather_state, restore_state, save_training_state
 from refine.training.stopping import StopReason, StopRequests
@@ -24,11 +27,14 @@ class TrainingRun:
 
     Args:
         trainer, run_dir: A trainer before its first step, and where everything is written.
+        files: SHA-256 of what --gan, --teacher and --ref mean; for training states.
         **snapshot_options: metrics, provenance and container of `Snapshots`.
     """
 
-    def __init__(self, trainer: Trainer, run_dir: RunDir, **snapshot_options: Any):
-        self.trainer, self.config, self.run_dir = trainer, trainer.config, run_dir
+    def __init__(
+        self, trainer: Trainer, run_dir: RunDir, files: Mapping[str, str] | None = None, **snapshot_options: Any
+    ):
+        self.trainer, self.config, self.run_dir, self.files = trainer, trainer.config, run_dir, files or {}
         self.snapshots = Snapshots(trainer, run_dir, **snapshot_options)
         self.progress = Progress()
         self._saved_at = time.monotonic()
@@ -45,7 +51,7 @@ class TrainingRun:
             number of the signal that stopped it. The state is saved in any case.
 
         Raises:
-            ValueError: Too many steps in a row had NaN or infinite gradients.
+            ValueError: The numbers diverged, oftener than --rollback allows.
             OSError: A file could not be written; the last training state is as it was.
         """
         stop = stop or StopRequests()
@@ -53,20 +59,29 @@ class TrainingRun:
         if not self.progress.begun:
             self.snapshots.begin(monitor)
             self.progress.begun = True
-        reason = self._warm_up(stop) or self._refine(monitor, stop)
-        self._explain(reason)
+            if self.config.rollback:  # to where a run goes back that diverges before its first snapshot
+                self._save_state()
+        while True:
+            try:
+                reason = self._warm_up(stop) or self._refine(monitor, stop)
+                break
+            except Diverged as error:
+                go_back(self, error)
+                monitor.forget_after(self.trainer.nimg / 1000)
+        if line := last_line(reason, self.trainer.nimg, self.config, self.snapshots.standing.best, self.run_dir.path):
+            self._say(line)
         monitor.flush()
         return {StopReason.TIME_IS_UP: 0, StopReason.SIGNALLED: stop.signal or signal.SIGTERM}.get(reason)
 
     def _warm_up(self, stop: StopRequests) -> StopReason:
-        """Auxiliary steps before the student moves; returns a reason to stop, or GO_ON."""
+        """Auxiliary steps while the student is frozen; returns a reason to stop, or GO_ON."""
         trainer, steps, start = self.trainer, self.config.warmup_steps, time.time()
         if trainer.warmup_steps_done >= steps:
             return StopReason.GO_ON
-        self._say(f"auxiliary warm-up: {steps} steps, the student rests")
+        self._say(f"auxiliary warm-up: {steps} steps, the student is frozen")
         with self._progress_bar(steps, trainer.warmup_steps_done, "step", "warm-up") as bar:
             while trainer.warmup_steps_done < steps:
-                trainer.aux_step(self.config.aux_lr)
+                trainer.aux_step(trainer.rate_factor * self.config.aux_lr)
                 trainer.warmup_steps_done += 1
                 bar.update()
                 if trainer.warmup_steps_done == steps:  # before the last state of the warm-up is saved
@@ -81,8 +96,8 @@ class TrainingRun:
         """Iterations until the end or a reason to stop, which is returned."""
         config, trainer = self.config, self.trainer
         end = config.num_steps * config.batch
-        if self.snapshots.standing.recall_lost:  # in a run that was resumed after its end
-            return StopReason.RECALL_LOST
+        if reason := distributed.largest(self._reason_of_metrics()):  # in a run that was resumed after its end
+            return StopReason(reason)
         with self._progress_bar(end, trainer.nimg, "img", "refine") as bar:
             since = Clocks()
             while trainer.nimg < end:
@@ -91,12 +106,13 @@ class TrainingRun:
                 bar.update(config.batch)
                 done, saved = trainer.nimg >= end, False
                 if self._tick_index() > tick or done:
-                    self._report(monitor, since, end - trainer.nimg)
+                    line = self._report(monitor, since, end - trainer.nimg)
                     since = Clocks()
                     if done or (config.snap and self._tick_index() % config.snap == 0):
-                        self.snapshots.save(monitor)
-                        self._save_state(config.short_intervals)
+                        check_before_saving(trainer, config.max_skips)
+                        self._save_state(self.snapshots.save(monitor))
                         saved = True
+                    self._say(line)
                 reason = self._between_iterations(stop, saved)
                 if reason > StopReason.SAVE:
                     return StopReason.GO_ON if done else reason
@@ -105,8 +121,8 @@ class TrainingRun:
     def _tick_index(self) -> int:
         return int(self.trainer.nimg / (self.config.tick * 1000) + 1e-9)
 
-    def _report(self, monitor: Monitor, since: Clocks, remaining: int) -> None:
-        """The progress line and statistics of the tick that ends now; every process gives its share of the means."""
+    def _report(self, monitor: Monitor, since: Clocks, remaining: int) -> str:
+        """Writes the statistics of the tick that ends now, and returns its progress line; every process must come."""
         config, trainer, progress = self.config, self.trainer, self.progress
         progress.elapsed = time.time() - self._clock
         report = TickReport(
@@ -119,15 +135,15 @@ class TrainingRun:
             skipped={name: optimizer.skips.read()[0] for name, optimizer in trainer.optimizers.items()},
             seconds=time.time() - since.wall,
             processor_seconds=time.process_time() - since.processor,
-            lr=config.lr * config.lr_factor(max(trainer.nimg - config.batch, 0)),
-            aux_lr=config.aux_lr,
+            lr=trainer.rate_factor * config.lr * config.lr_factor(max(trainer.nimg - config.batch, 0)),
+            aux_lr=trainer.rate_factor * config.aux_lr,
             memory=peak_memory(trainer.device),
         )
         progress.tick_start = trainer.nimg
-        self._say(report.line())
         kimg, scalars = trainer.nimg / 1000, report.scalars()
         monitor.scalars(scalars, kimg)
         self.run_dir.append_stats({"kimg": kimg, "tick": report.tick, **scalars})
+        return report.line()
 
     def _between_iterations(self, stop: StopRequests, saved: bool = False) -> StopReason:
         """What all processes do now; saves the state where that is due."""
@@ -135,52 +151,36 @@ class TrainingRun:
         reason = StopReason.SAVE if due else StopReason.GO_ON
         reason = StopReason.TIME_IS_UP if stop.time_is_up() else reason
         reason = StopReason.SIGNALLED if stop.signal else reason
-        standing = self.snapshots.standing
-        if self.config.patience and distributed.is_main() and standing.since_best >= self.config.patience:
-            reason = StopReason.NO_BETTER
-        if distributed.is_main() and standing.recall_lost:
-            reason = StopReason.RECALL_LOST
-        reason = StopReason(distributed.largest(reason))
+        reason = StopReason(distributed.largest(max(reason, self._reason_of_metrics())))
         # On CUDA skipped steps are looked at now and then only: reading them waits for the device.
         self._iterations += 1
         if self.trainer.device.type != "cuda" or self._iterations % 50 == 0:
-            self._check_skips()
+            check_steps(self.trainer, self.config.max_skips)
         if reason >= StopReason.SAVE and not saved:
-            self._save_state(exact_name=True)
+            self._save_state()
         return reason
 
-    def _check_skips(self) -> None:
-        for name, optimizer in self.trainer.optimizers.items():
-            _, row = optimizer.skips.read()
-            if row >= self.config.max_skips:
-                newest = training_states(self.run_dir.path)
-                hint = f"; go on from before with --resume={newest[0]} and" if newest else "; try"
-                raise ValueError(
-                    f"{row} steps of the {name} network in a row had gradients that were NaN or infinite, at "
-                    f"{self.trainer.nimg / 1000:.1f} kimg{hint} a smaller --lr or --aux-lr"
-                )
+    def _reason_of_metrics(self) -> StopReason:
+        """Whether what was measured ends the run; only the first process knows."""
+        standing, patience = self.snapshots.standing, self.config.patience
+        if not distributed.is_main():
+            return StopReason.GO_ON
+        if standing.recall_lost:
+            return StopReason.RECALL_LOST
+        return StopReason.NO_BETTER if patience and standing.since_best >= patience else StopReason.GO_ON
 
-    def _save_state(self, exact_name: bool) -> None:
+    def _save_state(self, number: str | None = None) -> None:
+        """Every process must come here. `number` is that of the snapshot, if there is one of now."""
+        check_before_saving(self.trainer, self.config.max_skips)
         self.progress.elapsed = time.time() - self._clock
         state = self.state_dict()  # in every process: the means are those of all of them
         if distributed.is_main():
-            save_training_state(self.run_dir.path, state, exact_name, self.config.keep)
+            folder, best = self.run_dir.path, self.snapshots.standing.best
+            protected = state_of(folder, best) if self.config.rollback and best is not None else None
+            number = number or kimg_name(self.trainer.nimg, exact=True)
+            save_training_state(folder, state, number, self.config.keep, protected)
         self._saved_at = time.monotonic()
         distributed.wait_for_main()
-
-    def _explain(self, reason: StopReason) -> None:
-        """Why the run ends before its kimg, if it does."""
-        kimg = f"{self.trainer.nimg / 1000:.1f} of {self.config.kimg:g} kimg"
-        how_to_go_on = f"saved at {kimg}; go on with  python refine.py --resume={self.run_dir.path}"
-        if reason == StopReason.TIME_IS_UP:
-            self._say(f"time is up; {how_to_go_on}")
-        elif reason == StopReason.SIGNALLED:
-            self._say(f"stopped; {how_to_go_on}")
-        elif reason == StopReason.NO_BETTER and (best := self.snapshots.standing.best) is not None:
-            count = self.config.patience
-            self._say(f"no better {best.metric} in {count} snapshots: done, the best is {best.snapshot}")
-        elif reason == StopReason.RECALL_LOST:
-            self._say(f"less than {self.config.keep_recall:g} of the recall at the start is left: done")
 
     def _say(self, line: str) -> None:
         with tqdm.external_write_mode():
@@ -193,7 +193,7 @@ class TrainingRun:
 
     def state_dict(self) -> dict[str, Any]:
         """The trainer's state and what the run itself counts; plain tensors, numbers and texts."""
-        return gather_state(self.trainer, self.progress, self.snapshots.standing)
+        return gather_state(self.trainer, self.progress, self.snapshots.standing, self.files)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`'s result, with networks made from the same files. Raises ValueError for others."""

@@ -1,7 +1,6 @@
-"""TensorBoard: scalars, pictures, texts and hparams of a run, with kimg on the x axis."""
+"""TensorBoard: scalars, pictures, texts and hparams of a run, with images on the x axis."""
 
 import json
-import math
 import secrets
 from pathlib import Path
 from typing import Any
@@ -16,25 +15,26 @@ class Monitor:
 
     Args:
         path: The run folder.
-        total_kimg: Length of the run. TensorBoard counts in whole steps: they are kimg, or single images in runs of
-            less than 50 kimg, which would be a handful of points otherwise.
         resumed_kimg: Where a resumed run goes on: TensorBoard leaves out what an earlier process wrote after it.
         writes: False: nothing at all, in every process of a run but one.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        total_kimg: float = math.inf,
-        resumed_kimg: float | None = None,
-        writes: bool = True,
-    ):
-        self._images_per_step = 1000 if total_kimg >= 50 else 1
-        purge = None if resumed_kimg is None else self._step(resumed_kimg) + 1
+    def __init__(self, path: str | Path, resumed_kimg: float | None = None, writes: bool = True):
+        self._path = str(path)
+        self._writer: SummaryWriter | None = None
+        if writes:
+            self._open(resumed_kimg)
+
+    def _open(self, after_kimg: float | None) -> None:
+        purge = None if after_kimg is None else _step(after_kimg) + 1
         suffix = f".{secrets.token_hex(4)}"  # a name that nobody can have put a link at
-        self._writer = (
-            SummaryWriter(str(path), flush_secs=20, purge_step=purge, filename_suffix=suffix) if writes else None
-        )
+        self._writer = SummaryWriter(self._path, flush_secs=20, purge_step=purge, filename_suffix=suffix)
+
+    def forget_after(self, kimg: float) -> None:
+        """The run goes back to `kimg`: TensorBoard leaves out what was written of the time after it."""
+        if self._writer is not None:
+            self._writer.close()
+            self._open(kimg)
 
     def options(self, options: dict[str, Any]) -> None:
         """The options as text and as hparams, in this run itself: `add_hparams` would make a second one."""
@@ -53,23 +53,20 @@ class Monitor:
     def scalars(self, values: dict[str, float], kimg: float) -> None:
         if self._writer is not None:
             for name, value in values.items():
-                self._writer.add_scalar(name, value, self._step(kimg))
+                self._writer.add_scalar(name, value, _step(kimg))
 
     def image(self, name: str, image: torch.Tensor, kimg: float) -> None:
         """uint8 (C, H, W)."""
         if self._writer is not None:
-            self._writer.add_image(name, image, self._step(kimg))
+            self._writer.add_image(name, image, _step(kimg))
 
     def class_histogram(self, counts: list[float], kimg: float) -> None:
         """Share of each class, as one histogram over class numbers and one scalar for the rarest."""
         if self._writer is None:
             return
         classes = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts).mul(1000).round().long())
-        self._writer.add_histogram("Classes/histogram", classes, self._step(kimg), bins=len(counts))
-        self._writer.add_scalar("Classes/rarest_share", min(counts), self._step(kimg))
-
-    def _step(self, kimg: float) -> int:
-        return round(kimg * 1000 / self._images_per_step)
+        self._writer.add_histogram("Classes/histogram", classes, _step(kimg), bins=len(counts))
+        self._writer.add_scalar("Classes/rarest_share", min(counts), _step(kimg))
 
     def flush(self) -> None:
         if self._writer is not None:
@@ -78,6 +75,11 @@ class Monitor:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+def _step(kimg: float) -> int:
+    """TensorBoard's steps are images in every run, however short or long: whole numbers that --kimg does not change."""
+    return round(kimg * 1000)
 
 
 def _plain(value: Any) -> bool | str | float | int:

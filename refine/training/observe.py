@@ -1,4 +1,4 @@
-"""What is told of every batch beside losses: the gap between aux and teacher, and the spread of the images."""
+"""What is logged of every batch beside losses: the gap between aux and teacher, and the spread of the images."""
 
 import math
 

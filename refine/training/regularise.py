@@ -28,11 +28,6 @@ def set_dropout(network: nn.Module, rate: float) -> None:
         raise ValueError(f"--aux-dropout is {rate:g}, but the network of --teacher has no layers with dropout")
 
 
-def augment_dim(network: nn.Module) -> int:
-    """Width of the augmentation labels that a denoiser was built for; 0 = none."""
-    return getattr(getattr(network, "model", None), "augment_dim", 0)
-
-
 @dataclass(frozen=True)
 class Augmentation:
     """Random geometric transformations, each with the same probability, and the labels that tell a network of them.
@@ -53,7 +48,7 @@ class Augmentation:
     student's own.
 
     Attributes:
-        probability: Of each transformation, 0 to 1.
+        probability: How often each transformation happens, 0 to 1.
         labelled: Whether the network takes labels of `AUGMENT_DIM` numbers.
     """
 

@@ -1,10 +1,14 @@
-"""The progress line of a tick, and what TensorBoard and stats.jsonl are told of it."""
+"""The progress line of a tick, what goes into TensorBoard and stats.jsonl, and the last line of a run."""
 
 import math
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from refine.config import RefineConfig
 from refine.dnnlib import format_time
+from refine.training.snapshots import Best
+from refine.training.stopping import StopReason
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class TickReport:
         nimg, images: Images so far, and in this tick.
         remaining: Images until the end of the run.
         elapsed: Seconds of the run.
-        seconds, processor_seconds: Of this tick, on the wall and of this process.
+        seconds, processor_seconds: Time of this tick, on the wall and of this process.
         lr, aux_lr: Learning rates of its last step.
         means: What `RunningMeans` gathered, by TensorBoard tag.
         skipped: Steps left out so far, by network.
@@ -78,3 +82,17 @@ class TickReport:
             "Timing/cpu_sec_per_kimg": self.processor_seconds / self.images * 1000,
             **{f"Resources/peak_{name}_gb": value for name, value in self.memory.items()},
         }
+
+
+def last_line(reason: StopReason, nimg: int, config: RefineConfig, best: Best | None, folder: Path) -> str | None:
+    """Why a run ends before its kimg, and how it goes on; None if it came to its end."""
+    how_to_go_on = f"saved at {nimg / 1000:.1f} of {config.kimg:g} kimg; go on with  python refine.py --resume={folder}"
+    if reason == StopReason.TIME_IS_UP:
+        return f"time is up; {how_to_go_on}"
+    if reason == StopReason.SIGNALLED:
+        return f"stopped; {how_to_go_on}"
+    if reason == StopReason.NO_BETTER and best is not None:
+        return f"no better {best.metric} in {config.patience} snapshots: done, the best is {best.snapshot}"
+    if reason == StopReason.RECALL_LOST:
+        return f"less than {config.keep_recall:g} of the recall at the start is left: done"
+    return None

@@ -10,12 +10,14 @@
     network-snapshot-best.safetensors   a copy of the best one by the first metric
     training-state-000123.pt            what --resume needs; the newest ones are kept
 
-Names carry whole kimg, as NVIDIA's do. Where snapshots come more than once a kimg, and for training states between two
-snapshots, they carry the images, too: network-snapshot-000001.600.safetensors is 1600 images.
+Names carry whole kimg, as NVIDIA's do. Where snapshots come more than once a kimg, where such a name is taken, and for
+training states between two snapshots, they carry the images, too: network-snapshot-000001.600.safetensors is 1600
+images.
 
     events.out.tfevents…                TensorBoard
 """
 
+import contextlib
 import json
 import os
 import re
@@ -24,80 +26,57 @@ import time
 from pathlib import Path
 from typing import Any
 
-from refine.dnnlib import append_text, format_kimg, replaced_atomically
+from refine.dnnlib import append_text, replaced_atomically
 
 
 def next_run_dir(outdir: str | os.PathLike, desc: str) -> Path:
-    """The folder that `create` would make next: the highest run number in `outdir` plus one. Makes nothing."""
-    outdir = Path(outdir)
-    names = [path.name for path in outdir.iterdir()] if outdir.is_dir() else []
-    numbers = [int(match.group()) for name in names if (match := re.match(r"\d+", name))]
-    return outdir / f"{max(numbers, default=-1) + 1:05d}-{_slug(desc)}"
+    """The folder that `create_run_dir` would make next: the highest run number in `outdir` plus one. Makes nothing."""
+    return Path(outdir) / f"{max(_numbers(Path(outdir)), default=-1) + 1:05d}-{_slug(desc)}"
 
 
 def create_run_dir(outdir: str | os.PathLike, desc: str) -> Path:
-    """Make a new run folder, never one that exists; several runs may start at once.
+    """Make a new run folder with a number of its own; several runs may start at once.
 
     Raises:
         OSError: The folder cannot be made or not be written to.
     """
-    for _ in range(100):
+    outdir = Path(outdir)
+    outdir.mkdir(parents=True, exist_ok=True)
+    for _ in range(1000):
         path = next_run_dir(outdir, desc)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        number = path.name.partition("-")[0]
+        claim = outdir / f".{number}.claim"  # the same name for all that want this number: one of them makes it
         try:
-            path.mkdir()
-        except FileExistsError:  # another run took the number
+            claim.mkdir()
+        except FileExistsError:
+            if time.time() - _changed_at(claim) > 3:  # left by a process that was killed right here
+                _remove_claim(claim)
+            time.sleep(0.01)
             continue
-        return path
+        if int(number) in _numbers(outdir):  # claimed, made and given up between our look and our claim
+            _remove_claim(claim)
+            continue
+        with contextlib.suppress(FileNotFoundError):  # we slept so long that another process took it for a leftover
+            claim.rename(path)
+            return path
     raise OSError(f"no free run number in {outdir}")
 
 
-def kimg_name(nimg: int, exact: bool) -> str:
-    """The number in the names of snapshots and states: `000123` for 123_456 images, exactly `000123.456`."""
-    return f"{format_kimg(nimg)}.{nimg % 1000:03d}" if exact else format_kimg(nimg)
+def _numbers(outdir: Path) -> set[int]:
+    names = [path.name for path in outdir.iterdir()] if outdir.is_dir() else []
+    return {int(match.group()) for name in names if (match := re.match(r"\d+", name))}
 
 
-def training_states(folder: str | os.PathLike) -> list[Path]:
-    """The training states in a run folder, newest first.
-
-    By whole kimg, and by the time of writing among equal ones (a name without the images may stand for any of them).
-    """
-
-    def age(path: Path) -> tuple[str, int]:
-        return path.name[len("training-state-") :][:6], path.stat().st_mtime_ns
-
-    return sorted(Path(folder).glob("training-state-*.pt"), key=age, reverse=True)
+def _changed_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # a moment ago
+        return time.time()
 
 
-def find_training_states(path: str | os.PathLike) -> list[Path]:
-    """What --resume=PATH means, the state to go on from first and older ones, for when it is damaged, after it.
-
-    Args:
-        path: A training state; a snapshot, which has its state beside it; a run folder; or an `outdir`, of which the
-            newest run with a state is taken.
-
-    Raises:
-        ValueError: There is none.
-    """
-    path = Path(path)
-    if path.is_file() and path.name.startswith("network-snapshot-"):
-        number = path.name.removeprefix("network-snapshot-").removesuffix(path.suffix)
-        state = path.with_name(f"training-state-{number}.pt")
-        if not state.is_file():
-            kept = ", ".join(other.name for other in training_states(path.parent)) or "none"
-            raise ValueError(f"{path} has no {state.name} beside it; training states that were kept: {kept}")
-        return [state]
-    if path.is_file():
-        return [path]
-    runs = sorted((run for run in path.glob("[0-9]*") if run.is_dir()), key=_run_number, reverse=True)
-    for folder in (path, *runs):
-        if states := training_states(folder):
-            return states
-    raise ValueError(f"{path} holds no training-state-*.pt; expected a run folder, or a folder of runs")
-
-
-def _run_number(path: Path) -> int:
-    return int(re.split(r"\D", path.name, maxsplit=1)[0])
+def _remove_claim(claim: Path) -> None:
+    with contextlib.suppress(OSError):
+        claim.rmdir()
 
 
 class RunDir:
@@ -114,12 +93,12 @@ class RunDir:
         self.quiet, self.writes = quiet, writes
 
     def log(self, line: str) -> None:
-        """One line to stdout and to log.txt."""
+        """One line to log.txt and to stdout, where there still is one (`refine.training.streams`)."""
         if not self.writes:
             return
+        self._append("log.txt", line)
         if not self.quiet:
             print(line, flush=True)
-        self._append("log.txt", line)
 
     def write_json(self, name: str, value: Any) -> None:
         if not self.writes:
@@ -155,8 +134,8 @@ class RunDir:
 
 def _kimg_of(line: str) -> float:
     try:
-        return json.loads(line)["kimg"]
-    except (json.JSONDecodeError, KeyError, TypeError):  # half a line, left by a kill
+        return float(json.loads(line)["kimg"])
+    except (ValueError, KeyError, TypeError):  # half a line, left by a kill
         print(f"a broken line was dropped: {line[:60]}", file=sys.stderr)
         return float("inf")
 

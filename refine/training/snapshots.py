@@ -1,8 +1,7 @@
 """What a run leaves at every snapshot: the networks, pictures of fixed latents, metrics, and a copy of the best."""
 
-import dataclasses
 import math
-import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from tqdm import tqdm
 from refine.checkpoints.export import members, write_like
 from refine.checkpoints.native import save_networks
 from refine.config import NOT_IN_SNAPSHOTS, RefineConfig
-from refine.dnnlib import replaced_atomically, sha256_of_file
 from refine.images import image_grid, save_png, to_uint8
 from refine.metrics.metric import is_better
 from refine.metrics.named import NamedMetric
@@ -22,31 +20,14 @@ from refine.metrics.pipeline import sharing
 from refine.metrics.sampling import latents_of_seeds
 from refine.networks.bases import Generator
 from refine.torch_utils import distributed
+from refine.training.averages import average_name
+from refine.training.best import copy_best
+from refine.training.finding import snapshot_number
 from refine.training.monitor import Monitor
-from refine.training.run_dir import RunDir, kimg_name
+from refine.training.run_dir import RunDir
 from refine.training.trainer import Trainer
 
 GRID = (8, 8)  # rows and columns of the fixed-latent pictures
-
-
-@dataclass(frozen=True)
-class Origin:
-    """The file that a network came from."""
-
-    file: str  # its name
-    sha256: str
-
-    @classmethod
-    def of(cls, path: str | Path) -> "Origin":
-        return cls(Path(path).name, sha256_of_file(path))
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """What a run was made from."""
-
-    student: Origin
-    teacher: Origin
 
 
 @dataclass(frozen=True)
@@ -75,6 +56,16 @@ class Standing:
         return cls(best, state["since_best"], state.get("start_recall"), state.get("recall_lost", False))
 
 
+@dataclass(frozen=True)
+class Judged:
+    """An average of the student and what the first metric says of it; nothing where no metric could be measured."""
+
+    network: Generator
+    length: float | None = None  # of a power-function average
+    value: float | None = None
+    results: dict[str, Any] | None = None
+
+
 class Snapshots:
     """Writes snapshots of a trainer's student into a run folder.
 
@@ -82,7 +73,7 @@ class Snapshots:
         trainer: As it is before its first step: the pictures before refinement are taken now.
         run_dir: Where everything is written.
         metrics: Measured at every snapshot; the first one decides which snapshot is the best.
-        provenance: What student and teacher were made from, written into every snapshot.
+        provenance: Name and sha256 of the files of student and teacher, written into every snapshot.
         container: The pickle that the student came in; snapshots are then written into copies of it, too. None = not.
     """
 
@@ -91,11 +82,11 @@ class Snapshots:
         trainer: Trainer,
         run_dir: RunDir,
         metrics: list[NamedMetric] | None = None,
-        provenance: Provenance | None = None,
+        provenance: dict[str, Any] | None = None,
         container: Path | None = None,
     ):
         self.trainer, self.run_dir = trainer, run_dir
-        self.metrics, self.provenance, self.container = metrics or [], provenance, container
+        self.metrics, self.provenance, self.container = metrics or [], provenance or {}, container
         self.standing = Standing()
         self._grid_z, self._grid_c = self._fixed_latents()
         self._init_grid = self._grid(trainer.G_ema)
@@ -106,68 +97,106 @@ class Snapshots:
             save_png(self.run_dir.path / "fakes_init.png", self._init_grid)
         monitor.image("Fakes/before", self._init_grid, 0)
         monitor.options(self.trainer.config.as_dict())
-        self._measure(monitor, snapshot=None)
+        judged = self._measure({None: self.trainer.G_ema}, "init", monitor)
+        if judged.results is not None:
+            self.standing.start_recall = judged.results.get("recall")
 
-    def save(self, monitor: Monitor) -> None:
-        """Networks, pictures and metrics of now. All processes measure, the first one writes and knows the best."""
+    def save(self, monitor: Monitor) -> str:
+        """Networks, pictures and metrics of now. All processes measure, the first one writes and knows the best.
+
+        Returns:
+            The number in the snapshot's name, which its training state takes, too; of the first process.
+        """
         trainer = self.trainer
         distributed.check_equal([trainer.G, trainer.G_ema, trainer.aux])
-        number = kimg_name(trainer.nimg, trainer.config.short_intervals)
+        exact = trainer.config.short_intervals
+        number = snapshot_number(self.run_dir.path, trainer.nimg, exact) if distributed.is_main() else ""
         name = f"network-snapshot-{number}.safetensors"
+        averages: dict[float | None, Generator] = {**trainer.averages.networks} or {None: trainer.G_ema}
+        judged = self._measure(averages, name, monitor)
         if distributed.is_main():
-            self._save(name, monitor)
-        self._measure(monitor, snapshot=name)
+            self._save(name, judged, monitor)
+            self._compare_with_best(name, judged)
+        distributed.wait_for_main()
+        return number
 
-    def _save(self, name: str, monitor: Monitor) -> None:
-        trainer, kimg = self.trainer, self.trainer.nimg / 1000
-        files = {} if self.provenance is None else dataclasses.asdict(self.provenance)
-        provenance = {**files, "options": _portable(trainer.config), "kimg": kimg}
-        networks = {"G_ema": trainer.G_ema, "G": trainer.G}
+    def _save(self, name: str, judged: Judged, monitor: Monitor) -> None:
+        trainer, kimg = self.trainer, self._kimg
+        provenance = {**self.provenance, "options": _portable(trainer.config), "kimg": kimg}
+        if judged.length is not None:
+            provenance["average_length"] = judged.length
+        networks = {"G_ema": judged.network, "G": trainer.G}
+        networks |= {average_name(length): average for length, average in trainer.averages.networks.items()}
         save_networks(self.run_dir.path / name, networks, provenance=provenance)
         if self.container is not None:
             theirs = {key: networks[key] for key in members(self.container) if key in networks}
             write_like(self.container, (self.run_dir.path / name).with_suffix(".pkl"), theirs)
-        grid = self._grid(trainer.G_ema)
+        grid = self._grid(judged.network)
         picture = name.replace("network-snapshot-", "fakes")
         save_png((self.run_dir.path / picture).with_suffix(".png"), grid)
         gap = torch.full([grid.shape[0], grid.shape[1], 8], 255, dtype=torch.uint8)
         monitor.image("Fakes/now", grid, kimg)
         monitor.image("Fakes/before_after", torch.cat([self._init_grid, gap, grid], dim=2), kimg)
 
-    def _measure(self, monitor: Monitor, snapshot: str | None) -> None:
-        """Metrics of G_ema now, by all processes; a failing metric is reported and does not end the run."""
-        distributed.wait_for_main()  # where there is no metric, too: nobody is ahead of what is being written
-        device = self.trainer.device
-        for index, metric in enumerate(self.metrics):
-            try:
-                with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), sharing():
-                    results = metric.measure(self.trainer.G_ema, device, progress=True)
-                value = float(results[metric.key])
-            except Exception as error:
-                if distributed.is_lost_connection(error):
-                    raise
-                reason = " ".join(str(error).split()) or type(error).__name__
-                self.run_dir.log(f"metric {metric.name} failed: {reason}")
-                continue
-            if not distributed.is_main():
-                continue
-            self._record(metric, results, snapshot, monitor)
-            if index == 0 and snapshot is None:
-                self.standing.start_recall = results.get("recall")
-            elif index == 0 and snapshot is not None and self._recall_is_kept(results) and math.isfinite(value):
-                self._keep_best(metric, value, snapshot)
-        distributed.wait_for_main()  # processes are not equally fast, and other exchanges are not so patient
+    def _measure(self, averages: Mapping[float | None, Generator], snapshot: str, monitor: Monitor) -> Judged:
+        """The best of these averages by the first metric, which all processes measure; the longest where none can be.
 
-    def _record(self, metric: NamedMetric, results: dict[str, Any], snapshot: str | None, monitor: Monitor) -> None:
-        kimg = self.trainer.nimg / 1000
+        The other metrics are measured of that one. A failing metric is reported and does not end the run.
+        """
+        distributed.wait_for_main()  # where there is no metric, too: nobody is ahead of what is being written
+        longest = max(averages, key=lambda length: length or 0.0)
+        best = Judged(averages[longest], longest)
+        if self.metrics:
+            metric = self.metrics[0]
+            for length, network in averages.items():
+                judged = self._judge(metric, network, length)
+                if judged.value is not None and length is not None:
+                    monitor.scalars({f"Metrics/{metric.name}/{metric.key}_{length:g}": judged.value}, self._kimg)
+                if judged.value is not None and (
+                    best.value is None or is_better(metric.direction, judged.value, best.value)
+                ):
+                    best = judged
+            if best.results is not None:
+                self._record(metric, best.results, snapshot, monitor, best.length)
+        for metric in self.metrics[1:]:
+            if (results := self._judge(metric, best.network, best.length).results) is not None:
+                self._record(metric, results, snapshot, monitor, best.length)
+        distributed.wait_for_main()  # processes are not equally fast, and other exchanges are not so patient
+        return best
+
+    def _judge(self, metric: NamedMetric, network: Generator, length: float | None) -> Judged:
+        """One average in one metric; without a value where that fails or is not finite."""
+        device = self.trainer.device
+        try:
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), sharing():
+                results = metric.measure(network, device, progress=True)
+            value = float(results[metric.key])
+        except Exception as error:
+            if distributed.is_lost_connection(error):
+                raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            self.run_dir.log(f"metric {metric.name} failed: {reason}")
+            return Judged(network, length)
+        return Judged(network, length, value, results) if math.isfinite(value) else Judged(network, length)
+
+    @property
+    def _kimg(self) -> float:
+        return self.trainer.nimg / 1000
+
+    def _record(
+        self, metric: NamedMetric, results: dict[str, Any], snapshot: str, monitor: Monitor, length: float | None
+    ) -> None:
+        if not distributed.is_main():
+            return
         numbers = {key: value for key, value in results.items() if isinstance(value, float) and key != "seconds"}
-        monitor.scalars({f"Metrics/{metric.name}/{key}": value for key, value in numbers.items()}, kimg)
+        monitor.scalars({f"Metrics/{metric.name}/{key}": value for key, value in numbers.items()}, self._kimg)
         if "class_histogram" in results:
-            monitor.class_histogram(results["class_histogram"], kimg)
-        self.run_dir.append_metric(metric.name, results, snapshot or "init", kimg)
+            monitor.class_histogram(results["class_histogram"], self._kimg)
+        self.run_dir.append_metric(metric.name, {**results, "average_length": length}, snapshot, self._kimg)
         text = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
+        of = "" if length is None else f" of the average of length {length:g}"
         with tqdm.external_write_mode():
-            self.run_dir.log(f"metric {metric.name} at {kimg:.1f} kimg: {text}")
+            self.run_dir.log(f"metric {metric.name} at {self._kimg:.1f} kimg{of}: {text}")
 
     def _recall_is_kept(self, results: dict[str, Any]) -> bool:
         """Whether the share of the recall that `--keep-recall` asks for is still there; it decides what is the best."""
@@ -177,15 +206,16 @@ class Snapshots:
         standing.recall_lost = recall < share * standing.start_recall
         return not standing.recall_lost
 
-    def _keep_best(self, metric: NamedMetric, value: float, snapshot: str) -> None:
-        standing = self.standing
+    def _compare_with_best(self, snapshot: str, judged: Judged) -> None:
+        """Keep a copy of the snapshot that was just written, if it is the best so far and its recall is kept."""
+        if judged.results is None or judged.value is None or not self._recall_is_kept(judged.results):
+            return
+        standing, metric = self.standing, self.metrics[0]
         standing.since_best += 1
-        if standing.best is None or is_better(metric.direction, value, standing.best.value):
+        if standing.best is None or is_better(metric.direction, judged.value, standing.best.value):
             standing.since_best = 0
-            standing.best = Best(metric.name, value, snapshot, self.trainer.nimg / 1000)
-            for path in self.run_dir.path.glob(f"{Path(snapshot).stem}.*"):
-                with replaced_atomically(path.with_stem("network-snapshot-best")) as temporary:
-                    shutil.copyfile(path, temporary)
+            standing.best = Best(metric.name, judged.value, snapshot, self._kimg)
+            copy_best(self.run_dir.path, snapshot)
 
     @torch.no_grad()
     def _fixed_latents(self) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -1,16 +1,18 @@
 """When a run is to end before its time: signals and time limits, obeyed between two iterations."""
 
+import contextlib
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from enum import IntEnum
 from types import FrameType
 from typing import Any
 
-# SLURM sends SIGTERM before it kills, and USR1 where `sbatch --signal=USR1@120` asks for a warning.
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+# SLURM sends SIGTERM before it kills, and USR1 where `sbatch --signal=USR1@120` asks for a warning. SIGHUP comes from a
+# terminal that is closed.
+_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 Handler = Callable[[int, FrameType | None], Any] | int | None  # what Python's signal module takes and gives
 
@@ -42,7 +44,7 @@ class StopRequests:
 
     def __enter__(self) -> "StopRequests":
         try:
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS if not _under_nohup(number)}
         except ValueError:  # not the main thread, as in somebody's notebook: signals are theirs
             self._before = {}
         return self
@@ -56,13 +58,13 @@ class StopRequests:
         if self.signal is None:
             self.signal, self._noted_at = number, now
             if os.environ.get("RANK", "0") == "0":
-                print(
-                    f"\n{signal.Signals(number).name}: stopping after this iteration; once more stops at once",
-                    file=sys.stderr,
-                )
+                # Past Python's streams: one that was being written to may not be entered again.
+                text = f"\n{signal.Signals(number).name}: stopping after this iteration; once more stops at once\n"
+                with contextlib.suppress(OSError):
+                    os.write(2, text.encode())
         # A terminal's Ctrl-C reaches the workers of torchrun twice: from the terminal and from torchrun.
         elif "TORCHELASTIC_RUN_ID" not in os.environ or now - self._noted_at > 3:
-            for other in SIGNALS:
+            for other in self._before:
                 signal.signal(other, signal.SIG_DFL)  # and a third one, should we hang, is not ours to handle
             raise KeyboardInterrupt
 
@@ -74,3 +76,7 @@ class StopRequests:
         now = time.monotonic()
         self._slowest, self._last = max(self._slowest, now - self._last), now
         return self._limit is not None and now + 2 * self._slowest > self._begin + self._limit
+
+
+def _under_nohup(number: int) -> bool:
+    return signal.Signals(number).name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN

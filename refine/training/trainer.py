@@ -8,19 +8,20 @@ import torch
 
 from refine.config import RefineConfig
 from refine.diff_instruct import aux_loss
-from refine.guidance import guided
+from refine.guidance import Guided
 from refine.networks.bases import Denoiser, Generator
 from refine.noise import SigmaLaw, make_weighting
 from refine.objectives import make_objective
 from refine.pair import check_label_dist, check_pair
 from refine.torch_utils.misc import RunningMeans
+from refine.training.averages import PowerAverages
 from refine.training.batches import Batches, Fakes
 from refine.training.diversity import distance_gradient
 from refine.training.ema import ema_beta, update_ema
 from refine.training.observe import Observer
 from refine.training.optimise import GuardedAdam
 from refine.training.precision import compile_networks, set_precision, training_format
-from refine.training.regularise import AUGMENT_DIM, Augmentation, augment_dim, set_dropout
+from refine.training.regularise import AUGMENT_DIM, Augmentation, set_dropout
 
 
 class Trainer:
@@ -33,13 +34,17 @@ class Trainer:
         device: Where the networks run.
 
     Attributes:
-        G, G_ema, aux, teacher: The student, its moving average, the auxiliary network, the teacher.
-        optimizers: Of 'student' and 'aux'.
+        G, aux, teacher: The student, the auxiliary network, the teacher.
+        averages: Power-function averages of the student, one per length; none with --average=ema.
+        G_ema: The longest of them, or the exponential moving average.
+        optimizers: Those of 'student' and 'aux'.
         nimg: Images through the student step.
+        rate_factor: What both learning rates are multiplied with; less than 1 after a run went back (`--rollback`).
         remarks: Lines on what --precision and --compile could not do on this machine.
 
     Raises:
-        ValueError: The networks do not fit together, or the options name an impossible law, weighting or objective.
+        ValueError: The networks do not fit together, or the options name an impossible distribution of noise levels,
+            weighting or objective.
     """
 
     def __init__(
@@ -67,15 +72,16 @@ class Trainer:
             set_dropout(self.aux, config.aux_dropout)
         self.augmentation = None
         if config.aux_augment:
-            self.augmentation = Augmentation(config.aux_augment, augment_dim(self.aux) == AUGMENT_DIM)
+            self.augmentation = Augmentation(config.aux_augment, self.aux.augment_dim == AUGMENT_DIM)
         self.G = _copied(student, self.device, training_format(student, self.device)).train()
-        self.G_ema = copy.deepcopy(self.G).eval().requires_grad_(False)
+        self.averages = PowerAverages(self.G, config.average_lengths if config.average == "power" else ())
+        self.G_ema = self.averages.longest() or copy.deepcopy(self.G).eval().requires_grad_(False)
         # As it came; of the given weights also in a resumed run.
         self.G_start = copy.deepcopy(self.G).requires_grad_(False) if config.keep_distances else None
         self.student_parameters = select_parameters(self.G, config.train)
         self.optimizers = {
-            "student": GuardedAdam(self.student_parameters, config.betas, config.precision, self.device),
-            "aux": GuardedAdam(self.aux.parameters(), config.aux_betas, config.precision, self.device),
+            "student": GuardedAdam(self.student_parameters, config.betas, config.clip, config.precision, self.device),
+            "aux": GuardedAdam(self.aux.parameters(), config.aux_betas, config.aux_clip, config.precision, self.device),
         }
 
         computing = (self.G, self.aux, self.teacher)
@@ -85,7 +91,7 @@ class Trainer:
             self.remarks.append(remark)
         self.null_label = self.teacher.has_null_label
         if config.guidance != 1:
-            self.teacher = guided(self.teacher, config.guidance)
+            self.teacher = Guided(self.teacher, config.guidance)
         size = config.batch_gpu or config.batch
         classes = self.bridge.teacher[2]
         self.batches = Batches(self.G, config.batch, size, prior, classes, self.null_label, self.device)
@@ -93,6 +99,7 @@ class Trainer:
 
         self.nimg = 0
         self.warmup_steps_done = 0
+        self.rate_factor = 1.0
         self.means = RunningMeans(self.device)
         self._observe = Observer(self.means, self.device)
 
@@ -102,11 +109,16 @@ class Trainer:
         """The auxiliary steps and the student step of one iteration, and the moving average."""
         for index in range(self.config.aux_steps):
             keep = self.config.reuse_batch and index == self.config.aux_steps - 1
-            self.aux_step(self.config.aux_lr, keep)
-        self.student_step(self.config.lr * self.config.lr_factor(self.nimg))
-        beta = ema_beta(self.config.batch, self.nimg, self.config.ema_kimg, self.config.ema_rampup)
-        update_ema(self.G_ema, self.G, beta)
+            self.aux_step(self.rate_factor * self.config.aux_lr, keep)
+        self.student_step(self.rate_factor * self.config.lr * self.config.lr_factor(self.nimg))
+        self._average(before=self.nimg, now=self.nimg + self.config.batch)
         self.nimg += self.config.batch
+
+    def _average(self, before: int, now: int) -> None:
+        if self.averages.networks:
+            self.averages.update(self.G, before, now)
+        else:
+            update_ema(self.G_ema, self.G, ema_beta(now - before, before, self.config.ema_kimg, self.config.ema_rampup))
 
     def aux_step(self, lr: float, keep: bool = False) -> None:
         """One step of aux on fresh images of the student, which are kept for the student step if `keep`."""
@@ -158,7 +170,8 @@ class Trainer:
         aux: Any = self.aux
         if self.augmentation is not None:
             x, augment_labels = self.augmentation(x)
-            aux = functools.partial(aux, augment_labels=augment_labels)
+            if augment_labels is not None:
+                aux = functools.partial(aux, augment_labels=augment_labels)
         return aux_loss(aux, x, labels, sigma, noise)
 
     def _images(self, G: Generator, z: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:
@@ -176,6 +189,7 @@ class Trainer:
         """Everything that changes from step to step; plain tensors and numbers."""
         return {
             "networks": {name: getattr(self, name).state_dict() for name in ("G", "G_ema", "aux")},
+            "averages": self.averages.state_dict(),
             **{f"{name}_optimizer": optimizer.adam.state_dict() for name, optimizer in self.optimizers.items()},
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
@@ -195,6 +209,7 @@ class Trainer:
         try:
             for name, values in state["networks"].items():
                 getattr(self, name).load_state_dict(values)
+            self.averages.load_state_dict(state.get("averages", {}))
             for name, optimizer in self.optimizers.items():
                 optimizer.adam.load_state_dict(state[f"{name}_optimizer"])
         except (RuntimeError, KeyError, ValueError) as error:
@@ -216,7 +231,7 @@ def _copied(network: torch.nn.Module, device: torch.device, memory_format: torch
 
 
 def select_parameters(G: Generator, train: str) -> list[torch.nn.Parameter]:
-    """The parameters of the part of the student that is to move; gradients of the rest are switched off.
+    """The parameters of the part of the student that is to be trained; the rest is frozen.
 
     Raises:
         ValueError: The generator has no such part.

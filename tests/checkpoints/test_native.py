@@ -18,6 +18,7 @@ from refine.checkpoints.sniff import HEADER_KEY, read_safetensors_header
 from refine.networks import edm2
 from refine.networks.edm import EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond
 from refine.networks.edm_layers import Init
+from refine.networks.own import OwnGenerator
 from refine.networks.stylegan2 import Discriminator, Generator
 
 UNET = {
@@ -488,8 +489,9 @@ def test_tensors_that_cannot_be_written(tmp_path):
     def save(tensor, provenance):
         G = torch.nn.Module()
         G.register_buffer("a", tensor)
-        G.custom_reference, G.img_resolution, G.img_channels, G.c_dim, G.z_dim = "own:make", 8, 1, 0, 4
-        native.save_networks(tmp_path / "net", {"G": G}, provenance=provenance)
+        G.img_resolution, G.img_channels, G.c_dim, G.z_dim = 8, 1, 0, 4
+        networks = {"G": OwnGenerator(G, "own:make")}
+        native.save_networks(tmp_path / "net", networks, provenance=provenance)
 
     assert "no place" in refusal(save, torch.zeros(2, dtype=torch.complex64), {})
     assert "no place" in refusal(save, torch.eye(2).to_sparse(), {})

@@ -69,6 +69,10 @@ FAULTS = {
         ["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--weighting=x"],
         "--weighting",
     ),
+    "an unknown objective": (
+        ["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--objective=kl"],
+        "--objective: unknown objective 'kl'; expected one of ikl, dmd, sid, sim",
+    ),
     "the normaliser as a weighting": (
         ["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--weighting=dmd"],
         "--objective=dmd",

@@ -38,7 +38,7 @@ def test_texts(name, text, value):
 def test_what_was_found_and_expected():
     for name, text, message in [
         ("kimg", "many", "found 'many'; expected a number > 0"),
-        ("objective", "kl", "found 'kl'; expected one of ikl, dmd, sid, sim"),
+        ("lr_schedule", "steps", "found 'steps'; expected one of constant, cosine, linear"),
         ("betas", "1", "found '1'; expected two numbers, such as 0.0,0.999"),
         ("sigma", "karras:x", "found 'karras:x'; expected karras:rho"),
         ("sigma", "cauchy", "found 'cauchy'; expected lognormal:P_mean,P_std, karras:rho or loguniform"),

@@ -229,7 +229,7 @@ def test_reference_of_images_shows_the_nearest(files, tmp_path, monkeypatch):
         ({"num": "many"}, "'--num'"),
         ({"seeds": "0,1"}, "--seeds is 0,1; expected at least 3"),
         ({"seeds": "0,0,1"}, "--seeds is 0,0,1"),
-        ({"seeds": "x"}, "--seeds: .*no list of numbers"),
+        ({"seeds": "x"}, "--seeds: .*not a list of numbers"),
         ({"seeds": "0,1,999999999"}, "--seeds is 0,1,999999999; expected ranges"),
         ({"device": "cuda:99"}, "--device: "),
         ({"device": "toaster"}, "--device: found 'toaster'"),

@@ -88,7 +88,7 @@ def test_rgb_and_teacher(files, tmp_path, capsys):
         ({"network": "rgb.safetensors", "class": "1"}, "--class: .*unconditional"),
         ({"class": "10"}, "--class: class 10 .*0 to 9"),
         ({"class": "-1"}, "'--class'"),
-        ({"seeds": "3-1"}, "--seeds: '3-1' is no list"),
+        ({"seeds": "3-1"}, "--seeds: '3-1' is not a list"),
         ({"seeds": ""}, "--seeds: "),
         ({"seeds": "-1"}, "--seeds: "),
         ({"seeds": "0-99999999999"}, "--seeds: .*more than"),
@@ -111,5 +111,5 @@ def test_parse_ints():
     assert parse_ints("0-3, 7,2") == [0, 1, 2, 3, 7]
     assert parse_ints("5") == [5]
     for text in ("", "a", "1-", "-1", "2-1", "1,,2", "1.5", "²"):
-        with pytest.raises(ValueError, match="no list of numbers"):
+        with pytest.raises(ValueError, match="not a list of numbers"):
             parse_ints(text)

@@ -9,7 +9,7 @@ from refine.networks.bases import Generator
 
 
 class PlainGenerator(Generator):
-    """A generator that is no StyleGAN2: z is the image; with classes, its top left pixel tells the class."""
+    """A generator that is not a StyleGAN2: z is the image; with classes, its top left pixel tells the class."""
 
     def __init__(self, c_dim: int = 0, img_channels: int = 1, img_resolution: int = 8):
         super().__init__()

@@ -94,8 +94,8 @@ def test_nvidias_data_set(tmp_path):
     [
         ([["00000/img00000000.png", 1]], "no class for 00000/img00000001.png"),
         ([["00000/img00000000.png", -1], ["00000/img00000001.png", 1]], "no class for 00000/img00000000.png"),
-        ([1, 2], "no list of"),
-        ("x", "no list of"),
+        ([1, 2], "not a list of"),
+        ("x", "not a list of"),
     ],
 )
 def test_labels_that_do_not_fit(tmp_path, labels, message):

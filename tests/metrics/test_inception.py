@@ -186,6 +186,6 @@ def test_other_state_dicts_are_told(state, tmp_path, damage):
     else:
         changed = {"a": torch.zeros(3)}
     torch.save(changed, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match=r"w\.pth is no detector") as caught:
+    with pytest.raises(ValueError, match=r"w\.pth is not a detector") as caught:
         load_detector(tmp_path / "w.pth")
     assert "\n" not in str(caught.value)

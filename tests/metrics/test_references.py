@@ -52,7 +52,7 @@ def test_mu_and_sigma_alone_are_enough(tmp_path):
         ({"mu": MU.astype(int), "sigma": SIGMA}, "mu of dtype int64, expected floats"),
         ({"mu": MU, "sigma": np.triu(np.ones([4, 4]))}, "not symmetric"),
         ({"mu": MU, "sigma": SIGMA, "features": np.zeros([5, 3])}, r"features of shape \[5, 3\]"),
-        ({"mu": MU, "sigma": SIGMA, "num": np.zeros(2)}, "num that is no integer"),
+        ({"mu": MU, "sigma": SIGMA, "num": np.zeros(2)}, "num that is not an integer"),
     ],
 )
 def test_other_contents_are_refused(tmp_path, arrays, message):

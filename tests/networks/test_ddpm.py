@@ -108,8 +108,8 @@ def test_classes(precond):
     [
         ({"prediction_type": "flow"}, "prediction_type is 'flow'"),
         ({"beta_schedule": "exotic"}, "beta_schedule is 'exotic'"),
-        ({"beta_end": 2.0}, "no schedule"),
-        ({"num_steps": 1}, "no schedule"),
+        ({"beta_end": 2.0}, "not a schedule"),
+        ({"num_steps": 1}, "not a schedule"),
         ({"trained_betas": [0.1, -0.1]}, "do not rise"),
         ({"trained_betas": [0.5, 1.0]}, "do not rise"),
     ],

@@ -347,7 +347,7 @@ def test_no_ninja(place):
 def test_no_compiler(place):
     place.bin.joinpath("g++").unlink()
     out, err = place.run()
-    expected = "ops (cpu): plain torch is used, for there are no compiled ops: no C++ compiler was found"
+    expected = "ops (cpu): plain torch is used, as there are no compiled ops: no C++ compiler was found"
     assert out == "plain torch" and one_line(err).startswith(expected)
     out, err = place.run(CXX="g++-99 -O1")
     assert out == "plain torch" and "CXX is g++-99 -O1, which is not there" in one_line(err)

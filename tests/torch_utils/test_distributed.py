@@ -15,7 +15,7 @@ from refine.metrics.detectors import load_detector
 from refine.metrics.references import save_reference
 from refine.metrics.statistics import FeatureStatistics
 from refine.torch_utils import distributed
-from refine.training.run_dir import training_states
+from refine.training.finding import training_states
 from refine.training.trainer import Trainer
 from tests.launch import free_port, launch, launch_ranks, wait
 from tests.training.test_trainer import make_student, make_teacher
@@ -96,7 +96,7 @@ def test_all_ranks_measure_and_a_metric_that_fails_in_one_ends_nothing(pair, tmp
     features = FeatureStatistics(keep_features=True).update(torch.rand(30, 5))
     save_reference(tmp_path / "ref.npz", features, detector)
     metrics = ",".join(f"{kind}250-{tmp_path}/pixels.pt" for kind in ("fd", "kid"))
-    options = (*pair, *STEPS, "--trust-detector", f"--metrics={metrics}", f"--ref={tmp_path}/ref.npz")
+    options = (*pair, *STEPS, "--average=ema", "--trust-detector", f"--metrics={metrics}", f"--ref={tmp_path}/ref.npz")
     found = {}
     for count in (1, 2):
         folder = tmp_path / str(count)
@@ -226,6 +226,30 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_iteration_and_fewer_may_g
     log = tmp_path / "alone.txt"
     assert wait([launch(["--resume=latest", f"--outdir={tmp_path}"], log)]) == [0], log.read_text()
     assert (tmp_path / "00000-x" / "network-snapshot-000000.safetensors").exists()
+
+
+def diverge_once():
+    step = Trainer.step
+
+    def diverging(self):
+        step(self)
+        if self.nimg == 20 and self.rate_factor == 1:
+            with torch.no_grad():
+                next(self.aux.parameters()).fill_(float("inf"))
+
+    Trainer.step = diverging
+
+
+def test_all_ranks_go_back_together(pair, tmp_path):
+    found = {}
+    for count in (1, 2):
+        (tmp_path / str(count)).mkdir()
+        args = [*pair, *STEPS, "--rollback=1", f"--outdir={tmp_path}/out{count}"]
+        processes, logs = launch_ranks(args, tmp_path / str(count), count, diverge_once)
+        assert wait(processes) == [0] * count, texts(logs)
+        assert "rollback    1 of 1: going on from training-state-000000.016.pt" in logs[0].read_text()
+        found[count] = load_file(tmp_path / f"out{count}" / LAST)
+    assert all((found[1][name] - x).abs().max() <= 2e-5 * x.abs().max().clamp_min(1e-2) for name, x in found[2].items())
 
 
 def test_a_rank_may_come_late(pair, tmp_path):

@@ -60,7 +60,7 @@ class FallingRecall:
 
 @pytest.mark.parametrize(("share", "nimg", "best"), [(0.0, 24, 0.024), (0.7, 16, 0.008), (0.9, 8, None)])
 def test_a_run_ends_when_too_much_recall_is_lost(tmp_path, share, nimg, best):
-    options = {"keep_recall": share, "ref": "r"} | ({"metric_names": ("fake",)} if share else {})
+    options = {"keep_recall": share, "ref": "r", "average": "ema"} | ({"metric_names": ("fake",)} if share else {})
     training = make_run(tmp_path, metrics=[FallingRecall()], **options)
     trainer = run(training)
     assert trainer.nimg == nimg

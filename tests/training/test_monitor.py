@@ -28,7 +28,9 @@ class FakeMetric(NamedMetric):
 
 
 def test_everything_that_is_promised_is_there(tmp_path):
-    training = make_run(tmp_path, kimg=4.0, batch=500, tick=2.0, aux_warmup_kimg=0.0, metrics=[FakeMetric()])
+    training = make_run(
+        tmp_path, average="ema", kimg=4.0, batch=500, tick=2.0, aux_warmup_kimg=0.0, metrics=[FakeMetric()]
+    )
     monitor = Monitor(tmp_path)
     training.run(monitor)
     monitor.close()
@@ -47,8 +49,8 @@ def test_everything_that_is_promised_is_there(tmp_path):
     assert any(name.startswith("Gap/sigma_") for name in scalars)
     assert set(events.Tags()["images"]) == {"Fakes/before", "Fakes/now", "Fakes/before_after"}
     assert events.Tags()["histograms"] == ["Classes/histogram"]
-    assert [event.step for event in events.Scalars("Loss/aux")] == [2, 4]  # kimg
-    assert [event.step for event in events.Scalars("Metrics/fd10-fake/fd_fake")] == [0, 2, 4]
+    assert [event.step for event in events.Scalars("Loss/aux")] == [2000, 4000]  # images
+    assert [event.step for event in events.Scalars("Metrics/fd10-fake/fd_fake")] == [0, 2000, 4000]
     tensors = events.Tags()["tensors"]
     assert "options/text_summary" in tensors
     text = events.Tensors("options/text_summary")[0].tensor_proto.string_val[0].decode()
@@ -58,7 +60,9 @@ def test_everything_that_is_promised_is_there(tmp_path):
 
 
 def test_the_best_snapshot_is_kept(tmp_path):
-    training = make_run(tmp_path, kimg=2.0, batch=500, tick=1.0, aux_warmup_kimg=0.0, metrics=[FakeMetric()])
+    training = make_run(
+        tmp_path, average="ema", kimg=2.0, batch=500, tick=1.0, aux_warmup_kimg=0.0, metrics=[FakeMetric()]
+    )
     monitor = Monitor(tmp_path)
     training.run(monitor)
     monitor.close()

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from refine.config import RefineConfig
+from refine.networks.bases import Denoiser
 from refine.networks.edm import EDMPrecond
 from refine.training import regularise
-from refine.training.regularise import Augmentation, augment_dim, set_dropout, shift_by_pixels
+from refine.training.regularise import Augmentation, set_dropout, shift_by_pixels
 from refine.training.state import load_training_state
 from refine.training.trainer import Trainer
 from tests.training.test_trainer import equal_states, make_run, make_student, make_teacher, run, stop_after
@@ -100,7 +101,7 @@ def test_shifts_are_right_and_down_and_mirror_at_the_edge():
 
 def test_only_aux_is_told_and_only_in_its_own_step():
     teacher = augmenting_teacher()
-    assert (augment_dim(teacher), augment_dim(make_teacher())) == (9, 0)
+    assert (teacher.augment_dim, make_teacher().augment_dim) == (9, 0)
     trainer = Trainer(RefineConfig("g", "t", batch=8, aux_augment=1.0), make_student(), teacher)
     seen = {"aux": [], "teacher": []}
     for name in seen:
@@ -112,6 +113,25 @@ def test_only_aux_is_told_and_only_in_its_own_step():
     first, second = seen["aux"]
     assert first.shape == (8, 9) and (first != 0).any()
     assert second is None and seen["teacher"] == [None]
+
+
+class PlainDenoiser(Denoiser):
+    """A call takes what `Denoiser.forward` states, and nothing else."""
+
+    img_resolution, img_channels, label_dim = 8, 1, 3
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x, sigma, class_labels=None):
+        return self.scale * x
+
+
+def test_a_denoiser_without_labels_is_given_none():
+    trainer = Trainer(RefineConfig("g", "t", batch=4, aux_augment=1.0), make_student(), PlainDenoiser())
+    trainer.step()
+    assert trainer.aux.scale != 0.5
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import threading
 
 import pytest
 
-from refine.training.run_dir import RunDir, create_run_dir, find_training_states, next_run_dir
+from refine.training.finding import find_training_states
+from refine.training.run_dir import RunDir, create_run_dir, next_run_dir
 
 
 def test_numbers_go_up_and_words_become_names(tmp_path):
@@ -79,3 +80,26 @@ def test_a_run_folder_with_links_to_elsewhere_is_not_written_through(name, targe
     with pytest.raises(OSError, match="is a link to another folder; nothing was written through it"):
         write[name]()
     assert (tmp_path / "mine.txt").read_text() == "mine" and os.listdir(tmp_path / "run") == [name]
+
+
+def test_runs_with_other_names_that_start_at_once_get_other_numbers(tmp_path):
+    for round_ in range(20):
+        out, barrier = tmp_path / str(round_), threading.Barrier(4)
+
+        def start(index, out=out, barrier=barrier):
+            barrier.wait()
+            create_run_dir(out, f"s{index}")
+
+        threads = [threading.Thread(target=start, args=(index,)) for index in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(path.name[:5] for path in out.iterdir()) == [f"{number:05d}" for number in range(4)]
+
+
+def test_a_claim_that_a_kill_left_is_no_obstacle(tmp_path):
+    (tmp_path / ".00000.claim").mkdir()
+    os.utime(tmp_path / ".00000.claim", (0, 0))
+    assert create_run_dir(tmp_path, "x").name == "00000-x"
+    assert [path.name for path in tmp_path.iterdir()] == ["00000-x"]

@@ -17,7 +17,7 @@ import torch
 
 from refine.checkpoints.native import save_networks
 from refine.metrics.named import NamedMetric
-from refine.training.run_dir import find_training_states, training_states
+from refine.training.finding import find_training_states, training_states
 from refine.training.state import load_newest, load_training_state, save_training_state
 from refine.training.stopping import StopRequests
 from tests.launch import launch, wait
@@ -205,7 +205,7 @@ def test_a_full_disk_leaves_the_older_state_whole(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
         with pytest.raises(OSError, match="File too large"):
-            save_training_state(tmp_path, state_of(training), True, 2)
+            save_training_state(tmp_path, state_of(training), "000000.100", 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)

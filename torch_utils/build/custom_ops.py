@@ -3,7 +3,7 @@
     load("cpu") is the C library with all ops of a device, or None, and then plain torch does the work.
 
 A library that is in the cache already needs neither compiler nor ninja nor a folder to write to. What fails is tried
-once and told in one line.
+once and reported in one line.
 
 Environment: REFINE_OPS (auto, native, ref), REFINE_OPS_CACHE (else $REFINE_CACHE/ops, else the user's cache folder),
 REFINE_OPS_TIMEOUT (seconds for a build or for waiting for one; 300), CXX, NVCC_CCBIN, CUDA_HOME, TORCH_CUDA_ARCH_LIST.
@@ -33,7 +33,7 @@ _mutex = threading.RLock()
 
 
 class NativeUnavailable(RuntimeError):
-    """The compiled ops of a device cannot be had; one line that says why."""
+    """The compiled ops of a device are not available; one line that says why."""
 
 
 _FAILURES = (toolchain.Missing, op_builder.BuildFailed, op_cache.CacheError, OSError, NativeUnavailable)
@@ -55,11 +55,11 @@ def load(device_type: str = "cpu") -> ctypes.CDLL | None:
         device_type: 'cpu' or 'cuda'; for others there is no library.
 
     Returns:
-        The library, or None in mode 'ref' and, in mode 'auto', where it cannot be had. The first such call prints a
+        The library, or None in mode 'ref' and, in mode 'auto', where it is not available. The first such call prints a
         line that says why; there is one attempt per process.
 
     Raises:
-        NativeUnavailable: It cannot be had, in mode 'native'.
+        NativeUnavailable: It is not available, in mode 'native'.
         ValueError: REFINE_OPS is none of the modes.
     """
     try:
@@ -75,12 +75,12 @@ def load(device_type: str = "cpu") -> ctypes.CDLL | None:
             if isinstance(outcome, Library):
                 found = outcome.cdll
             elif device_type in OPS:  # elsewhere there is nothing to be missed
-                _line.end(device_type, f"plain torch is used, for there are no compiled ops: {outcome}", once=True)
+                _line.end(device_type, f"plain torch is used, as there are no compiled ops: {outcome}", once=True)
         return _ready.setdefault(device_type, found)
 
 
 def set_mode(mode: str) -> None:
-    """'auto' = compiled where it can be had, 'native' = compiled or an error, 'ref' = plain torch.
+    """'auto' = compiled where it is available, 'native' = compiled or an error, 'ref' = plain torch.
 
     Raises:
         ValueError: Another word.

@@ -81,7 +81,7 @@ def _cache_facts() -> dict[str, Any]:
 
 
 def try_op(op: str, device: str) -> dict[str, Any]:
-    """Builds or loads an op and holds it against the reference.
+    """Builds or loads an op and compares it with the reference.
 
     Returns:
         ok; path and built, or reason; max_error, of value and gradient, relative to the largest one; speedup and

@@ -202,7 +202,7 @@ def choose_targets(known: tuple[str, ...], capabilities: list[tuple[int, int]]) 
 
     Args:
         known: nvcc's targets.
-        capabilities: Of the GPUs here; none = every common target, and PTX for what comes later.
+        capabilities: Those of the GPUs here; none = every common target, and PTX for what comes later.
 
     Returns:
         Targets as `parse_arch_list` gives them. A GPU newer than nvcc knows gets the newest target and PTX, which the

@@ -64,7 +64,7 @@ def bias_act(
         alpha: Negative slope of 'lrelu'; other activations ignore it. None = 0.2.
         gain: Factor after the activation. None = the activation's default.
         clamp: Limit of the absolute value after the gain, ≥ 0. None = off.
-        impl: 'native' = compiled kernels, 'torch' or 'ref' = plain torch. None = native where it can be had.
+        impl: 'native' = compiled kernels, 'torch' or 'ref' = plain torch. None = native where it is available.
 
     Returns:
         A tensor of the shape and dtype of `x`.

@@ -40,8 +40,8 @@ def conv3x3(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None, imp
         x: (N, C, H, W), contiguous or channels_last; other strides are copied.
         w: (K, C, 3, 3), any strides.
         b: (K,) or None.
-        impl: 'native' = the compiled kernel, float32 on a CPU, 'torch' or 'ref' = F.conv2d. None = native where it can
-            be had.
+        impl: 'native' = the compiled kernel, float32 on a CPU, 'torch' or 'ref' = F.conv2d. None = native where it is
+            available.
 
     Returns:
         (N, K, H, W), channels_last if `x` or `w` is; differentiable to any order.

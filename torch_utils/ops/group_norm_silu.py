@@ -38,7 +38,7 @@ def group_norm_silu(
         eps: Added to the variance.
         before, scale, shift: (N, C) or (1, C); None = 0. `scale` and `shift` come together.
         inplace: `before` may be added to `x` in place, which saves memory where plain torch runs.
-        impl: 'native' = compiled kernel, 'torch' or 'ref' = plain torch. None = native where it can be had.
+        impl: 'native' = compiled kernel, 'torch' or 'ref' = plain torch. None = native where it is available.
 
     Returns:
         A tensor of the shape and dtype of `x`.

@@ -1,7 +1,7 @@
 """What the ops share: how torch learns of them, and how they call their compiled kernels.
 
 A kernel is a C function without torch in it that takes one packed record per call. It is built at first use by
-`refine.torch_utils.build`; where it cannot be had, callers take plain torch.
+`refine.torch_utils.build`; where it is not available, callers take plain torch.
 """
 
 import functools
@@ -23,9 +23,9 @@ def choose(op: str, x: torch.Tensor, impl: str | None) -> str:
     """'native', 'torch' or 'ref': what runs `op` on `x`.
 
     Args:
-        op: Of `custom_ops.OPS`.
+        op: One of `custom_ops.OPS`.
         x: The image; only its device and dtype count.
-        impl: As the caller asked. None = native where it can be had and serves `x`, else plain torch.
+        impl: As the caller asked. None = native where it is available and serves `x`, else plain torch.
 
     Raises:
         ValueError: An unknown `impl`.

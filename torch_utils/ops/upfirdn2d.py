@@ -85,7 +85,7 @@ def upfirdn2d(
         flip_filter: False = convolution (the filter is reversed), True = correlation.
         gain: Factor on the result.
         impl: 'native' = compiled kernels, 'torch' = the fastest plain torch, 'ref' = the reference.
-            None = native where it can be had, else plain torch.
+            None = native where it is available, else plain torch.
 
     Returns:
         (N, C, (H·upy + y0 + y1 − fh) // downy + 1, the same in x), dtype of `x`.

@@ -108,7 +108,7 @@ class Container:
         members: Name → kind ('generator', 'discriminator', 'teacher') of the networks that can be asked for.
         resizable: Whether bytes written as text (protocol 2) can change their length.
         writable: Whether networks can be put back into the file's own structure.
-        nbytes: Of its contents, where they are compressed.
+        nbytes: Size of its contents, where they are compressed.
     """
 
     def __init__(
@@ -213,7 +213,7 @@ class _Patch:
 
 
 def write_back(container: Container, out: str | os.PathLike, networks: Mapping[str, torch.nn.Module]) -> None:
-    """Writes the container again, with the numbers of `networks` in place of its own; every other byte stays.
+    """Writes the container again, with the weights of `networks` in place of its own; every other byte stays.
 
     Globals, protocol, layout, embedded source text and all that is not one of these networks are those of the file.
 

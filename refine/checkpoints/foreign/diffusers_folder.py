@@ -28,7 +28,7 @@ def find_weights(folder: str | os.PathLike) -> Path:
     """The weights file that a folder of diffusers stands for.
 
     Raises:
-        ValueError: it is no such folder, or its weights are not in one safetensors file.
+        ValueError: it is not such a folder, or its weights are not in one safetensors file.
     """
     folder = Path(folder)
     place = folder / "unet" if (folder / "unet" / "config.json").is_file() else folder
@@ -124,5 +124,5 @@ def _read(path: Path) -> Mapping[str, Any]:
     except (ValueError, RecursionError):
         table = None
     if not isinstance(table, dict):
-        raise ValueError(f"its {path.name} is no JSON object of a configuration")
+        raise ValueError(f"its {path.name} is not a JSON object of a configuration")
     return table

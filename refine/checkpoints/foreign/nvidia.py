@@ -198,13 +198,13 @@ def describe_teacher(item: Persistent) -> FileNetwork:
     for name in _NUMBERS & kwargs.keys():
         value = 0 if name == "clip_act" and kwargs[name] is None else kwargs[name]
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise Refused(f"its {name} is no number")
+            raise Refused(f"its {name} is not a number")
     attributes = {}
     for name in ("sigma_min", "sigma_max"):
         if name not in names and name in item.state:
             value = plain(item.state[name], name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-                raise Refused(f"its {name} is no positive number")
+                raise Refused(f"its {name} is not a positive number")
             attributes[name] = float(value)
     class_name = "edm2.Precond" if cls is edm2.Precond else f"edm.{item.class_name}"
     return FileNetwork(class_name, kwargs, collect(item), attributes=attributes)
@@ -217,7 +217,7 @@ def collect(item: Any) -> dict[str, TensorRef]:
     """All parameters and buffers of a module and of those below it, named as in its state_dict.
 
     Raises:
-        Refused: the tree is no tree of modules, or too deep or too large.
+        Refused: the tree is not a tree of modules, or too deep or too large.
     """
     tensors: dict[str, TensorRef] = {}
     visited = 0
@@ -233,12 +233,12 @@ def collect(item: Any) -> dict[str, TensorRef]:
                 if value is None or (kind == "_buffers" and isinstance(transient, set) and name in transient):
                     continue
                 if not isinstance(value, TensorRef) or prefix + name in tensors or len(tensors) >= _MAX_TENSORS:
-                    raise Refused(f"{shown(prefix + name)} is no tensor, or there are too many")
+                    raise Refused(f"{shown(prefix + name)} is not a tensor, or there are too many")
                 tensors[prefix + name] = value
         for name, child in _entries(module, "_modules"):
             if child is not None:
                 if not isinstance(child, Persistent | ModuleDict):
-                    raise Refused(f"{shown(prefix + name)} is no module")
+                    raise Refused(f"{shown(prefix + name)} is not a module")
                 walk(child, f"{prefix}{name}.", depth + 1)
 
     walk(item, "", 0)
@@ -248,7 +248,7 @@ def collect(item: Any) -> dict[str, TensorRef]:
 def _entries(module: Persistent | ModuleDict, kind: str) -> list[tuple[str, Any]]:
     table = module.state.get(kind, {})
     if not isinstance(table, dict) or not all(isinstance(name, str) for name in table):
-        raise Refused(f"a module's {kind} is no table")
+        raise Refused(f"a module's {kind} is not a table")
     return [(str(name), value) for name, value in table.items()]
 
 

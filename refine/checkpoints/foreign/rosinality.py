@@ -1,7 +1,7 @@
 """`.pt` files of the rosinality/stylegan2-pytorch family: state dicts of the same networks under other names.
 
 Between the two there is only renaming, leading axes of size 1, a factor 4 on the upsampling filters and the learning
-rate multiplier folded into the mapping's weights. `pt_files` opens the files; here are the names.
+rate multiplier folded into the mapping's weights. `torch_save` opens the files; here are the names.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def estimate_w_avg(network: Any) -> None:
 
 
 def _taps(count: int) -> list[int]:
-    """A filter of so many taps, to be overwritten by the file's."""
+    """A filter with this many taps, to be overwritten by the file's."""
     return [math.comb(count - 1, i) for i in range(count)] if 1 <= count <= 7 else [1, 3, 3, 1]
 
 
@@ -186,7 +186,7 @@ def describe_discriminator(state: Mapping[Any, Any]) -> FileNetwork:
     refs = _refs(state)
     blocks = sum(re.fullmatch(r"convs\.\d{1,2}\.skip\.1\.weight", name) is not None for name in refs)
     if not 1 <= blocks <= 8:
-        raise Refused("it is no discriminator of StyleGAN2")
+        raise Refused("it is not a discriminator of StyleGAN2")
     size = 4 << blocks
     width = _shape(refs, "convs.0.0.weight")[0:1]
     multiplier = 2 if size <= 32 or not width else max(width[0] * size // 16384, 1)
@@ -236,7 +236,7 @@ def _refs(state: Mapping[Any, Any]) -> dict[str, TensorRef]:
     refs = {}
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, TensorRef):
-            raise Refused(f"{shown(str(name))} in it is no tensor")
+            raise Refused(f"{shown(str(name))} in it is not a tensor")
         refs[str(name)] = value
     return refs
 

@@ -175,10 +175,10 @@ def _arguments(
     if isinstance(table, dict) and "init_kwargs" in table:
         class_name, table = class_name or table.get("class"), table["init_kwargs"]
     if not isinstance(table, dict):
-        raise Refused("its init kwargs are no table")
+        raise Refused("its init kwargs are not a table")
     class_name = class_name or ("edm.EDMPrecond" if "model_type" in table else "stylegan2.Generator")
     if not isinstance(class_name, str):
-        raise Refused("its class is no name")
+        raise Refused("its class is not a name")
     return class_name, plain(table)
 
 
@@ -186,7 +186,7 @@ def _json(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise Refused("its init kwargs are no valid JSON") from None
+        raise Refused("its init kwargs are not valid JSON") from None
 
 
 def save_plain(path: str | os.PathLike, network: torch.nn.Module) -> None:

@@ -108,7 +108,7 @@ def _variables(listed: Any) -> dict[str, TensorRef]:
         name, value = entry
         value = value.ref if isinstance(value, Array) else value
         if not isinstance(value, TensorRef) or name in table:
-            raise Refused(f"its variable {shown(name)} is no array, or occurs twice")
+            raise Refused(f"its variable {shown(name)} is not an array, or occurs twice")
         table[str(name)] = value
     return table
 
@@ -277,7 +277,7 @@ def _arguments(network: Network, table: dict[str, tuple[str, Any]]) -> dict[str,
         value = given.pop(theirs, default)
         if theirs == "fmap_base":
             if type(value) is not int:
-                raise Refused("its fmap_base is no whole number")
+                raise Refused("its fmap_base is not a whole number")
             value *= 2  # the channels of theirs count from the next finer resolution
         if theirs == "resample_kernel" and value is None:
             value = [1, 1]  # a box filter, not the identity

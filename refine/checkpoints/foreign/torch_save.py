@@ -91,7 +91,7 @@ def read_zip(path: Path, stream: BinaryIO, expected: str, budget: int | None = N
 
 
 def load_plain(path: Path) -> Any:
-    """What torch.save wrote, as torch.load would give it: tables, lists, numbers, text, and tensors on the CPU.
+    """What torch.save wrote, as torch.load would give it: tables, lists, numbers, text, bytes, and tensors on the CPU.
 
     Raises:
         ValueError: It is broken, or holds something else; the message does not name the file.
@@ -134,6 +134,8 @@ class _Plain:
             if self._bytes < 0:
                 raise Refused("its tensors take more memory than the file is long")
             return item.read_as_laid_out()
+        if isinstance(item, Blob):
+            return item.read(0, item.length)
         if isinstance(item, Text):
             item.stream.seek(item.offset)
             return item.stream.read(item.length).decode("utf-8")
@@ -190,7 +192,7 @@ def read_legacy(path: Path, stream: BinaryIO, expected: str) -> tuple[Any, list[
     with saying(str(path)):
         system, keys = values[2], values[4]
         if values[1] != 1001 or not isinstance(system, dict) or system.get("little_endian") is not True:
-            raise Refused("it is no little-endian stream of torch.save")
+            raise Refused("it is not a little-endian stream of torch.save")
         if not isinstance(keys, list) or len(keys) != len(ids) or not all(isinstance(key, str) for key in keys):
             raise Refused("its list of storages is not that of its tensors")
         for key in keys:

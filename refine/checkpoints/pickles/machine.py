@@ -221,7 +221,7 @@ def _what(value: Any) -> str:
 def encode_latin1(text: Any, encoding: Any) -> Blob:
     """`_codecs.encode(text, 'latin1')`, the way in which protocol 2 writes bytes."""
     if encoding != "latin1" or not isinstance(text, PlacedText | Text):
-        raise Refused("it calls _codecs.encode on something that is no text of bytes")
+        raise Refused("it calls _codecs.encode on something that is not text that stands for bytes")
     if isinstance(text, PlacedText):
         stream, offset, length = text.place
         return Blob(stream, offset, len(str(text).encode("latin-1")), text_length=length)

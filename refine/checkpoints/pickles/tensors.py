@@ -62,8 +62,8 @@ class TensorRef:
 
     Attributes:
         storage: The numbers.
-        offset: Of the first one, in elements.
-        shape, stride: Of the view, in elements.
+        offset: Where the first number is, in elements.
+        shape, stride: Layout of the view, in elements.
         flip: Axes along which the values run the other way round.
         scale, shift: Arithmetic between the file's values and the network's.
     """
@@ -84,7 +84,7 @@ class TensorRef:
             Refused: it does not.
         """
         if not isinstance(storage, Storage) or not isinstance(shape, tuple) or not isinstance(stride, tuple):
-            raise Refused("it makes a tensor of something that is no storage, or with an impossible shape")
+            raise Refused("it makes a tensor of something that is not a storage, or with an impossible shape")
         numbers = (offset, *shape, *stride)
         if len(shape) != len(stride) or len(shape) > 8 or not all(type(n) is int and 0 <= n < 1 << 48 for n in numbers):
             raise Refused("it has a tensor with an impossible shape, stride or offset")
@@ -267,7 +267,7 @@ def _rebuild_tensor(storage, offset, size, stride, requires_grad=False, hooks=No
 
 def _rebuild_parameter(tensor, requires_grad, hooks, state=None) -> TensorRef:
     if not isinstance(tensor, TensorRef):
-        raise Refused("it makes a parameter of something that is no tensor")
+        raise Refused("it makes a parameter of something that is not a tensor")
     return tensor
 
 

@@ -51,7 +51,7 @@ def load_custom(reference: Reference) -> OwnGenerator:
         As `load_generator`; what the function made is in its attribute `network`.
 
     Raises:
-        ValueError: The function cannot be found or fails, its result is no generator, or the file does not fit it.
+        ValueError: The function cannot be found or fails, its result is not a generator, or the file does not fit it.
     """
     G = _wrapped(_call(reference), reference)
     if reference.file is not None:

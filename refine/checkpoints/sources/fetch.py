@@ -7,7 +7,7 @@
         .locks/                               one process downloads a file, others wait for it
 
 pooch does the caching: a temporary file, a checksum, a move. What is added here: broken transfers are resumed, silent
-servers are left, and an HTML page or half a file is refused before it gets into the cache.
+servers are given up, and an HTML page or half a file is refused before it gets into the cache.
 """
 
 import contextlib
@@ -222,7 +222,7 @@ def _verify(url: str, target: Path, sha256: str | None) -> None:
 
 
 def _check_contents(path: Path, name: str) -> None:
-    """Refuses, by their bytes, files that are certainly no networks: error pages, the first half of a pickle."""
+    """Refuses, by their bytes, files that are certainly not networks: error pages, the first half of a pickle."""
     found = sniff(path)
     if found.kind in _REFUSED:
         raise DownloadError(f"{name} is {found.description}; expected a file of networks or statistics")
@@ -249,7 +249,7 @@ def _read_record(target: Path) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict) or not re.fullmatch(r"[0-9a-f]{64}", str(record.get("sha256"))):
-        raise ValueError(f"{path} is no record of a checksum; delete it if {target.name} beside it is to be trusted")
+        raise ValueError(f"{path} is not a record of a checksum; delete it if {target.name} beside it is to be trusted")
     return record
 
 
@@ -425,8 +425,8 @@ class _Downloader:
             requests.exceptions.ProxyError: f"the proxy for {self._shown} does not answer",
             requests.ConnectTimeout: f"{self._shown} cannot be reached",
             urllib3.exceptions.NewConnectionError: f"{self._shown} cannot be reached",
-            requests.exceptions.InvalidURL: f"{self._shown} leads to what is no http or https address",
-            requests.exceptions.InvalidSchema: f"{self._shown} leads to what is no http or https address",
+            requests.exceptions.InvalidURL: f"{self._shown} leads to an address that is not http or https",
+            requests.exceptions.InvalidSchema: f"{self._shown} leads to an address that is not http or https",
         }
         reason = getattr(error.args[0], "reason", None) if error.args else None
         for kind, text in for_good.items():

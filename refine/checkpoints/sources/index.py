@@ -54,8 +54,8 @@ class RemoteEntry:
         name: The short name that command lines and `load_*` take.
         kind: One of `KINDS`.
         url: Where it is.
-        resolution: Of its images, in pixels.
-        licence: Of the file, as far as its publisher says.
+        resolution: Side of its images, in pixels.
+        licence: Licence of the file, as far as its publisher says.
         classes: Number of classes, 0 for an unconditional network; None for statistics.
         fid: Published Fréchet inception distance of 50,000 images, None where none is known.
         sha256: Its checksum, None where none is known: then that of the first download is recorded.

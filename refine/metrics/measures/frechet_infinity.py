@@ -35,7 +35,7 @@ def frechet_infinity(
         features: [N, D]. The line is straight from about 2·D images on; smaller subsets bend it.
         mu, sigma: Mean [D] and covariance [D, D] of the reference.
         points: Subsets; their sizes are evenly spaced between a tenth of N and N.
-        seed: Of the random subsets.
+        seed: Seed of the random subsets.
 
     Raises:
         ValueError: There are too few features for two sizes of subsets.

@@ -19,7 +19,7 @@ def inception_score(probabilities: torch.Tensor, splits: int = SPLITS) -> tuple[
     """Mean and standard deviation (divided by the number of splits, as in the literature) over splits.
 
     Args:
-        probabilities: Of classes, [N, classes], in the order of the images.
+        probabilities: Class probabilities [N, classes], in the order of the images.
         splits: Consecutive parts of the images that are scored by themselves; at most N.
 
     Raises:

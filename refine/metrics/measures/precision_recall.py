@@ -16,16 +16,18 @@ BLOCK_ELEMENTS = 1 << 20  # distances held at once: 8 MiB in float64
 NEIGHBOURS = 3
 
 
-def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = NEIGHBOURS) -> tuple[float, float]:
-    """(precision, recall) of `fake` [M, D] against `real` [N, D]; see `coverage`."""
-    precise, recalled = coverage(real, fake, k)
-    return precise.double().mean().item(), recalled.double().mean().item()
-
-
-def coverage(real: torch.Tensor, fake: torch.Tensor, k: int = NEIGHBOURS) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which of `fake` [M, D] lie on the manifold of `real` [N, D], bool [M], and which of `real` on that of `fake`.
+def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = NEIGHBOURS) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each image adds to precision and recall, which are the means: whether it lies on the other set's manifold.
 
     A manifold is the union of balls around a set's features, each reaching to its k-th nearest neighbour in the set.
+
+    Args:
+        real: [N, D].
+        fake: [M, D].
+        k: The neighbour that a ball reaches to.
+
+    Returns:
+        Which of `fake` lie on the manifold of `real`, bool [M], and which of `real` on that of `fake`, bool [N].
 
     Raises:
         ValueError: If a set has no k-th neighbour, i.e. fewer than k + 1 features, or dimensions differ.
@@ -73,7 +75,7 @@ def _rows(points: torch.Tensor) -> int:
 def _compute(sample: Sample) -> Numbers:
     if min(len(sample.real_features), sample.statistics.num) <= NEIGHBOURS:
         return Numbers({})
-    precise, recalled = (part.double() for part in coverage(sample.real_features, sample.features))
+    precise, recalled = (part.double() for part in precision_recall(sample.real_features, sample.features))
     return Numbers({"precision": precise.mean().item(), "recall": recalled.mean().item()}, {"precision": precise})
 
 

@@ -71,7 +71,7 @@ def test_other_folders(tmp_path):
     with pytest.raises(ValueError, match=r"it has no scheduler_config.json beside it"):
         load_teacher(folder)
     (folder / "config.json").write_text("[")
-    with pytest.raises(ValueError, match=r"its config.json is no JSON object"):
+    with pytest.raises(ValueError, match=r"its config.json is not a JSON object"):
         load_teacher(folder)
 
 

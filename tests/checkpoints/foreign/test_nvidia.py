@@ -294,7 +294,7 @@ def test_edm2(form, tmp_path):
 def test_edm2_with_impossible_arguments(spoilt, tmp_path):
     net = edm2.Precond(8, 3, model_channels=8, channel_mult=[1], num_blocks=1)
     form = Format()
-    with pytest.raises(ValueError, match=r"x.pkl: ema: it(s \w+ is no number| lacks)") as caught:
+    with pytest.raises(ValueError, match=r"x.pkl: ema: it(s \w+ is not a number| lacks)") as caught:
         load_teacher(write(tmp_path / "x.pkl", edm2_file(form, net, **spoilt)))
     assert "\n" not in str(caught.value)
 

@@ -217,7 +217,7 @@ def test_files_hold_its_tensors_under_its_own_names(here):
 
 @pytest.mark.parametrize("train", ["all", "synthesis"])
 def test_parts_without_noise_modes_can_be_refined(here, capsys, train):
-    """A generator with `synthesis` is no StyleGAN2 for that: it is not asked for a noise mode."""
+    """A generator with `synthesis` is not a StyleGAN2 for that: it is not asked for a noise mode."""
     save_networks("teacher.safetensors", {"ema": make_teacher()}, provenance={})
     options = ("--kimg=0.004", "--batch=4", "--lr=0.01", "--outdir=runs", "--desc=own", f"--train={train}")
     code, _, err = call(capsys, "--gan=own_gan:two_parts", "--teacher=teacher.safetensors", *options)

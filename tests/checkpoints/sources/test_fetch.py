@@ -278,7 +278,7 @@ def test_a_broken_transfer_goes_on_where_it_ended(url, server):
         ("negative-length", "sent is a cut-off pickle", 1),
         ("reset", "broke off after 0 bytes, 4 times", 4),
         ("circle", "redirects in circles", 11),
-        ("elsewhere", "leads to what is no http or https address", 1),
+        ("elsewhere", "leads to an address that is not http or https", 1),
         ("wrong-part", "answered with another part of the file", 2),
     ],
 )
@@ -329,7 +329,7 @@ def test_a_known_checksum(url, tmp_path):
     path = fetch(url("good"), sha256=SHA256)
     assert "pretrained/index.toml says" in refusal(lambda: fetch(url("good"), sha256="0" * 64))
     (path.parent / "good.pkl.json").write_text("{")
-    assert "is no record of a checksum" in refusal(lambda: fetch(url("good")))
+    assert "is not a record of a checksum" in refusal(lambda: fetch(url("good")))
 
 
 @pytest.mark.parametrize("where", ["mkstemp", "disk"])

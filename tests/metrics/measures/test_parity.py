@@ -34,7 +34,7 @@ def moments(x):
 
 def ours():
     fake, real, logits = features()
-    precision, recall = precision_recall(real, fake)
+    precision, recall = (part.double().mean().item() for part in precision_recall(real, fake))
     score, score_std = inception_score(logits.softmax(dim=1))
     fd, kid = frechet_distance(*moments(fake), *moments(real)), kernel_distance(fake, real)
     return {"fid": fd, "kid": kid, "precision": precision, "recall": recall, "is": score, "is_std": score_std}

@@ -1,0 +1,121 @@
+"""What a run goes on with: the options that its training state holds, and those of the command line beside --resume.
+
+A state may come from anywhere. It names options, and files of this machine that are read as data; it never makes this
+program import, download or run anything: what would has to be given again on the command line. The files are compared
+with the checksums in the state.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from refine.checkpoints.sources import custom
+from refine.checkpoints.sources.fetch import is_url
+from refine.checkpoints.sources.index import resolve
+from refine.checkpoints.sources.reach import reach_of
+from refine.config import CHANGEABLE, OPTIONS, RefineConfig
+from refine.config.option import flag
+from refine.metrics.named import detector_of
+from refine.training.state import FoundState, load_newest
+
+ONE_STEP = "one-step"  # of --gan: the teacher's own U-Net as the generator
+MOVABLE = ("gan", "teacher")  # may be given beside --resume: the same files in another place
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The state that a run goes on from, and the options it was saved with."""
+
+    found: FoundState
+    config: RefineConfig
+
+    def check_files(self, files: Mapping[str, str]) -> None:
+        """Compares SHA-256 by option, where the state holds them.
+
+        Raises:
+            ValueError: The run was made with other files.
+        """
+        known = self.found.state.get("files", {})
+        for name, digest in files.items():
+            if known.get(name, digest) != digest:
+                raise ValueError(
+                    f"{flag(name)} has the sha256 {digest[:12]}…, but the run was made with {str(known[name])[:12]}…; "
+                    "expected the same file"
+                )
+
+
+def resumed_config(state_paths: list[Path], given: Mapping[str, Any]) -> tuple[Resumed, RefineConfig]:
+    """The state to go on from, and all options.
+
+    Args:
+        state_paths: The first one that can be read is taken.
+        given: Fields of RefineConfig that the command line holds.
+
+    Raises:
+        ValueError: No state can be read, an option cannot be changed, or has to be given again.
+    """
+    found = load_newest(state_paths)
+    try:
+        saved = RefineConfig.from_dict(
+            {**json.loads(found.state["config"]), "time_limit": None, "trust_detector": False}
+        )
+    except (TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{found.path} holds options that cannot be read: {error}") from None
+    _check_unchanged(given, saved)
+    _check_reach(given, saved)
+    _check_places(given, saved)
+    changes = {name: value for name, value in given.items() if name in CHANGEABLE or name in MOVABLE}
+    config = dataclasses.replace(saved, **changes)
+    if (config.lr, config.aux_lr) != (saved.lr, saved.aux_lr):
+        found.state["rollbacks"] = 0  # the new rates are meant as they are
+    return Resumed(found, saved), config
+
+
+def _check_unchanged(given: Mapping[str, Any], saved: RefineConfig) -> None:
+    """Whatever decides what is trained may be said again, but not otherwise."""
+    for name in given.keys() - CHANGEABLE - set(MOVABLE):
+        before = getattr(saved, name)
+        if OPTIONS[name].kind.cast(given[name], before) != before:
+            names = ", ".join(sorted(map(flag, (*CHANGEABLE, *MOVABLE))))
+            raise ValueError(
+                f"--resume goes on with the options of the run; {flag(name)} cannot be changed, only {names}"
+            )
+    if "gan" in given and _kind_of_gan(given["gan"]) != _kind_of_gan(saved.gan):
+        raise ValueError(f"--gan is {given['gan']}, but the run was made with {saved.gan}; expected the same")
+
+
+def _kind_of_gan(gan: str) -> str:
+    """What has to stay of --gan, beside the contents of its file."""
+    if reference := custom.parse(gan):
+        return f"{reference}{'@' if reference.file else ''}"
+    return ONE_STEP if gan == ONE_STEP else "a file"
+
+
+def _check_reach(given: Mapping[str, Any], saved: RefineConfig) -> None:
+    names = [("gan", saved.gan, False), ("teacher", saved.teacher, False), ("ref", saved.ref or "", False)]
+    names += [("metrics", detector_of(metric), True) for metric in saved.metrics]
+    for name, text, is_detector in names:
+        if name not in given and text != ONE_STEP and (reach := reach_of(text, is_detector)):
+            again = f"{flag(name)}={OPTIONS[name].kind.format(getattr(saved, name))}"
+            raise ValueError(f"the training state names {text}, {reach}; give {again} again if that is meant")
+
+
+def _check_places(given: Mapping[str, Any], saved: RefineConfig) -> None:
+    """Names where files that were moved can be given."""
+    for name in ("gan", "teacher", "ref"):
+        text = getattr(saved, name)
+        if reference := custom.parse(text or ""):
+            text = reference.file
+        if text and name not in given and os.path.isabs(text) and not os.path.lexists(text):
+            raise ValueError(f"{flag(name)} was {text}, which is not there any more; give {flag(name)} where it is now")
+
+
+def absolute_place(text: str) -> str:
+    """The path that an option means; names stay names. A URL, which may hold a password, becomes its file."""
+    if (reference := custom.parse(text)) and reference.file:
+        return f"{reference}@{os.path.abspath(reference.file)}"
+    return os.path.abspath(resolve(text)) if is_url(text) or os.path.exists(text) else text
