@@ -166,7 +166,13 @@ def state_seeds() -> list[bytes]:
     optimizer = torch.optim.Adam(net.parameters())
     net(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    state = {"networks": {"G": net.state_dict()}, "optimizer": optimizer.state_dict(), "nimg": 1000, "skips": 0}
+    state = {
+        "networks": {"G": net.state_dict()},
+        "optimizer": optimizer.state_dict(),
+        "nimg": 1000,
+        "warmup_steps_done": 9,
+        "skips": 0,
+    }
     file = io.BytesIO()
     torch.save({**state, "config": json.dumps({"gan": "x" * 300}), "rng": torch.get_rng_state()[:100]}, file)
     return [file.getvalue()]

@@ -114,7 +114,7 @@ def npy_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
     text = stream.read(length).decode("latin-1") if length <= _MAX_HEADER_BYTES else ""
     match = _HEADER.fullmatch(text)
     if match is None:
-        raise Refused(f"it holds what is no plain array of numbers or text ({shown(text[:60].strip())})")
+        raise Refused(f"it holds what is not a plain array of numbers or text ({shown(text[:60].strip())})")
     shape = tuple(int(number.strip(" L")) for number in match[3].split(",") if number.strip())
     if len(shape) > 32 or any(size >= 1 << 48 for size in shape):
         raise Refused("it holds an array of an impossible shape")

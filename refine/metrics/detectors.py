@@ -185,8 +185,7 @@ def load_detector(path_or_name: str | os.PathLike, trust: bool = False) -> Detec
         trust: Whether the caller knows where a TorchScript file comes from.
 
     Raises:
-        ValueError: If the name is unknown, or the file does not exist, is not a detector, or is TorchScript without
-            trust.
+        ValueError: If the name is unknown, the file does not exist or is no detector, or is TorchScript without trust.
     """
     if str(path_or_name) == "effnet-lite0":
         # a name, so that nobody else needs its package

@@ -134,7 +134,7 @@ class ImageSet:
         try:
             table = {folder + str(name): label for name, label in labels}
         except (TypeError, ValueError):
-            raise ValueError(f"{self.path}: {listed} has labels that are no list of [name, class]") from None
+            raise ValueError(f"{self.path}: {listed} has labels that are not a list of [name, class]") from None
         found = [table.get(name) for name in self.names]
         if all(isinstance(label, list) for label in found):
             return None  # labels that are vectors are no classes

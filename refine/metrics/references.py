@@ -429,7 +429,7 @@ def _classes(path: Path, arrays: dict[str, np.ndarray], features: torch.Tensor |
     classes = arrays["classes"]
     whole = classes.dtype.kind in "iu" and classes.shape == (len(features),) and len(classes) > 0
     if not whole or classes.min() < 0 or classes.max() >= 1 << 20:
-        raise ValueError(f"reference {path} has classes that are no numbers from 0, one for each of its features")
+        raise ValueError(f"reference {path} has classes that are not numbers from 0, one for each of its features")
     return torch.from_numpy(classes.astype(np.int64))
 
 
@@ -445,7 +445,7 @@ def _count(path: Path, arrays: dict[str, np.ndarray], features: torch.Tensor | N
     if "num" not in arrays:
         return None if features is None else len(features)
     if arrays["num"].ndim or arrays["num"].dtype.kind not in "iu":
-        raise ValueError(f"reference {path} has a num that is no integer, expected the number of images")
+        raise ValueError(f"reference {path} has a num that is not an integer, expected the number of images")
     num = int(arrays["num"])
     if num < 2:
         raise ValueError(f"reference {path} has a num of {num}, expected the number of images, at least 2")

@@ -60,7 +60,9 @@ def resumed_config(state_paths: list[Path], given: Mapping[str, Any]) -> tuple[R
     """
     found = load_newest(state_paths)
     try:
-        saved = RefineConfig.from_dict({**json.loads(found.state["config"]), "time_limit": None})
+        saved = RefineConfig.from_dict(
+            {**json.loads(found.state["config"]), "time_limit": None, "trust_detector": False}
+        )
     except (TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{found.path} holds options that cannot be read: {error}") from None
     _check_unchanged(given, saved)

@@ -123,6 +123,7 @@ REVIEWED = {
 REVIEWED_CALLS = {
     "picture.save(buffer, format='png')",  # memory
     "self.snapshots.save(monitor)",  # its own calls are looked at
+    "claim.rename(path)",  # a folder that was just made
     "save()",  # `save_reference`, likewise
     "save(ctx, inputs, output)",  # tensors of autograd
 }

@@ -57,9 +57,9 @@ ARRAYS = {
     "one negative eigenvalue": ({"sigma": np.diag([1.0, 1.0, 1.0, -0.01])}, "negative eigenvalues"),
     "sigma not symmetric": ({"sigma": np.triu(np.ones((4, 4)))}, "not symmetric"),
     "no features": ({"features": np.zeros((0, 4)), "classes": np.zeros(0, np.int64)}, "N at least 2"),
-    "no classes": ({"features": np.ones((3, 4)), "classes": np.zeros(0, np.int64)}, "has classes that are no"),
-    "many classes": ({"features": np.ones((3, 4)), "classes": np.array([0, 1, 1 << 40])}, "has classes that are no"),
-    "objects": ({"mu": np.array([1, "a"], dtype=object)}, "no plain array"),
+    "no classes": ({"features": np.ones((3, 4)), "classes": np.zeros(0, np.int64)}, "has classes that are not"),
+    "many classes": ({"features": np.ones((3, 4)), "classes": np.array([0, 1, 1 << 40])}, "has classes that are not"),
+    "objects": ({"mu": np.array([1, "a"], dtype=object)}, "not a plain array"),
     "complex": ({"mu": MU.astype(complex)}, "complex"),
 }
 

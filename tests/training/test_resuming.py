@@ -73,6 +73,14 @@ def test_a_state_reaches_for_nothing(begun, tmp_path, capsys, no_way_out, option
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_state_cannot_trust_a_detector_in_the_users_place(begun, tmp_path, capsys, no_way_out):
+    torch.jit.script(torch.nn.Flatten()).save(tmp_path / "program.pt")
+    metric = f"fd10-{tmp_path}/program.pt"
+    change_state(tmp_path / "out", metrics=[metric], ref="digits-reference", trust_detector=True)
+    code, _, err = call(capsys, "--resume=latest", begun[-1], f"--metrics={metric}")
+    assert code == 2 and "can do more than compute" in err and "--trust-detector" in err, err
+
+
 def test_code_that_is_given_again_is_meant(begun, tmp_path, capsys, no_way_out):
     change_state(tmp_path / "out", gan="payload:main")
     code, _, err = call(capsys, "--resume=latest", begun[-1], "--gan=payload:main")

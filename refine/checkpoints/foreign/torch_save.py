@@ -91,7 +91,7 @@ def read_zip(path: Path, stream: BinaryIO, expected: str, budget: int | None = N
 
 
 def load_plain(path: Path) -> Any:
-    """What torch.save wrote, as torch.load would give it: tables, lists, numbers, text, and tensors on the CPU.
+    """What torch.save wrote, as torch.load would give it: tables, lists, numbers, text, bytes, and tensors on the CPU.
 
     Raises:
         ValueError: It is broken, or holds something else; the message does not name the file.
@@ -134,6 +134,8 @@ class _Plain:
             if self._bytes < 0:
                 raise Refused("its tensors take more memory than the file is long")
             return item.read_as_laid_out()
+        if isinstance(item, Blob):
+            return item.read(0, item.length)
         if isinstance(item, Text):
             item.stream.seek(item.offset)
             return item.stream.read(item.length).decode("utf-8")
