@@ -246,4 +246,6 @@ def test_a_run_its_snapshot_and_going_on(here, capsys):
     assert len(generate(f"own_gan:make@{snapshot}", [0, 1], "out", progress=False)) == 3
     again = ("--teacher=teacher.safetensors", *options[:-1], "--desc=again")
     assert call(capsys, f"--gan=own_gan:make@{snapshot}", *again)[0] == 0
-    assert call(capsys, "--resume=runs/00001-again")[0] == 0
+    code, _, err = call(capsys, "--resume=runs/00001-again")
+    assert code == 2 and f"--gan=own_gan:make@{here / snapshot}" in err  # code is imported at the user's word only
+    assert call(capsys, "--resume=runs/00001-again", f"--gan=own_gan:make@{snapshot}")[0] == 0

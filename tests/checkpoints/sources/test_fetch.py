@@ -453,7 +453,7 @@ def test_a_cache_that_others_can_write_to(url, tmp_path):
     record = path.with_name("good.pkl.json")
     record.unlink()
     os.mkfifo(record)
-    assert "is no record of a checksum" in refusal(lambda: fetch(url("good")))
+    assert "is not a record of a checksum" in refusal(lambda: fetch(url("good")))
 
 
 @pytest.mark.parametrize(
