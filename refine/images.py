@@ -36,6 +36,33 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return images.float().mul(127.5).add(128).clamp(0, 255).to(torch.uint8)
 
 
+def clamp_images(x: torch.Tensor) -> torch.Tensor:
+    """Images as they are saved: clamped to [-1, 1], so that a network may learn from what people see of its output.
+
+    A generator leaves black at -1.1 as well as at -0.9; only the second is seen, and only of the second can a teacher
+    say something. A gradient that leads back into the range passes, one that leads further out of it ends here: a
+    pixel that is out of range can come back, and need not be pulled to the bound.
+
+    Args:
+        x: Any shape, floating point.
+    """
+    return _Clamp.apply(x)
+
+
+class _Clamp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.clamp(-1, 1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        # Descent moves x against its gradient.
+        (x,) = ctx.saved_tensors
+        outwards = ((x < -1) & (gradient > 0)) | ((x > 1) & (gradient < 0))
+        return gradient.masked_fill(outwards, 0)
+
+
 def image_grid(images: torch.Tensor, columns: int | None = None) -> torch.Tensor:
     """Tiles images row by row without gaps.
 

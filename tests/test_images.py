@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from refine.images import image_grid, png_bytes, save_image_grid, save_png, to_uint8
+from refine.images import clamp_images, image_grid, png_bytes, save_image_grid, save_png, to_uint8
 
 
 def test_to_uint8_truncates_and_clamps():
@@ -13,6 +13,16 @@ def test_to_uint8_truncates_and_clamps():
         [-1.0, 1.0, 0.0, -5.0, 5.0, -128 / 127.5, -127 / 127.5, (1.99 - 128) / 127.5, (127.6 - 128) / 127.5]
     )
     assert to_uint8(x).tolist() == [0, 255, 128, 0, 255, 0, 1, 1, 127]
+
+
+def test_clamped_images_look_the_same_and_let_gradients_back_into_the_range():
+    x = torch.tensor([-1.5, -1.5, -0.5, -0.5, 1.5, 1.5, -1.0, 1.0], requires_grad=True)
+    gradient = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0, 1.0, -1.0])
+    shown = clamp_images(x)
+    assert torch.equal(to_uint8(shown), to_uint8(x)) and shown.abs().max() == 1
+    shown.backward(gradient)
+    # Descent would take the first pixel further below -1, and the sixth further above 1.
+    assert x.grad.tolist() == [0.0, -1.0, 1.0, -1.0, 1.0, 0.0, 1.0, -1.0]
 
 
 def test_to_uint8_hits_every_level():

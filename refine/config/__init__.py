@@ -181,6 +181,9 @@ class RefineConfig:
     noise_mode: str = option(
         words(("random", "const", "none")), "random", _NOISE, "Noise inputs of the student while training."
     )
+    clamp: bool = option(
+        BOOLEAN, True, _OBJECTIVE, "Judge the student's images as they are saved, clamped to [-1, 1].", formerly=False
+    )
     train: str = option(
         words(("all", "synthesis", "mapping")), "all", _OBJECTIVE, "Which part of the student is trained.",
         aliases=("trainable", "freeze"),

@@ -9,6 +9,7 @@ import torch
 from refine.config import RefineConfig
 from refine.diff_instruct import aux_loss
 from refine.guidance import Guided
+from refine.images import clamp_images
 from refine.networks.bases import Denoiser, Generator
 from refine.noise import SigmaLaw, make_weighting
 from refine.objectives import make_objective
@@ -127,7 +128,7 @@ class Trainer:
         for batch in self.batches.micro_batches():
             with batch.drawing:
                 with torch.set_grad_enabled(keep):
-                    x = self.bridge.images(self._images(self.G, batch.z, batch.c))
+                    x = self._images(self.G, batch.z, batch.c)
                 sigma = self.aux_sigma.sample(len(x), self.device)
                 labels = self.batches.teacher_labels(batch.c, len(x))
                 loss = self._aux_loss(x.detach(), labels, sigma, torch.randn_like(x))
@@ -145,7 +146,7 @@ class Trainer:
             with batch.drawing:
                 fakes = self._kept.pop(0) if self._kept else None
                 if fakes is None:
-                    fakes = Fakes(self.bridge.images(self._images(self.G, batch.z, batch.c)), batch.z, batch.c)
+                    fakes = Fakes(self._images(self.G, batch.z, batch.c), batch.z, batch.c)
                 x, c = fakes.x, fakes.c
                 sigma = self.sigma.sample(len(x), self.device)
                 labels, noise = self.batches.teacher_labels(c, len(x)), torch.randn_like(x)
@@ -175,11 +176,13 @@ class Trainer:
         return aux_loss(aux, x, labels, sigma, noise)
 
     def _images(self, G: Generator, z: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:
-        return G(z, c, **G.accepted(noise_mode=self.config.noise_mode))
+        """A student's images as the teacher takes them."""
+        x = G(z, c, **G.accepted(noise_mode=self.config.noise_mode))
+        return self.bridge.images(clamp_images(x) if self.config.clamp else x)
 
     @torch.no_grad()
     def _distance_gradient(self, G_start: Generator, fakes: Fakes) -> torch.Tensor:
-        gradient = distance_gradient(fakes.x, self.bridge.images(self._images(G_start, fakes.z, fakes.c)))
+        gradient = distance_gradient(fakes.x, self._images(G_start, fakes.z, fakes.c))
         self.means.add("Loss/distances", gradient.square().mean(dim=[1, 2, 3]))
         return gradient
 

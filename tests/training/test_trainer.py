@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from refine.config import RefineConfig
+from refine.diff_instruct import aux_loss
 from refine.networks.edm import EDMPrecond
 from refine.networks.stylegan2 import Generator
 from refine.objectives import REGISTRY
@@ -111,6 +112,30 @@ def test_only_the_chosen_part_moves(tmp_path, train):
     assert moved == {train}
     with pytest.raises(ValueError, match="--train is synthesis"):
         select_parameters(PlainGenerator(), "synthesis")
+
+
+@pytest.mark.parametrize("clamp", [True, False])
+def test_both_networks_see_the_images_as_they_are_saved(tmp_path, monkeypatch, clamp):
+    class Bright(PlainGenerator):
+        def __init__(self):
+            super().__init__(c_dim=3)
+            self.scale = torch.nn.Parameter(torch.tensor(9.0))
+
+        def forward(self, z, c):
+            return self.scale * super().forward(z, c)
+
+    seen = []
+
+    def watched(function, place):
+        return lambda *args: (seen.append(args[place]), function(*args))[1]
+
+    training = make_run(tmp_path / "run", Bright(), clamp=clamp).trainer
+    monkeypatch.setattr("refine.training.trainer.aux_loss", watched(aux_loss, 1))
+    objective = type(training.objective)
+    monkeypatch.setattr(objective, "__call__", watched(objective.__call__, 3))
+    training.step()
+    assert len(seen) == 2
+    assert all((x.abs().max() <= 1) == clamp for x in seen)
 
 
 def test_equal_seeds_give_equal_snapshots(tmp_path):
