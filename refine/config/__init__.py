@@ -41,6 +41,7 @@ __all__ = [
 
 OPS_MODES = ("auto", "native", "ref")  # those of torch_utils.build.custom_ops, without importing it
 OPS_HELP = "Compiled ops: auto = where they are available, native = always, or an error, ref = plain torch."
+WARMUP_STEPS = 100  # aux is of the teacher's size whatever that is, and begins as near to its goal as the pair is close
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 _FILES, _LENGTH, _RATES, _NOISE, _OBJECTIVE, _COVERAGE, _SPEED, _MONITORING, _RESUMING = GROUPS
@@ -99,16 +100,17 @@ class RefineConfig:
         "How many images are computed at once, at most; gradients are accumulated.",
         changeable=True, aliases=("micro-batch", "gradient-accumulation"),
     )
-    lr: float = option(
-        NOT_NEGATIVE, 1e-4, _RATES, "Learning rate of the student (Adam).",
+    lr: float | None = option(
+        optional(NOT_NEGATIVE, "by the kind of network"), None, _RATES, "Learning rate of the student (Adam).",
         changeable=True, aliases=("learning-rate", "glr"),
     )
-    aux_lr: float = option(
-        NOT_NEGATIVE, 1e-4, _RATES, "Learning rate of the auxiliary network (Adam).",
+    aux_lr: float | None = option(
+        optional(NOT_NEGATIVE, "by the kind of network"), None, _RATES,
+        "Learning rate of the auxiliary network (Adam).",
         changeable=True, aliases=("aux-learning-rate", "fake-lr"),
     )
     betas: tuple[float, float] = option(BETAS, (0.0, 0.999), _RATES, "Adam's betas, student.", aliases=("adam-betas",))
-    aux_betas: tuple[float, float] = option(BETAS, (0.0, 0.999), _RATES, "Adam's betas, auxiliary network.")
+    aux_betas: tuple[float, float] = option(BETAS, (0.9, 0.999), _RATES, "Adam's betas, auxiliary network.")
     clip: float | None = option(
         LIMIT, None, _RATES, "Largest norm of the student's gradient; 0 = no limit.", aliases=("grad-clip", "max-norm")
     )
@@ -126,12 +128,14 @@ class RefineConfig:
     )
 
     sigma: SigmaOptions = option(
-        SIGMA_LAW, SigmaOptions(), _NOISE,
+        SIGMA_LAW, SigmaOptions(P_mean=0.4), _NOISE,
         "Noise levels of the student step: lognormal:P_mean,P_std | karras:rho | loguniform.",
     )
-    aux_sigma: SigmaOptions = option(SIGMA_LAW, SigmaOptions(), _NOISE, "Noise levels of the auxiliary step.")
+    aux_sigma: SigmaOptions = option(
+        SIGMA_LAW, SigmaOptions(P_mean=-0.4), _NOISE, "Noise levels of the auxiliary step."
+    )
     objective: str = option(
-        OBJECTIVE, "ikl", _OBJECTIVE,
+        OBJECTIVE, "dmd", _OBJECTIVE,
         "What the student follows: ikl, dmd, sid, sim, or a sum such as ikl:0.7+sid:0.3; see docs/objectives.md.",
         aliases=("loss", "method"),
     )
@@ -155,9 +159,9 @@ class RefineConfig:
         "Stop, and keep no snapshot as the best, below this share of the recall at the start; 0 = never.",
     )
     sigma_init: float = option(POSITIVE, 2.5, _NOISE, "Noise level at which --gan=one-step uses the teacher's U-Net.")
-    aux_steps: int = option(count(1), 1, _LENGTH, "Auxiliary steps per student step.", aliases=("critic-steps",))
-    aux_warmup_kimg: float = option(
-        NOT_NEGATIVE, 0.0, _LENGTH,
+    aux_steps: int = option(count(1), 2, _LENGTH, "Auxiliary steps per student step.", aliases=("critic-steps",))
+    aux_warmup_kimg: float | None = option(
+        optional(NOT_NEGATIVE, f"{WARMUP_STEPS} steps, at most as many as the run has"), None, _LENGTH,
         "Thousands of images for the auxiliary network to learn from first, while the student is frozen.",
         aliases=("aux-warmup", "warmup"),
     )
@@ -315,6 +319,8 @@ class RefineConfig:
     @property
     def warmup_steps(self) -> int:
         """Auxiliary steps before the first student step."""
+        if self.aux_warmup_kimg is None:
+            return min(WARMUP_STEPS, self.num_steps)
         return math.ceil(round(self.aux_warmup_kimg * 1000) / self.batch)
 
     @property

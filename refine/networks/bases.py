@@ -10,12 +10,23 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec
+from typing import Any, NamedTuple, ParamSpec
 
 import torch
 from torch import nn
 
 P = ParamSpec("P")
+
+
+class TrainingRate(NamedTuple):
+    """A learning rate of Adam, and the images per step that it goes with."""
+
+    lr: float
+    batch: int
+
+    def at(self, batch: int) -> float:
+        """The rate for another batch, by the square root: the noise of Adam's steps stays the same."""
+        return self.lr * math.sqrt(batch / self.batch)
 
 
 class Network(nn.Module):
@@ -26,6 +37,11 @@ class Network(nn.Module):
     """
 
     init_kwargs: dict[str, Any]
+
+    @property
+    def training_rate(self) -> TrainingRate:
+        """What networks of this kind and width are trained with from scratch, as published; a guess for others."""
+        return TrainingRate(2e-4, 64)
 
 
 class MixedPrecision(nn.Module):

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from refine.networks.bases import check_choice, records_init_kwargs
+from refine.networks.bases import TrainingRate, check_choice, records_init_kwargs
 from refine.networks.denoiser import Preconditioner, Scalings
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -108,6 +108,10 @@ class DDPMPrecond(Preconditioner):
         self.sigma_min, self.sigma_max = float(sigmas[0]), float(sigmas[-1])
         self.prediction_type = prediction_type
         self.register_buffer("log_sigmas", torch.tensor(np.log(sigmas), dtype=torch.float32), persistent=False)
+
+    @property
+    def training_rate(self) -> TrainingRate:
+        return TrainingRate(2e-4, 128)  # DDPM's for CIFAR-10
 
     def scalings(self, sigma: torch.Tensor) -> Scalings:
         total = 1 + sigma**2

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from refine.networks.bases import check_choice, records_init_kwargs
+from refine.networks.bases import TrainingRate, check_choice, records_init_kwargs
 from refine.networks.denoiser import Preconditioner, Scalings
-from refine.networks.edm_unets import UNETS, LadderUNet
+from refine.networks.edm_unets import UNETS, DhariwalUNet, LadderUNet
 
 
 def edm_scalings(sigma: torch.Tensor, sigma_data: float) -> Scalings:
@@ -45,6 +45,13 @@ class _AroundUNet(Preconditioner):
     @property
     def has_null_label(self) -> bool:
         return self.label_dim > 0 and self.model.label_dropout > 0
+
+    @property
+    def training_rate(self) -> TrainingRate:
+        # EDM's for ImageNet-64 (ADM) and CIFAR-10 (DDPM++); the narrower a network, the larger its steps.
+        if isinstance(self.model, DhariwalUNet):
+            return TrainingRate(1e-4 * 192 / self.init_kwargs.get("model_channels", 192), 4096)
+        return TrainingRate(1e-3 * 128 / self.init_kwargs.get("model_channels", 128), 512)
 
 
 class EDMPrecond(_AroundUNet):

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from refine.networks.bases import check_choice, records_init_kwargs
+from refine.networks.bases import TrainingRate, check_choice, records_init_kwargs
 from refine.networks.denoiser import Preconditioner, Scalings
 from refine.networks.edm import edm_scalings
 from refine.networks.edm_layers import scaled_dot_product
@@ -280,6 +280,10 @@ class Precond(Preconditioner):
         self.sigma_data = sigma_data
         self.logvar_fourier = MPFourier(logvar_channels)
         self.logvar_linear = MPConv(logvar_channels, 1)
+
+    @property
+    def training_rate(self) -> TrainingRate:
+        return TrainingRate(1e-2, 2048)  # EDM2's for the size S: weights are normalised, so that steps are relative
 
     def scalings(self, sigma: torch.Tensor) -> Scalings:
         return edm_scalings(sigma, self.sigma_data)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from refine.networks import ddpm, edm, edm2
-from refine.networks.bases import Denoiser, Generator, records_init_kwargs
+from refine.networks.bases import Denoiser, Generator, TrainingRate, records_init_kwargs
 from refine.networks.denoiser import Preconditioner
 
 DENOISERS: dict[str, Callable[..., Preconditioner]] = {
@@ -60,6 +60,11 @@ class OneStepGenerator(Generator):
             )
         self.sigma_init = sigma_init
         self.train(False)
+
+    @property
+    def training_rate(self) -> TrainingRate:
+        rate = self.denoiser.training_rate
+        return TrainingRate(rate.lr / 10, rate.batch)  # a trained network that is to keep what it knows (measured)
 
     @classmethod
     def from_teacher(cls, teacher: Denoiser, sigma_init: float) -> OneStepGenerator:

@@ -473,6 +473,7 @@ class Generator(bases.Generator):
     noise_modes = NOISE_MODES
     takes_truncation = True
     trainable_parts = ("all", "mapping", "synthesis")
+    training_rate = bases.TrainingRate(2.5e-3, 64)  # StyleGAN2-ADA's: weights are of unit variance at every width
 
     @records_init_kwargs(defaults=True)
     def __init__(

@@ -288,6 +288,7 @@ def _log_networks(run_dir: RunDir, trainer: Trainer) -> None:
     run_dir.log(f"teacher     {config.teacher}, {teacher:,} parameters")
     for line in trainer.bridge.messages(trainer.null_label):
         run_dir.log(f"bridge      {line}")
+    run_dir.log(f"rates       student {trainer.lr:.3g}, auxiliary network {trainer.aux_lr:.3g}")
     threads = f", threads: {torch.get_num_threads()}" if device.type == "cpu" else ""
     run_dir.log(f"computing   {config.precision}{threads}")
     for remark in trainer.remarks:

@@ -81,7 +81,7 @@ class TrainingRun:
         self._say(f"auxiliary warm-up: {steps} steps, the student is frozen")
         with self._progress_bar(steps, trainer.warmup_steps_done, "step", "warm-up") as bar:
             while trainer.warmup_steps_done < steps:
-                trainer.aux_step(trainer.rate_factor * self.config.aux_lr)
+                trainer.aux_step(trainer.rate_factor * trainer.aux_lr)
                 trainer.warmup_steps_done += 1
                 bar.update()
                 if trainer.warmup_steps_done == steps:  # before the last state of the warm-up is saved
@@ -135,8 +135,8 @@ class TrainingRun:
             skipped={name: optimizer.skips.read()[0] for name, optimizer in trainer.optimizers.items()},
             seconds=time.time() - since.wall,
             processor_seconds=time.process_time() - since.processor,
-            lr=trainer.rate_factor * config.lr * config.lr_factor(max(trainer.nimg - config.batch, 0)),
-            aux_lr=trainer.rate_factor * config.aux_lr,
+            lr=trainer.rate_factor * trainer.lr * config.lr_factor(max(trainer.nimg - config.batch, 0)),
+            aux_lr=trainer.rate_factor * trainer.aux_lr,
             memory=peak_memory(trainer.device),
         )
         progress.tick_start = trainer.nimg

@@ -22,6 +22,7 @@ from refine.training.ema import ema_beta, update_ema
 from refine.training.observe import Observer
 from refine.training.optimise import GuardedAdam
 from refine.training.precision import compile_networks, set_precision, training_format
+from refine.training.rates import learning_rates
 from refine.training.regularise import AUGMENT_DIM, Augmentation, set_dropout
 
 
@@ -36,6 +37,7 @@ class Trainer:
 
     Attributes:
         G, aux, teacher: The student, the auxiliary network, the teacher.
+        lr, aux_lr: Their learning rates at full height: those of the options, or what `rates` says of the networks.
         averages: Power-function averages of the student, one per length; none with --average=ema.
         G_ema: The longest of them, or the exponential moving average.
         optimizers: Those of 'student' and 'aux'.
@@ -64,6 +66,7 @@ class Trainer:
         if needed := self.objective.further_networks:
             raise ValueError(f"--objective={config.objective} needs {', '.join(needed)}; expected one without")
         prior = check_label_dist(config.label_dist, student, teacher)
+        self.lr, self.aux_lr = learning_rates(config, student, teacher)
 
         torch.manual_seed(config.seed)
         self.teacher = _copied(teacher, self.device, torch.channels_last).eval().requires_grad_(False)
@@ -110,8 +113,8 @@ class Trainer:
         """The auxiliary steps and the student step of one iteration, and the moving average."""
         for index in range(self.config.aux_steps):
             keep = self.config.reuse_batch and index == self.config.aux_steps - 1
-            self.aux_step(self.rate_factor * self.config.aux_lr, keep)
-        self.student_step(self.rate_factor * self.config.lr * self.config.lr_factor(self.nimg))
+            self.aux_step(self.rate_factor * self.aux_lr, keep)
+        self.student_step(self.rate_factor * self.lr * self.config.lr_factor(self.nimg))
         self._average(before=self.nimg, now=self.nimg + self.config.batch)
         self.nimg += self.config.batch
 

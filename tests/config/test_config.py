@@ -6,7 +6,7 @@ import re
 import pytest
 
 from refine.cli.refine_cmd import make_config
-from refine.config import CHANGEABLE, OPTIONS, PRESETS, RefineConfig, SigmaOptions
+from refine.config import CHANGEABLE, OPTIONS, PRESETS, WARMUP_STEPS, RefineConfig, SigmaOptions
 from refine.config.option import GROUPS, flag
 
 
@@ -56,6 +56,7 @@ def test_options_survive_json():
 
 
 def test_step_counts_and_schedules():
+    assert config(kimg=1.0, batch=300).warmup_steps == 4 and config().warmup_steps == WARMUP_STEPS
     c = config(kimg=1.0, batch=300, aux_warmup_kimg=0.5)
     assert (c.num_steps, c.warmup_steps) == (4, 2)
     assert config(kimg=1, lr_schedule="constant").lr_factor(700) == 1
@@ -79,8 +80,8 @@ def test_every_preset_is_valid_and_holds_what_differs(preset):
 
 def test_a_given_argument_wins_over_the_preset_even_where_it_is_the_default():
     c = config(preset="demo", batch=64, ema_rampup=0.05, metrics=(), sigma={"sigma_max": 10.0})
-    assert (c.batch, c.ema_rampup, c.metrics, c.lr) == (64, 0.05, (), PRESETS["demo"]["lr"])
-    assert c.sigma == SigmaOptions(P_mean=PRESETS["demo"]["sigma"].P_mean, sigma_max=10.0)
+    assert (c.batch, c.ema_rampup, c.metrics, c.tick) == (64, 0.05, (), PRESETS["demo"]["tick"])
+    assert c.sigma == SigmaOptions(P_mean=OPTIONS["sigma"].default.P_mean, sigma_max=10.0)
 
 
 def test_a_saved_run_keeps_its_values_when_its_preset_changes_or_goes(monkeypatch):
@@ -110,7 +111,7 @@ def test_docs_name_what_can_be_changed(root):
 def test_given_options_win_over_the_preset():
     c = make_config({"gan": "g", "teacher": "t", "preset": "demo", "batch": 8, "sigma": "karras:5", "metrics": "none"})
     assert (c.batch, c.sigma.name, c.sigma.rho, c.metrics) == (8, "karras", 5.0, ())
-    assert c.aux_sigma == PRESETS["demo"]["aux_sigma"]
+    assert c.aux_sigma == OPTIONS["aux_sigma"].default and c.tick == PRESETS["demo"]["tick"]
 
 
 def test_sigma_options():

@@ -134,7 +134,7 @@ def test_both_networks_see_the_images_as_they_are_saved(tmp_path, monkeypatch, c
     objective = type(training.objective)
     monkeypatch.setattr(objective, "__call__", watched(objective.__call__, 3))
     training.step()
-    assert len(seen) == 2
+    assert len(seen) == training.config.aux_steps + 1
     assert all((x.abs().max() <= 1) == clamp for x in seen)
 
 
