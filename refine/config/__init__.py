@@ -36,8 +36,10 @@ from refine.config.presets import PRESETS
 
 __all__ = [
     *("CHANGEABLE", "NOT_IN_SNAPSHOTS", "OPS_HELP", "OPS_MODES", "OPTIONS", "PRECISIONS", "PRESETS"),
-    *("RefineConfig", "SigmaOptions"),
+    *("RefineConfig", "SigmaOptions", "TEACHER"),
 ]
+
+TEACHER = "teacher"  # as --ref, images of --teacher; as the detector of --metrics, --teacher itself
 
 OPS_MODES = ("auto", "native", "ref")  # those of torch_utils.build.custom_ops, without importing it
 OPS_HELP = "Compiled ops: auto = where they are available, native = always, or an error, ref = plain torch."
