@@ -36,14 +36,14 @@ def _parse_ranges(_ctx: click.Context, _param: click.Parameter, value: str) -> l
     "--ref",
     required=True,
     metavar="FILE|DIR|NAME",
-    help="What the images are compared with: statistics, a folder or zip of images, or a generator.",
+    help="What the images are compared with: statistics, a folder or zip of images, a generator, or a teacher.",
 )
 @click.option(
     "--detector",
     default="digits",
     show_default=True,
     metavar="FILE|NAME",
-    help="Feature space: digits, inception-2015-12-05, effnet-lite0, or a file with a detector.",
+    help="Feature space: digits, inception-2015-12-05, effnet-lite0, or a file with a detector or a teacher.",
 )
 @click.option(
     "--trust-detector", is_flag=True, help="Run a --detector that is TorchScript, which can do more than compute."

@@ -36,8 +36,10 @@ from refine.config.presets import PRESETS
 
 __all__ = [
     *("CHANGEABLE", "NOT_IN_SNAPSHOTS", "OPS_HELP", "OPS_MODES", "OPTIONS", "PRECISIONS", "PRESETS"),
-    *("RefineConfig", "SigmaOptions"),
+    *("RefineConfig", "SigmaOptions", "TEACHER"),
 ]
+
+TEACHER = "teacher"  # as --ref, images of --teacher; as the detector of --metrics, --teacher itself
 
 OPS_MODES = ("auto", "native", "ref")  # those of torch_utils.build.custom_ops, without importing it
 OPS_HELP = "Compiled ops: auto = where they are available, native = always, or an error, ref = plain torch."
@@ -230,12 +232,14 @@ class RefineConfig:
         aliases=("snapshot", "save-every"),
     )
     metrics: tuple[str, ...] = option(
-        NAMES, (), _MONITORING, "At every snapshot: fid50k_full, is50k, fd5k-<detector> …, or none.", changeable=True,
-        aliases=("metric",),
+        NAMES, (f"fd2k-{TEACHER}",), _MONITORING,
+        "At every snapshot: fid50k_full, is50k, fd5k-<detector> …, or none. The detector teacher is --teacher itself.",
+        changeable=True, aliases=("metric",), formerly=(),
     )
     ref: str | None = option(
-        optional(text("FILE|NAME"), "none"), None, _MONITORING, "Reference statistics of the metrics (.npz).",
-        changeable=True, in_snapshots=False, aliases=("reference",),
+        optional(text("FILE|NAME"), "none"), TEACHER, _MONITORING,
+        "What metrics compare with: statistics (.npz), images, a network; teacher = images of --teacher, drawn once.",
+        changeable=True, in_snapshots=False, aliases=("reference",), formerly=None,
     )
     trust_detector: bool = option(
         BOOLEAN, False, _MONITORING,
@@ -262,8 +266,9 @@ class RefineConfig:
         "Stop in time for the state to be saved, as a batch queue wants it.", changeable=True, in_snapshots=False,
     )
     patience: int = option(
-        count(0), 0, _RESUMING, "Stop after this many snapshots without a better first metric; 0 = never.",
-        changeable=True, in_snapshots=False, aliases=("early-stopping",),
+        count(0), 8, _RESUMING,
+        "Stop after this many snapshots without a better first metric; 0 = never, as where there is no metric.",
+        changeable=True, in_snapshots=False, aliases=("early-stopping",), formerly=0,
     )
     max_skips: int = option(
         count(1), 20, _RESUMING, "Stop after this many steps in a row with NaN or infinite gradients.",
@@ -277,7 +282,7 @@ class RefineConfig:
     # fmt: on
 
     def __post_init__(self) -> None:
-        preset = self._preset_values()
+        preset, asks_for_patience = self._preset_values(), self.patience is not ...
         for name, known in OPTIONS.items():
             value, usual = getattr(self, name), preset.get(name, known.default)
             value = usual if value is ... else known.kind.cast(value, usual)
@@ -286,6 +291,8 @@ class RefineConfig:
             if not known.kind.allows(value):
                 raise ValueError(f"{flag(name)} is {value}; expected {known.kind.expected}")
             object.__setattr__(self, name, value)
+        if not self.metrics and not asks_for_patience:
+            object.__setattr__(self, "patience", 0)
         self._check_combinations()
 
     def _preset_values(self) -> dict[str, Any]:
@@ -309,7 +316,7 @@ class RefineConfig:
             raise ValueError("--keep-recall needs a metric that measures recall: add --metrics and --ref")
         compared = [name for name in self.metrics if not name.startswith("is")]  # an Inception Score needs no other
         if compared and self.ref is None:
-            raise ValueError(f"--metrics={','.join(compared)} needs reference statistics: add --ref=FILE.npz")
+            raise ValueError(f"--metrics={','.join(compared)} needs a reference: add --ref=teacher or --ref=FILE.npz")
 
     @property
     def num_steps(self) -> int:

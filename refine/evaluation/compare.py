@@ -74,7 +74,7 @@ def compare(
         noise_mode: Noise of a StyleGAN2, for the numbers; the pictures always use its constant noise.
         truncation_psi: Truncation of a StyleGAN2.
         also: Further metrics that take longer, of `refine.metrics.registry.ON_REQUEST`, such as 'fdinf' (FID∞).
-        ref_num: Images drawn from a generator that serves as the reference.
+        ref_num: Images drawn from a generator that serves as the reference. Of a teacher there are `num`.
         cache: Keep what was measured of a reference that is images.
         progress: Show a bar with the time left on stderr.
         trust_detector: Run a detector that is TorchScript, a program that can do more than compute.
@@ -100,7 +100,7 @@ def compare(
     check_same_images(sides["before"], sides["after"])
     with option("--outdir"):
         folder = None if outdir is None else check_outdir(outdir)
-    looking = Looking(batch=batch, device=device, num=ref_num, cache=cache, progress=progress)
+    looking = Looking(batch=batch, device=device, num=ref_num, bank=num, cache=cache, progress=progress)
     judge, reference = _load_space(detector, ref, sides["before"].image_shape, looking, trust_detector)
     kinds = _kinds(also, judge, sides)
     job = Job(judge, reference, num, tuple(seed_ranges), kinds, batch, progress)

@@ -104,7 +104,12 @@ def write_html(path: str | os.PathLike, results: dict[str, Any], figures: Mappin
 
 def feature_space_note(results: dict[str, Any]) -> str:
     """One sentence: in which space distances were measured, and whether they are FID."""
-    detector = results["detector"]
+    detector, reference = results["detector"], results.get("reference") or {}
+    if reference.get("teacher"):
+        return (
+            f"Distances are measured in the features of the detector '{detector['name']}', against images of the "
+            f"teacher {reference['name']}. This is not FID: it says nothing of what the teacher itself gets wrong."
+        )
     if detector["fid_basis"]:
         return (
             "Distances are measured in the features of Inception-2015-12-05: this is the FID of the literature "

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from refine.checkpoints import resolve
+from refine.checkpoints import load_teacher, peek, resolve
 from refine.checkpoints.native import load_networks, read_metadata
 from refine.checkpoints.sniff import sniff
 from refine.dnnlib import sha256_of_file
@@ -33,6 +33,7 @@ from refine.metrics.exported import is_exported, load_exported
 from refine.metrics.inception import CLASSES, FEATURES, InceptionNetwork
 from refine.metrics.inception_weights import load_inception
 from refine.metrics.stored import read_stored, tensors_in
+from refine.metrics.teacher_features import TeacherDetector
 
 INCEPTION_SPACE = "inception-2015-12-05"
 
@@ -43,7 +44,7 @@ KNOWN_BY_NAME = ("inception-2015-12-05.pt", "inception-2015-12-05.pkl", "incepti
 
 EXPECTED = (
     "a detector: the Inception-2015-12-05 weights (.pt, .pth, .pkl), a TorchScript or torch.export file, "
-    "a native digits detector, or one of the names digits, inception-2015-12-05, effnet-lite0"
+    "a native digits detector, a teacher, or one of the names digits, inception-2015-12-05, effnet-lite0"
 )
 
 _NAMES = {"digits": "digits-classifier"}  # of detectors → of the index
@@ -180,8 +181,9 @@ def load_detector(path_or_name: str | os.PathLike, trust: bool = False) -> Detec
     Args:
         path_or_name: A file or URL: the Inception-2015-12-05 weights as NVIDIA's TorchScript or pickle or as
             pytorch-fid's state dict, any TorchScript or torch.export file that maps uint8 [N, C, H, W] to features, or
-            a native file that holds a detector. Or a name: 'digits' (the shipped classifier), 'inception-2015-12-05'
-            (pytorch-fid's file, downloaded once), 'effnet-lite0' (ImageNet weights of a Python package).
+            a native file that holds a detector, or a teacher (`refine.metrics.teacher_features`). Or a name: 'digits'
+            (the shipped classifier), 'inception-2015-12-05' (pytorch-fid's file, downloaded once), 'effnet-lite0'
+            (ImageNet weights of a Python package).
         trust: Whether the caller knows where a TorchScript file comes from.
 
     Raises:
@@ -201,6 +203,8 @@ def load_detector(path_or_name: str | os.PathLike, trust: bool = False) -> Detec
                 f"--trust-detector"
             )
         return ModuleDetector(_load_torchscript(path), path.name, sha256_of_file(path))
+    if found.kind in ("torch", "pickle", "safetensors") and holds_teacher(path):
+        return _load_teacher(path)
     if found.kind in ("torch", "pickle"):
         return _load_inception(path)
     if found.kind == "zip" and is_exported(path):
@@ -236,10 +240,12 @@ class FeatureSpace(NamedTuple):
     Attributes:
         name: For people.
         is_fid: Whether it is that of the Inception-2015-12-05 weights, whose distances are called FID.
+        against_teacher: Whether what is compared with is images of a teacher, not of the data.
     """
 
     name: str
     is_fid: bool
+    against_teacher: bool = False
 
     @property
     def slug(self) -> str:
@@ -247,18 +253,21 @@ class FeatureSpace(NamedTuple):
         return _slug(self.name)
 
 
-def space_of(detector: Detector) -> FeatureSpace:
-    return FeatureSpace(detector.space, detector.fid_basis is not None)
+def space_of(detector: Detector, against_teacher: bool = False) -> FeatureSpace:
+    return FeatureSpace(detector.space, detector.fid_basis is not None, against_teacher)
 
 
 def space_of_results(results: Mapping[str, Any]) -> FeatureSpace:
     """The space that results of `evaluate`, or of a comparison, were measured in."""
-    return FeatureSpace(results["detector"]["space"], results["detector"]["fid_basis"] is not None)
+    detector, reference = results["detector"], results.get("reference") or {}
+    return FeatureSpace(detector["space"], detector["fid_basis"] is not None, reference.get("teacher", False))
 
 
-def _load_native(path: Path) -> DigitsDetector:
+def _load_native(path: Path) -> Detector:
     names = read_metadata(path).get("networks", {})
     network = load_networks(path)["detector"] if "detector" in names else None
+    if network is None and holds_teacher(path):
+        return _load_teacher(path)
     if not isinstance(network, DigitsDetector):
         raise ValueError(f"{path} holds {', '.join(names) or 'no networks'}, expected a detector")
     network.sha256 = sha256_of_file(path)
@@ -273,6 +282,19 @@ def _load_torchscript(path: Path) -> torch.jit.ScriptModule:
     except RuntimeError as error:
         reason = (str(error).strip().splitlines() or ["no reason given"])[0][:150]
         raise ValueError(f"{path} is a TorchScript file that torch {torch.__version__} cannot read: {reason}") from None
+
+
+def holds_teacher(path: Path) -> bool:
+    """Whether a file is one that `load_teacher` reads, as far as its header or pickle tells."""
+    try:
+        peek(path, "teacher")
+    except ValueError:
+        return False
+    return True
+
+
+def _load_teacher(path: Path) -> TeacherDetector:
+    return TeacherDetector(load_teacher(path), sha256_of_file(path))
 
 
 def _load_inception(path: Path) -> InceptionDetector:

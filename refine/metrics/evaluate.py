@@ -99,7 +99,8 @@ def measure(
 
 def _numbers(metrics: Sequence[Metric], sample: Sample) -> Measurement:
     """What the metrics found, under the keys of this feature space."""
-    keys = {row.name: key for key, row in rows_in(space_of(sample.detector), beside=True).items()}
+    space = space_of(sample.detector, sample.reference is not None and sample.reference.is_teacher)
+    keys = {row.name: key for key, row in rows_in(space, beside=True).items()}
     found = Measurement({})
     for metric in metrics:
         values, contributions = metric.compute(sample)
@@ -194,8 +195,9 @@ def describe_detector(detector: Detector) -> dict[str, Any]:
 
 
 def describe_reference(reference: Reference) -> dict[str, Any]:
-    """JSON-able: name, sha256, num, form."""
-    return {"name": reference.name, "sha256": reference.sha256, "num": reference.num, "form": reference.form}
+    """JSON-able: name, sha256, num, form; and teacher, which is True, where it is images of one."""
+    facts = {"name": reference.name, "sha256": reference.sha256, "num": reference.num, "form": reference.form}
+    return {**facts, "teacher": True} if reference.is_teacher else facts
 
 
 def library_versions() -> dict[str, str]:

@@ -24,6 +24,9 @@ DetectorNeed = Literal["features", "probabilities", "judgement"]
 #: When a comparison measures it: always; where both networks have classes; when it is asked for, as it takes longer.
 Occasion = Literal["always", "classes", "asked"]
 
+#: At the end of names of numbers in a feature space that were measured against images of a teacher.
+VS_TEACHER = "-vs-teacher"
+
 
 def _check(what: str, found: str, expected: Any) -> None:
     if found not in get_args(expected):
@@ -54,6 +57,7 @@ class Row:
         beside: Name of the row that this number accompanies, such as its standard deviation; it then stands in results
             and logs as that row's key with the rest of the name behind it, and is neither compared nor shown.
         aspect: What a change of it shows, in one word for the summary of a comparison; empty = not mentioned there.
+        needs_reference: Whether its name has to say so where it was compared with images of a teacher.
         in_curve: Whether the curve of a run shows it beside the leading distance; only for shares between 0 and 1.
     """
 
@@ -65,16 +69,20 @@ class Row:
     beside: str | None = None
     aspect: str = ""
     in_curve: bool = False
+    needs_reference: bool = True
 
     def __post_init__(self) -> None:
         _check(f"the direction of {self.name}", self.direction, Direction)
 
     def key(self, space: FeatureSpace) -> str:
-        """What results call the number in this space: fid or fd_digits, precision, is_digits_std."""
+        """What results call the number in this space: fid or fd_digits, precision, is_digits_std, and
+        fd_digits-vs-teacher where images of a teacher stand for the data, which is never called FID."""
         stem = self.beside or self.name
         key = stem
         if self.in_space:
-            key = (self.fid_name or stem) if space.is_fid else f"{stem}_{space.slug}"
+            vs_teacher = space.against_teacher and self.needs_reference
+            key = (self.fid_name or stem) if space.is_fid and not vs_teacher else f"{stem}_{space.slug}"
+            key += VS_TEACHER if vs_teacher else ""
         return key + self.name.removeprefix(stem)
 
 

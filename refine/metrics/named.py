@@ -2,11 +2,14 @@
 
 A name is `<kind><N>[k][_full][-<detector>]`. The kind says what leads the results; N is a number of images, `k` counts
 thousands; `_full` is what NVIDIA's tools add where the reference is the whole training set, and changes nothing here:
-the reference is the one that is given. Without a detector it is Inception-2015-12-05.
+the reference is the one that is given. Without a detector it is Inception-2015-12-05. In a run, `teacher` is
+its own teacher as a detector (`refine.metrics.teacher_features`), and images of that as a reference.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from refine.config import TEACHER
 from refine.metrics.detectors import INCEPTION_SPACE, load_detector, space_of
 from refine.metrics.evaluate import evaluate
-from refine.metrics.metric import Direction, Metric
+from refine.metrics.metric import VS_TEACHER, Direction, Metric
 from refine.metrics.pipeline import my_share, rank_and_world
-from refine.metrics.references import Looking, Reference, load_reference
+from refine.metrics.references import Looking, NotDrawn, Reference, load_reference
 from refine.metrics.registry import METRICS
 from refine.metrics.sampling import sample_images, with_progress
 from refine.networks.bases import Generator
@@ -50,6 +54,11 @@ class NamedMetric:
         device: Where images of a reference are looked at.
         batch: Images per batch.
         cache: Keep the statistics of a reference that is images.
+        trust: Run a detector that is TorchScript.
+        teacher: The file that `teacher` means, as the detector and as the reference; None = it means nothing.
+        draw: Draw images of a teacher that is the reference, where they are not there; without them nothing can be
+            measured, but everything else is checked.
+        progress: Show a bar while images of the reference are drawn and looked at.
 
     Attributes:
         name: As given, a detector's path shortened to its file's name: fit for file names and tags.
@@ -73,6 +82,9 @@ class NamedMetric:
         batch: int = 100,
         cache: bool = True,
         trust: bool = False,
+        teacher: str | os.PathLike | None = None,
+        draw: bool = True,
+        progress: bool = False,
     ):
         kind, self.num, detector = _parsed(name)
         self.metric = _NAMED[kind]
@@ -80,21 +92,28 @@ class NamedMetric:
         if detector is not None and "/" in detector:
             self.name = name.removesuffix(detector) + Path(detector).stem
         self.direction, self._batch = self.metric.rows[0].direction, batch
-        self._detector = load_detector(detector or INCEPTION_SPACE, trust)
+        self._detector = load_detector(_meant(detector, teacher, name) or INCEPTION_SPACE, trust)
         if kind != self.metric.name and not self._detector.fid_basis:
             found = f"{self._detector.name} (sha256 {self._detector.sha256[:12]}…)"
             raise ValueError(
                 f"{name} is measured with Inception-2015-12-05 only, found {found}; "
                 f"expected {self.metric.name}{self.num}-…"
             )
-        self.key = self.metric.rows[0].key(space_of(self._detector))
         self._reference: Reference | None = None
+        if reference == TEACHER and self.metric.reference == "nothing":
+            reference = None  # no images are drawn for a metric that would not look at them
         if reference is not None:
-            looking = Looking(batch=batch, device=device, cache=cache)
-            self._reference = load_reference(reference, self._detector.to(device), looking)
+            looking = Looking(batch, device, bank=self.num, draw=draw, cache=cache, progress=progress)
+            with contextlib.suppress(NotDrawn):
+                meant = _meant(reference, teacher, f"the reference of {name}")
+                self._reference = load_reference(meant, self._detector.to(device), looking)
         elif self.metric.reference != "nothing":
             raise ValueError(f"{name} needs a reference to compare with")
-        if not self.metric.is_possible(self._detector, self._reference):
+        against_teacher = self._reference is not None and self._reference.is_teacher
+        if against_teacher and kind != self.metric.name:
+            self.name += VS_TEACHER  # files and tags, too, say that it is no FID
+        self.key = self.metric.rows[0].key(space_of(self._detector, against_teacher))
+        if draw and not self.metric.is_possible(self._detector, self._reference):
             where = "" if self._reference is None else f", but {self._reference.name} holds none of them"
             raise ValueError(f"{name} needs {self.metric.reference} of the reference{where}")
 
@@ -122,6 +141,15 @@ class NamedMetric:
         if self.key not in results:
             raise ValueError(f"{self.name} could not be measured: {detector.name} and the reference do not allow it")
         return {**results, "seeds": f"0-{self.num - 1}"}
+
+
+def _meant(text: str | None, teacher: str | os.PathLike | None, what: str) -> Any:
+    """The file or name that a detector or reference is, where it may be the teacher of a run."""
+    if text != TEACHER:
+        return text
+    if teacher is None:
+        raise ValueError(f"{what} is measured with the teacher of a run; outside of one, name its file")
+    return teacher
 
 
 def detector_of(name: str) -> str:

@@ -3,8 +3,8 @@
 Statistics, told apart by their keys: `mu, sigma` (EDM, pytorch-fid, clean-fid, torch-fidelity's caches, also inside
 ADM's reference batches), `raw_mean, raw_cov, num_items` or `all_features` (StyleGAN's caches), `feats` (clean-fid's for
 KID), and our own richer form with `num, features, detector, detector_sha256`. Images, which a detector has yet to look
-at: a folder, a zip with or without dataset.json, ADM's samples (`arr_0`), or another generator. What comes of images is
-cached by their content.
+at: a folder, a zip with or without dataset.json, ADM's samples (`arr_0`), another generator, or a
+teacher, whose images are drawn once (`refine.metrics.bank`). What comes of images is cached by their content.
 
 With features the kernel distance, precision and recall can be computed; with a mean and a covariance the Fréchet
 distance only. Covariances are divided by N − 1, as EDM's are; StyleGAN divides by N, and its caches hold sums, so they
@@ -27,12 +27,14 @@ import numpy as np
 import torch
 
 from refine.checkpoints import archives, load_generator, resolve
+from refine.checkpoints.foreign.diffusers_folder import find_weights
 from refine.checkpoints.pickles.inert import Refused
 from refine.checkpoints.sniff import Sniffed, sniff
 from refine.checkpoints.sources.fetch import cache_dir
 from refine.dnnlib import distrust, keep_from_others, make_folder, replaced_atomically, sha256_of_file
 from refine.errors import describe_os_error
-from refine.metrics.detectors import Detector
+from refine.metrics.bank import NUM_STEPS, Bank, describe_bank, teacher_bank
+from refine.metrics.detectors import Detector, holds_teacher
 from refine.metrics.image_sets import ImageSet, SampleArray
 from refine.metrics.pipeline import gathered, my_share, prefetched, rank_and_world
 from refine.metrics.sampling import Batch, sample_images
@@ -48,7 +50,7 @@ MAX_WIDTH = 8192  # features; detectors in use have up to 4096
 _ROUNDING = 1e-5
 _CACHE_VERSION = 1
 _STATISTICS = "statistics (.npz with mu and sigma, a StyleGAN or torch-fidelity cache), images (folder, zip, .npz of"
-EXPECTED = f"{_STATISTICS} samples), or a generator"
+EXPECTED = f"{_STATISTICS} samples), a generator, or a teacher"
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Reference:
         form: In words, what the file was.
         classes: int64 [num], the classes of the images that the features are of, or None.
         images: The images themselves where they can be read again, or None.
+        is_teacher: Whether the images are of a teacher, which stands for the data.
     """
 
     name: str
@@ -80,6 +83,7 @@ class Reference:
     form: str = "statistics"
     classes: torch.Tensor | None = None
     images: ImageSet | SampleArray | None = None
+    is_teacher: bool = False
 
     def check_detector(self, detector: Detector) -> None:
         """Raises ValueError if features of this detector cannot be compared with this reference."""
@@ -103,6 +107,8 @@ class Looking:
         batch: Images per batch.
         device: Where the detector is.
         num: How many images are drawn from a generator that serves as the reference.
+        bank: How many images there are of a teacher that serves as the reference; at least 2.
+        draw: Whether these may be drawn; if not, `NotDrawn` is raised.
         cache: Keep what was measured, and use what was kept. Off = measure again, keep nothing.
         progress: Show a bar with the time left on stderr.
     """
@@ -110,8 +116,14 @@ class Looking:
     batch: int = 100
     device: torch.device | str = "cpu"
     num: int = 50_000
+    bank: int = 2000
+    draw: bool = True
     cache: bool = True
     progress: bool = False
+
+
+class NotDrawn(Exception):
+    """Images of a teacher would be needed, which `Looking.draw` did not want."""
 
 
 def load_reference(
@@ -121,11 +133,12 @@ def load_reference(
 
     Args:
         path_or_name: A file, folder, URL, or a name of pretrained/index.toml.
-        detector: Needed where the reference is images or a generator; otherwise what it is checked against.
+        detector: Needed where the reference is images, a generator or a teacher; otherwise what it is checked against.
         looking: How such images are looked at. None = the defaults.
 
     Raises:
         ValueError: It does not exist, is none of the known forms, or does not fit the detector.
+        NotDrawn: See `Looking`.
     """
     try:
         return _load(path_or_name, detector, looking or Looking())
@@ -135,7 +148,7 @@ def load_reference(
 
 def _load(path_or_name: str | os.PathLike, detector: Detector | None, looking: Looking) -> Reference:
     text = os.fspath(path_or_name)
-    if os.path.isdir(text):
+    if os.path.isdir(text) and not _is_network(text):
         return _measured(ImageSet(Path(text)), Path(text), "folder of images", detector, looking)
     path = resolve(path_or_name)
     found = sniff(path)
@@ -232,7 +245,7 @@ def _from_statistics(path: Path, statistics: FeatureStatistics, form: str) -> Re
 
 
 def _from_checkpoint(path: Path, found: Sniffed, detector: Detector | None, looking: Looking) -> Reference:
-    """Cached statistics in a pickle or `.pt`, otherwise a generator, whichever it is."""
+    """Cached statistics in a pickle or `.pt`, otherwise a generator or a teacher, whichever it is."""
     if found.kind in ("pickle", "torch"):
         value = None
         with contextlib.suppress(ValueError):  # what cannot be read as plain arrays is perhaps a generator
@@ -242,8 +255,19 @@ def _from_checkpoint(path: Path, found: Sniffed, detector: Detector | None, look
     try:
         G = load_generator(path)
     except ValueError as error:
+        if holds_teacher(path):
+            return _of_teacher(path, detector, looking)
         raise ValueError(f"reference {path} is {found.description}; expected {EXPECTED} ({error})") from None
     return _of_generator(G, path, detector, looking)
+
+
+def _is_network(folder: str) -> bool:
+    """Whether a folder is not one of images, but of a diffusion model."""
+    try:
+        find_weights(folder)
+    except ValueError:
+        return False
+    return True
 
 
 def _from_table(path: Path, value: Any) -> Reference | None:
@@ -307,7 +331,7 @@ def _measured(
     def batches() -> Iterator[Batch]:
         return images.batches(looking.batch, my_share(range(len(images)), looking.batch))
 
-    reference = _cached(path, images.sha256(), len(images), batches, detector, looking, images.classes)
+    reference = _cached(path, images.sha256(), len(images), batches, detector, looking, lambda: images.classes)
     return replace(reference, form=form, images=images)
 
 
@@ -321,8 +345,27 @@ def _of_generator(G: Generator, path: Path, detector: Detector | None, looking: 
         return sample_images(G.to(looking.device), share, batch=looking.batch, device=looking.device)
 
     content = f"{sha256_of_file(path)} {looking.num} {looking.batch}"
-    reference = _cached(path, content, looking.num, batches, detector, looking, None)
+    reference = _cached(path, content, looking.num, batches, detector, looking, lambda: None)
     return replace(reference, sha256=sha256_of_file(path), form=f"generator, {looking.num} images")
+
+
+def _of_teacher(path: Path, detector: Detector | None, looking: Looking) -> Reference:
+    if detector is None:
+        raise ValueError(f"reference {path} is a teacher, whose images need a detector to be looked at")
+    if not looking.draw:
+        raise NotDrawn
+    banks: list[Bank] = []
+
+    def batches() -> Iterator[Batch]:  # the bank is drawn here and now: all processes together, and in this thread
+        how: dict[str, Any] = {"batch": looking.batch, "device": looking.device, "progress": looking.progress}
+        banks.append(teacher_bank(path, looking.bank, cache=looking.cache, **how))
+        return banks[0].batches(looking.batch, my_share(range(looking.bank), looking.batch))
+
+    content = f"{describe_bank(path, looking.bank)} {looking.batch}"
+    classes = lambda: banks[0].classes  # noqa: E731
+    reference = _cached(path, content, looking.bank, batches, detector, looking, classes)
+    form = f"teacher, {looking.bank} images, {NUM_STEPS} Heun steps"
+    return replace(reference, sha256=sha256_of_file(path), form=form, is_teacher=True)
 
 
 def _cached(
@@ -332,9 +375,12 @@ def _cached(
     batches: Callable[[], Iterator[Batch]],
     detector: Detector,
     looking: Looking,
-    classes: torch.Tensor | None,
+    classes_of_images: Callable[[], torch.Tensor | None],
 ) -> Reference:
-    """What was measured of these images before, or is now; `content` tells them apart from others."""
+    """What was measured of these images before, or is now; `content` tells them apart from others.
+
+    The classes are asked for once the images have been looked at.
+    """
     key = json.dumps([_CACHE_VERSION, content, detector.sha256, detector.name, detector.resize, num])
     target = cache_dir() / "metrics" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
     kept = _kept(target, num, detector) if looking.cache else None
@@ -342,6 +388,7 @@ def _cached(
     if kept is not None and everywhere:
         return replace(kept, name=path.name, sha256=content)
     statistics = _look(batches(), num, path.name, detector, looking)
+    classes = classes_of_images()
     labels = {} if classes is None else {"classes": classes.numpy()}
     if looking.cache and rank_and_world()[0] == 0:
         _keep(target, lambda: save_reference(target, statistics, detector, **labels))
@@ -392,7 +439,9 @@ def _look(batches: Iterator[Batch], num: int, name: str, detector: Detector, loo
 
     statistics: FeatureStatistics | None = None
     shown = looking.progress and rank_and_world()[0] == 0
-    with tqdm(total=num, unit="img", desc=f"reference {name}", disable=not shown) as bar:
+    interval = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file wants few lines
+    options: dict[str, Any] = {"unit": "img", "disable": not shown, "mininterval": interval}
+    with tqdm(total=num, desc=f"reference {name}", **options) as bar:
         for images, _ in prefetched(batches):
             try:
                 features = detector(images.to(looking.device))

@@ -148,6 +148,22 @@ class Denoiser(Network, ABC):
             D_x, float32, the shape of x.
         """
 
+    def encode(self, x: torch.Tensor, sigma: float) -> list[torch.Tensor]:
+        """What the network sees in images: the spatial means of its activations at the end of each resolution of its
+        encoder, from fine to coarse. Without a label, in float32.
+
+        Args:
+            x: As for `forward`.
+            sigma: A noise level, of which the nearest is taken that the network knows.
+
+        Returns:
+            For each resolution float32 (N, C of that resolution).
+
+        Raises:
+            ValueError: The network has no such encoder, or knows no missing label.
+        """
+        raise ValueError(f"a {type(self).__name__} has no encoder whose activations could be features")
+
 
 def records_init_kwargs(*, defaults: bool) -> Callable[[Callable[P, None]], Callable[P, None]]:
     """Decorate a `Network`'s `__init__` so that its arguments end up in `init_kwargs`.

@@ -139,6 +139,11 @@ class DDPMPrecond(Preconditioner):
         with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
             return self.inner(x, time, class_labels=classes).sample
 
+    def _ends_of_encoder(self) -> list[nn.Module]:
+        """Before the layer that halves the resolution, which belongs to the same block here."""
+        blocks = getattr(self.inner, "down_blocks", ())
+        return [(getattr(block, "attentions", None) or block.resnets)[-1] for block in blocks]
+
     def _classes(self, class_labels: torch.Tensor | None, n: int) -> torch.Tensor | None:
         """One-hot rows as the indices that the U-Net takes."""
         if class_labels is None:

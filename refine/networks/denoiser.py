@@ -8,7 +8,7 @@ The four scalings say how F was trained; a family of diffusion models is a subcl
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -16,6 +16,10 @@ from torch import nn
 from refine.networks.bases import Denoiser, MixedPrecision
 
 Scalings: TypeAlias = "tuple[torch.Tensor | float, torch.Tensor | float, torch.Tensor | float, torch.Tensor]"
+
+
+class _EncoderIsDone(Exception):
+    """Raised at the end of an encoder where the rest of the network is not needed."""
 
 
 class Preconditioner(Denoiser, MixedPrecision):
@@ -82,6 +86,41 @@ class Preconditioner(Denoiser, MixedPrecision):
         c_skip, c_out, c_in, c_noise = self.scalings(sigma)
         F_x = self._evaluate(c_in * x, c_noise.flatten(), labels, augment_labels, self._dtype(x, force_fp32))
         return c_skip * x + c_out * F_x[:, : self.img_channels].to(torch.float32)
+
+    def encode(self, x: torch.Tensor, sigma: float) -> list[torch.Tensor]:
+        """See `Denoiser.encode`. The decoder is not run."""
+        ends = self._ends_of_encoder()
+        if not ends:
+            return super().encode(x, sigma)
+        level = self.round_sigma(min(max(sigma, self.sigma_min), self.sigma_max))
+        means: dict[nn.Module, torch.Tensor] = {}
+
+        def note(end: nn.Module, _: Any, output: torch.Tensor) -> None:
+            means[end] = output.to(torch.float32).mean(dim=(2, 3))
+            if end is ends[-1]:
+                raise _EncoderIsDone
+
+        hooks = [end.register_forward_hook(note) for end in ends]
+        try:
+            self(x, level, force_fp32=True)
+        except _EncoderIsDone:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [means[end] for end in ends]
+
+    def _ends_of_encoder(self) -> list[nn.Module]:
+        """The last layer of each resolution of F's encoder, from fine to coarse; none where F has no such encoder.
+
+        Layers in `enc` of the published U-Nets of EDM and EDM2 are called '32x32_block0'; those of auxiliary paths,
+        such as '16x16_aux_skip', come before the blocks.
+        """
+        layers = getattr(self.inner, "enc", None)
+        if not isinstance(layers, nn.ModuleDict):
+            return []
+        ends = {name.partition("_")[0]: layer for name, layer in layers.items() if "_aux_" not in name}
+        return list(ends.values())
 
     def _evaluate(
         self, x: torch.Tensor, c_noise: torch.Tensor, class_labels: torch.Tensor | None,

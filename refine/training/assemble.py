@@ -14,7 +14,7 @@ import refine
 from refine.checkpoints import load_generator, load_teacher, peek, source_file
 from refine.checkpoints.export import can_write_like
 from refine.checkpoints.sources import custom
-from refine.config import CHANGEABLE, OPTIONS, RefineConfig
+from refine.config import CHANGEABLE, OPTIONS, TEACHER, RefineConfig
 from refine.config.option import flag
 from refine.device import choose_device, choose_ops
 from refine.dnnlib import check_outdir, sha256_of_file
@@ -34,6 +34,7 @@ from refine.training.best import mend_best
 from refine.training.loop import TrainingRun
 from refine.training.monitor import Monitor
 from refine.training.regularise import set_dropout
+from refine.training.report import result_line
 from refine.training.resuming import ONE_STEP, Resumed, absolute_place, resumed_config
 from refine.training.run_dir import RunDir, create_run_dir, next_run_dir
 from refine.training.stopping import StopRequests
@@ -139,8 +140,9 @@ def _run_together(config: RefineConfig, resumed: Resumed | None, device_name: st
         pair = _load_pair(config)
     check_origins_alike(pair.origins)
     _check_against_options(pair, config)
-    with option("--metrics"), sharing():  # all processes look at the images of --ref
-        metrics = [NamedMetric(name, config.ref, device=device, trust=config.trust_detector) for name in config.metrics]
+    if resumed is not None:
+        resumed.check_files(_checksums(config, pair, []))  # before images of another teacher are drawn
+    metrics = _load_metrics(config, pair, device, dry_run)
     distributed.wait_for_main()
     files = _checksums(config, pair, metrics)
     if resumed is not None:
@@ -192,12 +194,22 @@ def _load_pair(config: RefineConfig) -> _Pair:
     return _Pair(student, teacher, student_path or teacher_path, teacher_path)
 
 
+def _load_metrics(config: RefineConfig, pair: _Pair, device: torch.device, dry_run: bool) -> list[NamedMetric]:
+    """With what they compare with: all processes look at the images of --ref, and draw those of the teacher."""
+    options: dict[str, Any] = {"device": device, "trust": config.trust_detector, "teacher": pair.teacher_path}
+    options |= {"draw": not dry_run, "progress": True}
+    with option("--metrics"), sharing():
+        return [NamedMetric(name, config.ref, **options) for name in config.metrics]
+
+
 def _checksums(config: RefineConfig, pair: _Pair, metrics: list[NamedMetric]) -> dict[str, str]:
     """SHA-256 of the files that a run which is resumed must find again, by option; code of the user's may change."""
     files = {"teacher": pair.origins["teacher"]["sha256"]}
     reference = custom.parse(config.gan)
     if config.gan != ONE_STEP and (reference is None or reference.file):
         files["gan"] = pair.origins["student"]["sha256"]
+    if config.ref == TEACHER:  # is among them already
+        return files
     if digest := next((metric.reference_sha256 for metric in metrics if metric.reference_sha256), None):
         files["ref"] = digest
     return files
@@ -286,6 +298,9 @@ def _log_networks(run_dir: RunDir, trainer: Trainer) -> None:
     )
     run_dir.log(f"student     {config.gan}, {student:,} parameters to train, on {device}")
     run_dir.log(f"teacher     {config.teacher}, {teacher:,} parameters")
+    judged = config.metrics and config.ref not in (None, TEACHER)
+    judge = f"; snapshots are judged against {config.ref}" if judged else ""
+    run_dir.log(f"data        data-free: the student learns from the teacher alone{judge}")
     for line in trainer.bridge.messages(trainer.null_label):
         run_dir.log(f"bridge      {line}")
     run_dir.log(f"rates       student {trainer.lr:.3g}, auxiliary network {trainer.aux_lr:.3g}")
@@ -307,7 +322,8 @@ def _train(training: TrainingRun, run_dir: RunDir, resumed: bool) -> int | None:
         monitor.close()
     if stopped is not None:
         return stopped
-    if (best := training.snapshots.standing.best) is not None:
-        run_dir.log(f"best        {best.snapshot}: {best.metric} {best.value:.4g} at {best.kimg:.1f} kimg")
+    snapshots = training.snapshots
+    if snapshots.metrics and distributed.is_main():
+        run_dir.log(result_line(run_dir.path, snapshots.metrics[0], snapshots.standing.best, training.progress.elapsed))
     run_dir.log(f"done; watch it with  tensorboard --logdir={run_dir.path}")
     return None

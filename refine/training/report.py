@@ -1,12 +1,17 @@
-"""The progress line of a tick, what goes into TensorBoard and stats.jsonl, and the last line of a run."""
+"""The progress line of a tick, what goes into TensorBoard and stats.jsonl, and the last lines of a run."""
 
+import json
 import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from refine.config import RefineConfig
 from refine.dnnlib import format_time
+from refine.metrics.metric import is_better
+from refine.metrics.named import NamedMetric
+from refine.metrics.registry import METRICS
 from refine.training.snapshots import Best
 from refine.training.stopping import StopReason
 
@@ -96,3 +101,43 @@ def last_line(reason: StopReason, nimg: int, config: RefineConfig, best: Best | 
     if reason == StopReason.RECALL_LOST:
         return f"less than {config.keep_recall:g} of the recall at the start is left: done"
     return None
+
+
+def result_line(folder: Path, metric: NamedMetric, best: Best | None, elapsed: float) -> str:
+    """What a run gained by its first metric, at what cost, and which network to take.
+
+    Args:
+        folder: Of the run, where the metric's numbers are.
+        metric: The first one.
+        best: The best snapshot.
+        elapsed: Seconds of the run.
+    """
+    measured = _measured(folder, metric.name)
+    before = measured.get("init", {})
+    if best is None:
+        return "result      nothing to choose from: no snapshot was measured and kept as the best"
+    after = measured.get(best.snapshot, {}) if best.metric == metric.name else {}
+    file, time = "network-snapshot-best.safetensors", format_time(elapsed)
+    length = after.get("average_length")
+    which = f"average {length:g}, {best.kimg:.1f} kimg" if length is not None else f"{best.kimg:.1f} kimg"
+    if metric.key not in after:
+        return f"result      {best.metric} {best.value:.3g} at best, in {time}; take {file} ({best.kimg:.1f} kimg)"
+    if metric.key not in before:
+        now = f"{metric.key} {after[metric.key]:.3g}, not measured at the start"
+        return f"result      {now}, in {time}; take {file} ({which})"
+    shares = [row.name for one in METRICS for row in one.rows if row.in_curve and row.name != metric.key]
+    pairs = [f"{metric.key} {before[metric.key]:.3g} → {after[metric.key]:.3g}"]
+    pairs += [f"{key} {before[key]:.3f} → {after[key]:.3f}" for key in shares if key in before and key in after]
+    numbers = f"{', '.join(pairs)} in {time}"
+    if not is_better(metric.direction, after[metric.key], before[metric.key]):
+        return f"result      nothing gained: {numbers} at best ({which}); keep the generator as it came"
+    return f"result      {numbers}; take {file} ({which})"
+
+
+def _measured(folder: Path, name: str) -> dict[str, dict[str, Any]]:
+    """Snapshot → its numbers, as the run wrote them; 'init' is the student as it came."""
+    path, found = folder / f"metric-{name}.jsonl", {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        row = json.loads(line)
+        found[row["snapshot"]] = row["results"]
+    return found

@@ -17,7 +17,7 @@ from refine.checkpoints.sources import custom
 from refine.checkpoints.sources.fetch import is_url
 from refine.checkpoints.sources.index import resolve
 from refine.checkpoints.sources.reach import reach_of
-from refine.config import CHANGEABLE, OPTIONS, RefineConfig
+from refine.config import CHANGEABLE, OPTIONS, TEACHER, RefineConfig
 from refine.config.option import flag
 from refine.metrics.named import detector_of
 from refine.training.state import FoundState, load_newest
@@ -69,6 +69,10 @@ def resumed_config(state_paths: list[Path], given: Mapping[str, Any]) -> tuple[R
     _check_reach(given, saved)
     _check_places(given, saved)
     changes = {name: value for name, value in given.items() if name in CHANGEABLE or name in MOVABLE}
+    if changes.get("metrics") == ():
+        changes.setdefault("patience", 0)  # there is nothing to go by any more
+    elif "metrics" in changes and saved.ref is None:  # as in a run that begins
+        changes.setdefault("ref", TEACHER)
     config = dataclasses.replace(saved, **changes)
     if (config.lr, config.aux_lr) != (saved.lr, saved.aux_lr):
         found.state["rollbacks"] = 0  # the new rates are meant as they are
@@ -99,7 +103,7 @@ def _check_reach(given: Mapping[str, Any], saved: RefineConfig) -> None:
     names = [("gan", saved.gan, False), ("teacher", saved.teacher, False), ("ref", saved.ref or "", False)]
     names += [("metrics", detector_of(metric), True) for metric in saved.metrics]
     for name, text, is_detector in names:
-        if name not in given and text != ONE_STEP and (reach := reach_of(text, is_detector)):
+        if name not in given and text not in (ONE_STEP, TEACHER) and (reach := reach_of(text, is_detector)):
             again = f"{flag(name)}={OPTIONS[name].kind.format(getattr(saved, name))}"
             raise ValueError(f"the training state names {text}, {reach}; give {again} again if that is meant")
 
@@ -116,6 +120,8 @@ def _check_places(given: Mapping[str, Any], saved: RefineConfig) -> None:
 
 def absolute_place(text: str) -> str:
     """The path that an option means; names stay names. A URL, which may hold a password, becomes its file."""
+    if text == TEACHER:
+        return text
     if (reference := custom.parse(text)) and reference.file:
         return f"{reference}@{os.path.abspath(reference.file)}"
     return os.path.abspath(resolve(text)) if is_url(text) or os.path.exists(text) else text

@@ -1,6 +1,7 @@
 """`python refine.py`: what a user can get wrong, and a run from the first option to the last file."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from refine import load_generator
 from refine.checkpoints import registry
 from refine.checkpoints.native import save_networks
 from refine.cli.main import run_command
+from refine.dnnlib import sha256_of_file
 from refine.networks import edm2
 from refine.networks.edm import EDMPrecond
 from tests.training.test_trainer import make_student, make_teacher
@@ -99,7 +101,7 @@ FAULTS = {
         "--metrics",
     ),
     "a missing reference": (
-        ["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--metrics=fd2k-digits"],
+        ["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--metrics=fd2k-digits", "--ref=none"],
         "--ref",
     ),
     "an absent device": (
@@ -133,7 +135,7 @@ def test_a_pair_that_does_not_fit_is_refused_before_a_network_is_built(files, tm
     code, _, err = call(capsys, *(arg.format(files) for arg in args), f"--outdir={tmp_path / 'out'}")
     assert code != 0 and word in err and built == []
     pair = (f"--gan={files}/gan.safetensors", f"--teacher={files}/teacher.safetensors")
-    assert call(capsys, *pair, "--dry-run", f"--outdir={tmp_path / 'out'}")[0] == 0
+    assert call(capsys, *pair, "--metrics=none", "--dry-run", f"--outdir={tmp_path / 'out'}")[0] == 0
     assert built == ["stylegan2.Generator", "edm.EDMPrecond"]  # so the count counts
 
 
@@ -147,7 +149,8 @@ def test_outdir_that_cannot_be_written(files, tmp_path, capsys, place):
     assert len(err.strip().splitlines()) == 1 and err.startswith("Error: ") and "--outdir" in err
 
 
-def test_dry_run_prints_the_options_and_writes_nothing(files, tmp_path, capsys):
+def test_dry_run_prints_the_options_and_writes_nothing(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("refine.metrics.references.teacher_bank", lambda *_, **__: pytest.fail("images are drawn"))
     pair = (f"--gan={files}/gan.safetensors", f"--teacher={files}/teacher.safetensors")
     code, out, err = call(capsys, *pair, f"--outdir={tmp_path}/runs", "--batch=4", "-n")
     assert code == 0 and err == ""
@@ -166,7 +169,15 @@ def test_an_edm2_teacher(files, tmp_path, capsys):
     torch.nn.init.ones_(teacher.unet.out_gain)
     save_networks(tmp_path / "edm2.safetensors", {"ema": teacher}, provenance={})
     pair = (f"--gan={files}/gan.safetensors", f"--teacher={tmp_path}/edm2.safetensors", f"--outdir={tmp_path / 'runs'}")
-    options = ("--kimg=0.008", "--batch=4", "--tick=0.004", "--snap=1", "--lr=0.001", "--dropout=true")
+    options = (
+        "--kimg=0.008",
+        "--batch=4",
+        "--tick=0.004",
+        "--snap=1",
+        "--lr=0.001",
+        "--dropout=true",
+        "--metrics=none",
+    )
     assert call(capsys, *pair, *options)[0] == 0
     G = load_generator(next(tmp_path.glob("runs/*/network-snapshot-*.safetensors")))
     moved = [(a - b).abs().max().item() for a, b in zip(G.parameters(), make_student().parameters(), strict=True)]
@@ -175,7 +186,7 @@ def test_an_edm2_teacher(files, tmp_path, capsys):
 
 def test_a_run_and_going_on_with_it(files, tmp_path, capsys):
     pair = (f"--gan={files}/gan.safetensors", f"--teacher={files}/teacher.safetensors")
-    options = ("--kimg=0.016", "--batch=4", "--tick=0.008", "--snap=1", "--lr=0.001", "--desc=try")
+    options = ("--kimg=0.016", "--batch=4", "--tick=0.008", "--snap=1", "--lr=0.001", "--desc=try", "--metrics=none")
     code, out, err = call(capsys, *pair, *options, f"--outdir={tmp_path}")
     assert code == 0, err
     assert "tick 1" in out and "ETA" in out and "done" in out
@@ -194,6 +205,43 @@ def test_a_run_and_going_on_with_it(files, tmp_path, capsys):
     assert out.count("changed") == 1 and "changed     --keep from 2 to 3" in out
 
 
+def test_a_run_without_a_reference_is_measured_against_its_teacher_and_ends_by_itself(
+    files, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("REFINE_CACHE", str(tmp_path / "cache"))
+    teacher = tmp_path / "teacher.safetensors"
+    shutil.copy(files / "teacher.safetensors", teacher)
+    pair = (f"--gan={files}/gan.safetensors", f"--teacher={teacher}", f"--outdir={tmp_path}/runs")
+    options = ("--kimg=1", "--batch=4", "--tick=0.004", "--snap=1", "--lr=0", "--desc=try", "--average=ema")
+    code, out, err = call(capsys, *pair, *options, "--metrics=fd20-teacher", "--patience=2")
+    assert code == 0, err
+    assert "data        data-free: the student learns from the teacher alone\n" in out
+    assert "no better fd20-teacher in 2 snapshots: done" in out and out.count("result      ") == 1
+    key = f"fd_teacher_{sha256_of_file(teacher)[:8]}-vs-teacher"
+    assert f"result      nothing gained: {key} " in out and "keep the generator as it came" in out
+    run = tmp_path / "runs" / "00000-try"
+    assert (run / "network-snapshot-best.safetensors").exists() and (run / "training-state-000000.012.pt").exists()
+    lines = [json.loads(line) for line in (run / "metric-fd20-teacher.jsonl").read_text().splitlines()]
+    assert [line["kimg"] for line in lines] == [0.0, 0.004, 0.008, 0.012] and key in lines[0]["results"]
+    assert json.loads((run / "training_options.json").read_text())["ref"] == "teacher"
+    moved = tmp_path / "moved.safetensors"
+    teacher.rename(moved)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "teacher").touch()  # no path: it is the word for --teacher
+    code, out, err = call(capsys, "--resume=latest", pair[2], f"--teacher={moved}", "--patience=3", "--kimg=0.016")
+    assert code == 0 and "going on at 0.0" in out and "result      nothing gained" in out, err
+    code, out, err = call(capsys, "--resume=latest", pair[2], f"--teacher={moved}", "--metrics=none")
+    assert code == 0 and "changed     --patience from 3 to 0" in out and "result" not in out, err
+
+
+def test_a_teacher_that_gives_no_features_names_the_option(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(EDMPrecond, "_ends_of_encoder", lambda self: [])
+    pair = (f"--gan={files}/gan.safetensors", f"--teacher={files}/teacher.safetensors")
+    code, out, err = call(capsys, *pair, f"--outdir={tmp_path / 'out'}")
+    assert code == 2 and out == "" and err.startswith("Error: --metrics: ") and len(err.splitlines()) == 1, err
+    assert "no encoder" in err and "--metrics=none" in err and not (tmp_path / "out").exists()
+
+
 def test_a_gan_from_a_pickle_goes_back_into_a_copy_of_it(root, tmp_path, capsys):
     source = root / "tests" / "golden" / "pickles" / "plain_t213_p4.pkl"
     G = load_generator(source)
@@ -201,7 +249,7 @@ def test_a_gan_from_a_pickle_goes_back_into_a_copy_of_it(root, tmp_path, capsys)
     teacher = EDMPrecond(G.img_resolution, G.img_channels, G.c_dim, **kwargs)
     save_networks(tmp_path / "teacher.safetensors", {"ema": teacher}, provenance={})
     pair = (f"--gan={source}", f"--teacher={tmp_path}/teacher.safetensors", f"--outdir={tmp_path}/runs")
-    code, out, err = call(capsys, *pair, "--kimg=0.004", "--batch=2", "--lr=0.001")
+    code, out, err = call(capsys, *pair, "--kimg=0.004", "--batch=2", "--lr=0.001", "--metrics=none")
     assert code == 0, err
     run = next((tmp_path / "runs").iterdir())
     native = load_generator(run / "network-snapshot-000000.safetensors").state_dict()

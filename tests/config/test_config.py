@@ -32,14 +32,14 @@ def config(**kwargs):
         ({"lr_schedule": "step"}, "--lr-schedule"),
         ({"train": "head"}, "--train"),
         ({"noise_mode": "fresh"}, "--noise-mode"),
-        ({"metrics": ("fd2k-digits",)}, "--metrics"),
+        ({"metrics": ("fd2k-digits",), "ref": None}, "--metrics"),
         ({"metrics": "fd2k-digits", "ref": "r"}, "--metrics"),
         ({"kimg": "many"}, "--kimg"),
         ({"kimg": None}, "--kimg"),
         ({"compile": "yes"}, "--compile"),
         ({"label_dist": (0.0, 0.0)}, "--label-dist"),
         ({"batch": 8, "batch_gpu": 4, "reuse_batch": True}, "--batch-gpu"),
-        ({"patience": 1}, "--patience"),
+        ({"patience": 1, "metrics": ()}, "--patience"),
         ({"preset": "fast"}, "--preset"),
     ],
 )
@@ -53,6 +53,22 @@ def test_options_survive_json():
     assert RefineConfig.from_dict(json.loads(json.dumps(original.as_dict()))) == original
     with pytest.raises(ValueError, match="surprise"):
         RefineConfig.from_dict({"gan": "g", "teacher": "t", "surprise": 1})
+
+
+def test_a_run_measures_itself_unless_it_is_told_not_to():
+    for preset in ("default", "cifar10", "one-step"):
+        c = config(preset=preset)
+        assert (c.metrics, c.ref, c.patience) == (("fd2k-teacher",), "teacher", 8)
+    assert config(metrics=()).patience == 0 and config(preset="demo").ref == "digits-reference"
+    assert config(metrics=("fd1k-digits",)).ref == "teacher"
+
+
+def test_older_runs_measure_what_they_measured():
+    saved = config().as_dict()
+    for name in ("metrics", "ref", "patience"):
+        del saved[name]
+    old = RefineConfig.from_dict(saved)
+    assert (old.metrics, old.ref, old.patience) == ((), None, 0)
 
 
 def test_step_counts_and_schedules():

@@ -20,7 +20,16 @@ from refine.training.trainer import Trainer
 from tests.launch import free_port, launch, launch_ranks, wait
 from tests.training.test_trainer import make_student, make_teacher
 
-STEPS = ("--kimg=0.032", "--batch=4", "--tick=0.016", "--snap=1", "--lr=0.001", "--aux-lr=0.001", "--desc=x")
+STEPS = (
+    "--kimg=0.032",
+    "--batch=4",
+    "--tick=0.016",
+    "--snap=1",
+    "--lr=0.001",
+    "--aux-lr=0.001",
+    "--desc=x",
+    "--metrics=none",
+)
 LAST = "00000-x/network-snapshot-000000.032.safetensors"
 
 

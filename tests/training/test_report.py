@@ -2,8 +2,11 @@
 
 import dataclasses
 import math
+import types
 
-from refine.training.report import TickReport
+from refine.training.report import TickReport, result_line
+from refine.training.run_dir import RunDir
+from refine.training.snapshots import Best
 
 REPORT = TickReport(
     tick=3,
@@ -45,3 +48,43 @@ def test_scalars_are_the_means_and_what_is_known_of_the_tick():
         "Resources/peak_cpumem_gb": 1.5,
     }
     assert all(math.isfinite(value) for value in REPORT.scalars().values())
+
+
+RESULTS = {
+    "init": {"fd_x": 7.218, "precision": 0.4711, "recall": 0.3152},
+    "network-snapshot-000010.safetensors": {
+        "fd_x": 0.8412,
+        "precision": 0.7903,
+        "recall": 0.4201,
+        "average_length": 0.1,
+    },
+}
+
+
+def say_result(folder, results=RESULTS, best="network-snapshot-000010.safetensors", direction="lower", key="fd_x"):
+    folder.mkdir(exist_ok=True)
+    run_dir = RunDir(folder, quiet=True)
+    for snapshot, numbers in results.items():
+        run_dir.append_metric("fd2k-x", numbers, snapshot, 0.0)
+    metric = types.SimpleNamespace(name="fd2k-x", key=key, direction=direction)
+    value = results.get(best, {}).get(key, 0.0)
+    return result_line(folder, metric, best and Best("fd2k-x", value, best, 9.6), 31 * 60)
+
+
+def test_the_result_is_one_line(tmp_path):
+    assert say_result(tmp_path) == (
+        "result      fd_x 7.22 → 0.841, precision 0.471 → 0.790, recall 0.315 → 0.420 in 31m 00s; "
+        "take network-snapshot-best.safetensors (average 0.1, 9.6 kimg)"
+    )
+
+
+def test_a_result_that_is_none_says_so(tmp_path):
+    worse = {"init": RESULTS["init"], "s": {"fd_x": 7.3, "average_length": None}}
+    assert say_result(tmp_path / "a", worse, "s") == (
+        "result      nothing gained: fd_x 7.22 → 7.3 in 31m 00s at best (9.6 kimg); keep the generator as it came"
+    )
+    assert "nothing gained" not in say_result(tmp_path / "b", worse, "s", "higher")
+    assert "no snapshot was measured" in say_result(tmp_path / "c", best=None)
+    late = {"s": {"fd_x": 7.3}}
+    assert "fd_x 7.3, not measured at the start, in 31m" in say_result(tmp_path / "d", late, "s")
+    assert "fd2k-x 0 at best" in say_result(tmp_path / "e", {}, "s")

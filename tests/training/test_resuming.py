@@ -17,7 +17,16 @@ from tests.cli.test_refine import call
 from tests.training.test_monitor import read
 from tests.training.test_trainer import make_student, make_teacher
 
-RUN = ("--kimg=0.008", "--batch=4", "--tick=0.004", "--snap=1", "--lr=0.001", "--desc=x", "--device=cpu")
+RUN = (
+    "--kimg=0.008",
+    "--batch=4",
+    "--tick=0.004",
+    "--snap=1",
+    "--lr=0.001",
+    "--desc=x",
+    "--device=cpu",
+    "--metrics=none",
+)
 
 
 @pytest.fixture

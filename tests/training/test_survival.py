@@ -23,7 +23,16 @@ from refine.training.stopping import StopRequests
 from tests.launch import launch, wait
 from tests.training.test_trainer import make_run, make_student, make_teacher, run
 
-OPTIONS = ("--kimg=0.06", "--batch=4", "--tick=0.008", "--snap=2", "--lr=0.001", "--aux-lr=0.001", "--desc=x")
+OPTIONS = (
+    "--kimg=0.06",
+    "--batch=4",
+    "--tick=0.008",
+    "--snap=2",
+    "--lr=0.001",
+    "--aux-lr=0.001",
+    "--desc=x",
+    "--metrics=none",
+)
 LAST = "00000-x/network-snapshot-000000.060.safetensors"
 
 

@@ -51,8 +51,13 @@ METRIC = Metric(
     name="is",
     place=40,
     rows=(
-        Row("is", "higher", "Inception Score: clear images, many classes", in_space=True),
-        Row("is_std", "information", "its standard deviation over the splits", in_space=True, beside="is"),
+        Row("is", "higher", "Inception Score: clear images, many classes", in_space=True, needs_reference=False),
+        Row(
+            *("is_std", "information", "its standard deviation over the splits"),
+            in_space=True,
+            beside="is",
+            needs_reference=False,
+        ),
     ),
     compute=_compute,
     detector="probabilities",

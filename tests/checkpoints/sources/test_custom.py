@@ -219,7 +219,15 @@ def test_files_hold_its_tensors_under_its_own_names(here):
 def test_parts_without_noise_modes_can_be_refined(here, capsys, train):
     """A generator with `synthesis` is not a StyleGAN2 for that: it is not asked for a noise mode."""
     save_networks("teacher.safetensors", {"ema": make_teacher()}, provenance={})
-    options = ("--kimg=0.004", "--batch=4", "--lr=0.01", "--outdir=runs", "--desc=own", f"--train={train}")
+    options = (
+        "--kimg=0.004",
+        "--batch=4",
+        "--lr=0.01",
+        "--metrics=none",
+        "--outdir=runs",
+        "--desc=own",
+        f"--train={train}",
+    )
     code, _, err = call(capsys, "--gan=own_gan:two_parts", "--teacher=teacher.safetensors", *options)
     assert code == 0, err
     start = load_generator("own_gan:two_parts")
@@ -234,7 +242,16 @@ def test_parts_without_noise_modes_can_be_refined(here, capsys, train):
 
 def test_a_run_its_snapshot_and_going_on(here, capsys):
     save_networks("teacher.safetensors", {"ema": make_teacher()}, provenance={})
-    options = ("--kimg=0.008", "--batch=4", "--tick=0.004", "--snap=1", "--lr=0.01", "--outdir=runs", "--desc=own")
+    options = (
+        "--kimg=0.008",
+        "--batch=4",
+        "--tick=0.004",
+        "--snap=1",
+        "--lr=0.01",
+        "--metrics=none",
+        "--outdir=runs",
+        "--desc=own",
+    )
     code, out, err = call(capsys, "--gan=own_gan:make", "--teacher=teacher.safetensors", *options)
     assert code == 0, err
     assert "use them as own_gan:make@FILE" in out

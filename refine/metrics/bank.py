@@ -1,0 +1,181 @@
+"""Banks: images of a teacher that are drawn once, kept in the cache, and used by every later run.
+
+A bank is images of consecutive seeds, far from those of the generators that are judged by it. It is drawn and kept in
+parts, so that a start that is interrupted goes on where it was, and a larger bank begins with the parts of a smaller
+one. Under torchrun, within `refine.metrics.pipeline.sharing`, each process draws its share, and all hold all of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from refine.checkpoints import NetworkInfo, archives, load_teacher, peek
+from refine.checkpoints.pickles.inert import Refused
+from refine.checkpoints.sources.fetch import cache_dir
+from refine.dnnlib import distrust, keep_from_others, make_folder, replaced_atomically, sha256_of_file
+from refine.errors import describe_os_error
+from refine.metrics.pipeline import gathered, my_share, rank_and_world
+from refine.metrics.sampling import Batch, sample_teacher
+from refine.networks.bases import Denoiser
+
+#: Seeds of a bank begin here, far from those of generators, and from those of a generator that is a reference.
+BANK_SEED = 3 << 30
+#: Steps of the sampler, as wherever a teacher is sampled.
+NUM_STEPS = 18
+PART = 500  # images that are drawn, and kept, at a time
+_VERSION = 1
+
+
+class Bank(NamedTuple):
+    """Images of a teacher, uint8 [N, C, H, W] on the CPU, and the classes that were asked for, int64 [N], or None."""
+
+    images: torch.Tensor
+    classes: torch.Tensor | None
+
+    def batches(self, batch: int, indices: range) -> Iterator[Batch]:
+        """The images of these indices, `batch` at a time."""
+        for start in range(indices.start, indices.stop, batch):
+            rows = slice(start, min(start + batch, indices.stop))
+            yield Batch(self.images[rows], None if self.classes is None else self.classes[rows])
+
+
+def teacher_bank(
+    path: Path,
+    num: int,
+    *,
+    num_steps: int = NUM_STEPS,
+    batch: int = 100,
+    device: torch.device | str = "cpu",
+    cache: bool = True,
+    progress: bool = False,
+) -> Bank:
+    """The bank of a teacher, from the cache as far as it is there; the rest is drawn now.
+
+    Args:
+        path: The teacher's file.
+        num: Number of images.
+        num_steps: Steps of the sampler, see `refine.metrics.sampling.sample_teacher`.
+        batch: Images that are drawn at once.
+        device: Where they are drawn.
+        cache: Keep what is drawn, and use what was kept.
+        progress: Show a bar with the time left on stderr.
+
+    Raises:
+        ValueError: The file holds no teacher, or the teacher gives NaN or infinity; in all processes.
+    """
+    info, digest = peek(path, "teacher"), sha256_of_file(path)
+    seeds = range(BANK_SEED, BANK_SEED + num)
+    shares = [seeds[start : start + PART] for start in range(0, num, PART)]
+    places = [_place(digest, share, num_steps) for share in shares]
+    parts = [_kept(place, len(share), info) if cache else None for place, share in zip(places, shares, strict=True)]
+    held = gathered([part is not None for part in parts])  # machines may have caches of their own
+    missing = [index for index in range(len(parts)) if not all(rank[index] for rank in held)]
+    if missing:
+        teacher = load_teacher(path).to(device)
+        rank, cannot_keep = rank_and_world()[0], False
+        interval = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file wants few lines
+        done = num - sum(len(shares[index]) for index in missing)
+        shown: dict[str, Any] = {"total": num, "initial": done, "unit": "img", "desc": f"images of {path.stem}"}
+        with tqdm(**shown, disable=not (progress and rank == 0), mininterval=interval) as bar:
+            for index in missing:
+                parts[index] = part = _drawn(teacher, shares[index], num_steps, batch, device, bar)
+                if cache and rank == 0 and not cannot_keep:
+                    cannot_keep = not _keep(places[index], part)
+    whole = [part for part in parts if part is not None]
+    classes = [part.classes for part in whole if part.classes is not None]
+    return Bank(torch.cat([part.images for part in whole]), torch.cat(classes) if classes else None)
+
+
+def describe_bank(path: Path, num: int, num_steps: int = NUM_STEPS) -> str:
+    """What tells a bank apart from all others."""
+    return _key(sha256_of_file(path), range(BANK_SEED, BANK_SEED + num), num_steps)
+
+
+def _key(digest: str, seeds: range, num_steps: int) -> str:
+    return json.dumps([_VERSION, digest, seeds.start, len(seeds), num_steps])
+
+
+def _place(digest: str, seeds: range, num_steps: int) -> Path:
+    """Where a part of a bank is kept."""
+    key = _key(digest, seeds, num_steps)
+    return cache_dir() / "banks" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
+
+
+def _drawn(teacher: Denoiser, seeds: range, num_steps: int, batch: int, device: torch.device | str, bar: tqdm) -> Bank:
+    """A part of a bank, to which every process gives its share; an error in one of them is raised in all."""
+    images: list[torch.Tensor] = []
+    classes: list[torch.Tensor] = []
+    error = None
+    try:
+        for drawn in sample_teacher(teacher, my_share(seeds, batch), batch=batch, device=device, num_steps=num_steps):
+            images.append(drawn.images.cpu())
+            classes += [] if drawn.classes is None else [drawn.classes]
+            bar.update(min(len(drawn.images) * rank_and_world()[1], len(seeds)))
+    except Exception as caught:  # noqa: BLE001 - raised below, once the others, who would wait for this one, know
+        error = caught
+    everyone = gathered((images, classes, error and (str(error) or type(error).__name__)))
+    if error is not None:
+        raise error
+    for _, _, failure in everyone:
+        if failure is not None:
+            raise ValueError(failure)
+    all_classes = [part for _, theirs, _ in everyone for part in theirs]
+    all_images = [part for theirs, _, _ in everyone for part in theirs]
+    return Bank(torch.cat(all_images), torch.cat(all_classes) if all_classes else None)
+
+
+def _keep(place: Path, part: Bank) -> bool:
+    """Keeps a part for the next start; where that cannot be, says so, and the images are good all the same."""
+    arrays = {"images": part.images.numpy()}
+    if part.classes is not None:
+        arrays["classes"] = part.classes.numpy()
+    try:
+        make_folder(place.parent)
+        with replaced_atomically(place) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **arrays)
+        keep_from_others(place)
+    except OSError as error:
+        print(f"the images of the teacher cannot be kept: {describe_os_error(error)}", file=sys.stderr)
+        return False
+    return True
+
+
+def _kept(place: Path, num: int, info: NetworkInfo) -> Bank | None:
+    """A part that was drawn before, if it is there and whole."""
+    try:
+        if reason := distrust(place, cache_dir()):
+            raise ValueError(reason)
+        if not os.path.lexists(place):
+            return None
+        return _read(place, num, info)
+    except ValueError as error:
+        print(f"images of the teacher are drawn again, because what was kept cannot be used: {error}", file=sys.stderr)
+        return None
+
+
+def _read(place: Path, num: int, info: NetworkInfo) -> Bank:
+    try:
+        arrays = archives.read_arrays(place)
+    except Refused as error:
+        raise ValueError(f"{place} is not a whole .npz file of plain arrays ({error})") from None
+    images, classes = arrays.get("images"), arrays.get("classes")
+    expected = (num, info.img_channels, info.img_resolution, info.img_resolution)
+    if images is None or images.dtype != np.uint8 or images.shape != expected:
+        raise ValueError(f"{place} does not hold uint8 images {list(expected)}")
+    if not info.classes:
+        return Bank(torch.from_numpy(images), None)
+    if classes is None or classes.dtype != np.int64 or classes.shape != (num,):
+        raise ValueError(f"{place} does not hold the classes of {num} images")
+    if classes.min() < 0 or classes.max() >= info.classes:
+        raise ValueError(f"{place} holds classes that are not 0 to {info.classes - 1}")
+    return Bank(torch.from_numpy(images), torch.from_numpy(classes))
