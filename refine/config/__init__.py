@@ -153,6 +153,17 @@ class RefineConfig:
         LABEL_DIST, None, _COVERAGE, "How often each class is drawn: uniform, or a JSON list or file.",
         aliases=("class-weights", "prior"),
     )
+    adversarial: float = option(
+        NOT_NEGATIVE, 0.0, _COVERAGE,
+        "Weight of a critic that compares the student's images with the teacher's, or with --data; 0 = none.",
+        aliases=("gan-loss", "discriminator"),
+    )
+    bank: int = option(count(2), 2000, _COVERAGE, "How many images of the teacher the critic knows.")
+    data: str | None = option(
+        optional(text("DIR|ZIP"), "none: the teacher's images"), None, _COVERAGE,
+        "Real images for the critic; the run is then no longer free of data.", in_snapshots=False,
+        aliases=("dataset", "images"),
+    )
     keep_distances: float = option(
         NOT_NEGATIVE, 0.0, _COVERAGE, "Pull towards the student's own pairwise distances.", aliases=("diversity",)
     )
@@ -310,6 +321,8 @@ class RefineConfig:
             )
         if self.aux_dropout is not None and self.dropout:
             raise ValueError(f"--aux-dropout is {self.aux_dropout}; expected none beside --dropout, the file's rate")
+        if self.data is not None and not self.adversarial:
+            raise ValueError("--data is looked at by the critic only: add --adversarial, such as 0.5")
         if self.patience and not self.metrics:
             raise ValueError(f"--patience is {self.patience}; expected 0, or --metrics to go by")
         if self.keep_recall and not (self.metrics and self.ref):

@@ -20,6 +20,7 @@ from refine.device import choose_device, choose_ops
 from refine.dnnlib import check_outdir, sha256_of_file
 from refine.errors import option
 from refine.guidance import Guided
+from refine.metrics.image_sets import ImageSet
 from refine.metrics.named import NamedMetric
 from refine.metrics.pipeline import sharing
 from refine.networks.one_step import OneStepGenerator
@@ -29,10 +30,12 @@ from refine.pair import check_label_dist, check_pair
 from refine.processes import one_voice, together
 from refine.torch_utils import distributed
 from refine.torch_utils.threads import set_threads
+from refine.training.adversary import Others
 from refine.training.alike import check_options_alike, check_origins_alike
 from refine.training.best import mend_best
 from refine.training.loop import TrainingRun
 from refine.training.monitor import Monitor
+from refine.training.others import images_of_data, images_of_teacher
 from refine.training.regularise import set_dropout
 from refine.training.report import result_line
 from refine.training.resuming import ONE_STEP, Resumed, absolute_place, resumed_config
@@ -142,9 +145,12 @@ def _run_together(config: RefineConfig, resumed: Resumed | None, device_name: st
     _check_against_options(pair, config)
     if resumed is not None:
         resumed.check_files(_checksums(config, pair, []))  # before images of another teacher are drawn
+    images = _open_data(config)
     metrics = _load_metrics(config, pair, device, dry_run)
     distributed.wait_for_main()
     files = _checksums(config, pair, metrics)
+    if images is not None:
+        files["data"] = images.sha256()
     if resumed is not None:
         kept = {name: digest for name, digest in files.items() if name != "ref" or config.ref == resumed.config.ref}
         resumed.check_files(kept)
@@ -155,7 +161,8 @@ def _run_together(config: RefineConfig, resumed: Resumed | None, device_name: st
         place = next_run_dir(config.outdir, desc) if resumed is None else resumed.found.path.parent
         return Run(config, str(device), place)
     run_dir = _open_run_dir(config, desc, resumed)
-    trainer, no_container = Trainer(config, pair.student, pair.teacher, device), _no_container(config.gan, pair)
+    others = _load_others(config, pair, images, device)
+    trainer, no_container = Trainer(config, pair.student, pair.teacher, device, others), _no_container(config.gan, pair)
     container = None if no_container else pair.student_path
     training = TrainingRun(trainer, run_dir, files, metrics=metrics, provenance=pair.origins, container=container)
     if resumed is not None:
@@ -202,6 +209,25 @@ def _load_metrics(config: RefineConfig, pair: _Pair, device: torch.device, dry_r
         return [NamedMetric(name, config.ref, **options) for name in config.metrics]
 
 
+def _open_data(config: RefineConfig) -> ImageSet | None:
+    if config.data is None:
+        return None
+    with one_voice(), option("--data"):
+        return ImageSet(Path(config.data))
+
+
+def _load_others(config: RefineConfig, pair: _Pair, images: ImageSet | None, device: torch.device) -> Others | None:
+    """What the critic compares with, if there is one: real images, or the teacher's."""
+    if not config.adversarial:
+        return None
+    bridge = check_pair(pair.student, pair.teacher)
+    if images is not None:
+        with option("--data"):
+            return images_of_data(images, bridge, device)
+    with option("--bank"), sharing():
+        return images_of_teacher(pair.teacher_path, config.bank, bridge, device)
+
+
 def _checksums(config: RefineConfig, pair: _Pair, metrics: list[NamedMetric]) -> dict[str, str]:
     """SHA-256 of the files that a run which is resumed must find again, by option; code of the user's may change."""
     files = {"teacher": pair.origins["teacher"]["sha256"]}
@@ -239,7 +265,7 @@ def _check_against_options(pair: _Pair, config: RefineConfig) -> None:
 def _with_absolute_paths(config: RefineConfig) -> RefineConfig:
     """For --resume from any folder."""
     places: dict[str, Any] = {
-        name: absolute_place(value) for name in ("gan", "teacher", "ref") if (value := getattr(config, name))
+        name: absolute_place(value) for name in ("gan", "teacher", "ref", "data") if (value := getattr(config, name))
     }
     return dataclasses.replace(config, **places)
 
@@ -300,7 +326,13 @@ def _log_networks(run_dir: RunDir, trainer: Trainer) -> None:
     run_dir.log(f"teacher     {config.teacher}, {teacher:,} parameters")
     judged = config.metrics and config.ref not in (None, TEACHER)
     judge = f"; snapshots are judged against {config.ref}" if judged else ""
-    run_dir.log(f"data        data-free: the student learns from the teacher alone{judge}")
+    if trainer.adversary is None:
+        source = "data-free: the student learns from the teacher alone"
+    elif config.data is None:
+        source = f"data-free: a critic compares the student with {len(trainer.adversary.others)} images of the teacher"
+    else:
+        source = f"a critic compares the student with {len(trainer.adversary.others)} real images of {config.data}"
+    run_dir.log(f"data        {source}{judge}")
     for line in trainer.bridge.messages(trainer.null_label):
         run_dir.log(f"bridge      {line}")
     run_dir.log(f"rates       student {trainer.lr:.3g}, auxiliary network {trainer.aux_lr:.3g}")

@@ -48,7 +48,9 @@ def check_steps(trainer: Trainer, max_skips: int) -> None:
 def check_before_saving(trainer: Trainer, max_skips: int) -> None:
     """Raises Diverged as `check_steps`, and if a parameter is NaN or infinite or a buffer is NaN."""
     check_steps(trainer, max_skips)
-    networks = {"G": trainer.G, "G_ema": trainer.G_ema, "aux": trainer.aux}
+    networks: dict[str, torch.nn.Module] = {"G": trainer.G, "G_ema": trainer.G_ema, "aux": trainer.aux}
+    if trainer.adversary is not None:
+        networks["critic"] = trainer.adversary.critic
     networks |= {f"average {length}": network for length, network in trainer.averages.networks.items()}
     for label, network in networks.items():
         names, broken = [], []

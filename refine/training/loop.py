@@ -81,8 +81,7 @@ class TrainingRun:
         self._say(f"auxiliary warm-up: {steps} steps, the student is frozen")
         with self._progress_bar(steps, trainer.warmup_steps_done, "step", "warm-up") as bar:
             while trainer.warmup_steps_done < steps:
-                trainer.aux_step(trainer.rate_factor * trainer.aux_lr)
-                trainer.warmup_steps_done += 1
+                trainer.warm_up_step()
                 bar.update()
                 if trainer.warmup_steps_done == steps:  # before the last state of the warm-up is saved
                     loss = trainer.means.drain().get("Loss/aux", math.nan)

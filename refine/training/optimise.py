@@ -9,6 +9,8 @@ from refine.torch_utils import distributed
 from refine.torch_utils.misc import gradient_norm
 from refine.training.precision import LossScale
 
+SIGNAL_EVERY = 16  # steps between two measurements of the gradient's signal, which keeps one gradient for one step
+
 
 class GuardedAdam:
     """Adam that leaves out steps with NaN or infinite gradients.
@@ -24,6 +26,7 @@ class GuardedAdam:
         adam: The optimiser itself.
         scale: What losses are multiplied with before backward.
         skips: Counts of the steps that were left out.
+        signal: After every `SIGNAL_EVERY`-th step, the share of the gradient that is no noise, else None.
     """
 
     def __init__(
@@ -42,6 +45,9 @@ class GuardedAdam:
         self.adam = torch.optim.Adam(self.parameters, betas=betas, eps=1e-8, fused=True)
         self.scale = LossScale(precision, device)
         self.skips = SkippedSteps(device)
+        self.signal: torch.Tensor | None = None
+        self._kept: list[torch.Tensor] = []  # the gradients of the last step, now and then
+        self._steps = 0
 
     def zero_grad(self) -> None:
         self.adam.zero_grad(set_to_none=True)
@@ -55,6 +61,7 @@ class GuardedAdam:
         distributed.sum_gradients(self.parameters)
         self.scale.unscale(self.parameters)
         norm = gradient_norm(self.parameters)
+        self._compare(norm)
         self.scale.update(norm)
         if self.clip is not None:
             gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -63,6 +70,23 @@ class GuardedAdam:
             group["lr"] = lr
         self.skips.step(self.adam, norm)
         return norm
+
+    @torch.no_grad()
+    def _compare(self, norm: torch.Tensor) -> None:
+        """Sets `signal`: ⟨g, g'⟩ / ‖g‖ ‖g'‖ of two steps in a row, whose batches have nothing in common.
+
+        Noise of the two batches cancels in the product, so that its mean is the squared norm of the true gradient over
+        that of the measured one, SNR / (1 + SNR), as long as one step changes the true gradient little.
+        """
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        place = self._steps % SIGNAL_EVERY
+        self.signal, before, self._kept = None, self._kept, []
+        if place == 0:
+            self._kept = [norm.clone(), *(g.clone() for g in gradients)]
+        elif place == 1 and len(before) == len(gradients) + 1:
+            products = [torch.sum(a * b) for a, b in zip(before[1:], gradients, strict=True)]
+            self.signal = torch.stack(products).sum() / (before[0] * norm).clamp_min(1e-30)
+        self._steps += 1
 
 
 class SkippedSteps:

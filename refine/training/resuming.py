@@ -23,7 +23,7 @@ from refine.metrics.named import detector_of
 from refine.training.state import FoundState, load_newest
 
 ONE_STEP = "one-step"  # of --gan: the teacher's own U-Net as the generator
-MOVABLE = ("gan", "teacher")  # may be given beside --resume: the same files in another place
+MOVABLE = ("gan", "teacher", "data")  # may be given beside --resume: the same files in another place
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def _check_reach(given: Mapping[str, Any], saved: RefineConfig) -> None:
 
 def _check_places(given: Mapping[str, Any], saved: RefineConfig) -> None:
     """Names where files that were moved can be given."""
-    for name in ("gan", "teacher", "ref"):
+    for name in ("gan", "teacher", "ref", "data"):
         text = getattr(saved, name)
         if reference := custom.parse(text or ""):
             text = reference.file

@@ -15,6 +15,8 @@ from refine.noise import SigmaLaw, make_weighting
 from refine.objectives import make_objective
 from refine.pair import check_label_dist, check_pair
 from refine.torch_utils.misc import RunningMeans
+from refine.training.adversary import LEARNING_RATE as CRITIC_LR
+from refine.training.adversary import PENALTY_EVERY, Adversary, Others
 from refine.training.averages import PowerAverages
 from refine.training.batches import Batches, Fakes
 from refine.training.diversity import distance_gradient
@@ -34,13 +36,15 @@ class Trainer:
         student: Generator G(z, c), float32; its weights are where the run starts.
         teacher: Denoiser D(x, sigma, c); where its images or classes differ from the student's, `bridge` joins them.
         device: Where the networks run.
+        others: Images that a critic compares the student's with; needed with --adversarial.
 
     Attributes:
         G, aux, teacher: The student, the auxiliary network, the teacher.
         lr, aux_lr: Their learning rates at full height: those of the options, or what `rates` says of the networks.
         averages: Power-function averages of the student, one per length; none with --average=ema.
         G_ema: The longest of them, or the exponential moving average.
-        optimizers: Those of 'student' and 'aux'.
+        adversary: The critic of --adversarial, or None.
+        optimizers: Those of 'student' and 'aux', and of 'critic' where there is one.
         nimg: Images through the student step.
         rate_factor: What both learning rates are multiplied with; less than 1 after a run went back (`--rollback`).
         remarks: Lines on what --precision and --compile could not do on this machine.
@@ -56,6 +60,7 @@ class Trainer:
         student: Generator,
         teacher: Denoiser,
         device: torch.device | str = "cpu",
+        others: Others | None = None,
     ):
         self.bridge = check_pair(student, teacher)
         self.config, self.device = config, torch.device(device)
@@ -93,6 +98,12 @@ class Trainer:
         self.remarks = [remark] if remark else []
         if config.compile and (remark := compile_networks(computing, self.device)):
             self.remarks.append(remark)
+        self.adversary = None
+        if config.adversarial:
+            assert others is not None, "--adversarial needs images to compare with"
+            self.adversary = Adversary(others, teacher.img_resolution, teacher.img_channels, self.device)
+            self.critic = self.adversary.critic
+            self.optimizers["critic"] = self.adversary.optimizer
         self.null_label = self.teacher.has_null_label
         if config.guidance != 1:
             self.teacher = Guided(self.teacher, config.guidance)
@@ -109,11 +120,18 @@ class Trainer:
 
     # One iteration.
 
+    def warm_up_step(self) -> None:
+        """A step of those who are to be ahead of the student before it moves."""
+        self.aux_step(self.rate_factor * self.aux_lr)
+        self.critic_step()
+        self.warmup_steps_done += 1
+
     def step(self) -> None:
-        """The auxiliary steps and the student step of one iteration, and the moving average."""
+        """The steps of aux, critic and student in one iteration, and the moving average."""
         for index in range(self.config.aux_steps):
             keep = self.config.reuse_batch and index == self.config.aux_steps - 1
             self.aux_step(self.rate_factor * self.aux_lr, keep)
+        self.critic_step()
         self.student_step(self.rate_factor * self.lr * self.config.lr_factor(self.nimg))
         self._average(before=self.nimg, now=self.nimg + self.config.batch)
         self.nimg += self.config.batch
@@ -139,10 +157,27 @@ class Trainer:
             self.means.add("Loss/aux", loss)
             if keep:
                 self._kept.append(Fakes(x, batch.z, batch.c))
-        self.means.add("Grad/aux", optimizer.step(lr))
+        self._optimise("aux", lr)
+
+    def critic_step(self) -> None:
+        """With --adversarial, one step of the critic on fresh images of the student."""
+        if self.adversary is None:
+            return
+        optimizer = self.optimizers["critic"]
+        optimizer.zero_grad()
+        penalised = (self.warmup_steps_done + self.nimg // self.config.batch) % PENALTY_EVERY == 0
+        for batch in self.batches.micro_batches():
+            with batch.drawing:
+                with torch.no_grad():
+                    x = self._images(self.G, batch.z, batch.c)
+                verdict = self.adversary.judge(x, batch.c, penalised)
+            (verdict.loss.sum() / self.config.batch).backward()
+            self.means.add("Loss/critic", verdict.loss)
+            self.means.add("Critic/right", verdict.right)
+        self._optimise("critic", self.rate_factor * CRITIC_LR)
 
     def student_step(self, lr: float) -> None:
-        """One step of the student along the objective's gradient."""
+        """One step of the student along the objective's gradient, and the critic's."""
         optimizer = self.optimizers["student"]
         optimizer.zero_grad()
         for batch in self.batches.micro_batches():
@@ -159,13 +194,15 @@ class Trainer:
                 self.means.add("Loss/student_gradient", gradient.square().mean(dim=[1, 2, 3]))
                 for tag in self.objective.logs:
                     self.means.add(tag, found.logged[tag])
+                if self.adversary is not None:
+                    gradient = gradient + self.config.adversarial * self._critic_gradient(x, c, gradient)
                 if self.G_start is not None:
                     pull = self._distance_gradient(self.G_start, fakes)
                     gradient = gradient + self.config.keep_distances * pull
             x.backward(optimizer.scale.scale(gradient / self.config.batch))
             self._observe.gap(found.gap, sigma, c)
             self._observe.diversity(x.detach(), c)
-        self.means.add("Grad/student", optimizer.step(lr))
+        self._optimise("student", lr)
 
     def _aux_loss(
         self, x: torch.Tensor, labels: torch.Tensor | None, sigma: torch.Tensor, noise: torch.Tensor
@@ -183,6 +220,20 @@ class Trainer:
         x = G(z, c, **G.accepted(noise_mode=self.config.noise_mode))
         return self.bridge.images(clamp_images(x) if self.config.clamp else x)
 
+    def _optimise(self, name: str, lr: float) -> None:
+        """A step of an optimiser, and what is logged of its gradient."""
+        optimizer = self.optimizers[name]
+        self.means.add(f"Grad/{name}", optimizer.step(lr))
+        if optimizer.signal is not None:
+            self.means.add(f"Signal/{name}", optimizer.signal)
+
+    def _critic_gradient(self, x: torch.Tensor, c: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+        """The critic's gradient, made as long as the objective's over the images that are computed at once."""
+        assert self.adversary is not None
+        gradient = self.adversary.gradient(x, c)
+        norm = torch.linalg.vector_norm(gradient)
+        return gradient * torch.where(norm > 0, torch.linalg.vector_norm(like) / norm, 0.0)
+
     @torch.no_grad()
     def _distance_gradient(self, G_start: Generator, fakes: Fakes) -> torch.Tensor:
         gradient = distance_gradient(fakes.x, self._images(G_start, fakes.z, fakes.c))
@@ -191,10 +242,15 @@ class Trainer:
 
     # The state that a resumed run needs.
 
+    @property
+    def _stateful(self) -> tuple[str, ...]:
+        """The networks that change."""
+        return ("G", "G_ema", "aux", *(["critic"] if self.adversary else []))
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes from step to step; plain tensors and numbers."""
         return {
-            "networks": {name: getattr(self, name).state_dict() for name in ("G", "G_ema", "aux")},
+            "networks": {name: getattr(self, name).state_dict() for name in self._stateful},
             "averages": self.averages.state_dict(),
             **{f"{name}_optimizer": optimizer.adam.state_dict() for name, optimizer in self.optimizers.items()},
             "rng": torch.get_rng_state(),

@@ -104,6 +104,18 @@ FAULTS = {
         ["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--metrics=fd2k-digits", "--ref=none"],
         "--ref",
     ),
+    "real images for nobody": (
+        ["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--data={}", "--adversarial=0"],
+        "add --adversarial",
+    ),
+    "real images that are not there": (
+        ["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--adversarial=1", "--data={}/nothing"],
+        "--data",
+    ),
+    "a folder without real images": (
+        ["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--adversarial=1", "--data={}"],
+        "--data",
+    ),
     "an absent device": (
         ["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--device=cuda:77"],
         "--device",
@@ -144,7 +156,7 @@ def test_outdir_that_cannot_be_written(files, tmp_path, capsys, place):
     (tmp_path / "file").touch()
     outdir = {"file": tmp_path / "file", "below a file": tmp_path / "file" / "runs", "read-only": "/proc/runs"}[place]
     pair = (f"--gan={files}/gan.safetensors", f"--teacher={files}/teacher.safetensors")
-    code, out, err = call(capsys, *pair, f"--outdir={outdir}")
+    code, out, err = call(capsys, *pair, "--metrics=none", f"--outdir={outdir}")
     assert code != 0 and out == ""
     assert len(err.strip().splitlines()) == 1 and err.startswith("Error: ") and "--outdir" in err
 
@@ -161,7 +173,7 @@ def test_dry_run_prints_the_options_and_writes_nothing(files, tmp_path, capsys, 
 
 def test_a_preset_is_shown(capsys):
     code, out, err = call(capsys, "--preset=DEMO", "--show")
-    assert code == 0 and err == "" and "--kimg=2.56  (default: 200.0)" in out.splitlines()
+    assert code == 0 and err == "" and "--kimg=6.4  (default: 200.0)" in out.splitlines()
 
 
 def test_an_edm2_teacher(files, tmp_path, capsys):

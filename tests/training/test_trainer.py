@@ -39,7 +39,7 @@ def make_teacher(label_dim=3, resolution=8, dropout=0.3, seed=1, channels=1):
     return net.eval()
 
 
-def make_run(path, student=None, teacher=None, metrics=None, metric_names=(), **options):
+def make_run(path, student=None, teacher=None, metrics=None, metric_names=(), others=None, **options):
     defaults = {
         "kimg": 0.024,
         "batch": 4,
@@ -51,7 +51,7 @@ def make_run(path, student=None, teacher=None, metrics=None, metric_names=(), **
     }
     config = RefineConfig("g", "t", metrics=metric_names, **{**defaults, **options})
     path.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(config, student or make_student(), teacher or make_teacher())
+    trainer = Trainer(config, student or make_student(), teacher or make_teacher(), others=others)
     return TrainingRun(trainer, RunDir(path, quiet=True), metrics=metrics)
 
 
