@@ -2,7 +2,7 @@
 
 python docs/example_generator.py --out=decoder.pt
 export PYTHONPATH=docs DECODER=decoder.pt
-python refine.py --gan=example_generator:decoder --teacher=digits-teacher --preset=demo
+python refine.py --gan=example_generator:decoder --teacher=digits-teacher-2 --preset=demo
 """
 
 import argparse

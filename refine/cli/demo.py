@@ -8,7 +8,7 @@ import click
 from refine.cli.main import run_command
 from refine.errors import option
 
-STUDENT, TEACHER, REFERENCE = "digits-gan", "digits-teacher", "digits-reference"
+STUDENT, TEACHER, REFERENCE = "digits-gan", "digits-teacher-2", "digits-reference"
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

@@ -28,8 +28,8 @@ def refine(resume: str | None, show: bool, dry_run: bool, **texts: str | None) -
     """Refine a pretrained GAN with a pretrained diffusion model, data-free, by Diff-Instruct.
 
     \b
-    python refine.py --gan=digits-gan --teacher=digits-teacher --preset=demo
-    python refine.py --gan=one-step --teacher=digits-teacher --preset=one-step-demo
+    python refine.py --gan=digits-gan --teacher=digits-teacher-2 --preset=demo
+    python refine.py --gan=one-step --teacher=digits-teacher-2 --preset=one-step-demo
     python refine.py --resume=latest
     """
     with one_voice():

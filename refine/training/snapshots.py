@@ -13,10 +13,12 @@ from tqdm import tqdm
 from refine.checkpoints.export import members, write_like
 from refine.checkpoints.native import save_networks
 from refine.config import NOT_IN_SNAPSHOTS, RefineConfig
+from refine.diff_instruct import evaluating
 from refine.images import image_grid, save_png, to_uint8
 from refine.metrics.metric import is_better
 from refine.metrics.named import NamedMetric
 from refine.metrics.pipeline import sharing
+from refine.metrics.registry import METRICS
 from refine.metrics.sampling import latents_of_seeds
 from refine.networks.bases import Generator
 from refine.torch_utils import distributed
@@ -148,15 +150,26 @@ class Snapshots:
         best = Judged(averages[longest], longest)
         if self.metrics:
             metric = self.metrics[0]
+            others: dict[str, dict[str, float]] = {}  # of all averages, and of the student as it is
             for length, network in averages.items():
                 judged = self._judge(metric, network, length)
-                if judged.value is not None and length is not None:
-                    monitor.scalars({f"Metrics/{metric.name}/{metric.key}_{length:g}": judged.value}, self._kimg)
+                if judged.results is not None and length is not None:
+                    others[f"{length:g}"] = _leading(metric, judged.results)
                 if judged.value is not None and (
                     best.value is None or is_better(metric.direction, judged.value, best.value)
                 ):
                     best = judged
+            if others:
+                with evaluating(self.trainer.G):
+                    raw = self._judge(metric, self.trainer.G, None)
+                if raw.results is not None:
+                    others["raw"] = _leading(metric, raw.results)
+            for name, numbers in others.items():
+                scalars = {f"Metrics/{metric.name}/{key}_{name}": value for key, value in numbers.items()}
+                monitor.scalars(scalars, self._kimg)
             if best.results is not None:
+                if others:
+                    best.results["averages"] = others
                 self._record(metric, best.results, snapshot, monitor, best.length)
         for metric in self.metrics[1:]:
             if (results := self._judge(metric, best.network, best.length).results) is not None:
@@ -237,6 +250,12 @@ class Snapshots:
             for i in range(0, len(self._grid_z), 16)
         ])  # fmt: skip
         return image_grid(images, GRID[1])
+
+
+def _leading(metric: NamedMetric, results: Mapping[str, Any]) -> dict[str, float]:
+    """The number that a metric is led by, and the shares that stand beside it in curves, such as recall."""
+    shares = {row.name for one in METRICS for row in one.rows if row.in_curve}
+    return {key: value for key, value in results.items() if key == metric.key or key in shares}
 
 
 def _portable(config: RefineConfig) -> dict[str, Any]:

@@ -165,7 +165,7 @@ class NearestTo:
     def measure(self, G, device, progress=False):
         wanted = self.wanted() if self.wanted else G
         pairs = zip(G.parameters(), wanted.parameters(), strict=True)
-        return {"fd_fake": float(sum((p - q).square().sum() for p, q in pairs)), "recall": 0.5}
+        return {"fd_fake": float(sum((p - q).detach().square().sum() for p, q in pairs)), "recall": 0.5}
 
 
 @pytest.mark.parametrize("length", [0.05, 0.1, 0.25])
@@ -184,3 +184,6 @@ def test_a_snapshot_holds_the_average_that_the_first_metric_prefers(tmp_path, le
     assert metadata["provenance"]["average_length"] == length
     line = json.loads((tmp_path / "metric-fd-fake.jsonl").read_text().splitlines()[-1])
     assert line["results"]["average_length"] == length and line["results"]["fd_fake"] == 0.0
+    others = line["results"]["averages"]
+    assert set(others) == {"0.05", "0.1", "0.25", "raw"} and others[f"{length:g}"] == {"fd_fake": 0.0, "recall": 0.5}
+    assert others["raw"]["fd_fake"] > 0 and training.trainer.G.training

@@ -54,7 +54,7 @@ def test_everything_that_is_promised_is_there(tmp_path):
     tensors = events.Tags()["tensors"]
     assert "options/text_summary" in tensors
     text = events.Tensors("options/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert '"aux_steps": 1' in text
+    assert '"aux_steps": 2' in text
     assert "_hparams_/session_start_info" in events.summary_metadata
     assert len(list(tmp_path.glob("events.*"))) == 1 and not [p for p in tmp_path.iterdir() if p.is_dir()]
 
