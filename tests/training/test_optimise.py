@@ -24,7 +24,7 @@ def test_the_signal_of_a_gradient_is_the_part_that_two_batches_share(noise):
 def test_parameters_without_gradients_are_left_out():
     weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
     optimizer = GuardedAdam(weights, (0.0, 0.999), None, "fp32", torch.device("cpu"))
-    for _ in range(2):
+    for _ in range(SIGNAL_EVERY):
         weights[0].grad = torch.ones(2)
         optimizer.step(0.0)
     assert optimizer.signal.item() == pytest.approx(1)
