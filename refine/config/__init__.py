@@ -238,7 +238,7 @@ class RefineConfig:
         aliases=("kimg-per-tick", "log-every"),
     )
     snap: int = option(
-        count(0), 10, _MONITORING, "How many ticks there are between two snapshots; 0 = one at the end only.",
+        count(0), 5, _MONITORING, "How many ticks there are between two snapshots; 0 = one at the end only.",
         changeable=True,
         aliases=("snapshot", "save-every"),
     )
@@ -277,7 +277,7 @@ class RefineConfig:
         "Stop in time for the state to be saved, as a batch queue wants it.", changeable=True, in_snapshots=False,
     )
     patience: int = option(
-        count(0), 8, _RESUMING,
+        count(0), 4, _RESUMING,
         "Stop after this many snapshots without a better first metric; 0 = never, as where there is no metric.",
         changeable=True, in_snapshots=False, aliases=("early-stopping",), formerly=0,
     )

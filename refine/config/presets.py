@@ -20,6 +20,7 @@ _PUBLISHED: dict[str, Any] = {
     "average": "ema",
     "ema_kimg": 500.0,
     "tick": 50.0,  # 100 progress lines in so long a run
+    "snap": 10,
 }
 
 # What every run of the shipped digits takes beside the defaults: it is so short that it needs its own clock, and there
@@ -27,7 +28,6 @@ _PUBLISHED: dict[str, Any] = {
 _DIGITS: dict[str, Any] = {
     "batch": 32,  # twice the steps for the same time
     "tick": 0.32,
-    "snap": 5,
     "metrics": ("fd2k-digits",),
     "ref": "digits-reference",
 }

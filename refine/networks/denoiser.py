@@ -88,7 +88,7 @@ class Preconditioner(Denoiser, MixedPrecision):
         return c_skip * x + c_out * F_x[:, : self.img_channels].to(torch.float32)
 
     def encode(self, x: torch.Tensor, sigma: float) -> list[torch.Tensor]:
-        """See `Denoiser.encode`. The decoder is not run."""
+        """See `Denoiser.encode`. The decoder is not run; whoever knows no missing label is told the first class."""
         ends = self._ends_of_encoder()
         if not ends:
             return super().encode(x, sigma)
@@ -100,9 +100,13 @@ class Preconditioner(Denoiser, MixedPrecision):
             if end is ends[-1]:
                 raise _EncoderIsDone
 
+        labels = None
+        if self.label_dim and not self.has_null_label:
+            labels = torch.zeros(len(x), self.label_dim, device=x.device)
+            labels[:, 0] = 1
         hooks = [end.register_forward_hook(note) for end in ends]
         try:
-            self(x, level, force_fp32=True)
+            self(x, level, labels, force_fp32=True)
         except _EncoderIsDone:
             pass
         finally:

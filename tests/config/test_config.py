@@ -58,7 +58,7 @@ def test_options_survive_json():
 def test_a_run_measures_itself_unless_it_is_told_not_to():
     for preset in ("default", "cifar10", "one-step"):
         c = config(preset=preset)
-        assert (c.metrics, c.ref, c.patience) == (("fd2k-teacher",), "teacher", 8)
+        assert (c.metrics, c.ref, c.patience) == (("fd2k-teacher",), "teacher", 4)
     assert config(metrics=()).patience == 0 and config(preset="demo").ref == "digits-reference"
     assert config(metrics=("fd1k-digits",)).ref == "teacher"
 
