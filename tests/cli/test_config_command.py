@@ -21,7 +21,7 @@ def test_every_field_is_an_option_under_its_heading():
         place = page.index(f"\n  {flag(name)} ")
         assert [group for group, start in zip(GROUPS, sections, strict=True) if start < place][-1] == known.group
     assert "\n  --sigma-range " in page and "\n  --aux-sigma-range " in page and "\n  --resume " in page
-    assert "karras:7.0" in page  # the law of a preset is shown as it is written
+    assert "lognormal:-1.2,1.2" in page  # the law of a preset is shown as it is written
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_shifts_are_right_and_down_and_mirror_at_the_edge():
 def test_only_aux_is_told_and_only_in_its_own_step():
     teacher = augmenting_teacher()
     assert (teacher.augment_dim, make_teacher().augment_dim) == (9, 0)
-    trainer = Trainer(RefineConfig("g", "t", batch=8, aux_augment=1.0), make_student(), teacher)
+    trainer = Trainer(RefineConfig("g", "t", batch=8, aux_augment=1.0, aux_steps=1), make_student(), teacher)
     seen = {"aux": [], "teacher": []}
     for name in seen:
         network = getattr(trainer, name).model
