@@ -63,7 +63,7 @@ class Pulse:
         self._stop.set()
 
     def _beat(self) -> None:
-        while not self._stop.wait(self._limit / 20):
+        while True:  # at once, for those that wait already
             try:
                 self._store.add(f"beat/{self._rank}", 1)
                 for other, before in self._counts.items():
@@ -73,6 +73,8 @@ class Pulse:
             except RuntimeError:  # its holder is gone, and with it the connections that everybody works with
                 return
             self._answered = time.monotonic()
+            if self._stop.wait(self._limit / 20):
+                return
 
     def _watch(self) -> None:
         pause = self._limit / 50
