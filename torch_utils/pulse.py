@@ -12,6 +12,8 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from refine.dnnlib import tell
+
 T = TypeVar("T")
 
 
@@ -96,6 +98,6 @@ class Pulse:
         text = f"Error: rank {self._rank} lost another process: nothing was heard of rank {names} for "
         text += f"{self._limit:.0f} s; it was stopped, hangs, or its machine is gone\n"
         try:
-            os.write(2, text.encode())
+            tell(text, 1)
         finally:
             os._exit(2)
