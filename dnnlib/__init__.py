@@ -1,12 +1,15 @@
 """Small helpers that know nothing of torch, GANs or diffusion: everything here is the standard library."""
 
 from refine.dnnlib.caches import distrust, keep_from_others, make_folder, user_cache
+from refine.dnnlib.streams import Outlet, descriptor, tell
 from refine.dnnlib.util import check_outdir, format_bytes, format_kimg, format_time, sha256_of_file
 from refine.dnnlib.writing import append_text, replaced_atomically
 
 __all__ = [
+    "Outlet",
     "append_text",
     "check_outdir",
+    "descriptor",
     "distrust",
     "format_bytes",
     "format_kimg",
@@ -15,5 +18,6 @@ __all__ = [
     "make_folder",
     "replaced_atomically",
     "sha256_of_file",
+    "tell",
     "user_cache",
 ]

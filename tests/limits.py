@@ -3,10 +3,36 @@
 import os
 import resource
 import signal
+import struct
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 SECONDS = 2  # of processor time
 BYTES = 1 << 30  # of address space above what this process and the file take
+
+
+def zip_of(path: Path, names: Iterable[bytes], size: int = 0, filler: int = 0) -> Path:
+    """A zip that says that it has one file, and lists many: all of them the same `size` zeros, none of them packed.
+
+    Args:
+        path: What is written.
+        names: Of the files.
+        size: Of each.
+        filler: How many bytes are before the list; they take no room on the disk.
+    """
+    crc = zlib.crc32(b"\0" * size)
+    first = struct.pack("<4s5H3I2H", b"PK\x03\x04", 20, 0, 0, 0, 33, crc, size, size, 0, 0)
+    with open(path, "wb") as file:
+        file.write(first + b"\0" * size)
+        file.seek(filler, os.SEEK_CUR)
+        start = file.tell()
+        for name in names:
+            sizes = (crc, size, size, len(name))
+            file.write(struct.pack("<4s6H3I5H2I", b"PK\x01\x02", 20, 20, 0, 0, 0, 33, *sizes, 0, 0, 0, 0, 0, 0) + name)
+        length = file.tell() - start
+        file.write(struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 1, 1, length, start, 0))
+    return path
 
 
 def outcome(read, path: Path) -> str:

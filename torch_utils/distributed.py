@@ -7,8 +7,8 @@ gloo between CPUs), and one of gloo for numbers that live on the host, which nee
 How failures spread: a process that dies closes its connections, so that the others fail in their next exchange, at
 once. Before a process that raises goes, it leaves its message in the store; whoever loses the connection looks there
 for the reason. What neither dies nor answers is given up after TIMEOUT: exchanges in step have it as their limit, and
-`pulse` ends whoever waits for a silent process elsewhere. The store may be held by the very process that is silent, so
-nothing asks it without a limit either.
+`pulse` ends whoever waits for a silent process elsewhere, also while they join. The store may be held by the very
+process that is silent, so nothing asks it without a limit either. Nobody waits for 60 seconds.
 """
 
 import contextlib
@@ -25,7 +25,8 @@ import torch.distributed as dist
 from refine.torch_utils.pulse import Pulse, within
 
 T = TypeVar("T")
-TIMEOUT = timedelta(seconds=50)  # for a process to join, and for any exchange between processes in step
+TIMEOUT = timedelta(seconds=40)  # for a process to join, and for any exchange between processes in step
+SILENCE = timedelta(seconds=4)  # beyond TIMEOUT, before `pulse` ends whoever waits: exchanges that fail say more
 ROLL_CALL = timedelta(seconds=10)  # how long a process that failed before joining waits for the others
 PATIENCE = timedelta(hours=24)  # for rank 0 to write, and for all to measure, which takes them unequal time
 BUCKET = 2**24  # elements that are averaged at once: 64 MiB of float32
@@ -90,7 +91,12 @@ def session(cuda: bool) -> Iterator[None]:
     if not is_launched():
         yield
         return
-    _join(cuda)
+    try:
+        _join(cuda)
+    except BaseException:
+        _stop_pulse()
+        _pulse.clear()
+        raise
     try:
         yield
         _part()
@@ -112,8 +118,7 @@ def speaks_for_all(text: str) -> bool:
     The others are told. Of several that fail the first one speaks, and so does whoever reaches nobody.
     """
     try:
-        store = within(TIMEOUT.total_seconds(), _meet, text)
-        return min(_failures(store)) == rank()
+        return min(within(TIMEOUT.total_seconds(), lambda: _failures(_meet(text)))) == rank()
     except (ValueError, OSError, RuntimeError):
         return True
 
@@ -123,7 +128,6 @@ def _join(cuda: bool) -> None:
     try:
         if failed := within(ROLL_CALL.total_seconds(), _failures, store):
             raise LostProcess(f"another process failed; {failed[min(failed)]}", told=True)
-        _pulse.append(Pulse(_connected(False), rank(), world_size(), TIMEOUT.total_seconds() + 4))
         backend = "nccl" if cuda else "gloo"
         groups = dist.PrefixStore("groups", store)
         dist.init_process_group(backend, store=groups, rank=rank(), world_size=world_size(), timeout=TIMEOUT)
@@ -155,6 +159,8 @@ def _meet(failure: str | None = None) -> dist.TCPStore:
         raise ConnectionError(f"rank {rank()} did not reach rank 0 at {where}: {_first_line(error)}") from None
     if failure is not None:
         store.set(f"failed/{rank()}", _signed(failure))
+    else:  # from here on: one that dies while the others wait for a third one is missed, too
+        _pulse.append(Pulse(_connected(False), rank(), world_size(), (TIMEOUT + SILENCE).total_seconds()))
     store.set(f"here/{rank()}", socket.gethostname())
     names = [f"here/{other}" for other in range(world_size())]
     try:
@@ -207,10 +213,14 @@ def _part() -> None:
         within(TIMEOUT.total_seconds(), _store[0].wait, names, TIMEOUT)
 
 
-def _leave() -> None:
-    _groups.clear()
+def _stop_pulse() -> None:
     for pulse in _pulse:
         pulse.stop()
+
+
+def _leave() -> None:
+    _groups.clear()
+    _stop_pulse()
     # An error closes this process's connections, so that the others notice; the store goes last (see _linger).
     with contextlib.suppress(Exception):
         dist.destroy_process_group()

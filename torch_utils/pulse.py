@@ -12,6 +12,8 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from refine.dnnlib import tell
+
 T = TypeVar("T")
 
 
@@ -63,7 +65,7 @@ class Pulse:
         self._stop.set()
 
     def _beat(self) -> None:
-        while not self._stop.wait(self._limit / 20):
+        while True:  # at once, for those that wait already
             try:
                 self._store.add(f"beat/{self._rank}", 1)
                 for other, before in self._counts.items():
@@ -73,6 +75,8 @@ class Pulse:
             except RuntimeError:  # its holder is gone, and with it the connections that everybody works with
                 return
             self._answered = time.monotonic()
+            if self._stop.wait(self._limit / 20):
+                return
 
     def _watch(self) -> None:
         pause = self._limit / 50
@@ -94,6 +98,6 @@ class Pulse:
         text = f"Error: rank {self._rank} lost another process: nothing was heard of rank {names} for "
         text += f"{self._limit:.0f} s; it was stopped, hangs, or its machine is gone\n"
         try:
-            os.write(2, text.encode())
+            tell(text, 1)
         finally:
             os._exit(2)

@@ -20,10 +20,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from refine.checkpoints.pickles.inert import Refused, shown
-from refine.checkpoints.sniff import zip_directory_bytes
+from refine.checkpoints.sniff import MAX_NETWORK_ENTRIES, zip_entries
+from refine.dnnlib import format_bytes
 
 MAX_INFLATION, SPARE_BYTES = 4, 64 << 20  # compressed weights: 1.1 times, or 2 where they are rounded
-MAX_DIRECTORY_BYTES = 96 << 20  # of the list of entries; ImageNet's 1.3 million take 86
+MAX_SMALL_ENTRIES, IMAGE_BYTES = 100_001, 1024  # of a data set: so many of any size, and one more for each KiB
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _KINDS = "fiubUS"  # of NumPy's types: numbers and text
 _MAX_HEADER_BYTES = 10_000
@@ -44,10 +45,11 @@ def opened(file: str | os.PathLike | BinaryIO) -> Iterator[zipfile.ZipFile]:
     """A zip archive, for as long as the block lasts.
 
     Raises:
-        Refused: It is none, is broken, or has more entries than a data set has images; also for what the block meets.
+        Refused: It is none, is broken, or has more entries than a network; also for what the block meets.
     """
     try:
-        check_entries(file)
+        if zip_entries(file) > MAX_NETWORK_ENTRIES:
+            raise Refused(f"it has more than {MAX_NETWORK_ENTRIES} entries")
         with zipfile.ZipFile(file) as archive:
             yield archive
     except Refused:
@@ -56,10 +58,12 @@ def opened(file: str | os.PathLike | BinaryIO) -> Iterator[zipfile.ZipFile]:
         raise Refused("it is a broken or cut-off zip archive") from None
 
 
-def check_entries(file: str | os.PathLike | BinaryIO) -> None:
-    """Raises Refused if the list of entries alone would take gigabytes."""
-    if zip_directory_bytes(file) > MAX_DIRECTORY_BYTES:
-        raise Refused("it has many millions of entries")
+def check_images(path: Path) -> None:
+    """Raises Refused for more entries than there can be images, whose list would take seconds and gigabytes."""
+    size = path.stat().st_size
+    most = MAX_SMALL_ENTRIES + size // IMAGE_BYTES
+    if zip_entries(path) > most:
+        raise Refused(f"has more than {most} entries in {format_bytes(size)}; expected larger images, or a folder")
 
 
 def check_method(info: zipfile.ZipInfo) -> None:

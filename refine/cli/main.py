@@ -5,6 +5,7 @@ mistyped option answer at once. They raise ValueError (or OSError) for what the 
 one line of it.
 """
 
+import contextlib
 import importlib
 import os
 import sys
@@ -14,6 +15,7 @@ from typing import NoReturn
 
 import click
 
+from refine.dnnlib import Outlet, descriptor
 from refine.errors import describe_os_error
 
 _COMMANDS = {  # name -> module, attribute
@@ -86,7 +88,7 @@ def run_command(command: click.Command | str, args: Sequence[str] | None = None)
         if os.environ.get("REFINE_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()
         code, message = describe_failure(error)
-        print(message, file=sys.stderr)
+        _complain(message)
     sys.exit(code)
 
 
@@ -108,6 +110,15 @@ def describe_failure(error: BaseException) -> tuple[int, str]:
         return 1, f"Error: out of memory; try a smaller --batch-gpu or --batch ({details})"
     details = f"{type(error).__name__}: {_one_line(str(error))[:300]}"
     return 1, f"Error: this should not have happened ({details}); REFINE_DEBUG=1 shows the traceback"
+
+
+def _complain(message: str) -> None:
+    """One line to stderr; a reader who does not read does not keep the program from ending."""
+    if (file := descriptor(sys.stderr)) is None:
+        print(message, file=sys.stderr)
+        return
+    with contextlib.suppress(OSError, RuntimeError):
+        Outlet(file).write(f"{message}\n".encode(sys.stderr.encoding, errors="replace"), 5)
 
 
 def _load_command(name: str) -> click.Command:

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from refine.checkpoints import archives
-from refine.checkpoints.pickles.inert import shown
+from refine.checkpoints.pickles.inert import Refused, shown
 from refine.dnnlib import sha256_of_file
 from refine.metrics.sampling import Batch
 
@@ -32,6 +32,7 @@ MAX_PIXELS = 1 << 24  # 4096x4096; a few hundred kilobytes can unpack to gigapix
 MAX_IMAGE_BYTES = 128 << 20  # of a file; the largest picture takes 96 MiB without compression
 _BROKEN: tuple[type[Exception], ...] = (*archives.BROKEN, Image.DecompressionBombError, MemoryError)
 _MAX_CLASSES = 1 << 20
+_NUMBER, _MAX_NUMBERS = re.compile("[0-9]+"), 16  # of a name
 _READERS = 4  # threads that decode
 
 
@@ -56,9 +57,11 @@ class ImageSet:
             names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
         else:
             try:
-                archives.check_entries(path)
+                archives.check_images(path)
                 self._archive = zipfile.ZipFile(path)
                 names = [name for name in self._archive.namelist() if not name.endswith("/")]
+            except Refused as error:
+                raise ValueError(f"{path} {error}") from None
             except archives.BROKEN:
                 raise ValueError(f"{path} is a broken or cut-off zip archive; expected one of images") from None
         self.names = sorted((name for name in names if name.lower().endswith(SUFFIXES)), key=_natural)
@@ -234,8 +237,11 @@ def _stacked(images: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack([image.expand(channels, -1, -1) for image in images])
 
 
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    """Numbers by their value: by the number of their digits, then by the digits, for an int may not take so many."""
-    parts = re.split(r"(\d+)", name)
-    digits = (part.lstrip("0") if part.isascii() and part.isdigit() else None for part in parts)
-    return [(0, 0, part) if n is None else (1, len(n), n) for part, n in zip(parts, digits, strict=True)]
+def _natural(name: str) -> str:
+    """For sorting, the first numbers by their value: by how many digits they have, then by these."""
+    return _NUMBER.sub(_digits, name, count=_MAX_NUMBERS)
+
+
+def _digits(number: re.Match[str]) -> str:
+    digits = number[0].lstrip("0")
+    return f"\0{len(digits):05d}{digits}"  # \0, which no name has, sorts before any text that may be there instead

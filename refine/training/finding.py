@@ -43,11 +43,11 @@ def _counts_called(folder: Path, number: str) -> list[int | None]:
 
 def _images_inside(path: Path) -> int | None:
     """The count of images that a state itself holds; its tensors are not read."""
-    import torch
+    from refine.checkpoints.foreign.torch_save import load_entry  # torch
 
     try:
-        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["nimg"])
-    except Exception:  # noqa: BLE001 - whatever is damaged is told by whoever loads it
+        return int(load_entry(path, "nimg")) if path.is_file() else None
+    except (OSError, ValueError, OverflowError):  # whatever is damaged is told by whoever loads it
         return None
 
 

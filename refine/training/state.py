@@ -9,9 +9,6 @@ Labels are drawn, not read from a data set, and neither numpy's nor Python's ran
 import contextlib
 import dataclasses
 import json
-import pickle
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +16,7 @@ from typing import IO, Any, cast
 
 import torch
 
+from refine.checkpoints import archives
 from refine.checkpoints.foreign.torch_save import load_plain
 from refine.checkpoints.pickles.inert import shown
 from refine.dnnlib import replaced_atomically
@@ -135,19 +133,21 @@ def load_training_state(path: Path) -> dict[str, Any]:
         ValueError: The file is no training state of this toolkit, or its weights are NaN.
     """
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-            if damaged := archive.testzip():
-                raise ValueError(f"{shown(damaged)} does not have its checksum")
+        size = path.stat().st_size
+        if not path.is_file():
+            raise ValueError("it is no regular file")
+        with archives.opened(path) as archive:  # torch.load does not look at the checksums
+            archives.check_inflation(archive.infolist(), size)
+            damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"{shown(damaged)} does not have its checksum")
         state = load_plain(path)
         complete = isinstance(state, dict) and {"config", "networks", "rng", "skips"} <= set(state)
         counts = [state.get(name) for name in ("nimg", "warmup_steps_done")] if complete else []
         complete &= all(type(count) is int and 0 <= count < 2**48 for count in counts)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; expected a training-state-*.pt") from None
-    except (
-        *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error),
-        *(RuntimeError, EOFError, OSError, TypeError, ValueError, KeyError),
-    ) as error:
+    except (RuntimeError, EOFError, OSError, TypeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:100] or "the file ends early"
         raise ValueError(f"{path} cannot be read as a training state: {reason}") from None
     if not complete:

@@ -1,6 +1,5 @@
 """When a run is to end before its time: signals and time limits, obeyed between two iterations."""
 
-import contextlib
 import os
 import signal
 import time
@@ -8,6 +7,8 @@ from collections.abc import Callable
 from enum import IntEnum
 from types import FrameType
 from typing import Any
+
+from refine.dnnlib import tell
 
 # SLURM sends SIGTERM before it kills, and USR1 where `sbatch --signal=USR1@120` asks for a warning. SIGHUP comes from a
 # terminal that is closed.
@@ -59,9 +60,7 @@ class StopRequests:
             self.signal, self._noted_at = number, now
             if os.environ.get("RANK", "0") == "0":
                 # Past Python's streams: one that was being written to may not be entered again.
-                text = f"\n{signal.Signals(number).name}: stopping after this iteration; once more stops at once\n"
-                with contextlib.suppress(OSError):
-                    os.write(2, text.encode())
+                tell(f"\n{signal.Signals(number).name}: stopping after this iteration; once more stops at once\n", 0.2)
         # A terminal's Ctrl-C reaches the workers of torchrun twice: from the terminal and from torchrun.
         elif "TORCHELASTIC_RUN_ID" not in os.environ or now - self._noted_at > 3:
             for other in self._before:

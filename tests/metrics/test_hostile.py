@@ -12,11 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
+from refine.checkpoints import archives
 from refine.metrics import references
 from refine.metrics.detectors import load_detector
 from refine.metrics.image_sets import ImageSet
 from refine.metrics.references import Looking, load_reference
-from tests.limits import outcome
+from tests.limits import outcome, zip_of
 from tests.metrics.networks import PixelDetector
 
 
@@ -177,6 +178,38 @@ def test_members_of_many_megabytes(tmp_path):
     assert "a.png has 201326592 bytes; expected at most" in outcome(read, path)
     path = image_zip(tmp_path / "y.zip", a_png=png(4, 4), b_png=png(4, 4), dataset_json=1 << 26)
     assert "dataset.json is broken" in outcome(read, path)
+
+
+def test_zips_of_more_files_than_there_can_be_images(tmp_path):
+    """The limit on what takes 10 µs and a kilobyte of memory each, whatever the archive says that their number is."""
+
+    def whole_set(path):
+        assert len(ImageSet(path)) == 100_000
+
+    images = (b"%05d/img%08d.png" % (index // 1000, index) for index in range(100_000))
+    assert outcome(whole_set, zip_of(tmp_path / "a.zip", images)) == ""
+    for names in (
+        [b"x.png"] * 110_000,
+        [b"x.png"] * 1_000_000,
+        [b"x" * 65_000] * 1600,
+    ):  # the last 100 MB by their names
+        assert "entries in" in outcome(ImageSet, zip_of(tmp_path / "b.zip", names))
+    archives.check_images(zip_of(tmp_path / "c.zip", [b"x.png"] * 400_000, filler=1 << 30))  # of room for so many
+
+
+def test_names_of_many_numbers(tmp_path):
+    path = zip_of(tmp_path / "x.zip", [b"%04d" % index + b"a1" * 30_000 + b".png" for index in range(1500)])
+    assert outcome(ImageSet, path) == ""
+
+
+def test_images_are_sorted_by_the_numbers_in_their_names(tmp_path):
+    names = ["a", "a1", "a2/b9", "a2/b10", "a10", "a010b", "ab", "b", "9" * 5000, "a9999999999999999999"]
+    names += ["1 2 3 4 5 6 7 8 9 10", "1 2 3 4 5 6 7 8 9 9"]
+    images = ImageSet(zip_of(tmp_path / "x.zip", [f"{name}.png".encode() for name in names]))
+    assert [name.removesuffix(".png")[:20] for name in images.names] == [
+        *("1 2 3 4 5 6 7 8 9 9", "1 2 3 4 5 6 7 8 9 10", "9" * 20, "a1", "a2/b9", "a2/b10", "a10", "a010b"),
+        *("a9999999999999999999", "a", "ab", "b"),
+    ]
 
 
 @pytest.mark.parametrize("name", ["9" * 5000 + ".png", "a\nb\x1b[2J.png", "é" * 200 + ".png", "../x.png"])

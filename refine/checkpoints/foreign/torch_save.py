@@ -104,6 +104,19 @@ def load_plain(path: Path) -> Any:
         raise ValueError(str(error).removeprefix(f"{path}: ")) from None
 
 
+def load_entry(path: Path, name: str) -> Any:
+    """One number or text of a table that torch.save wrote; nothing else of the file is brought into memory.
+
+    Raises:
+        ValueError: The file is broken, or holds something else.
+    """
+    with open(path, "rb") as stream, saying(str(path)):
+        table, _ = read_zip(path, stream, "plain tensors and numbers", _STATE_OPCODES)
+        if not isinstance(table, dict) or not isinstance(table.get(name), bool | int | float | str):
+            raise Refused(f"it holds no {name}")
+        return table[name]
+
+
 class _Plain:
     """Brings values into memory: each text and tensor once, and no more than a file of this size can hold."""
 
