@@ -141,7 +141,7 @@ def _resident(field: str) -> int:
 
 
 def measure(name: str, pair: tuple, batch: int, repeats: int, device: torch.device, options: dict) -> dict:
-    config = RefineConfig("student", "teacher", batch=batch, **options)
+    config = RefineConfig("student", "teacher", batch=batch, adversarial=0.0, **options)
     trainer = Trainer(config, *pair, device=device)
     G, teacher = (copy.deepcopy(network).to(device) for network in pair)
     teacher.eval().requires_grad_(False)

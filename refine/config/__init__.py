@@ -154,9 +154,9 @@ class RefineConfig:
         aliases=("class-weights", "prior"),
     )
     adversarial: float = option(
-        NOT_NEGATIVE, 0.0, _COVERAGE,
+        NOT_NEGATIVE, 0.5, _COVERAGE,
         "Weight of a critic that compares the student's images with the teacher's, or with --data; 0 = none.",
-        aliases=("gan-loss", "discriminator"),
+        aliases=("gan-loss", "discriminator"), formerly=0.0,
     )
     bank: int = option(count(2), 2000, _COVERAGE, "How many images of the teacher the critic knows.")
     data: str | None = option(

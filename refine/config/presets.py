@@ -17,6 +17,7 @@ _PUBLISHED: dict[str, Any] = {
     "aux_sigma": SigmaOptions(),
     "objective": "ikl",
     "clamp": False,
+    "adversarial": 0.0,
     "average": "ema",
     "ema_kimg": 500.0,
     "tick": 50.0,  # 100 progress lines in so long a run
@@ -27,6 +28,7 @@ _PUBLISHED: dict[str, Any] = {
 # are real digits to measure it by.
 _DIGITS: dict[str, Any] = {
     "batch": 32,  # twice the steps for the same time
+    "adversarial": 0.0,  # drawing the teacher's images would take longer than the run
     "tick": 0.32,
     "metrics": ("fd2k-digits",),
     "ref": "digits-reference",

@@ -100,7 +100,8 @@ class Trainer:
             self.remarks.append(remark)
         self.adversary = None
         if config.adversarial:
-            assert others is not None, "--adversarial needs images to compare with"
+            if others is None:
+                raise ValueError(f"--adversarial is {config.adversarial}, but there are no images to compare with")
             self.adversary = Adversary(others, teacher.img_resolution, teacher.img_channels, self.device)
             self.critic = self.adversary.critic
             self.optimizers["critic"] = self.adversary.optimizer

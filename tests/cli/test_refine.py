@@ -147,7 +147,7 @@ def test_a_pair_that_does_not_fit_is_refused_before_a_network_is_built(files, tm
     code, _, err = call(capsys, *(arg.format(files) for arg in args), f"--outdir={tmp_path / 'out'}")
     assert code != 0 and word in err and built == []
     pair = (f"--gan={files}/gan.safetensors", f"--teacher={files}/teacher.safetensors")
-    assert call(capsys, *pair, "--metrics=none", "--dry-run", f"--outdir={tmp_path / 'out'}")[0] == 0
+    assert call(capsys, *pair, "--metrics=none", "--adversarial=0", "--dry-run", f"--outdir={tmp_path / 'out'}")[0] == 0
     assert built == ["stylegan2.Generator", "edm.EDMPrecond"]  # so the count counts
 
 
@@ -156,7 +156,7 @@ def test_outdir_that_cannot_be_written(files, tmp_path, capsys, place):
     (tmp_path / "file").touch()
     outdir = {"file": tmp_path / "file", "below a file": tmp_path / "file" / "runs", "read-only": "/proc/runs"}[place]
     pair = (f"--gan={files}/gan.safetensors", f"--teacher={files}/teacher.safetensors")
-    code, out, err = call(capsys, *pair, "--metrics=none", f"--outdir={outdir}")
+    code, out, err = call(capsys, *pair, "--metrics=none", "--adversarial=0", f"--outdir={outdir}")
     assert code != 0 and out == ""
     assert len(err.strip().splitlines()) == 1 and err.startswith("Error: ") and "--outdir" in err
 
@@ -189,6 +189,7 @@ def test_an_edm2_teacher(files, tmp_path, capsys):
         "--lr=0.001",
         "--dropout=true",
         "--metrics=none",
+        "--adversarial=0",
     )
     assert call(capsys, *pair, *options)[0] == 0
     G = load_generator(next(tmp_path.glob("runs/*/network-snapshot-*.safetensors")))
@@ -198,7 +199,16 @@ def test_an_edm2_teacher(files, tmp_path, capsys):
 
 def test_a_run_and_going_on_with_it(files, tmp_path, capsys):
     pair = (f"--gan={files}/gan.safetensors", f"--teacher={files}/teacher.safetensors")
-    options = ("--kimg=0.016", "--batch=4", "--tick=0.008", "--snap=1", "--lr=0.001", "--desc=try", "--metrics=none")
+    options = (
+        "--kimg=0.016",
+        "--batch=4",
+        "--tick=0.008",
+        "--snap=1",
+        "--lr=0.001",
+        "--desc=try",
+        "--metrics=none",
+        "--adversarial=0",
+    )
     code, out, err = call(capsys, *pair, *options, f"--outdir={tmp_path}")
     assert code == 0, err
     assert "tick 1" in out and "ETA" in out and "done" in out
@@ -212,7 +222,9 @@ def test_a_run_and_going_on_with_it(files, tmp_path, capsys):
     code, out, err = call(capsys, "--resume=latest", f"--outdir={tmp_path}")
     assert code == 0, err
     assert "going on at 0.0 of 0.016 kimg" in out and "changed" not in out
-    code, out, err = call(capsys, "--resume=latest", f"--outdir={tmp_path}", "--keep=3", "--metrics=none")
+    code, out, err = call(
+        capsys, "--resume=latest", f"--outdir={tmp_path}", "--keep=3", "--metrics=none", "--adversarial=0"
+    )
     assert code == 0, err
     assert out.count("changed") == 1 and "changed     --keep from 2 to 3" in out
 
@@ -225,9 +237,9 @@ def test_a_run_without_a_reference_is_measured_against_its_teacher_and_ends_by_i
     shutil.copy(files / "teacher.safetensors", teacher)
     pair = (f"--gan={files}/gan.safetensors", f"--teacher={teacher}", f"--outdir={tmp_path}/runs")
     options = ("--kimg=1", "--batch=4", "--tick=0.004", "--snap=1", "--lr=0", "--desc=try", "--average=ema")
-    code, out, err = call(capsys, *pair, *options, "--metrics=fd20-teacher", "--patience=2")
+    code, out, err = call(capsys, *pair, *options, "--metrics=fd20-teacher", "--patience=2", "--bank=20")
     assert code == 0, err
-    assert "data        data-free: the student learns from the teacher alone\n" in out
+    assert "data        data-free: a critic compares the student with 20 images of the teacher\n" in out
     assert "no better fd20-teacher in 2 snapshots: done" in out and out.count("result      ") == 1
     key = f"fd_teacher_{sha256_of_file(teacher)[:8]}-vs-teacher"
     assert f"result      nothing gained: {key} " in out and "keep the generator as it came" in out
@@ -242,7 +254,7 @@ def test_a_run_without_a_reference_is_measured_against_its_teacher_and_ends_by_i
     (tmp_path / "teacher").touch()  # no path: it is the word for --teacher
     code, out, err = call(capsys, "--resume=latest", pair[2], f"--teacher={moved}", "--patience=3", "--kimg=0.016")
     assert code == 0 and "going on at 0.0" in out and "result      nothing gained" in out, err
-    code, out, err = call(capsys, "--resume=latest", pair[2], f"--teacher={moved}", "--metrics=none")
+    code, out, err = call(capsys, "--resume=latest", pair[2], f"--teacher={moved}", "--metrics=none", "--adversarial=0")
     assert code == 0 and "changed     --patience from 3 to 0" in out and "result" not in out, err
 
 
@@ -251,7 +263,7 @@ def test_a_teacher_that_gives_no_features_names_the_option(files, tmp_path, caps
     pair = (f"--gan={files}/gan.safetensors", f"--teacher={files}/teacher.safetensors")
     code, out, err = call(capsys, *pair, f"--outdir={tmp_path / 'out'}")
     assert code == 2 and out == "" and err.startswith("Error: --metrics: ") and len(err.splitlines()) == 1, err
-    assert "no encoder" in err and "--metrics=none" in err and not (tmp_path / "out").exists()
+    assert "no encoder" in err and "--metrics=none", "--adversarial=0" in err and not (tmp_path / "out").exists()
 
 
 def test_a_gan_from_a_pickle_goes_back_into_a_copy_of_it(root, tmp_path, capsys):
@@ -261,7 +273,7 @@ def test_a_gan_from_a_pickle_goes_back_into_a_copy_of_it(root, tmp_path, capsys)
     teacher = EDMPrecond(G.img_resolution, G.img_channels, G.c_dim, **kwargs)
     save_networks(tmp_path / "teacher.safetensors", {"ema": teacher}, provenance={})
     pair = (f"--gan={source}", f"--teacher={tmp_path}/teacher.safetensors", f"--outdir={tmp_path}/runs")
-    code, out, err = call(capsys, *pair, "--kimg=0.004", "--batch=2", "--lr=0.001", "--metrics=none")
+    code, out, err = call(capsys, *pair, "--kimg=0.004", "--batch=2", "--lr=0.001", "--metrics=none", "--adversarial=0")
     assert code == 0, err
     run = next((tmp_path / "runs").iterdir())
     native = load_generator(run / "network-snapshot-000000.safetensors").state_dict()

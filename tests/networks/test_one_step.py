@@ -91,6 +91,7 @@ def test_from_the_command_to_the_comparison(tmp_path, capsys):
         "--lr=0.001",
         "--sigma-init=1.5",
         "--metrics=none",
+        "--adversarial=0",
     )
     command = ("--gan=one-step", f"--teacher={tmp_path}/teacher.safetensors", f"--outdir={tmp_path}/runs", *options)
     code, out, err = call(capsys, *command)

@@ -29,6 +29,7 @@ STEPS = (
     "--aux-lr=0.001",
     "--desc=x",
     "--metrics=none",
+    "--adversarial=0",
 )
 LAST = "00000-x/network-snapshot-000000.032.safetensors"
 

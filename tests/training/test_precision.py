@@ -14,7 +14,8 @@ from tests.training.test_trainer import make_student, make_teacher
 
 
 def make_trainer(device="cpu", **options):
-    trainer = Trainer(RefineConfig("g", "t", batch=8, lr=1e-3, aux_lr=1e-3, **options), make_student(), make_teacher(),
+    config = RefineConfig("g", "t", batch=8, adversarial=0.0, lr=1e-3, aux_lr=1e-3, **options)
+    trainer = Trainer(config, make_student(), make_teacher(),
                       device)  # fmt: skip
     with torch.no_grad():
         for p in trainer.aux.parameters():  # equal to the teacher, it would give the student no gradient

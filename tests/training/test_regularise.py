@@ -102,7 +102,9 @@ def test_shifts_are_right_and_down_and_mirror_at_the_edge():
 def test_only_aux_is_told_and_only_in_its_own_step():
     teacher = augmenting_teacher()
     assert (teacher.augment_dim, make_teacher().augment_dim) == (9, 0)
-    trainer = Trainer(RefineConfig("g", "t", batch=8, aux_augment=1.0, aux_steps=1), make_student(), teacher)
+    trainer = Trainer(
+        RefineConfig("g", "t", batch=8, adversarial=0.0, aux_augment=1.0, aux_steps=1), make_student(), teacher
+    )
     seen = {"aux": [], "teacher": []}
     for name in seen:
         network = getattr(trainer, name).model
@@ -129,7 +131,9 @@ class PlainDenoiser(Denoiser):
 
 
 def test_a_denoiser_without_labels_is_given_none():
-    trainer = Trainer(RefineConfig("g", "t", batch=4, aux_augment=1.0), make_student(), PlainDenoiser())
+    trainer = Trainer(
+        RefineConfig("g", "t", batch=4, adversarial=0.0, aux_augment=1.0), make_student(), PlainDenoiser()
+    )
     trainer.step()
     assert trainer.aux.scale != 0.5
 
@@ -161,7 +165,9 @@ def test_micro_batches_meet_the_same_augmentation(tmp_path, teacher):
 
 
 def test_dropout_is_what_was_asked_for():
-    trainer = Trainer(RefineConfig("g", "t", batch=4, aux_dropout=0.7), make_student(), make_teacher(dropout=0.3))
+    trainer = Trainer(
+        RefineConfig("g", "t", batch=4, adversarial=0.0, aux_dropout=0.7), make_student(), make_teacher(dropout=0.3)
+    )
     rates = {getattr(m, "dropout", None) for m in trainer.aux.modules()} - {None}
     assert rates == {0.7} and trainer.aux.training
     assert {getattr(m, "dropout", None) for m in trainer.teacher.modules()} - {None} == {0.3}

@@ -26,6 +26,7 @@ RUN = (
     "--desc=x",
     "--device=cpu",
     "--metrics=none",
+    "--adversarial=0",
 )
 
 

@@ -32,6 +32,7 @@ OPTIONS = (
     "--aux-lr=0.001",
     "--desc=x",
     "--metrics=none",
+    "--adversarial=0",
 )
 LAST = "00000-x/network-snapshot-000000.060.safetensors"
 

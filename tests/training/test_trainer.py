@@ -48,6 +48,7 @@ def make_run(path, student=None, teacher=None, metrics=None, metric_names=(), ot
         "lr": 1e-3,
         "aux_lr": 1e-3,
         "aux_warmup_kimg": 0.008,
+        "adversarial": 0.0,
     }
     config = RefineConfig("g", "t", metrics=metric_names, **{**defaults, **options})
     path.mkdir(parents=True, exist_ok=True)

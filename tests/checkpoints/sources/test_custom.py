@@ -224,6 +224,7 @@ def test_parts_without_noise_modes_can_be_refined(here, capsys, train):
         "--batch=4",
         "--lr=0.01",
         "--metrics=none",
+        "--adversarial=0",
         "--outdir=runs",
         "--desc=own",
         f"--train={train}",
@@ -249,6 +250,7 @@ def test_a_run_its_snapshot_and_going_on(here, capsys):
         "--snap=1",
         "--lr=0.01",
         "--metrics=none",
+        "--adversarial=0",
         "--outdir=runs",
         "--desc=own",
     )
