@@ -13,6 +13,7 @@ servers are given up, and an HTML page or half a file is refused before it gets 
 import contextlib
 import hashlib
 import json
+import math
 import os
 import queue
 import re
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 CONNECT_TIMEOUT = 10.0  # seconds
-STALL_TIMEOUT = 30.0  # seconds without a byte, or at less than MIN_RATE on average
+STALL_TIMEOUT = 25.0  # seconds without a byte, or at less than MIN_RATE on average
+PATIENCE = 50.0  # seconds in which no try comes farther by a piece of MIN_RATE · STALL_TIMEOUT bytes
 MIN_RATE = 1024  # bytes per second
 WAITS = (1.0, 2.0, 4.0)  # seconds before each further try
 MAX_REDIRECTS = 10
@@ -321,6 +323,7 @@ class _Downloader:
     def __init__(self, shown: str, target: Path):
         self._shown = shown
         self._target = target
+        self._moved, self._most = time.monotonic(), 0  # when the last new piece was there, and the bytes until then
         self._total: int | None = None  # bytes of the whole file, where the server tells
         self._validator: str | None = None  # a later part belongs to the same file if the server still gives this
 
@@ -335,14 +338,14 @@ class _Downloader:
         bar = tqdm(**style, mininterval=every, delay=every)
         with open(output_file, "wb") as file, requests.Session() as session, bar:
             session.max_redirects = MAX_REDIRECTS
-            for wait in (*WAITS, None):
+            for number, wait in enumerate((*WAITS, math.inf), 1):
                 try:
                     self._try(session, url, file, bar)
                     break
                 except (_TryAgain, requests.RequestException, urllib3.exceptions.HTTPError) as error:
                     problem = str(error) if isinstance(error, _TryAgain) else self._what_failed(error, file.tell())
-                if wait is None:
-                    raise DownloadError(f"{problem}, {len(WAITS) + 1} times")
+                if wait > self._patience():
+                    raise DownloadError(f"{problem}, {number} times")
                 bar.write(f"{problem}; trying again in {wait:g} s", file=sys.stderr)
                 time.sleep(wait)
         _check_contents(Path(output_file), f"what {self._shown} sent")
@@ -353,7 +356,8 @@ class _Downloader:
             headers |= {"Range": f"bytes={file.tell()}-", "If-Range": self._validator}
         answer = _Answer(session, url, headers)
         try:
-            response = answer.next(STALL_TIMEOUT, f"{self._shown} sent no answer for {STALL_TIMEOUT:g} s")
+            limit = min(STALL_TIMEOUT, self._patience())
+            response = answer.next(limit, f"{self._shown} sent no answer for {limit:.2g} s")
             self._check_answer(response)
             self._place(response, file)
             bar.total = self._total
@@ -396,14 +400,20 @@ class _Downloader:
             raise DownloadError(f"{self._shown} needs {needed}, but {self._target.parent} has {there} left")
 
     def _copy(self, answer: "_Answer", file: BinaryIO, bar: "tqdm") -> None:
-        since, size = time.monotonic(), file.tell()
-        slow = f"{self._shown} sent less than {dnnlib.format_bytes(MIN_RATE)} a second for {STALL_TIMEOUT:g} s"
-        while chunk := answer.next(since + STALL_TIMEOUT - time.monotonic(), slow):
+        limit, since, size = min(STALL_TIMEOUT, self._patience()), time.monotonic(), file.tell()
+        slow = f"{self._shown} sent less than {dnnlib.format_bytes(MIN_RATE)} a second for {limit:.2g} s"
+        while chunk := answer.next(since + limit - time.monotonic(), slow):
             file.write(chunk)
             bar.update(len(chunk))
             self._check_size(file.tell())
             if file.tell() - size >= MIN_RATE * STALL_TIMEOUT:
-                since, size = time.monotonic(), file.tell()
+                limit, since, size = STALL_TIMEOUT, time.monotonic(), file.tell()
+                if size > self._most:
+                    self._moved, self._most = since, size
+
+    def _patience(self) -> float:
+        """Seconds that are left for tries that bring nothing new."""
+        return max(0.0, self._moved + PATIENCE - time.monotonic())
 
     def _check_size(self, size: int) -> None:
         if size > MAX_BYTES:

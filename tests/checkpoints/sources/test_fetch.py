@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -287,6 +288,17 @@ def test_servers_that_are_refused(url, server, name, what, tries, tmp_path):
     assert what in message and url(name) in message and server.counts[name] == tries
     assert message.endswith(f"a file fetched by other means belongs at {cache_path(url(name))}")
     assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["silent", "dripping-header", "stalled", "trickling", "dripping-chunk"])
+def test_a_server_that_brings_nothing_is_left_within_a_minute(url, name, monkeypatch):
+    """With the limits cut to a fortieth; what is beyond them has to be far below the 10 s that make 60."""
+    assert fetching.PATIENCE == 50
+    monkeypatch.setattr(fetching, "PATIENCE", 1.25)
+    monkeypatch.setattr(fetching, "STALL_TIMEOUT", 0.625)
+    start = time.monotonic()
+    assert re.search(r" (answer|a second) for 0\.\d+ s, [23] times", refusal(lambda: fetch(url(name))))
+    assert time.monotonic() - start < 1.25 + 2
 
 
 def test_without_a_network(url, tmp_path, monkeypatch):
