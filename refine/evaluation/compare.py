@@ -20,6 +20,8 @@ import torch
 from tqdm import tqdm
 
 from refine.checkpoints import load_generator, load_teacher, source_file
+from refine.checkpoints.native import read_metadata
+from refine.checkpoints.sniff import sniff
 from refine.dnnlib import check_outdir, replaced_atomically, sha256_of_file
 from refine.errors import option
 from refine.evaluation.comparison import compared, differences, in_words, summarise
@@ -129,6 +131,7 @@ class Side:
         self.network, self.is_teacher = _load_any(path, device)
         file = source_file(path)
         self.path, self.name, self.sha256 = str(file), file.name, sha256_of_file(file)
+        self.refined_with = _refined_with(file)
         self.image_shape = [self.network.img_channels, self.network.img_resolution, self.network.img_resolution]
         self._common: dict[str, Any] = {"device": device, "batch": batch}
         self._stylegan: dict[str, Any] = {"noise_mode": noise_mode, "truncation_psi": truncation_psi}
@@ -147,7 +150,18 @@ class Side:
         return sample_images(self.network, seeds, classes=classes, **self._common, **{**self._stylegan, **options})
 
     def describe(self) -> dict[str, Any]:
-        return {"path": self.path, "name": self.name, "sha256": self.sha256, "sampling": self.sampling}
+        described = {"path": self.path, "name": self.name, "sha256": self.sha256, "sampling": self.sampling}
+        return described if self.refined_with is None else {**described, "refined_with": self.refined_with}
+
+
+def _refined_with(file: Path) -> str | None:
+    """What a snapshot of `refine.py` learnt from; None for other files."""
+    origins = read_metadata(file)["provenance"] if file.is_file() and sniff(file).kind == "native" else {}
+    if not isinstance(origins, dict) or not isinstance(teacher := origins.get("teacher"), dict):
+        return None
+    data = origins.get("data")
+    with_data = f"and the real images of {data.get('file')}" if isinstance(data, dict) else "alone, without data"
+    return f"the teacher {teacher.get('file')} {with_data}"
 
 
 def _sampling(G: Generator, truncation_psi: float, noise_mode: str) -> str:

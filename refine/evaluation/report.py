@@ -205,7 +205,8 @@ def _html_facts(results: dict[str, Any]) -> str:
 
 
 def _html_network(side: dict[str, Any]) -> str:
-    return f"{side['path']} (sha256 {side['sha256'][:16]}…), {side['sampling']}"
+    learnt = f", refined with {side['refined_with']}" if "refined_with" in side else ""
+    return f"{side['path']} (sha256 {side['sha256'][:16]}…), {side['sampling']}{learnt}"
 
 
 _PAGE = """<!doctype html>

@@ -164,7 +164,10 @@ def _run_together(config: RefineConfig, resumed: Resumed | None, device_name: st
     others = _load_others(config, pair, images, device)
     trainer, no_container = Trainer(config, pair.student, pair.teacher, device, others), _no_container(config.gan, pair)
     container = None if no_container else pair.student_path
-    training = TrainingRun(trainer, run_dir, files, metrics=metrics, provenance=pair.origins, container=container)
+    origins = dict(pair.origins)
+    if images is not None:
+        origins["data"] = {"file": images.path.name, "sha256": files["data"]}
+    training = TrainingRun(trainer, run_dir, files, metrics=metrics, provenance=origins, container=container)
     if resumed is not None:
         with option("--resume"):
             training.load_state_dict(resumed.found.state)

@@ -75,7 +75,8 @@ class Snapshots:
         trainer: As it is before its first step: the pictures before refinement are taken now.
         run_dir: Where everything is written.
         metrics: Measured at every snapshot; the first one decides which snapshot is the best.
-        provenance: Name and sha256 of the files of student and teacher, written into every snapshot.
+        provenance: Name and sha256 of the files of student and teacher, and of real images if the run uses any; written
+            into every snapshot.
         container: The pickle that the student came in; snapshots are then written into copies of it, too. None = not.
     """
 

@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from refine.bridge import plan_bridge
-from refine.checkpoints.native import save_networks
+from refine.checkpoints.native import read_metadata, save_networks
+from refine.config import RefineConfig
+from refine.evaluation.compare import Side
 from refine.images import png_bytes
 from refine.metrics.image_sets import ImageSet
-from refine.training import others
+from refine.training import assemble, others
 from refine.training.others import images_of_data, images_of_teacher
-from tests.training.test_trainer import make_teacher
+from tests.training.test_trainer import make_student, make_teacher
 
 CPU = torch.device("cpu")
 
@@ -63,3 +65,30 @@ def test_a_bank_that_lacks_a_class_is_used_without_labels(tmp_path, monkeypatch)
     bridge = plan_bridge((8, 1, 3), (8, 1, 3))
     assert images_of_teacher(tmp_path / "teacher.safetensors", 2, bridge, CPU).num_classes == 0
     assert images_of_teacher(tmp_path / "teacher.safetensors", 30, bridge, CPU).num_classes == 3
+
+
+def test_a_run_with_real_images_says_so_everywhere(tmp_path, capsys):
+    pair = (tmp_path / "gan.safetensors", tmp_path / "teacher.safetensors")
+    save_networks(pair[0], {"G_ema": make_student()}, provenance={})
+    save_networks(pair[1], {"ema": make_teacher()}, provenance={})
+    zip_of(tmp_path / "digits.zip", 8, 1, labels=[0, 1, 2, 0, 1, 2])
+    config = RefineConfig(
+        *map(str, pair), outdir=str(tmp_path / "runs"), desc="data", data=str(tmp_path / "digits.zip"), metrics=(),
+        kimg=0.008, batch=4, tick=0.008, snap=1,
+    )  # fmt: skip
+    folder = assemble.run(config).folder
+    assert "a critic compares the student with 6 real images of " in (folder / "log.txt").read_text()
+    snapshot = folder / "network-snapshot-000000.008.safetensors"
+    origins = read_metadata(snapshot)["provenance"]
+    assert origins["data"]["file"] == "digits.zip" and len(origins["data"]["sha256"]) == 64
+    assert Side(snapshot, "cpu", 4, "const", 1.0).describe()["refined_with"].endswith("the real images of digits.zip")
+    assert "refined_with" not in Side(pair[0], "cpu", 4, "const", 1.0).describe()
+    # They may have moved, but they must be the same.
+    (tmp_path / "digits.zip").rename(tmp_path / "moved.zip")
+    states = [folder / "training-state-000000.008.pt"]
+    with pytest.raises(ValueError, match=r"--data was .* give --data where it is now"):
+        assemble.resume(states, {"kimg": 0.016})
+    assemble.resume(states, {"kimg": 0.016, "data": str(tmp_path / "moved.zip")})
+    zip_of(tmp_path / "moved.zip", 8, 1, count=9)
+    with pytest.raises(ValueError, match="--data has the sha256"):
+        assemble.resume(states, {"kimg": 0.024, "data": str(tmp_path / "moved.zip")})
