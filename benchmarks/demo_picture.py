@@ -1,6 +1,6 @@
 """The picture of the README: digits before and after from the same latents, the teacher's, and real ones.
 
-python benchmarks/demo_picture.py --after=demo-out/00000-demo-seed0/network-snapshot-best.safetensors --out=docs/demo.png
+python benchmarks/demo_picture.py --after=demo-out/…/network-snapshot-best.safetensors --out=docs/demo.png
 """
 
 import sys
@@ -10,9 +10,8 @@ import click
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "pretrained" / "recipes"))
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "pretrained" / "recipes"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from digits import load_digits
 
