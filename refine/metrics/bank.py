@@ -136,7 +136,7 @@ def _drawn(teacher: Denoiser, seeds: range, num_steps: int, batch: int, device: 
 
 def _keep(place: Path, part: Bank) -> bool:
     """Keeps a part for the next start; where that cannot be, says so, and the images are good all the same."""
-    arrays = {"images": part.images.numpy()}
+    arrays: dict[str, Any] = {"images": part.images.numpy()}
     if part.classes is not None:
         arrays["classes"] = part.classes.numpy()
     try:
