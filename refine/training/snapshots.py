@@ -111,7 +111,7 @@ class Snapshots:
             The number in the snapshot's name, which its training state takes, too; of the first process.
         """
         trainer = self.trainer
-        distributed.check_equal([trainer.G, trainer.G_ema, trainer.aux])
+        distributed.check_equal([getattr(trainer, name) for name in trainer.stateful])
         exact = trainer.config.short_intervals
         number = snapshot_number(self.run_dir.path, trainer.nimg, exact) if distributed.is_main() else ""
         name = f"network-snapshot-{number}.safetensors"

@@ -244,14 +244,14 @@ class Trainer:
     # The state that a resumed run needs.
 
     @property
-    def _stateful(self) -> tuple[str, ...]:
+    def stateful(self) -> tuple[str, ...]:
         """The networks that change."""
         return ("G", "G_ema", "aux", *(["critic"] if self.adversary else []))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes from step to step; plain tensors and numbers."""
         return {
-            "networks": {name: getattr(self, name).state_dict() for name in self._stateful},
+            "networks": {name: getattr(self, name).state_dict() for name in self.stateful},
             "averages": self.averages.state_dict(),
             **{f"{name}_optimizer": optimizer.adam.state_dict() for name, optimizer in self.optimizers.items()},
             "rng": torch.get_rng_state(),
