@@ -35,7 +35,7 @@ from refine.config.option import GROUPS, Option, flag, option
 from refine.config.presets import PRESETS
 
 __all__ = [
-    *("CHANGEABLE", "NOT_IN_SNAPSHOTS", "OPS_HELP", "OPS_MODES", "OPTIONS", "PRECISIONS", "PRESETS"),
+    *("CHANGEABLE", "MAX_IMAGES", "NOT_IN_SNAPSHOTS", "OPS_HELP", "OPS_MODES", "OPTIONS", "PRECISIONS", "PRESETS"),
     *("RefineConfig", "SigmaOptions", "TEACHER"),
 ]
 
@@ -44,6 +44,7 @@ TEACHER = "teacher"  # as --ref, images of --teacher; as the detector of --metri
 OPS_MODES = ("auto", "native", "ref")  # those of torch_utils.build.custom_ops, without importing it
 OPS_HELP = "Compiled ops: auto = where they are available, native = always, or an error, ref = plain torch."
 WARMUP_STEPS = 100  # aux is of the teacher's size whatever that is, and begins as near to its goal as the pair is close
+MAX_IMAGES = 1 << 30  # of a bank or a metric: so many seeds there are from the first of a bank to the last of all
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 _FILES, _LENGTH, _RATES, _NOISE, _OBJECTIVE, _COVERAGE, _SPEED, _MONITORING, _RESUMING = GROUPS
@@ -158,7 +159,7 @@ class RefineConfig:
         "Weight of a critic that compares the student's images with the teacher's, or with --data; 0 = none.",
         aliases=("gan-loss", "discriminator"), formerly=0.0,
     )
-    bank: int = option(count(2), 2000, _COVERAGE, "How many images of the teacher the critic knows.")
+    bank: int = option(count(2, MAX_IMAGES), 2000, _COVERAGE, "How many images of the teacher the critic knows.")
     data: str | None = option(
         optional(text("DIR|ZIP"), "none: the teacher's images"), None, _COVERAGE,
         "Real images for the critic; the run is then no longer free of data.", in_snapshots=False,

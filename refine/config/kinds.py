@@ -74,9 +74,10 @@ def number(expected: str, holds: Callable[[float], bool], metavar: str = "X") ->
     return Kind(metavar, float, expected, holds)
 
 
-def count(low: int) -> Kind:
-    """A whole number of at least `low`."""
-    return Kind("N", int, f"a whole number ≥ {low}", lambda value: value >= low)
+def count(low: int, high: float = math.inf) -> Kind:
+    """A whole number of at least `low`, and at most `high`."""
+    expected = f"a whole number ≥ {low}" if high == math.inf else f"a whole number, {low} to {high}"
+    return Kind("N", int, expected, lambda value: low <= value <= high)
 
 
 def words(choices: tuple[str, ...]) -> Kind:

@@ -145,7 +145,7 @@ def _keep(place: Path, part: Bank) -> bool:
             np.savez(file, **arrays)
         keep_from_others(place)
     except OSError as error:
-        print(f"the images of the teacher cannot be kept: {describe_os_error(error)}", file=sys.stderr)
+        tqdm.write(f"the images of the teacher cannot be kept: {describe_os_error(error)}", file=sys.stderr)  # by a bar
         return False
     return True
 

@@ -23,6 +23,7 @@ from PIL import Image
 
 from refine.checkpoints import archives
 from refine.checkpoints.pickles.inert import Refused, shown
+from refine.checkpoints.sniff import check_readable_file
 from refine.dnnlib import sha256_of_file
 from refine.metrics.sampling import Batch
 
@@ -56,6 +57,7 @@ class ImageSet:
         if path.is_dir():
             names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
         else:
+            check_readable_file(path)  # a pipe or a device would never end
             try:
                 archives.check_images(path)
                 self._archive = zipfile.ZipFile(path)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from refine.config import TEACHER
+from refine.config import MAX_IMAGES, TEACHER
 from refine.metrics.detectors import INCEPTION_SPACE, load_detector, space_of
 from refine.metrics.evaluate import evaluate
 from refine.metrics.metric import VS_TEACHER, Direction, Metric
@@ -169,4 +169,6 @@ def _parsed(name: str) -> tuple[str, int, str | None]:
     num = int(match["num"]) * (1000 if match["k"] else 1)
     if num < 2:
         raise ValueError(f"{name} measures {num} image; expected at least 2")
+    if num > MAX_IMAGES:
+        raise ValueError(f"{name} measures {num} images; expected at most {MAX_IMAGES}")
     return match["kind"], num, match["detector"]

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import refine
 from refine.checkpoints import load_generator, load_teacher, peek, source_file
 from refine.checkpoints.export import can_write_like
 from refine.checkpoints.sources import custom
+from refine.checkpoints.sources.fetch import is_url
 from refine.config import CHANGEABLE, OPTIONS, TEACHER, RefineConfig
 from refine.config.option import flag
 from refine.device import choose_device, choose_ops
@@ -117,6 +119,7 @@ def resume(state_paths: list[Path], given: Mapping[str, Any], dry_run: bool = Fa
 
 
 def _run(config: RefineConfig, resumed: Resumed | None, dry_run: bool) -> Run:
+    began = time.monotonic()  # what the teacher draws first is part of --time-limit
     set_threads()
     with one_voice(), option("--batch"):
         if config.batch % distributed.world_size():
@@ -126,10 +129,10 @@ def _run(config: RefineConfig, resumed: Resumed | None, dry_run: bool) -> Run:
     with one_voice():
         choose_ops(config.ops, device_name.partition(":")[0])
     with lasting_streams(), together(cuda=device_name.startswith("cuda")):
-        return _run_together(config, resumed, device_name, dry_run)
+        return _run_together(config, resumed, device_name, dry_run, began)
 
 
-def _run_together(config: RefineConfig, resumed: Resumed | None, device_name: str, dry_run: bool) -> Run:
+def _run_together(config: RefineConfig, resumed: Resumed | None, device_name: str, dry_run: bool, began: float) -> Run:
     """The part of `run` that all processes do together."""
     with option("--device"):
         device = torch.device(distributed.local_device(device_name))
@@ -157,11 +160,12 @@ def _run_together(config: RefineConfig, resumed: Resumed | None, device_name: st
     config = _with_absolute_paths(config)
     student_name = ONE_STEP if config.gan == ONE_STEP else pair.student_path.stem
     desc = config.desc or f"{student_name}-{pair.teacher_path.stem}-batch{config.batch}"
+    # Before anything is written: images may turn out to be of no use, and a teacher's take their time.
+    others = None if dry_run and images is None else _load_others(config, pair, images, device)
     if dry_run:
         place = next_run_dir(config.outdir, desc) if resumed is None else resumed.found.path.parent
         return Run(config, str(device), place)
     run_dir = _open_run_dir(config, desc, resumed)
-    others = _load_others(config, pair, images, device)
     trainer, no_container = Trainer(config, pair.student, pair.teacher, device, others), _no_container(config.gan, pair)
     container = None if no_container else pair.student_path
     origins = dict(pair.origins)
@@ -179,7 +183,7 @@ def _run_together(config: RefineConfig, resumed: Resumed | None, device_name: st
     if resumed is not None:
         _log_changes(run_dir, config, resumed, trainer.nimg)
     _log_networks(run_dir, trainer)
-    return Run(config, str(device), run_dir.path, _train(training, run_dir, resumed is not None))
+    return Run(config, str(device), run_dir.path, _train(training, run_dir, resumed is not None, began))
 
 
 def _load_pair(config: RefineConfig) -> _Pair:
@@ -216,6 +220,8 @@ def _open_data(config: RefineConfig) -> ImageSet | None:
     if config.data is None:
         return None
     with one_voice(), option("--data"):
+        if not config.data or is_url(config.data):
+            raise ValueError(f"found {config.data!r}; expected a folder or a zip file of images")
         return ImageSet(Path(config.data))
 
 
@@ -267,8 +273,10 @@ def _check_against_options(pair: _Pair, config: RefineConfig) -> None:
 
 def _with_absolute_paths(config: RefineConfig) -> RefineConfig:
     """For --resume from any folder."""
+    given = {name: getattr(config, name) for name in ("gan", "teacher", "ref", "data")}
+    keeps = {"gan": ONE_STEP, "ref": TEACHER}  # words that mean no file, even where there is one of that name
     places: dict[str, Any] = {
-        name: absolute_place(value) for name in ("gan", "teacher", "ref", "data") if (value := getattr(config, name))
+        name: absolute_place(text) for name, text in given.items() if text is not None and text != keeps.get(name)
     }
     return dataclasses.replace(config, **places)
 
@@ -345,13 +353,13 @@ def _log_networks(run_dir: RunDir, trainer: Trainer) -> None:
         run_dir.log(f"            {remark}")
 
 
-def _train(training: TrainingRun, run_dir: RunDir, resumed: bool) -> int | None:
+def _train(training: TrainingRun, run_dir: RunDir, resumed: bool, began: float) -> int | None:
     """Train to the end, or to a reason to stop, as `TrainingRun.run` says."""
     config = training.config
     start_kimg = training.trainer.nimg / 1000 if resumed else None
     monitor = Monitor(run_dir.path, start_kimg, writes=distributed.is_main())
     try:
-        with StopRequests(config.time_limit) as stop:
+        with StopRequests(config.time_limit, began) as stop:
             stopped = training.run(monitor, stop)
     finally:
         monitor.close()

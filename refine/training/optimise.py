@@ -26,6 +26,7 @@ class GuardedAdam:
         adam: The optimiser itself.
         scale: What losses are multiplied with before backward.
         skips: Counts of the steps that were left out.
+        steps: How many there were; they decide which are measured, in a resumed run, too.
         signal: After every `SIGNAL_EVERY`-th step, the share of the gradient that is no noise, else None.
     """
 
@@ -47,7 +48,7 @@ class GuardedAdam:
         self.skips = SkippedSteps(device)
         self.signal: torch.Tensor | None = None
         self._kept: list[torch.Tensor] = []  # the gradients of the last step, now and then
-        self._steps = 0
+        self.steps = 0
 
     def zero_grad(self) -> None:
         self.adam.zero_grad(set_to_none=True)
@@ -79,14 +80,14 @@ class GuardedAdam:
         that of the measured one, SNR / (1 + SNR), as long as one step changes the true gradient little.
         """
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        place = (self._steps + 2) % SIGNAL_EVERY  # the critic's steps 0, 4, … are penalised, and others look away
+        place = (self.steps + 2) % SIGNAL_EVERY  # the critic's steps 0, 4, … are penalised, and others look away
         self.signal, before, self._kept = None, self._kept, []
         if place == 0:
             self._kept = [norm.clone(), *(g.clone() for g in gradients)]
         elif place == 1 and len(before) == len(gradients) + 1:
             products = [torch.sum(a * b) for a, b in zip(before[1:], gradients, strict=True)]
             self.signal = torch.stack(products).sum() / (before[0] * norm).clamp_min(1e-30)
-        self._steps += 1
+        self.steps += 1
 
 
 class SkippedSteps:

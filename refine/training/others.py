@@ -34,7 +34,7 @@ def images_of_teacher(teacher: Path, num: int, bridge: Bridge, device: torch.dev
 
 
 def images_of_data(images: ImageSet, bridge: Bridge, device: torch.device) -> Others:
-    """Real images, of the student's size or of the teacher's, as the teacher takes them.
+    """Real images, of the student's size or of the teacher's, as the teacher takes them; grey ones do for RGB.
 
     Where they would take more than `MAX_BYTES`, every second, third … is left out. Every process keeps all of them.
 
@@ -48,16 +48,18 @@ def images_of_data(images: ImageSet, bridge: Bridge, device: torch.device) -> Ot
     """
     (size, channels, classes), (t_size, t_channels, _) = bridge.student, bridge.teacher
     step = -(-len(images) * t_channels * t_size**2 // MAX_BYTES)
-    chosen, read = range(0, len(images), step), []
+    chosen, read, known = range(0, len(images), step), [], ((size, channels), (t_size, t_channels))
     with tqdm(total=len(chosen), unit="img", desc=f"images of {images.path.name}", **_shown()) as bar:
         for batch, _ in images.batches(100, chosen):
             _, c, height, width = batch.shape
-            if (c, height, width) == (channels, size, size):
-                read.append(to_uint8(bridge.images(batch.float() / 127.5 - 1)))
-            elif (c, height, width) == (t_channels, t_size, t_size):
-                read.append(batch)
+            for s, k in known:
+                if (height, width) == (s, s) and c in (1, k):  # grey images among colours, or nothing but them
+                    found = batch.expand(-1, k, -1, -1)
+                    of_student = (s, k) == known[0]
+                    read.append(to_uint8(bridge.images(found.float() / 127.5 - 1)) if of_student else found)
+                    break
             else:
-                wanted = " or ".join(dict.fromkeys(f"{s}×{s}×{k}" for s, k in ((size, channels), (t_size, t_channels))))
+                wanted = " or ".join(dict.fromkeys(f"{s}×{s}×{k}" for s, k in known))
                 raise ValueError(f"{images.path} holds images of {height}×{width}×{c}; expected {wanted}")
             bar.update(len(batch))
     labels = images.classes[::step] if images.classes is not None and classes else None

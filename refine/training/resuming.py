@@ -120,8 +120,8 @@ def _check_places(given: Mapping[str, Any], saved: RefineConfig) -> None:
 
 def absolute_place(text: str) -> str:
     """The path that an option means; names stay names. A URL, which may hold a password, becomes its file."""
-    if text == TEACHER:
-        return text
     if (reference := custom.parse(text)) and reference.file:
         return f"{reference}@{os.path.abspath(reference.file)}"
-    return os.path.abspath(resolve(text)) if is_url(text) or os.path.exists(text) else text
+    if is_url(text):
+        return os.path.abspath(resolve(text))
+    return os.path.abspath(text) if os.path.exists(text) else text  # folders of images, too

@@ -33,12 +33,13 @@ class StopRequests:
     """A context in which the first signal only leaves a note, and the second ends the program at once.
 
     Args:
-        time_limit: Seconds from now after which the run is to have ended, its state saved. None = no limit.
+        time_limit: Seconds after which the run is to have ended, its state saved. None = no limit.
+        since: From when they count, by `time.monotonic`; None = from now.
     """
 
-    def __init__(self, time_limit: float | None = None):
+    def __init__(self, time_limit: float | None = None, since: float | None = None):
         self.signal: int | None = None
-        self._limit, self._begin = time_limit, time.monotonic()
+        self._limit, self._begin = time_limit, time.monotonic() if since is None else since
         self._slowest, self._last = 0.0, time.monotonic()
         self._noted_at = 0.0
         self._before: dict[int, Handler] = {}

@@ -259,6 +259,7 @@ class Trainer:
             "nimg": self.nimg,
             "warmup_steps_done": self.warmup_steps_done,
             "loss_scales": {name: optimizer.scale.state for name, optimizer in self.optimizers.items()},
+            "steps": {name: optimizer.steps for name, optimizer in self.optimizers.items()},
             "skips": {name: optimizer.skips.counts for name, optimizer in self.optimizers.items()},
             "means": self.means.state_dict(),
         }
@@ -281,6 +282,7 @@ class Trainer:
         for name, optimizer in self.optimizers.items():
             optimizer.scale.state.copy_(state["loss_scales"][name])
             optimizer.skips.counts.copy_(state["skips"][name])
+            optimizer.steps = int(state.get("steps", {}).get(name, 0))
         self.means.load_state_dict(state["means"])
         self.nimg, self.warmup_steps_done = state["nimg"], state["warmup_steps_done"]
         torch.set_rng_state(state["rng"])

@@ -112,6 +112,26 @@ FAULTS = {
         ["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--adversarial=1", "--data={}/nothing"],
         "--data",
     ),
+    "real images from a device that never ends": (
+        ["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--data=/dev/zero"],
+        "--data: /dev/zero is not a regular file",
+    ),
+    "real images from a URL": (
+        ["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--data=https://example.invalid/a.zip"],
+        "--data: found 'https://example.invalid/a.zip'",
+    ),
+    "real images from nowhere": (
+        ["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--data="],
+        "--data: found ''",
+    ),
+    "a bank beyond all seeds": (
+        ["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--bank=1000000000000"],
+        "--bank is 1000000000000; expected a whole number, 2 to",
+    ),
+    "a metric beyond all seeds": (
+        ["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--metrics=fd1000000000k-teacher"],
+        "--metrics: fd1000000000k-teacher measures 1000000000000 images; expected at most",
+    ),
     "a folder without real images": (
         ["--gan={}/gan.safetensors", "--teacher={}/teacher.safetensors", "--adversarial=1", "--data={}"],
         "--data",

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from refine.config import RefineConfig
 from refine.training.optimise import SIGNAL_EVERY, GuardedAdam
+from refine.training.trainer import Trainer
+from tests.training.test_trainer import make_student, make_teacher
 
 
 @pytest.mark.parametrize("noise", [0.0, 1.0, 3.0])
@@ -28,3 +31,14 @@ def test_parameters_without_gradients_are_left_out():
         weights[0].grad = torch.ones(2)
         optimizer.step(0.0)
     assert optimizer.signal.item() == pytest.approx(1)
+
+
+def test_a_resumed_run_measures_in_the_same_steps():
+    whole = Trainer(RefineConfig("g", "t", batch=4, adversarial=0.0, metrics=()), make_student(), make_teacher())
+    whole.step()
+    resumed = Trainer(whole.config, make_student(), make_teacher())
+    state = whole.state_dict()
+    resumed.load_state_dict(state)
+    assert {name: optimizer.steps for name, optimizer in resumed.optimizers.items()} == {"student": 1, "aux": 2}
+    del state["steps"]  # of an older version
+    resumed.load_state_dict(state)

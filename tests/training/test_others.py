@@ -52,6 +52,18 @@ def test_images_of_another_size_are_told(tmp_path):
         images_of_data(zip_of(tmp_path / "data.zip", 12), plan_bridge((16, 3, 0), (8, 1, 0)), CPU)
 
 
+def test_grey_images_do_for_colours_wherever_they_stand(tmp_path):
+    for size, expected in ((16, 8), (8, 8)):
+        found = images_of_data(zip_of(tmp_path / "grey.zip", size, 1), plan_bridge((16, 3, 0), (8, 3, 0)), CPU)
+        x = found.draw(9, None)
+        assert x.shape == (9, 3, expected, expected) and torch.equal(x[:, 0], x[:, 2])
+    grey = images_of_data(zip_of(tmp_path / "grey.zip", 16, 1), plan_bridge((16, 3, 0), (8, 1, 0)), CPU).draw(60, None)
+    assert grey.shape == (60, 1, 8, 8)
+    assert {round(float(v)) for v in (grey.mean(dim=[1, 2, 3]) + 1) * 127.5} == {5, 15, 25, 35, 45, 55}
+    with pytest.raises(ValueError, match="8×8×3; expected 8×8×1"):  # the other way round, colours would be lost
+        images_of_data(zip_of(tmp_path / "data.zip", 8), plan_bridge((8, 1, 0), (8, 1, 0)), CPU)
+
+
 def test_of_a_large_set_a_part_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(others, "MAX_BYTES", 3 * 16 * 16 * 3)
     labels = [0, 1, 0, 1, 0, 1]
@@ -65,6 +77,54 @@ def test_a_bank_that_lacks_a_class_is_used_without_labels(tmp_path, monkeypatch)
     bridge = plan_bridge((8, 1, 3), (8, 1, 3))
     assert images_of_teacher(tmp_path / "teacher.safetensors", 2, bridge, CPU).num_classes == 0
     assert images_of_teacher(tmp_path / "teacher.safetensors", 30, bridge, CPU).num_classes == 3
+
+
+@pytest.fixture
+def pair(tmp_path):
+    save_networks(tmp_path / "gan.safetensors", {"G_ema": make_student()}, provenance={})
+    save_networks(tmp_path / "teacher.safetensors", {"ema": make_teacher()}, provenance={})
+    return str(tmp_path / "gan.safetensors"), str(tmp_path / "teacher.safetensors")
+
+
+SHORT = {"desc": "data", "metrics": (), "kimg": 0.008, "batch": 4, "tick": 0.008, "snap": 1}
+
+
+def test_a_folder_serves_from_anywhere(tmp_path, monkeypatch, pair):
+    folder = tmp_path / "teacher"  # which is a word of --ref, and no name of a file here
+    folder.mkdir()
+    for index in range(3):
+        (folder / f"{index}.png").write_bytes(png_bytes(torch.full((1, 8, 8), 90 * index, dtype=torch.uint8)))
+    monkeypatch.chdir(tmp_path)
+    run = assemble.run(RefineConfig(*pair, outdir=str(tmp_path / "runs"), data="teacher", **SHORT))
+    assert run.config.data == str(folder)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assemble.resume([run.folder / "training-state-000000.008.pt"], {"kimg": 0.016})
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize(
+    ("size", "labels", "message"),
+    [(9, None, "9×9×1"), (8, [0, 1, 7], "expected 3 classes"), (8, [0, 1, 1], "no image of class 2")],
+)
+def test_images_that_are_of_no_use_are_told_before_anything_is_written(tmp_path, pair, size, labels, message, dry_run):
+    data = zip_of(tmp_path / "data.zip", size, 1, count=3, labels=labels).path
+    with pytest.raises(ValueError, match=f"--data.*{message}"):
+        assemble.run(RefineConfig(*pair, outdir=str(tmp_path / "runs"), data=str(data), **SHORT), dry_run)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_bank_that_cannot_be_drawn_leaves_no_run_folder(tmp_path, pair, monkeypatch):
+    monkeypatch.setenv("REFINE_CACHE", str(tmp_path / "cache"))
+
+    def broken(*args, **kwargs):
+        raise ValueError("the network gave NaN")
+
+    monkeypatch.setattr(others, "teacher_bank", broken)
+    with pytest.raises(ValueError, match=r"--bank.*NaN"):
+        assemble.run(RefineConfig(*pair, outdir=str(tmp_path / "runs"), **SHORT))
+    assert not (tmp_path / "runs").exists()
+    assemble.run(RefineConfig(*pair, outdir=str(tmp_path / "runs"), **SHORT), dry_run=True)  # draws nothing
 
 
 def test_a_run_with_real_images_says_so_everywhere(tmp_path, capsys):
