@@ -88,6 +88,9 @@ def _check_unchanged(given: Mapping[str, Any], saved: RefineConfig) -> None:
             raise ValueError(
                 f"--resume goes on with the options of the run; {flag(name)} cannot be changed, only {names}"
             )
+    if "data" in given and (given["data"] is None) != (saved.data is None):
+        found, was = given["data"] or "none", saved.data or "none: the teacher's images"
+        raise ValueError(f"--data is {found}, but the run was made with {was}; expected the same images")
     if "gan" in given and _kind_of_gan(given["gan"]) != _kind_of_gan(saved.gan):
         raise ValueError(f"--gan is {given['gan']}, but the run was made with {saved.gan}; expected the same")
 
