@@ -76,6 +76,8 @@ def resumed_config(state_paths: list[Path], given: Mapping[str, Any]) -> tuple[R
     config = dataclasses.replace(saved, **changes)
     if (config.lr, config.aux_lr) != (saved.lr, saved.aux_lr):
         found.state["rollbacks"] = 0  # the new rates are meant as they are
+    if config.metrics[:1] != saved.metrics[:1]:
+        found.state["since_best"] = 0  # patience is with the metric that is now the first
     return Resumed(found, saved), config
 
 
