@@ -76,6 +76,8 @@ def resumed_config(state_paths: list[Path], given: Mapping[str, Any]) -> tuple[R
     config = dataclasses.replace(saved, **changes)
     if (config.lr, config.aux_lr) != (saved.lr, saved.aux_lr):
         found.state["rollbacks"] = 0  # the new rates are meant as they are
+    if config.metrics[:1] != saved.metrics[:1]:
+        found.state["since_best"] = 0  # patience is with the metric that is now the first
     return Resumed(found, saved), config
 
 
@@ -88,6 +90,9 @@ def _check_unchanged(given: Mapping[str, Any], saved: RefineConfig) -> None:
             raise ValueError(
                 f"--resume goes on with the options of the run; {flag(name)} cannot be changed, only {names}"
             )
+    if "data" in given and (given["data"] is None) != (saved.data is None):
+        found, was = given["data"] or "none", saved.data or "none: the teacher's images"
+        raise ValueError(f"--data is {found}, but the run was made with {was}; expected the same images")
     if "gan" in given and _kind_of_gan(given["gan"]) != _kind_of_gan(saved.gan):
         raise ValueError(f"--gan is {given['gan']}, but the run was made with {saved.gan}; expected the same")
 

@@ -226,7 +226,10 @@ class Snapshots:
             return
         standing, metric = self.standing, self.metrics[0]
         standing.since_best += 1
-        if standing.best is None or is_better(metric.direction, judged.value, standing.best.value):
+        best = standing.best
+        if best is not None and best.metric != metric.name:  # --resume with other metrics: their numbers say nothing
+            best = None
+        if best is None or is_better(metric.direction, judged.value, best.value):
             standing.since_best = 0
             standing.best = Best(metric.name, judged.value, snapshot, self._kimg)
             copy_best(self.run_dir.path, snapshot)

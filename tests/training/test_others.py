@@ -1,5 +1,6 @@
 """The images that a critic compares with: the teacher's, or real ones of either size."""
 
+import dataclasses
 import json
 import zipfile
 
@@ -143,7 +144,12 @@ def test_a_run_with_real_images_says_so_everywhere(tmp_path, capsys):
     assert origins["data"]["file"] == "digits.zip" and len(origins["data"]["sha256"]) == 64
     assert Side(snapshot, "cpu", 4, "const", 1.0).describe()["refined_with"].endswith("the real images of digits.zip")
     assert "refined_with" not in Side(pair[0], "cpu", 4, "const", 1.0).describe()
-    # They may have moved, but they must be the same.
+    # They may have moved, but they must be the same, and a run stays with or without them.
+    with pytest.raises(ValueError, match=r"--data is none, but the run was made with .*digits\.zip"):
+        assemble.resume([folder / "training-state-000000.008.pt"], {"kimg": 0.016, "data": None})
+    free = assemble.run(dataclasses.replace(config, data=None, bank=6)).folder / "training-state-000000.008.pt"
+    with pytest.raises(ValueError, match=r"--data is .*digits\.zip, but the run was made with none"):
+        assemble.resume([free], {"kimg": 0.016, "data": str(tmp_path / "digits.zip")})
     (tmp_path / "digits.zip").rename(tmp_path / "moved.zip")
     states = [folder / "training-state-000000.008.pt"]
     with pytest.raises(ValueError, match=r"--data was .* give --data where it is now"):

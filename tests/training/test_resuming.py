@@ -212,3 +212,16 @@ def test_a_state_with_something_else_inside_is_one_line(begun, tmp_path, capsys,
     torch.save({**load_training_state(path), name: value}, path)
     code, _, err = call(capsys, f"--resume={path}")
     assert code == 2 and len(err.splitlines()) == 1 and err.startswith("Error: --resume: "), err
+
+
+def test_the_best_by_another_metric_is_no_measure(begun, tmp_path, capsys, monkeypatch):
+    """A best value that no other metric could reach, and patience that was used up."""
+    monkeypatch.setenv("REFINE_CACHE", str(tmp_path / "cache"))
+    best = {"metric": "pr20-x", "value": -1e9, "snapshot": "network-snapshot-000000.008.safetensors", "kimg": 0.008}
+    path = training_states(tmp_path / "out/00000-x")[0]
+    torch.save({**load_training_state(path), "best": best, "since_best": 9}, path)
+    more = ["--kimg=0.016", "--metrics=fd8-teacher", "--patience=9"]
+    code, out, err = call(capsys, *(arg for arg in begun if arg not in RUN), "--resume=latest", *more)
+    assert code == 0, err
+    found = load_training_state(training_states(tmp_path / "out/00000-x")[0])
+    assert found["nimg"] == 16 and found["best"]["metric"].startswith("fd8-teacher"), out
