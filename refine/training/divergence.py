@@ -48,9 +48,7 @@ def check_steps(trainer: Trainer, max_skips: int) -> None:
 def check_before_saving(trainer: Trainer, max_skips: int) -> None:
     """Raises Diverged as `check_steps`, and if a parameter is NaN or infinite or a buffer is NaN."""
     check_steps(trainer, max_skips)
-    networks: dict[str, torch.nn.Module] = {"G": trainer.G, "G_ema": trainer.G_ema, "aux": trainer.aux}
-    if trainer.adversary is not None:
-        networks["critic"] = trainer.adversary.critic
+    networks: dict[str, torch.nn.Module] = {name: getattr(trainer, name) for name in trainer.stateful}
     networks |= {f"average {length}": network for length, network in trainer.averages.networks.items()}
     for label, network in networks.items():
         names, broken = [], []
