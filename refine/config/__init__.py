@@ -26,6 +26,7 @@ from refine.config.kinds import (
     Kind,
     SigmaOptions,
     count,
+    count_or,
     number,
     optional,
     text,
@@ -173,7 +174,10 @@ class RefineConfig:
         "Stop, and keep no snapshot as the best, below this share of the recall at the start; 0 = never.",
     )
     sigma_init: float = option(POSITIVE, 2.5, _NOISE, "Noise level at which --gan=one-step uses the teacher's U-Net.")
-    aux_steps: int = option(count(1), 2, _LENGTH, "Auxiliary steps per student step.", aliases=("critic-steps",))
+    aux_steps: int | str = option(
+        count_or("auto", 1), 2, _LENGTH,
+        "Auxiliary steps per student step; auto = more where aux lags, fewer where not.", aliases=("critic-steps",),
+    )
     aux_warmup_kimg: float | None = option(
         optional(NOT_NEGATIVE, f"{WARMUP_STEPS} steps, at most as many as the run has"), None, _LENGTH,
         "Thousands of images for the auxiliary network to learn from first, while the student is frozen.",

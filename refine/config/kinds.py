@@ -80,6 +80,18 @@ def count(low: int, high: float = math.inf) -> Kind:
     return Kind("N", int, expected, lambda value: low <= value <= high)
 
 
+def count_or(word: str, low: int) -> Kind:
+    """A whole number of at least `low`, or a word."""
+
+    def read(text: str) -> int | str:
+        return word if text.lower() == word else int(text)
+
+    expected = f"a whole number ≥ {low}, or {word}"
+    return Kind(
+        f"N|{word}", read, expected, lambda value: value == word or (not isinstance(value, str) and value >= low)
+    )
+
+
 def words(choices: tuple[str, ...]) -> Kind:
     """One of the choices, which are lower-case; on the command line in any case."""
 
