@@ -23,8 +23,9 @@ from refine.processes import is_first, one_voice
     "--metrics, … of the run, and with --gan and --teacher in another place.",
 )
 @click.option("--show", is_flag=True, help="Print the options of --preset, and stop.")
-@click.option("-n", "--dry-run", is_flag=True, help="Check everything, print the options, and stop.")
-def refine(resume: str | None, show: bool, dry_run: bool, **texts: str | None) -> None:
+@click.option("-n", "--dry-run", is_flag=True, help="Check everything, measure an iteration, say what the run costs.")
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: all options and the costs as JSON.")
+def refine(resume: str | None, show: bool, dry_run: bool, as_json: bool, **texts: str | None) -> None:
     """Refine a pretrained GAN with a pretrained diffusion model, data-free, by Diff-Instruct.
 
     \b
@@ -33,6 +34,8 @@ def refine(resume: str | None, show: bool, dry_run: bool, **texts: str | None) -
     python refine.py --resume=latest
     """
     with one_voice():
+        if as_json and not dry_run:
+            raise ValueError("--json says what --dry-run finds: add --dry-run")
         if show:
             click.echo(show_preset(read_options(texts).get("preset", OPTIONS["preset"].default)))
             return
@@ -45,9 +48,13 @@ def refine(resume: str | None, show: bool, dry_run: bool, **texts: str | None) -
         run = assemble.run(config, dry_run)
     else:
         run = assemble.resume(states, {k: v for k, v in given.items() if k != "outdir"}, dry_run)
-    if dry_run and is_first():
-        place = {"run_dir": str(run.folder), "device": run.device}
-        click.echo(json.dumps({**run.config.as_dict(), **place}, indent=2))
+    if run.estimate is not None and is_first():
+        from refine.training.estimate import in_words
+
+        place = {"run_dir": str(run.folder), "device": run.device, "bridge": run.bridge}
+        told = {**run.config.as_dict(), **place, "estimate": run.estimate.as_dict()}
+        words = in_words(run.estimate, run.config, run.device, str(run.folder), list(run.bridge))
+        click.echo(json.dumps(told, indent=2) if as_json else words)
     if run.stopped is not None:
         raise click.exceptions.Exit(run.exit_code)
 

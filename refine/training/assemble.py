@@ -35,6 +35,7 @@ from refine.torch_utils.threads import set_threads
 from refine.training.adversary import Others
 from refine.training.alike import check_options_alike, check_origins_alike
 from refine.training.best import mend_best
+from refine.training.estimate import Estimate, estimate, stand_ins
 from refine.training.loop import TrainingRun
 from refine.training.monitor import Monitor
 from refine.training.others import images_of_data, images_of_teacher
@@ -56,12 +57,16 @@ class Run:
         device: Where it ran.
         folder: The run folder.
         stopped: None if it came to its end, else what `TrainingRun.run` says.
+        estimate: What it would cost, after a dry run.
+        bridge: How images and classes of student and teacher are joined, a line for each difference.
     """
 
     config: RefineConfig
     device: str
     folder: Path
     stopped: int | None = None
+    estimate: Estimate | None = None
+    bridge: tuple[str, ...] = ()
 
     @property
     def exit_code(self) -> int:
@@ -164,7 +169,7 @@ def _run_together(config: RefineConfig, resumed: Resumed | None, device_name: st
     others = None if dry_run and images is None else _load_others(config, pair, images, device)
     if dry_run:
         place = next_run_dir(config.outdir, desc) if resumed is None else resumed.found.path.parent
-        return Run(config, str(device), place)
+        return _estimated(config, pair, device, others, metrics, place)
     run_dir = _open_run_dir(config, desc, resumed)
     trainer, no_container = Trainer(config, pair.student, pair.teacher, device, others), _no_container(config.gan, pair)
     container = None if no_container else pair.student_path
@@ -184,6 +189,24 @@ def _run_together(config: RefineConfig, resumed: Resumed | None, device_name: st
         _log_changes(run_dir, config, resumed, trainer.nimg)
     _log_networks(run_dir, trainer)
     return Run(config, str(device), run_dir.path, _train(training, run_dir, resumed is not None, began))
+
+
+def _estimated(
+    config: RefineConfig,
+    pair: _Pair,
+    device: torch.device,
+    others: Others | None,
+    metrics: list[NamedMetric],
+    place: Path,
+) -> Run:
+    """A dry run: a trainer that makes a few iterations, and is thrown away."""
+    bridge = check_pair(pair.student, pair.teacher)
+    if config.adversarial and others is None:
+        others = stand_ins(bridge.student, bridge.teacher, device)
+    trainer = Trainer(config, pair.student, pair.teacher, device, others)
+    images = sum(metric.num for metric in metrics[:1])  # of every average; further metrics only of the best
+    found = estimate(trainer, images, _no_container(config.gan, pair) is None)
+    return Run(config, str(device), place, None, found, tuple(bridge.messages(trainer.null_label)))
 
 
 def _load_pair(config: RefineConfig) -> _Pair:

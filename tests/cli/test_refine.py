@@ -184,7 +184,7 @@ def test_outdir_that_cannot_be_written(files, tmp_path, capsys, place):
 def test_dry_run_prints_the_options_and_writes_nothing(files, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("refine.metrics.references.teacher_bank", lambda *_, **__: pytest.fail("images are drawn"))
     pair = (f"--gan={files}/gan.safetensors", f"--teacher={files}/teacher.safetensors")
-    code, out, err = call(capsys, *pair, f"--outdir={tmp_path}/runs", "--batch=4", "-n")
+    code, out, err = call(capsys, *pair, f"--outdir={tmp_path}/runs", "--batch=4", "-n", "--json")
     assert code == 0 and err == ""
     options = json.loads(out)
     assert options["batch"] == 4 and options["run_dir"].endswith("00000-gan-teacher-batch4")

@@ -528,7 +528,7 @@ def test_refine_from_urls(url, server, tmp_path, capfd):
         save_networks(tmp_path / name, networks, provenance={})
         server.bodies[name] = (tmp_path / name).read_bytes()
     gan, teacher = (url(name).replace("//", "//bob:hunter2@") for name in ("student", "teacher"))
-    options = [f"--gan={gan}", f"--teacher={teacher}", f"--outdir={tmp_path / 'runs'}", "--dry-run"]
+    options = [f"--gan={gan}", f"--teacher={teacher}", f"--outdir={tmp_path / 'runs'}", "--dry-run", "--json"]
     with pytest.raises(SystemExit) as stop:
         run_command("refine", options)
     captured = capfd.readouterr()
