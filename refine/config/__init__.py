@@ -301,7 +301,10 @@ class RefineConfig:
         preset, asks_for_patience = self._preset_values(), self.patience is not ...
         for name, known in OPTIONS.items():
             value, usual = getattr(self, name), preset.get(name, known.default)
-            value = usual if value is ... else known.kind.cast(value, usual)
+            try:
+                value = usual if value is ... else known.kind.cast(value, usual)
+            except TypeError:  # of values from JSON
+                raise ValueError(f"{flag(name)} is {value}; expected {known.kind.expected}") from None
             if value is ...:
                 raise ValueError(f"{flag(name)} is missing; expected {known.kind.expected}")
             if not known.kind.allows(value):

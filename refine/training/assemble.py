@@ -41,7 +41,7 @@ from refine.training.monitor import Monitor
 from refine.training.others import images_of_data, images_of_teacher
 from refine.training.regularise import set_dropout
 from refine.training.report import result_line
-from refine.training.resuming import ONE_STEP, Resumed, absolute_place, resumed_config
+from refine.training.resuming import ONE_STEP, Resumed, absolute_place, check_reach, resumed_config
 from refine.training.run_dir import RunDir, create_run_dir, next_run_dir
 from refine.training.stopping import StopRequests
 from refine.training.streams import lasting_streams
@@ -90,12 +90,14 @@ class _Pair:
         return {name: {"file": path.name, "sha256": sha256_of_file(path)} for name, path in paths.items()}
 
 
-def run(config: RefineConfig, dry_run: bool = False) -> Run:
+def run(config: RefineConfig, dry_run: bool = False, given: Mapping[str, Any] | None = None) -> Run:
     """Refine by `config`; everything is checked before anything is written.
 
     Args:
         config: All options.
         dry_run: Check, and write nothing.
+        given: Where the options come from a file, those that the command line gave: what would be imported or
+            downloaded has to be among them.
 
     Raises:
         ValueError, OSError: Something the user can put right; the message names the option.
@@ -103,6 +105,9 @@ def run(config: RefineConfig, dry_run: bool = False) -> Run:
     """
     with one_voice(), option("--outdir"):
         check_outdir(config.outdir)
+    if given is not None:
+        with one_voice(), option("--config"):
+            check_reach(given, config, "the file")
     return _run(config, None, dry_run)
 
 

@@ -66,7 +66,7 @@ def resumed_config(state_paths: list[Path], given: Mapping[str, Any]) -> tuple[R
     except (TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{found.path} holds options that cannot be read: {error}") from None
     _check_unchanged(given, saved)
-    _check_reach(given, saved)
+    check_reach(given, saved, "the training state")
     _check_places(given, saved)
     changes = {name: value for name, value in given.items() if name in CHANGEABLE or name in MOVABLE}
     if changes.get("metrics") == ():
@@ -104,13 +104,23 @@ def _kind_of_gan(gan: str) -> str:
     return ONE_STEP if gan == ONE_STEP else "a file"
 
 
-def _check_reach(given: Mapping[str, Any], saved: RefineConfig) -> None:
+def check_reach(given: Mapping[str, Any], saved: RefineConfig, source: str) -> None:
+    """What options from a file would import, download or run has to be given on the command line.
+
+    Args:
+        given: Fields of RefineConfig that the command line holds.
+        saved: All options, as the file has them.
+        source: The file, for messages.
+
+    Raises:
+        ValueError: It is not.
+    """
     names = [("gan", saved.gan, False), ("teacher", saved.teacher, False), ("ref", saved.ref or "", False)]
     names += [("metrics", detector_of(metric), True) for metric in saved.metrics]
     for name, text, is_detector in names:
         if name not in given and text not in (ONE_STEP, TEACHER) and (reach := reach_of(text, is_detector)):
             again = f"{flag(name)}={OPTIONS[name].kind.format(getattr(saved, name))}"
-            raise ValueError(f"the training state names {text}, {reach}; give {again} again if that is meant")
+            raise ValueError(f"{source} names {text}, {reach}; give {again} again if that is meant")
 
 
 def _check_places(given: Mapping[str, Any], saved: RefineConfig) -> None:

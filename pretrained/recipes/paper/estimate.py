@@ -46,7 +46,8 @@ def parse_command(recipe: dict) -> RefineConfig:
     words = shlex.split(recipe["command"])
     assert words[:2] == ["python", "refine.py"], recipe["command"]
     params = refine_command.make_context("refine.py", words[2:]).params
-    return make_config({name: value for name, value in params.items() if name not in ("resume", "show", "dry_run")})
+    others = ("resume", "config_file", "show", "dry_run", "as_json")
+    return make_config({name: value for name, value in params.items() if name not in others})
 
 
 def build(table: dict) -> torch.nn.Module:
