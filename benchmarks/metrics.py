@@ -177,7 +177,8 @@ def against_torch_fidelity(num: int, dim: int = 2048) -> None:
     print(f"\nagainst torch-fidelity: {num} and {num} images of 32 px, one thread, processor seconds")
     print(f"  from images to all numbers  {our_time:8.1f} s, torch-fidelity {their_time:8.1f} s")
     for key, name in THEIRS.items():
-        print(f"  {key:<28}{ours[key]:14.8g}   differs by {abs(ours[key] - float(theirs[name])):.1e}")
+        difference = abs(ours[key] - float(theirs[name]))
+        print(f"  {key:<28}{ours[key]:14.8g}   differs by {difference:.1e}", flush=True)
 
     x, y = (torch.randn(2000, dim, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     quiet = {"rng_seed": 2020, "verbose": False, "save_cpu_ram": False}
@@ -249,7 +250,7 @@ def main() -> None:
         print_memory(options.memory_of)
         return
     if options.against_torch_fidelity:
-        against_torch_fidelity(16 if options.quick else 48)
+        against_torch_fidelity(16 if options.quick else 32)
         return
     print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, one thread for each part")
     for case in cases(options.quick):

@@ -61,8 +61,11 @@ def test_names(space, name, num, key, direction, detector):
 
 
 @pytest.mark.parametrize(
-    "name", ["fid40-digits", "fd40-digits", "kid40-digits", "pr40-digits", "is40-digits", "fdinf40-x"]
-    + ["dc40-digits", "kidsub40-digits", "mmd40-digits", "sliced40-x"],
+    "name",
+    [
+        *("fid40-digits", "fd40-digits", "kid40-digits", "pr40-digits", "is40-digits", "fdinf40-x"),
+        *("dc40-digits", "kidsub40-digits", "mmd40-digits", "sliced40-x"),
+    ],
 )
 def test_measured_under_its_key(space, name):
     if name.startswith("fid"):
