@@ -5,7 +5,7 @@
 The reference is a random half of the 5,000 digits. The sets are drawn from the other half, three times, or made by the
 networks on three seed ranges; those of the teacher are drawn from as many of its images as the half has. Prints the
 numbers, mean ± standard deviation, and what each metric says of each set beside real digits: worse, better, or no
-difference, where a difference has to be four times the standard deviations.
+difference, where a difference of the means has to be five times its standard error.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from refine.metrics.statistics import FeatureStatistics
 KINDS = ("fd", "fdinf", "sliced", "kid", "kidsub", "mmd", "pr", "dc", "is")
 REAL = "real, the other half"
 BACKGROUND = 38.75  # -0.7 in uint8
-SURE = 4  # standard deviations
+SURE = 5  # standard errors
 
 Ways = list[Callable[[], Iterator[Batch]]]
 
@@ -102,7 +102,8 @@ def clear(batch: Batch) -> Batch:
 
 def said(found: Mapping[str, Any], real: Mapping[str, Any], direction: str) -> str:
     """What a metric says of a set beside real digits."""
-    if abs(found["mean"] - real["mean"]) <= SURE * math.hypot(found["std"], real["std"]):
+    error = math.hypot(found["std"], real["std"]) / math.sqrt(len(real["values"]))
+    if abs(found["mean"] - real["mean"]) <= SURE * error:
         return "="
     return "better" if is_better(direction, found["mean"], real["mean"]) else "worse"
 

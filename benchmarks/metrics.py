@@ -6,7 +6,7 @@ The pipeline makes images in one thread while the detector looks at the previous
 slower of the two where each has a core of its own (or a GPU), and by their sum where they share one.
 
 Against torch-fidelity, where that is installed, on a CPU: the same images through the same random Inception weights to
-FID, KID, precision, recall and Inception Score of both; and these numbers alone from 2000 vectors of 2048 features.
+FID, KID, precision, recall and Inception Score of both; and these numbers alone from 2500 vectors of 2048 features.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def against_torch_fidelity(num: int, dim: int = 2048) -> None:
         difference = abs(ours[key] - float(theirs[name]))
         print(f"  {key:<28}{ours[key]:14.8g}   differs by {difference:.1e}", flush=True)
 
-    x, y = (torch.randn(2000, dim, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    x, y = (torch.randn(2500, dim, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     quiet = {"rng_seed": 2020, "verbose": False, "save_cpu_ram": False}
     whole = {"kid_subsets": 100, "kid_subset_size": 1000, "prc_batch_size": 1000, **quiet}
     fid_of, statistics_of = metric_fid.fid_statistics_to_metric, metric_fid.fid_features_to_statistics
@@ -198,7 +198,7 @@ def against_torch_fidelity(num: int, dim: int = 2048) -> None:
             lambda: metric_prc.prc_features_to_metric(x, y, **whole),
         ),
     }
-    print(f"\nnumbers from 2000 and 2000 vectors of {dim} features, processor seconds")
+    print(f"\nnumbers from 2500 and 2500 vectors of {dim} features, processor seconds")
     for name, (our_work, their_work) in works.items():
         print(f"  {name:<28}{timed(our_work)[1]:8.1f} s, torch-fidelity {timed(their_work)[1]:8.1f} s", flush=True)
 

@@ -1,7 +1,7 @@
 """All pairs of two large sets of features, a block at a time, on the device that they are on.
 
 50,000 × 50,000 distances would take 20 GB in float64. Here a block of them is held: at D features a CPU needs about
-(24·D + 32·SIDE)·SIDE bytes beside the features themselves, 84 MB for D = 2048, and a GPU 0.9 GB. Everything is float64;
+(24·D + 32·SIDE)·SIDE bytes beside the features themselves, 84 MB for D = 2048, and a GPU 0.7 GB. Everything is float64;
 features may be float32 and are converted block by block.
 """
 

@@ -33,7 +33,7 @@ def density_coverage(real: torch.Tensor, fake: torch.Tensor, k: int = NEIGHBOURS
         ValueError: If there is no k-th neighbour, or dimensions differ.
     """
     check_pair(real, fake, (k + 1, 1))
-    centre = real.mean(dim=0, dtype=torch.float64)
+    centre = real.mean(dim=0).to(torch.float64)
     radii = squared_radii(real, k, centre)
     counts = torch.zeros(len(fake), dtype=torch.float64, device=fake.device)
     held = torch.zeros(len(real), dtype=torch.bool, device=real.device)

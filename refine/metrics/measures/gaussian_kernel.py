@@ -23,7 +23,7 @@ def bandwidth_for(real: torch.Tensor) -> float:
     """σ for a reference: 10 if all its features have length 1, as published, otherwise the median of their distances.
 
     Where features have no common length, a fixed σ would mean something else in each space; the median of the distances
-    between different features (Gretton et al. 2012, section 8) fits itself to the space. It is that of at most 1000
+    between different features fits itself to the space. It is that of at most 1000
     features at even steps. It depends on the reference alone, so that all that is compared with it has one kernel.
 
     Args:

@@ -1,4 +1,4 @@
-"""Kernel distance of random subsets, the protocol in which KID is published (Bińkowski et al. 2018, section 4.3).
+"""Kernel distance of random subsets, the protocol in which KID is published (Bińkowski et al. 2018).
 
 The mean of the unbiased kernel distance over 100 pairs of subsets of 1000 vectors, and its standard deviation over the
 subsets. It estimates what `kernel.py` computes of all pairs, less exactly and, for 50,000 images, with a 25th of the

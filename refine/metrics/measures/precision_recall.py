@@ -33,7 +33,7 @@ def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = NEIGHBOURS
         ValueError: If a set has no k-th neighbour, i.e. fewer than k + 1 features, or dimensions differ.
     """
     check_pair(real, fake, (k + 1, k + 1))
-    centre = real.mean(dim=0, dtype=torch.float64)
+    centre = real.mean(dim=0).to(torch.float64)
     real_radii, fake_radii = (squared_radii(part, k, centre) for part in (real, fake))
     precise, recalled = (torch.zeros(len(part), dtype=torch.bool, device=part.device) for part in (fake, real))
     for rows, columns, x, y in pairs(fake, real, centre):

@@ -41,6 +41,16 @@ def test_trace_of_sqrt_equals_the_matrix_square_root():
     assert trace_of_sqrt(a, b).item() == pytest.approx(np.trace(root).real, rel=1e-10)
 
 
+@pytest.mark.parametrize("smallest", [1.0, 1e-3, 1e-6, 1e-12, 0.0])
+@pytest.mark.parametrize("flat_first", [True, False])
+def test_trace_of_sqrt_is_exact_however_small_the_eigenvalues(smallest, flat_first):
+    basis = torch.from_numpy(np.linalg.qr(np.random.RandomState(4).randn(60, 60))[0])
+    values = torch.linspace(1, 0, 60).double() + smallest * torch.linspace(0, 1, 60).double()
+    steep, flat = basis @ values.diag() @ basis.T, 3 * torch.eye(60, dtype=torch.float64)
+    got = trace_of_sqrt(flat, steep) if flat_first else trace_of_sqrt(steep, flat)
+    assert got.item() == pytest.approx((3 * values).sqrt().sum().item(), rel=1e-8 if smallest == 1e-12 else 1e-11)
+
+
 def test_fewer_images_than_features_equals_the_sample_form():
     # For centred samples X, Y: tr sqrt(XᵀX YᵀY) is the nuclear norm of X·Yᵀ, which needs no D×D matrix.
     rng = np.random.RandomState(2)
