@@ -83,6 +83,7 @@ def measure(
         torch.cat(seen.classes) if seen.classes else None,
         seen.collected,
         contributions,
+        seen.device,
     )
     found = _numbers(metrics, sample)
     facts = {
@@ -119,6 +120,7 @@ class _Seen:
 
     statistics: FeatureStatistics
     collected: dict[str, Collector]
+    device: torch.device | str = "cpu"
     probabilities: list[torch.Tensor] = field(default_factory=list)
     classes: list[torch.Tensor] = field(default_factory=list)
 
@@ -154,6 +156,7 @@ def _look(
         if failure is not None:
             raise ValueError(failure)
     whole = parts[0][0]
+    whole.device = seen.device  # each process computes on its own
     for part, _ in parts[1:]:
         whole.merge(part)
     return whole
@@ -173,6 +176,7 @@ def _look_at(
     if seen.statistics.num == 0 and reference is not None:
         reference.check_detector(detector)  # some detectors know their dimension only now
     seen.statistics.update(features)
+    seen.device = features.device
     if probabilities is not None and any(metric.detector == "probabilities" for metric in metrics):
         seen.probabilities.append(probabilities.cpu())
     if classes is not None:
