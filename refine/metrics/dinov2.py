@@ -51,7 +51,7 @@ class Architecture:
 
     @classmethod
     def published(cls, name: str) -> Architecture:
-        """That of 'vits14', 'vitb14', 'vitl14' or 'vitg14', with '_reg4' behind it for the one with registers."""
+        """That of 'vits14', 'vitb14', 'vitl14' or 'vitg14', with '_reg' behind it for the one with registers."""
         base, _, registers = name.partition("_")
         width, depth, gated = _PUBLISHED[base]
         return cls(width, depth, width // HEAD, NATIVE_GRID, _REGISTERS if registers else 0, gated)
@@ -60,7 +60,7 @@ class Architecture:
     def name(self) -> str:
         """The name of the published network of this architecture; otherwise its sizes."""
         for base in _PUBLISHED:
-            for name in (base, f"{base}_reg{_REGISTERS}"):
+            for name in (base, f"{base}_reg"):
                 if self == Architecture.published(name):
                     return name
         return f"{self.width} wide, {self.depth} deep, {self.registers} registers"
