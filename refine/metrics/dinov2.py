@@ -73,7 +73,7 @@ class Architecture:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name → shape of every tensor, as the published files have them."""
         d, hidden = self.width, self.hidden
-        shapes = {"cls_token": (1, 1, d), "pos_embed": (1, 1 + self.grid**2, d)}
+        shapes: dict[str, tuple[int, ...]] = {"cls_token": (1, 1, d), "pos_embed": (1, 1 + self.grid**2, d)}
         shapes |= {"register_tokens": (1, self.registers, d)} if self.registers else {}
         shapes |= {"mask_token": (1, d)} | _affine("patch_embed.proj", (d, 3, PATCH, PATCH))
         for i in range(self.depth):
