@@ -43,7 +43,7 @@ def _parse_ranges(_ctx: click.Context, _param: click.Parameter, value: str) -> l
     default="digits",
     show_default=True,
     metavar="FILE|NAME",
-    help="Feature space: digits, inception-2015-12-05, effnet-lite0, or a file with a detector or a teacher.",
+    help="Feature space: digits, inception-2015-12-05, dinov2-vitl14, effnet-lite0, or a file of such, or a teacher.",
 )
 @click.option(
     "--trust-detector", is_flag=True, help="Run a --detector that is TorchScript, which can do more than compute."

@@ -18,7 +18,8 @@ import torch
 from tqdm import tqdm
 
 from refine.config import MAX_IMAGES, TEACHER
-from refine.metrics.detectors import INCEPTION_SPACE, load_detector, space_of
+from refine.metrics.detectors import INCEPTION_SPACE, load_detector, source_of, space_of
+from refine.metrics.dinov2_detector import split_mode
 from refine.metrics.evaluate import evaluate
 from refine.metrics.metric import VS_TEACHER, Direction, Metric
 from refine.metrics.pipeline import my_share, rank_and_world
@@ -89,8 +90,8 @@ class NamedMetric:
         kind, self.num, detector = _parsed(name)
         self.metric = _NAMED[kind]
         self.name = name
-        if detector is not None and "/" in detector:
-            self.name = name.removesuffix(detector) + Path(detector).stem
+        if detector is not None:
+            self.name = name.removesuffix(detector) + _short(detector)
         self.direction, self._batch = self.metric.rows[0].direction, batch
         self._detector = load_detector(_meant(detector, teacher, name) or INCEPTION_SPACE, trust)
         if kind != self.metric.name and not self._detector.fid_basis:
@@ -154,7 +155,13 @@ def _meant(text: str | None, teacher: str | os.PathLike | None, what: str) -> An
 
 def detector_of(name: str) -> str:
     """The file, URL or name of the detector that a metric is measured with. Raises ValueError: it is no metric."""
-    return _parsed(name)[2] or INCEPTION_SPACE
+    return source_of(_parsed(name)[2] or INCEPTION_SPACE)
+
+
+def _short(detector: str) -> str:
+    """A detector's name, fit for file names: of a path its file, and a mode behind it."""
+    text, mode = split_mode(detector)
+    return "-".join(filter(None, [Path(text).stem if "/" in text else text, mode]))
 
 
 def _parsed(name: str) -> tuple[str, int, str | None]:

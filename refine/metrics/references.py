@@ -48,6 +48,10 @@ MAX_FEATURE_BYTES = 1 << 30
 REFERENCE_SEED = 1 << 31
 MAX_WIDTH = 8192  # features; detectors in use have up to 4096
 _ROUNDING = 1e-5
+_EDM2_PARTS = {  # of its pickles, one for each feature space
+    "fid": "Inception's features (fid)",
+    "fd_dinov2": "those of DINOv2's vitl14, resized in the mode torch (fd_dinov2)",
+}
 _CACHE_VERSION = 1
 _STATISTICS = "statistics (.npz with mu and sigma, a StyleGAN or torch-fidelity cache), images (folder, zip, .npz of"
 EXPECTED = f"{_STATISTICS} samples), a generator, or a teacher"
@@ -250,7 +254,7 @@ def _from_checkpoint(path: Path, found: Sniffed, detector: Detector | None, look
         value = None
         with contextlib.suppress(ValueError):  # what cannot be read as plain arrays is perhaps a generator
             value = read_stored(path, EXPECTED)
-        if (reference := _from_table(path, value)) is not None:
+        if (reference := _from_table(path, value, detector)) is not None:
             return reference
     try:
         G = load_generator(path)
@@ -270,7 +274,7 @@ def _is_network(folder: str) -> bool:
     return True
 
 
-def _from_table(path: Path, value: Any) -> Reference | None:
+def _from_table(path: Path, value: Any, detector: Detector | None) -> Reference | None:
     """A reference from a table of arrays, or from features alone; None if the value is neither."""
     if isinstance(value, torch.Tensor) and value.ndim == 2 and value.is_floating_point() and len(value) >= 2:
         _check_width(path, value.shape[1])
@@ -278,8 +282,12 @@ def _from_table(path: Path, value: Any) -> Reference | None:
         return _from_statistics(path, statistics, "torch-fidelity features")
     if not isinstance(value, dict):
         return None
-    if isinstance(value.get("fid"), dict):  # EDM2: one table for each feature space
-        value = {"num": value.get("num_images"), **value["fid"]}
+    if any(isinstance(value.get(part), dict) for part in _EDM2_PARTS):
+        part = getattr(detector, "edm2_part", "fid")
+        if not isinstance(value.get(part), dict):
+            found = " and ".join(text for part, text in _EDM2_PARTS.items() if isinstance(value.get(part), dict))
+            raise ValueError(f"reference {path} is of {found}; found the detector {getattr(detector, 'name', None)}")
+        value = {"num": value.get("num_images"), **value[part]}
     arrays: dict[str, np.ndarray] = {k: item.numpy() for k, item in value.items() if isinstance(item, torch.Tensor)}
     if isinstance(value.get("num"), int):
         arrays["num"] = np.asarray(value["num"])
