@@ -85,7 +85,8 @@ def load_teacher(path_or_name: str | os.PathLike, kwargs: Mapping[str, Any] | No
     """The diffusion model of a file: `ema` where there is one, otherwise the only denoiser in it.
 
     Args:
-        path_or_name: A file, a URL, or a name of `pretrained/index.toml`.
+        path_or_name: A file, a URL, a name of `pretrained/index.toml`, or `package.module:function` of the user's own
+            (docs/teachers.md), which is then imported and called.
         kwargs: How its network is built, where the file does not tell it all, see `foreign.opening.open_container`.
 
     Returns:
@@ -95,6 +96,12 @@ def load_teacher(path_or_name: str | os.PathLike, kwargs: Mapping[str, Any] | No
     Raises:
         ValueError: the file cannot be used; one sentence says what it is and what was expected.
     """
+    if reference := _reference(path_or_name):
+        from refine.checkpoints.sources import custom
+
+        if kwargs is not None:
+            raise ValueError(f"{reference} is code of your own, which builds its network; expected no --teacher-kwargs")
+        return custom.load_custom_teacher(reference)
     return _load(path_or_name, "teacher", kwargs)
 
 
@@ -109,9 +116,10 @@ def peek(path_or_name: str | os.PathLike, kind: str, kwargs: Mapping[str, Any] |
     Raises:
         ValueError: as `load_generator` and `load_teacher`, except for faults that only show once weights are read.
     """
-    if kind == "generator" and _reference(path_or_name):  # only calling it can tell
-        G = load_generator(path_or_name)
-        return NetworkInfo(kind, G.img_resolution, G.img_channels, G.c_dim)
+    if _reference(path_or_name):  # only calling it can tell
+        G: Any = load_generator(path_or_name) if kind == "generator" else load_teacher(path_or_name, kwargs)
+        classes = G.c_dim if kind == "generator" else G.label_dim
+        return NetworkInfo(kind, G.img_resolution, G.img_channels, classes)
     path = resolve(path_or_name, kind)
     init_kwargs = _reader(path, kind)(path, kind, kwargs, build=False)
     size = {name: init_kwargs.get(name) for name in ("img_resolution", "img_channels")}

@@ -16,7 +16,7 @@ import torch
 
 from refine.networks.adm_unet import ADMUNet
 from refine.networks.bases import TrainingRate, check_choice, records_init_kwargs
-from refine.networks.ddpm import log_sigma_table, time_between, vp_betas
+from refine.networks.ddpm import log_sigma_table, time_between, vp_betas, vp_scalings
 from refine.networks.denoiser import Preconditioner, Scalings, class_indices
 from refine.networks.edm import edm_scalings
 
@@ -92,7 +92,7 @@ class ADMPrecond(_AroundADM):
         self.register_buffer("log_sigmas", log_sigma_table(sigmas), persistent=False)
 
     def scalings(self, sigma: torch.Tensor) -> Scalings:
-        return 1, -sigma, 1 / (sigma**2 + 1).sqrt(), self.time(sigma) * self.time_scale
+        return vp_scalings("epsilon", sigma, self.time(sigma) * self.time_scale)
 
     def time(self, sigma: torch.Tensor) -> torch.Tensor:
         """The time t of noise levels, float32, between 0 and T − 1, the shape of sigma."""

@@ -95,6 +95,17 @@ def time_between(log_sigmas: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     return torch.where((time - time.round()).abs() < _SNAP, time.round(), time)
 
 
+def vp_scalings(prediction_type: str, sigma: torch.Tensor, time: torch.Tensor) -> Scalings:
+    """c_skip, c_out, c_in and c_noise = time of a network that predicts one of `PREDICTIONS`; the table above."""
+    total = 1 + sigma**2
+    outside: dict[str, tuple[torch.Tensor | float, torch.Tensor | float]] = {
+        "epsilon": (1, -sigma),
+        "v_prediction": (1 / total, -sigma / total.sqrt()),
+        "sample": (0, 1),
+    }
+    return *outside[prediction_type], 1 / total.sqrt(), time
+
+
 class DDPMPrecond(Preconditioner):
     """A `UNet2DModel` of diffusers, in `unet`, as a denoiser D(x; sigma).
 
@@ -142,13 +153,7 @@ class DDPMPrecond(Preconditioner):
         return TrainingRate(2e-4, 128)  # DDPM's for CIFAR-10
 
     def scalings(self, sigma: torch.Tensor) -> Scalings:
-        total = 1 + sigma**2
-        outside: dict[str, tuple[torch.Tensor | float, torch.Tensor | float]] = {
-            "epsilon": (1, -sigma),
-            "v_prediction": (1 / total, -sigma / total.sqrt()),
-            "sample": (0, 1),
-        }
-        return *outside[self.prediction_type], 1 / total.sqrt(), self.time(sigma)
+        return vp_scalings(self.prediction_type, sigma, self.time(sigma))
 
     def time(self, sigma: torch.Tensor) -> torch.Tensor:
         """The time t of noise levels, float32, between 0 and T − 1, the shape of sigma."""
