@@ -10,6 +10,8 @@ from refine.checkpoints.native import read_metadata, save_networks
 from refine.checkpoints.teachers import TeacherSource
 from refine.cli.generate import command as generate_command
 from refine.cli.main import run_command
+from refine.evaluation.compare import Side
+from refine.evaluation.teachers import TeacherOptions
 from refine.guidance import Autoguided, check_guide
 from refine.metrics.bank import describe_bank
 from refine.networks import edm2
@@ -198,6 +200,23 @@ def test_images_of_a_guided_teacher(files, capsys):
     assert code == 2 and "--guide is about diffusion models; expected one among the networks" in err
     code, err = generate(capsys, network, f"--guide={files}/large.safetensors", "--guidance=2", f"--outdir={files}/x")
     assert code == 2 and "--guide has img_resolution 16" in err and not (files / "x").exists()
+
+
+def test_a_comparison_says_how_a_teacher_was_guided(files):
+    options = TeacherOptions(files / "guide.safetensors", 2.0)
+    side = Side(files / "teacher.safetensors", "cpu", 2, "random", 1.0, options)
+    described = side.describe()
+    assert described["sampling"] == "18 Heun steps, guided by guide.safetensors with w 2"
+    assert described["guide"]["guidance"] == 2 and len(described["guide"]["sha256"]) == 64
+    assert isinstance(side.network, Autoguided)
+    gan = Side(files / "gan.safetensors", "cpu", 2, "random", 1.0, options)
+    assert "guide" not in gan.describe() and not gan.is_teacher
+    options.check_used([gan.is_teacher, side.is_teacher])
+    by_w, by_kwargs = TeacherOptions(guidance=2.0), TeacherOptions(kwargs={})
+    for unused, said in ((options, "--guide"), (by_w, "--guidance"), (by_kwargs, "--teacher-kwargs")):
+        with pytest.raises(ValueError, match=f"{said} is about diffusion models; expected one among the networks"):
+            unused.check_used([False, False])
+    TeacherOptions().check_used([False])
 
 
 def test_banks_of_guided_teachers_are_told_apart(files):

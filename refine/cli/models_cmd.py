@@ -32,7 +32,7 @@ def describe_entry(entry: Any) -> dict[str, Any]:
 
 def as_table(entries: list[dict[str, Any]]) -> str:
     """Aligned columns."""
-    rows = [("name", "kind", "size", "classes", "published FID", "licence", "file")]
+    rows: list[tuple[str, ...]] = [("name", "kind", "size", "classes", "published FID", "licence", "file")]
     for entry in entries:
         size, classes = entry.get("resolution"), entry.get("classes")
         cells = (

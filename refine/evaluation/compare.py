@@ -163,7 +163,12 @@ class Side:
         return sample_images(self.network, seeds, classes=classes, **self._common, **{**self._stylegan, **options})
 
     def describe(self) -> dict[str, Any]:
-        described = {"path": self.path, "name": self.name, "sha256": self.sha256, "sampling": self.sampling}
+        described: dict[str, Any] = {
+            "path": self.path,
+            "name": self.name,
+            "sha256": self.sha256,
+            "sampling": self.sampling,
+        }
         if self._source is not None and self._source.guide is not None:
             guide = self._source.guide
             described["guide"] = {"name": guide.path.name, "sha256": guide.sha256, "guidance": self._source.guidance}

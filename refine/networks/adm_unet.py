@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,12 +38,15 @@ class Norm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.group_norm(x, GROUPS, self.weight.to(x.dtype), self.bias.to(x.dtype), EPS)
 
-    def silu(self, x: torch.Tensor, **embedding: torch.Tensor) -> torch.Tensor:
+    def silu(
+        self, x: torch.Tensor, before: torch.Tensor | None = None, scale: torch.Tensor | None = None,
+        shift: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """The normalised x after a silu; an embedding (N, C) comes in ahead (`before`) or between (`scale`, `shift`).
 
         `before` may be added in place, so x has to be a convolution's own output then.
         """
-        return group_norm_silu(x, GROUPS, self.weight, self.bias, EPS, **embedding, inplace=True)
+        return group_norm_silu(x, GROUPS, self.weight, self.bias, EPS, before, scale, shift, inplace=True)
 
 
 class PointConv(nn.Module):
@@ -110,7 +114,8 @@ class ResBlock(nn.Module):
         self.skip_connection = None if in_channels == out_channels else Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:  # [N C H W], [N E], after its silu
-        norm0, norm1 = self.in_layers["0"], self.out_layers["0"]
+        norm0: Any = self.in_layers["0"]
+        norm1: Any = self.out_layers["0"]
         h = self.in_layers["2"](_resampled(norm0.silu(x), self.resample))
         params = self.emb_layers["1"](emb)
         if self.scale_shift:
@@ -148,6 +153,7 @@ class Downsample(nn.Module):
         self.op = Conv2d(channels, channels, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.op.weight is not None and self.op.bias is not None  # it has a kernel
         return F.conv2d(x, self.op.weight.to(x.dtype), self.op.bias.to(x.dtype), stride=2, padding=1)
 
 
@@ -193,6 +199,8 @@ class ADMUNet(nn.Module):
     Raises:
         ValueError: the sizes do not go together.
     """
+
+    freqs: torch.Tensor
 
     def __init__(
         self,
@@ -286,7 +294,8 @@ class ADMUNet(nn.Module):
         x = self.middle_block(x, emb)
         for stage in self.output_blocks:
             x = stage(torch.cat([x, skips.pop()], dim=1), emb)
-        return self.out["2"](self.out["0"].silu(x))
+        norm: Any = self.out["0"]
+        return self.out["2"](norm.silu(x))
 
     def ends_of_encoder(self) -> list[nn.Module]:
         """The last entry of each resolution of the encoder, from fine to coarse."""

@@ -252,7 +252,8 @@ def _load_others(config: RefineConfig, pair: _Pair, images: ImageSet | None, dev
 
 def _checksums(config: RefineConfig, pair: _Pair, metrics: list[NamedMetric]) -> dict[str, str]:
     """SHA-256 of the files that a run which is resumed must find again, by option; code of the user's may change."""
-    files = {name: pair.origins[name]["sha256"] for name in ("teacher", "guide") if name in pair.origins}
+    names = [name for name in pair.origins if name != "student"]
+    files = {name: pair.origins[name]["sha256"] for name in names}
     reference = custom.parse(config.gan)
     if config.gan != ONE_STEP and (reference is None or reference.file):
         files["gan"] = pair.origins["student"]["sha256"]

@@ -60,8 +60,10 @@ _HIDDEN: dict[str, type | tuple[type, ...]] = {
     "rescale_timesteps": bool,
     "dropout": (int, float),
 }
-_WITHOUT_EFFECT = ("use_fp16", "use_checkpoint", "channel_mult", "attention_resolutions", "predict_xstart", "use_kl")
-_WITHOUT_EFFECT += ("rescale_learned_sigmas", "sigma_data", "weight_schedule", "timestep_respacing")
+_WITHOUT_EFFECT = (
+    *("use_fp16", "use_checkpoint", "channel_mult", "attention_resolutions", "use_kl", "rescale_learned_sigmas"),
+    *("weight_schedule", "timestep_respacing", "predict_xstart"),
+)
 _ADM_ONLY = ("use_new_attention_order", "noise_schedule")  # consistency_models has one order, and any noise level
 
 
@@ -271,13 +273,15 @@ def _checked_options(options: Mapping[str, Any], told: Mapping[str, Any], is_cm:
         "resblock_updown": told["residual_resampling"],
         "use_scale_shift_norm": told["scale_shift"],
     }
-    hidden = {}
+    hidden: dict[str, Any] = {}
     for name, value in options.items():
         if name in _HIDDEN:
             kind = _HIDDEN[name]
             if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
                 raise Refused(f"--teacher-kwargs: {name} is {shown(str(value)[:40])}; expected {_in_words(kind)}")
             hidden[name] = value
+        elif name == "predict_xstart" and value is not False:
+            raise Refused("--teacher-kwargs: predict_xstart is true; expected a network that predicts the noise")
         elif name in found and value != found[name]:
             raise Refused(f"--teacher-kwargs: {name} is {shown(str(value)[:40])}, but the file has {found[name]}")
         elif name not in found and name not in _WITHOUT_EFFECT:

@@ -30,7 +30,7 @@ def open_container(
         ValueError: the file is broken or none of those; one sentence says what it is and what was expected.
     """
     found, expected = sniff(path), expected or EXPECTED
-    openers = {
+    openers: dict[str, Any] = {
         "pickle": raw_pickle.open_pickle,
         "torch": torch_save.open_zip,
         "npz": state_dicts.open_npz,

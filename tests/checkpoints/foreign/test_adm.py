@@ -11,6 +11,8 @@ from refine.checkpoints.foreign import adm
 from refine.checkpoints.foreign.opening import open_container
 from refine.checkpoints.pickles.inert import Refused
 from refine.checkpoints.pickles.tensors import Storage, TensorRef
+from refine.cli.generate import command
+from refine.cli.main import run_command
 from tests.golden import ROOT, read_arrays, read_json
 from tests.networks import test_adm_golden as golden
 from tests.networks.test_edm_golden import error
@@ -131,6 +133,25 @@ def test_what_is_not_known_is_asked_for_in_one_line(tmp_path):
         load_teacher(save(tmp_path / "cm.pt", name="cm_edm_cond"))
 
 
+def test_commands_that_take_any_network_ask_for_it_too(tmp_path, capsys):
+    args = [f"--network={save(tmp_path / 'mine.pt')}", "--seeds=0", f"--outdir={tmp_path}/out"]
+    for more, code, said in (
+        ((), 2, "its shapes do not tell image_size"),
+        (
+            ('--teacher-kwargs={"image_size": 8}',),
+            2,
+            "its shapes do not tell num_head_channels (or num_heads), use_new",
+        ),
+        (("--teacher-kwargs=[1]",), 2, "--teacher-kwargs: found '[1]'; expected a JSON object"),
+        ((f"--teacher-kwargs={json.dumps({'image_size': 8, 'num_head_channels': 16, **LINEAR})}",), 0, ""),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            run_command(command, [*args, *more])
+        err = capsys.readouterr().err
+        assert ended.value.code == code and said in err, err
+        assert (tmp_path / "out/seed0000.png").exists() == (code == 0)
+
+
 def test_what_was_assumed_is_said(tmp_path):
     path = save(tmp_path / "mine.pt")
     with open_container(path, kwargs={"image_size": 8, "num_head_channels": 16, **LINEAR}) as container:
@@ -161,6 +182,7 @@ def test_what_was_assumed_is_said(tmp_path):
         ({"num_channels": 128}, "num_channels is 128, but the file has 32"),
         ({"class_cond": True}, "class_cond is True, but the file has False"),
         ({"use_scale_shift_norm": False}, "use_scale_shift_norm is False, but the file has True"),
+        ({"predict_xstart": True}, "expected a network that predicts the noise"),
         ({"image_sice": 8}, "unknown image_sice; expected some of image_size, num_heads"),
         ({"x\n\x1b[31m": 8}, "unknown x"),
     ],
