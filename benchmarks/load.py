@@ -3,7 +3,7 @@
     python benchmarks/load.py [--folder=/tmp/x]
 
 Builds a StyleGAN2 pickle (G, D, G_ema; 20 M parameters a generator), an EDM pickle (56 M parameters) and a `.pt` of
-guided-diffusion (128 M) with random weights once, then measures in fresh processes: (a) reading the file's bytes, (b)
+guided-diffusion (125 M) with random weights once, then measures in fresh processes: (a) reading the file's bytes, (b)
 constructing the network, initialised as for training, (c) loading it from the file. Prints (c) / (a + b), and the peak
 memory of (c) above that of a process that has imported everything, in units of the file.
 """
@@ -55,7 +55,7 @@ elif what == 'build':
     cls, kwargs = makers.get(kind, (ADMPrecond, sizes.ADM))
     net = cls(**kwargs)
 else:
-    net = load_generator(path) if kind == 'generator' else load_teacher(path, sizes.SAID if kind == 'adm' else None)
+    net = load_generator(path) if kind == 'generator' else load_teacher(path)
 print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu, peak() - before]))
 """
 
@@ -80,6 +80,7 @@ def build_files(folder: Path) -> dict[str, Path]:
     if not files["adm"].exists():
         state = ADMPrecond(**ADM).state_dict()
         torch.save({name.removeprefix("model."): value for name, value in state.items()}, files["adm"])
+        files["adm"].with_suffix(".json").write_text(json.dumps(SAID))
     return files
 
 

@@ -36,7 +36,7 @@ def test_a_table_with_a_line_for_every_name(capsys):
         "MIT, for research",
         "to be downloaded",
     ]
-    assert by_name["adm-imagenet64"][4] == "2.07 (classifier guidance, 250 steps)"
+    assert by_name["adm-imagenet64"][4] == f"2.07 ({index.read_index()['adm-imagenet64'].fid_with})"
     assert by_name["digits-gan"][-1] == "shipped" and by_name["r3gan-ffhq-64"][-1] == "by hand"
 
 

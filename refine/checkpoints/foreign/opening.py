@@ -52,7 +52,7 @@ def _init_kwargs(kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     return {} if kwargs is None else {"init_kwargs": kwargs}
 
 
-NO_KWARGS = "expected no --gan-kwargs and no --teacher-kwargs"
+NO_KWARGS = "expected no --teacher-kwargs"
 EXPECTED = (
     "a StyleGAN2, EDM or EDM2 pickle, a legacy TensorFlow pickle of StyleGAN2, a rosinality .pt, "
     "a guided-diffusion or consistency_models .pt, or a file of this toolkit"

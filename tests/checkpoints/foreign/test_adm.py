@@ -197,7 +197,7 @@ def test_options_that_cannot_be(options, reason, tmp_path):
 def test_options_for_a_file_that_tells_everything_are_refused(tmp_path):
     native.save_networks(tmp_path / "x", {"ema": golden.network("cond_cosine_new")}, provenance={})
     for path in (tmp_path / "x", ROOT / "pickles/edm_song_ddpmpp_edm_cond_mult222.pkl"):
-        with pytest.raises(ValueError, match="tells how its networks are built; expected no --gan-kwargs and no --te"):
+        with pytest.raises(ValueError, match="tells how its networks are built; expected no --teacher-kwargs"):
             load_teacher(path, {"image_size": 8})
 
 
