@@ -13,6 +13,8 @@ from refine.checkpoints.pickles.inert import Refused
 from refine.checkpoints.pickles.tensors import Storage, TensorRef
 from refine.cli.generate import command
 from refine.cli.main import run_command
+from refine.networks.stylegan2 import Generator
+from tests.cli.test_refine import call
 from tests.golden import ROOT, read_arrays, read_json
 from tests.networks import test_adm_golden as golden
 from tests.networks.test_edm_golden import error
@@ -262,3 +264,25 @@ def test_structure_is_refused_where_it_contradicts_itself():
         changed = {key: value for key, value in {**state, **changes}.items() if value is not None}
         with pytest.raises(Refused, match=reason):
             adm._structure(changed)
+
+
+def test_a_run_with_such_a_teacher_goes_on_without_saying_it_again(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("REFINE_CACHE", str(tmp_path / "cache"))
+    path = save(tmp_path / "mine.pt", name="cond_cosine_new")
+    said = {"image_size": 8, "num_head_channels": 16, "use_new_attention_order": True, "noise_schedule": "cosine"}
+    mapping, synthesis = {"num_layers": 1}, {"channel_base": 64, "channel_max": 8}
+    native.save_networks(tmp_path / "gan", {"G_ema": Generator(8, 10, 8, 8, 3, mapping, synthesis)}, provenance={})
+    options = ("--aux-dropout=0.1", "--metrics=fd4-teacher", "--tick=0.004", "--snap=1", "--adversarial=0", "--desc=x")
+    args = [f"--gan={tmp_path}/gan", f"--teacher={path}", *options, "--batch=4", "--device=cpu", f"--outdir={tmp_path}"]
+    code, _, err = call(capsys, *args, "--kimg=0.004")
+    assert code == 2 and err.startswith("Error: --teacher: ") and "its shapes do not tell image_size" in err
+    code, _, err = call(capsys, *args, "--kimg=0.004", f"--teacher-kwargs={json.dumps(said)}")
+    assert code == 0, err
+    log = (tmp_path / "00000-x/log.txt").read_text()
+    assert "            assumed, as is usual: diffusion_steps 1000, rescale_timesteps False, dropout 0.0" in log
+    assert "metric fd4-teacher at 0.0 kimg" in log
+    code, _, err = call(capsys, f"--outdir={tmp_path}", "--resume=latest", "--kimg=0.008")
+    assert code == 0, err
+    other = json.dumps({**said, "noise_schedule": "linear"})
+    code, _, err = call(capsys, f"--outdir={tmp_path}", "--resume=latest", f"--teacher-kwargs={other}")
+    assert code == 2 and "--teacher-kwargs cannot be changed" in err
