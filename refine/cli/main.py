@@ -22,6 +22,7 @@ _COMMANDS = {  # name -> module, attribute
     "refine": ("refine.cli.refine_cmd", "refine"),
     "compare": ("refine.cli.compare", "command"),
     "generate": ("refine.cli.generate", "command"),
+    "models": ("refine.cli.models_cmd", "models"),
     "inspect": ("refine.cli.inspect_cmd", "inspect"),
     "export": ("refine.cli.export_cmd", "export"),
     "average": ("refine.cli.average_cmd", "average"),

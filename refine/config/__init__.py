@@ -12,6 +12,7 @@ from typing import Any
 from refine.config.kinds import (
     BETAS,
     BOOLEAN,
+    JSON_TABLE,
     LABEL_DIST,
     LENGTHS,
     LIMIT,
@@ -77,8 +78,8 @@ class RefineConfig:
         in_snapshots=False, aliases=("generator", "student", "network"),
     )
     teacher: str = option(
-        text("FILE|URL|NAME", f"the diffusion model to learn from, {_KNOWN}"), ..., _FILES,
-        "Diffusion model of the same data (the teacher).",
+        text("FILE|URL|NAME|MODULE:FUNCTION", f"the diffusion model to learn from, {_KNOWN}"), ..., _FILES,
+        "Diffusion model of the same data (the teacher): a file, or one of your own code.",
         in_snapshots=False, aliases=("diffusion", "edm", "denoiser"),
     )
     outdir: str = option(
@@ -92,6 +93,11 @@ class RefineConfig:
     preset: str = option(
         _PRESET, "default", _FILES, "Defaults for a kind of run; --show prints them.",
         aliases=("recipe",),
+    )
+    teacher_kwargs: dict[str, Any] | None = option(
+        optional(JSON_TABLE, "what the file tells"), None, _FILES,
+        "How a teacher is built whose file does not tell it all; see docs/teachers.md.",
+        aliases=("model-flags",),
     )
 
     kimg: float = option(
@@ -148,8 +154,14 @@ class RefineConfig:
     )
     weighting: str = option(text("W"), "1", _OBJECTIVE, "Weight of the objective over noise levels: 1 | sigma^P.")
     guidance: float = option(
-        POSITIVE, 1.0, _OBJECTIVE, "Classifier-free guidance of a teacher that knows a missing label; 1 = none.",
+        POSITIVE, 1.0, _OBJECTIVE,
+        "Strength of the teacher's guidance, by --guide or, without it, classifier-free; 1 = none.",
         aliases=("cfg", "cfg-scale", "guidance-scale"),
+    )
+    guide: str | None = option(
+        optional(text("FILE|URL|NAME|MODULE:FUNCTION", _KNOWN), "none: the teacher without a label"), None, _OBJECTIVE,
+        "A worse diffusion model of the same data, away from which --guidance leads the teacher (autoguidance).",
+        in_snapshots=False, aliases=("autoguidance", "gnet"),
     )
     label_dist: tuple[float, ...] | None = option(
         LABEL_DIST, None, _COVERAGE, "How often each class is drawn: uniform, or a JSON list or file.",

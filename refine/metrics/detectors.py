@@ -20,15 +20,17 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from refine.checkpoints import load_teacher, peek, resolve
+from refine.checkpoints import peek, resolve
 from refine.checkpoints.native import load_networks, read_metadata
 from refine.checkpoints.pickles.tensors import TensorRef
 from refine.checkpoints.sniff import sniff
+from refine.checkpoints.teachers import TeacherSource
 from refine.dnnlib import sha256_of_file
 from refine.metrics import dinov2_weights
 from refine.metrics.digits import DigitsDetector
@@ -178,7 +180,7 @@ class ModuleDetector:
             return False
 
 
-def load_detector(path_or_name: str | os.PathLike, trust: bool = False) -> Detector:
+def load_detector(path_or_name: str | os.PathLike | TeacherSource, trust: bool = False) -> Detector:
     """Loads a detector on the CPU, in eval mode, without gradients.
 
     A TorchScript file is a program that can write files, and it is loaded only on the caller's word. Of all others
@@ -191,12 +193,15 @@ def load_detector(path_or_name: str | os.PathLike, trust: bool = False) -> Detec
             detector, or a teacher (`refine.metrics.teacher_features`). Or a name: 'digits' (the shipped classifier),
             'inception-2015-12-05' (pytorch-fid's file, downloaded once), 'dinov2' or 'dinov2-vitl14', 'dinov2-vitb14',
             … (the published files), 'effnet-lite0' (ImageNet weights of a Python package). Behind a DINOv2 may stand
-            how it resizes: 'dinov2-vitl14:pil', see `refine.metrics.dinov2_detector`.
+            how it resizes: 'dinov2-vitl14:pil', see `refine.metrics.dinov2_detector`. Or a teacher; what guides it
+            has no part in its features.
         trust: Whether the caller knows where a TorchScript file comes from.
 
     Raises:
         ValueError: If the name is unknown, the file does not exist or is no detector, or is TorchScript without trust.
     """
+    if isinstance(path_or_name, TeacherSource):
+        return _load_teacher(path_or_name)
     text, mode = split_mode(path_or_name)
     detector = _load(text, trust)
     if mode is None:
@@ -228,7 +233,7 @@ def _load(text: str, trust: bool) -> Detector:
             )
         return ModuleDetector(_load_torchscript(path), path.name, sha256_of_file(path))
     if found.kind in ("torch", "pickle", "safetensors") and holds_teacher(path):
-        return _load_teacher(path)
+        return _load_teacher(TeacherSource.of(path))
     if found.kind in ("torch", "pickle", "safetensors"):
         return _load_weights(path)
     if found.kind == "zip" and is_exported(path):
@@ -291,7 +296,7 @@ def _load_native(path: Path) -> Detector:
     names = read_metadata(path).get("networks", {})
     network = load_networks(path)["detector"] if "detector" in names else None
     if network is None and holds_teacher(path):
-        return _load_teacher(path)
+        return _load_teacher(TeacherSource.of(path))
     if not isinstance(network, DigitsDetector):
         raise ValueError(f"{path} holds {', '.join(names) or 'no networks'}, expected a detector")
     network.sha256 = sha256_of_file(path)
@@ -317,8 +322,9 @@ def holds_teacher(path: Path) -> bool:
     return True
 
 
-def _load_teacher(path: Path) -> TeacherDetector:
-    return TeacherDetector(load_teacher(path), sha256_of_file(path))
+def _load_teacher(source: TeacherSource) -> TeacherDetector:
+    alone = replace(source, guide=None, guidance=1.0)
+    return TeacherDetector(alone.load(), alone.identity)
 
 
 def _load_weights(path: Path) -> Detector:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from refine.checkpoints.teachers import TeacherSource
 from refine.config import MAX_IMAGES, TEACHER
 from refine.metrics.detectors import INCEPTION_SPACE, load_detector, source_of, space_of
 from refine.metrics.dinov2_detector import split_mode
@@ -56,7 +57,7 @@ class NamedMetric:
         batch: Images per batch.
         cache: Keep the statistics of a reference that is images.
         trust: Run a detector that is TorchScript.
-        teacher: The file that `teacher` means, as the detector and as the reference; None = it means nothing.
+        teacher: What `teacher` means, as the detector and as the reference; None = it means nothing.
         draw: Draw images of a teacher that is the reference, where they are not there; without them nothing can be
             measured, but everything else is checked.
         progress: Show a bar while images of the reference are drawn and looked at.
@@ -83,7 +84,7 @@ class NamedMetric:
         batch: int = 100,
         cache: bool = True,
         trust: bool = False,
-        teacher: str | os.PathLike | None = None,
+        teacher: str | os.PathLike | TeacherSource | None = None,
         draw: bool = True,
         progress: bool = False,
     ):
@@ -144,7 +145,7 @@ class NamedMetric:
         return {**results, "seeds": f"0-{self.num - 1}"}
 
 
-def _meant(text: str | None, teacher: str | os.PathLike | None, what: str) -> Any:
+def _meant(text: str | None, teacher: str | os.PathLike | TeacherSource | None, what: str) -> Any:
     """The file or name that a detector or reference is, where it may be the teacher of a run."""
     if text != TEACHER:
         return text

@@ -31,6 +31,7 @@ from refine.checkpoints.foreign.diffusers_folder import find_weights
 from refine.checkpoints.pickles.inert import Refused
 from refine.checkpoints.sniff import Sniffed, sniff
 from refine.checkpoints.sources.fetch import cache_dir
+from refine.checkpoints.teachers import TeacherSource
 from refine.dnnlib import distrust, keep_from_others, make_folder, replaced_atomically, sha256_of_file
 from refine.errors import describe_os_error
 from refine.metrics.bank import NUM_STEPS, Bank, describe_bank, teacher_bank
@@ -131,12 +132,14 @@ class NotDrawn(Exception):
 
 
 def load_reference(
-    path_or_name: str | os.PathLike, detector: Detector | None = None, looking: Looking | None = None
+    path_or_name: str | os.PathLike | TeacherSource,
+    detector: Detector | None = None,
+    looking: Looking | None = None,
 ) -> Reference:
     """Reads a reference; nothing in a file is executed.
 
     Args:
-        path_or_name: A file, folder, URL, or a name of pretrained/index.toml.
+        path_or_name: A file, folder, URL, or a name of pretrained/index.toml; or a teacher.
         detector: Needed where the reference is images, a generator or a teacher; otherwise what it is checked against.
         looking: How such images are looked at. None = the defaults.
 
@@ -145,6 +148,8 @@ def load_reference(
         NotDrawn: See `Looking`.
     """
     try:
+        if isinstance(path_or_name, TeacherSource):
+            return _of_teacher(path_or_name, detector, looking or Looking())
         return _load(path_or_name, detector, looking or Looking())
     except MemoryError:
         raise ValueError(f"reference {path_or_name} asks for more memory than there is") from None
@@ -260,7 +265,7 @@ def _from_checkpoint(path: Path, found: Sniffed, detector: Detector | None, look
         G = load_generator(path)
     except ValueError as error:
         if holds_teacher(path):
-            return _of_teacher(path, detector, looking)
+            return _of_teacher(TeacherSource.of(path), detector, looking)
         raise ValueError(f"reference {path} is {found.description}; expected {EXPECTED} ({error})") from None
     return _of_generator(G, path, detector, looking)
 
@@ -357,23 +362,23 @@ def _of_generator(G: Generator, path: Path, detector: Detector | None, looking: 
     return replace(reference, sha256=sha256_of_file(path), form=f"generator, {looking.num} images")
 
 
-def _of_teacher(path: Path, detector: Detector | None, looking: Looking) -> Reference:
+def _of_teacher(source: TeacherSource, detector: Detector | None, looking: Looking) -> Reference:
     if detector is None:
-        raise ValueError(f"reference {path} is a teacher, whose images need a detector to be looked at")
+        raise ValueError(f"reference {source.name} is a teacher, whose images need a detector to be looked at")
     if not looking.draw:
         raise NotDrawn
     banks: list[Bank] = []
 
     def batches() -> Iterator[Batch]:  # the bank is drawn here and now: all processes together, and in this thread
         how: dict[str, Any] = {"batch": looking.batch, "device": looking.device, "progress": looking.progress}
-        banks.append(teacher_bank(path, looking.bank, cache=looking.cache, **how))
+        banks.append(teacher_bank(source, looking.bank, cache=looking.cache, **how))
         return banks[0].batches(looking.batch, my_share(range(looking.bank), looking.batch))
 
-    content = f"{describe_bank(path, looking.bank)} {looking.batch}"
+    content = f"{describe_bank(source, looking.bank)} {looking.batch}"
     classes = lambda: banks[0].classes  # noqa: E731
-    reference = _cached(path, content, looking.bank, batches, detector, looking, classes)
-    form = f"teacher, {looking.bank} images, {NUM_STEPS} Heun steps"
-    return replace(reference, sha256=sha256_of_file(path), form=form, is_teacher=True)
+    reference = _cached(source.path, content, looking.bank, batches, detector, looking, classes)
+    form = f"teacher{source.guided_words}, {looking.bank} images, {NUM_STEPS} Heun steps"
+    return replace(reference, sha256=source.identity, form=form, is_teacher=True)
 
 
 def _cached(

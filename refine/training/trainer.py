@@ -10,7 +10,7 @@ import torch
 
 from refine.config import RefineConfig
 from refine.diff_instruct import aux_loss
-from refine.guidance import Guided
+from refine.guidance import Autoguided, Guided
 from refine.images import clamp_images
 from refine.networks.bases import Denoiser, Generator
 from refine.noise import SigmaLaw, make_weighting
@@ -42,6 +42,7 @@ class Trainer:
         teacher: Denoiser D(x, sigma, c); where its images or classes differ from the student's, `bridge` joins them.
         device: Where the networks run.
         others: Images that a critic compares the student's with; needed with --adversarial.
+        guide: What guides the teacher with config.guidance; without it, guidance is classifier-free.
 
     Attributes:
         G, aux, teacher: The student, the auxiliary network, the teacher.
@@ -67,6 +68,7 @@ class Trainer:
         teacher: Denoiser,
         device: torch.device | str = "cpu",
         others: Others | None = None,
+        guide: Denoiser | None = None,
     ):
         self.bridge = check_pair(student, teacher)
         self.config, self.device = config, torch.device(device)
@@ -99,7 +101,11 @@ class Trainer:
             "aux": GuardedAdam(self.aux.parameters(), config.aux_betas, config.aux_clip, config.precision, self.device),
         }
 
-        computing = (self.G, self.aux, self.teacher)
+        computing = [self.G, self.aux, self.teacher]
+        guide = guide if config.guidance != 1 else None  # which would not be asked
+        if guide is not None:
+            guide = _copied(guide, self.device, torch.channels_last).eval().requires_grad_(False)
+            computing.append(guide)
         remark = set_precision(config.precision, computing, self.device)
         self.remarks = [remark] if remark else []
         if config.compile and (remark := compile_networks(computing, self.device)):
@@ -112,7 +118,9 @@ class Trainer:
             self.critic = self.adversary.critic
             self.optimizers["critic"] = self.adversary.optimizer
         self.null_label = self.teacher.has_null_label
-        if config.guidance != 1:
+        if guide is not None:
+            self.teacher = Autoguided(self.teacher, guide, config.guidance)
+        elif config.guidance != 1:
             self.teacher = Guided(self.teacher, config.guidance)
         size = config.batch_gpu or config.batch
         classes = self.bridge.teacher[2]
