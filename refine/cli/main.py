@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -128,7 +128,7 @@ def _load_command(name: str) -> click.Command:
 def _with_version(command: click.Command) -> click.Command:
     """The same command, which knows --version."""
     if not any("--version" in param.opts for param in command.params):
-        shown = {"is_flag": True, "expose_value": False, "is_eager": True, "callback": _print_version}
+        shown: dict[str, Any] = {"is_flag": True, "expose_value": False, "is_eager": True, "callback": _print_version}
         command.params.append(click.Option(["--version"], help="Print the version.", **shown))
     return command
 

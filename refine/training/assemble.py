@@ -212,7 +212,7 @@ def _estimated(
     bridge = check_pair(pair.student, pair.teacher)
     if config.adversarial and others is None:
         others = stand_ins(bridge.student, bridge.teacher, device)
-    trainer = Trainer(config, pair.student, pair.teacher, device, others)
+    trainer = Trainer(config, pair.student, pair.teacher, device, others, pair.guide)
     images = sum(metric.num for metric in metrics[:1])  # of every average; further metrics only of the best
     found = estimate(trainer, images, _no_container(config.gan, pair) is None)
     return Run(config, str(device), place, None, found, tuple(bridge.messages(trainer.null_label)))
