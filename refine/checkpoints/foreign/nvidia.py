@@ -101,7 +101,7 @@ def family(value: Any, seen: list[str], named: Iterable[str] = ()) -> str | None
     if "SynthesisInput" in names:
         xl = not names.isdisjoint({"SuperresGenerator", "ProjectedDiscriminator"})
         xl = xl or any(name.startswith(_XL_MODULES) for name in named)
-        return "a StyleGAN-XL generator" if xl else "a StyleGAN3 generator"
+        return f"a {'StyleGAN-XL' if xl else 'StyleGAN3'} pickle without a generator that is known here"
     if {"ProjectedDiscriminator", "FastganSynthesis"} & names:
         return "a Projected GAN or StyleGAN-XL checkpoint"
     if {"MPConv", "MPFourier", "EDM2Loss"} & names or ("Precond" in names and not names & set(_PRECONDS)):
