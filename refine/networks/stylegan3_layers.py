@@ -67,6 +67,8 @@ def design_lowpass(taps: int, cutoff: float, width: float, rate: float, radial: 
         beta = 0.1102 * (attenuation - 8.7)
     elif attenuation > 21:
         beta = 0.5842 * (attenuation - 21) ** 0.4 + 0.07886 * (attenuation - 21)
+    if beta > 700:
+        raise ValueError(f"a transition band of {width} is too wide for a rate of {rate} and {taps} taps")
     steps = np.arange(taps) - (taps - 1) / 2
     window = special.i0(beta * np.sqrt(np.maximum(1 - (2 * steps / (taps - 1)) ** 2, 0))) / special.i0(beta)
     x = steps / rate

@@ -40,6 +40,6 @@ def open_container(path: str | os.PathLike, expected: str | None = None, **optio
 
 
 EXPECTED = (
-    "a StyleGAN2, EDM or EDM2 pickle, a legacy TensorFlow pickle of StyleGAN2, a rosinality .pt, "
-    "or a file of this toolkit"
+    "a StyleGAN2, StyleGAN3, StyleGAN-XL, EDM or EDM2 pickle, a legacy TensorFlow pickle of StyleGAN2, "
+    "a rosinality .pt, or a file of this toolkit"
 )

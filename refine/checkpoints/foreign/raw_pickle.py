@@ -33,10 +33,11 @@ def open_pickle(path: Path, stream: BinaryIO, expected: str) -> Container:
             machine = Machine(stream, size, rules | stylegan3.RULES, lenient=True, harmless=stylegan3.harmless)
             with saying(str(path)):
                 found = stylegan3.members(machine.load())
-            if found is not None and found[0] == stylegan3.XL:
-                return _container(path, stream, machine, found)
+            if found is None:
+                raise ValueError(f"{path} is {stylegan3.XL} without a generator; expected {expected}") from None
+            return _container(path, stream, machine, found)
         # Files of other families often hold globals of their own: then the family is the more helpful answer.
-        named = nvidia.family(None, seen, machine.globals)
+        named = nvidia.family(None, seen)
         if named is not None and "has no place" in str(error):
             raise ValueError(f"{path} is {named}; expected {expected}") from None
         raise ValueError(f"{path}: {error}") from None

@@ -119,7 +119,7 @@ def _is_stylegan3(item: Persistent) -> bool:
 
 
 def is_xl(item: Persistent) -> bool:
-    """Whether a generator has StyleGAN-XL's mapping network: also without classes, it keeps a plain table of vectors."""
+    """Whether a generator has StyleGAN-XL's mapping network, which keeps a plain table of vectors, used or not."""
     return isinstance(_child(item, "mapping", "embed"), ModuleDict)
 
 

@@ -75,7 +75,7 @@ def test_every_way_of_writing(kind, form, tmp_path):
     D = projected_discriminator(form) if form.dill else None
     path = write(tmp_path / "x.pkl", stylegan3_file(form, G, G=G, D=D))
     if kind == "t" and form.dill:  # dill and its discriminator are StyleGAN-XL's
-        with pytest.raises(ValueError, match="StyleGAN-XL pickle without a generator|has no place"):
+        with pytest.raises(ValueError, match=r"StyleGAN-XL pickle without a generator|has no place"):
             load_generator(path)
         return
     loaded = load_generator(path)
@@ -164,5 +164,5 @@ def test_nothing_of_the_discriminator_may_be_part_of_a_generator(where, tmp_path
     key, value = parts[where]
     state[key] = value
     path = write(tmp_path / "x.pkl", form.dumps({"D": projected_discriminator(form, bad), "G_ema": item}))
-    with pytest.raises(ValueError, match="holds timm.models.create_model, which has no place"):
+    with pytest.raises(ValueError, match=r"holds timm.models.create_model, which has no place"):
         load_generator(path)
