@@ -18,6 +18,9 @@ TEACHERS = {
     "imagenet64-distill": 295_899_267,
     "ffhq256-bridge": 61_805_571,
     "afhqv2-512-bridge": 61_805_571,
+    "stylegan3-ffhq1024-bridge": 61_805_571,
+    "stylegan3-ffhqu256-bridge": 61_805_571,
+    "stylegan3-afhqv2-512-bridge": 61_805_571,
     "church256": 113_673_219,
 }
 
