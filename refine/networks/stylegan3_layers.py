@@ -158,20 +158,20 @@ def modulated_conv2d(
         (N, O, H + k − 1, W + k − 1).
     """
     _, i, k, _ = weight.shape
-    scale = input_gain.expand(styles.shape[0], 1)  # [N1], or [NO]
+    gain = input_gain.expand(styles.shape[0], 1)  # [N1], with demodulation [NO]
     if demodulate:
         eps = 1e-8 / (i * k * k)  # of kernels that are normalised here, so that no sum leaves float16's range
         weight = weight / weight.square().sum(dim=[1, 2, 3], keepdim=True).sqrt()
         styles = styles / styles.square().mean().sqrt()
-        scale = scale * (styles.square() @ weight.square().sum(dim=[2, 3]).t() + eps).rsqrt()
+        gain = gain * (styles.square() @ weight.square().sum(dim=[2, 3]).t() + eps).rsqrt()
     else:
-        styles, scale = styles * scale, None
+        styles = styles * gain
     x = x * styles.to(x.dtype)[:, :, None, None]
     # Half of the padding by hand: what is left is that of the compiled 3×3 convolution.
     by_hand = k // 2 if x.device.type == "cpu" else 0
     x = F.pad(x, [by_hand] * 4) if by_hand else x
     x = conv2d_resample(x, weight.to(x.dtype), padding=k - 1 - by_hand)
-    return x if scale is None else x * scale.to(x.dtype)[:, :, None, None]
+    return x * gain.to(x.dtype)[:, :, None, None] if demodulate else x
 
 
 class SynthesisLayer(bases.MixedPrecision):

@@ -51,7 +51,8 @@ def open_pickle(path: Path, stream: BinaryIO, expected: str) -> Container:
 
 def _container(path: Path, stream: BinaryIO, machine: Machine, found: Any) -> Container:
     resizable = machine.protocol == 2 and not machine.framed
-    return Container(path, stream, *found, resizable=resizable, writable=True)
+    family, members = found
+    return Container(path, stream, family, members, resizable=resizable, writable=True)
 
 
 def is_legacy_torch(stream: BinaryIO) -> bool:

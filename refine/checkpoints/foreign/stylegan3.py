@@ -7,7 +7,7 @@ it is read past: all of it stays closed boxes (`Unknown`), and nothing of it may
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -161,7 +161,9 @@ def describe_xl(item: Persistent) -> FileNetwork:
     tensors = collect(item)
     mapping, synthesis = _child(item, "mapping"), _child(item, "synthesis")
     kwargs = {name: _number(item, name, int) for name in _POSITIONAL[:-1]}
-    made = mapping.state.get("_init_kwargs", {}) if isinstance(mapping, Persistent) else {}
+    made = mapping.state.get("_init_kwargs", {})
+    if not isinstance(made, dict):
+        raise Refused("its mapping network does not tell the arguments that it was made with")
     embed = tensors.get("mapping.embed.weight")
     options = {name: plain(made[name], name) for name in ("lr_multiplier", "w_avg_beta") if name in made}
     options["num_layers"] = sum(f"mapping.fc{index}.weight" in tensors for index in range(_MAX_LAYERS))
@@ -188,7 +190,13 @@ def layer_names(synthesis: Any) -> list[str]:
 
 
 # Layers tell their own arguments; these are the ones of `SynthesisLayer` that may be left out, with their defaults.
-_OPTIONS = {"conv_kernel": 3, "filter_size": 6, "lrelu_upsampling": 2, "use_radial_filters": False, "conv_clamp": 256}
+_OPTIONS: dict[str, int | float] = {
+    "conv_kernel": 3,
+    "filter_size": 6,
+    "lrelu_upsampling": 2,
+    "use_radial_filters": False,
+    "conv_clamp": 256,
+}
 _OPTIONS |= {"magnitude_ema_beta": 0.999, "is_torgb": False, "is_critically_sampled": False, "use_fp16": False}
 
 
@@ -253,21 +261,21 @@ def _compare(network: torch.nn.Module, source: Any, layers: Mapping[str, Any]) -
     if synthesis.layer_names != list(layers):
         raise Refused("its layers are not those that its arguments make")
     signal = synthesis.input.signal
-    pairs = [("input", (signal.channels, signal.size, signal.rate, signal.cutoff), _source(source))]
+    pairs: list[tuple[str, Sequence[float], Sequence[float]]] = []
+    pairs.append(("input", (signal.channels, signal.size, signal.rate, signal.cutoff), _source(source)))
     for name, item in layers.items():
-        layer, given = getattr(synthesis, name), _arguments(name, item)
+        layer, given, state = getattr(synthesis, name), _arguments(name, item), item.state
         pairs += [(name, layer.source, _signal(given, "in")), (name, layer.target, _signal(given, "out"))]
-        state = item.state
-        told = [state.get(key) for key in ("up_factor", "down_factor")] + list(state.get("padding") or [None] * 4)
-        told = [_plain_number(value, "padding") for value in told]
-        pairs.append((name, (layer.up, layer.down, *layer.padding), tuple(told)))
-        pairs.append((name, (layer.conv_clamp or 0,), (plain(state.get("conv_clamp")) or 0,)))
+        padding = state.get("padding")
+        geometry = [state.get("up_factor"), state.get("down_factor"), *(padding if isinstance(padding, list) else [])]
+        told = [_plain_number(value, "up_factor, down_factor or padding") for value in geometry]
+        pairs.append((name, (layer.up, layer.down, *layer.padding), told))
+        pairs.append((name, [layer.conv_clamp or 0], [_plain_number(state.get("conv_clamp") or 0, "conv_clamp")]))
     for name, made, told in pairs:
-        if len(made) != len(told) or any(
-            abs(a - b) > _TOLERANCE * max(abs(a), 1) for a, b in zip(made, told, strict=True)
-        ):
+        close = [abs(a - b) <= _TOLERANCE * max(abs(a), 1) for a, b in zip(made, told, strict=False)]
+        if len(made) != len(told) or not all(close):
             raise Refused(f"its layer {shown(name)} is another than its arguments make")
 
 
-def _source(item: Any) -> tuple[float, ...]:
-    return tuple(_number(item, name) for name in ("channels", "size", "sampling_rate", "bandwidth"))
+def _source(item: Any) -> list[float]:
+    return [_number(item, name) for name in ("channels", "size", "sampling_rate", "bandwidth")]

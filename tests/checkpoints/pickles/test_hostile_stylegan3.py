@@ -171,13 +171,17 @@ def test_arguments_that_ask_for_too_much(case, tmp_path):
     assert attempt(tmp_path / "x.pkl", stylegan3_file(Form(), G, changes=T_HUGE[case])) is not None
 
 
-def spoilt(layer=None, synthesis=None, mapping=None, top=None, source=None):
+def spoilt(layer=None, synthesis=None, mapping=None, top=None, source=None, attributes=None, arguments=None):
     """A StyleGAN-XL file whose objects tell something else of themselves; `layer` is of the second one."""
     G, form = xl_generator(), Form(dill=2)
     item = form.module(G, init_kwargs(form, G))
     state = item.args[0]["state"]
     parts = state["_modules"]["synthesis"].args[0]["state"]
     inner = parts["_modules"]["L1_36_6"].args[0]["state"]
+    inner |= attributes or {}
+    if arguments is not None:
+        state["_modules"]["mapping"].args[0]["state"]["_init_kwargs"] = arguments
+        return form.dumps({"D": projected_discriminator(form), "G_ema": item})
     for target, changes in ((state, top), (parts, synthesis), (inner["_init_kwargs"].items, layer)):
         target |= changes or {}
     parts["_modules"]["input"].args[0]["state"] |= source or {}
@@ -208,6 +212,15 @@ SPOILT = {
     "kernel": {"layer": {"conv_kernel": 1 << 19}},
     "clamp": {"layer": {"conv_clamp": "x"}},
     "decay": {"layer": {"magnitude_ema_beta": []}},
+    "padding, a number": {"attributes": {"padding": 3}},
+    "padding, texts": {"attributes": {"padding": ["x"] * 4}},
+    "padding, another": {"attributes": {"padding": [1, 2, 3, 4]}},
+    "padding, long": {"attributes": {"padding": [9] * 100_000}},
+    "factor, none": {"attributes": {"up_factor": None}},
+    "factor, another": {"attributes": {"down_factor": 3}},
+    "arguments, a list": {"arguments": ["lr_multiplier"]},
+    "arguments, a text": {"arguments": "w_avg_beta"},
+    "arguments, none": {"attributes": {"_init_kwargs": None}, "arguments": {}},
     "names, none": {"synthesis": {"layer_names": []}},
     "names, a text": {"synthesis": {"layer_names": "L0_36_6"}},
     "names, others": {"synthesis": {"layer_names": ["forward"]}},
