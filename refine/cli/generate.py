@@ -23,7 +23,7 @@ def _parse_seeds(_ctx: click.Context, _param: click.Parameter, value: str) -> li
     "--network", required=True, metavar="FILE|NAME", help="A generator, or a diffusion model (18 Heun steps)."
 )
 @click.option("--seeds", required=True, callback=_parse_seeds, metavar="LIST", help="One image each, e.g. 0-35,40.")
-@click.option("--outdir", required=True, metavar="DIR", help="Where seed0000.png … and grid.png go.")
+@click.option("--outdir", required=True, metavar="DIR", help="Where seed0000.png … go; a grid of them is DIR-grid.png.")
 @click.option(
     "--class", "class_index", type=click.IntRange(min=0), help="Class of all images.  [default: drawn per seed]"
 )
@@ -60,4 +60,4 @@ def command(
     with together(cuda=False), sharing():
         paths = generate(**options, device=device, teachers=TeacherOptions(guide, guidance, teacher_kwargs))
         if distributed.is_main():
-            click.echo(f"{len(paths) - 1} images and grid.png in {paths[-1].parent}")
+            click.echo(f"{len(paths) - 1} images in {paths[0].parent}, a grid of them in {paths[-1]}")

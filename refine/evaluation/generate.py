@@ -1,4 +1,4 @@
-"""`generate.py --network=FILE --seeds=0-35`: images of a generator or a diffusion model as PNG files and a grid."""
+"""`generate.py --network=FILE --seeds=0-35`: images of a generator or a diffusion model as PNG files, and a grid."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def generate(
     progress: bool = True,
     teachers: TeacherOptions | None = None,
 ) -> list[Path]:
-    """Writes seed0000.png … and grid.png.
+    """Writes seed0000.png … into a folder, and a grid of them beside it, where it is not taken for one more image.
 
     Args:
         network: File or name of a generator; a diffusion model is sampled with 18 Heun steps.
@@ -67,6 +67,7 @@ def generate(
         latents_of_seeds(seeds[:1], [1], side.num_classes, class_index)
     with option("--outdir"):
         folder = check_outdir(outdir)
+        grid = check_outdir(folder.resolve().parent) / f"{folder.resolve().name}-grid.png"
     paths = [folder / f"seed{seed:04d}.png" for seed in seeds]
     share, (rank, world) = my_share(range(len(seeds)), batch), rank_and_world()
     batches = side.sample([seeds[index] for index in share], class_index)
@@ -83,8 +84,8 @@ def generate(
     whole = [image for part in gathered(shown) for image in part]
     if rank == 0:
         with option("--outdir"):
-            save_image_grid(folder / "grid.png", torch.stack(whole))
-    return [*paths, folder / "grid.png"]
+            save_image_grid(grid, torch.stack(whole))
+    return [*paths, grid]
 
 
 def _write(images: torch.Tensor, paths: Sequence[Path]) -> None:

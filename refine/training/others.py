@@ -45,8 +45,11 @@ def images_of_data(images: ImageSet, bridge: Bridge, device: torch.device) -> Ot
         device: Where they are kept.
 
     Raises:
-        ValueError: Images of another size, or classes that the student does not have.
+        ValueError: Images of another size, classes that the student does not have, or a dataset.json that gives none
+            to a student with classes.
     """
+    if bridge.student[2] and images.no_classes:
+        raise ValueError(images.no_classes)
     (size, channels, classes), (t_size, t_channels, _) = bridge.student, bridge.teacher
     step = -(-len(images) * t_channels * t_size**2 // MAX_BYTES)
     chosen, read, known = range(0, len(images), step), [], ((size, channels), (t_size, t_channels))

@@ -135,7 +135,11 @@ def test_two_ranks_generate_what_one_does(pair, tmp_path):
         args = [network, "--seeds=0-10,40", "--batch=3", "--device=cpu", f"--outdir={tmp_path}/out{count}"]
         processes, logs = launch_ranks(args, tmp_path / str(count), count, command="generate")
         assert wait(processes) == [0] * count, texts(logs)
-        assert logs[0].read_text().endswith(f"12 images and grid.png in {tmp_path}/out{count}\n")
+        assert (
+            logs[0]
+            .read_text()
+            .endswith(f"12 images in {tmp_path}/out{count}, a grid of them in {tmp_path}/out{count}-grid.png\n")
+        )
     assert logs[1].read_text() == ""
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / f"out{count}").iterdir()} for count in (1, 2))
     assert one == two and len(one) == 13
