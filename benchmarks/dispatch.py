@@ -14,7 +14,6 @@ from collections import Counter
 from pathlib import Path
 
 import click
-import torch
 from torch.optim import optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -27,6 +27,7 @@ from refine.networks.denoiser import Preconditioner, Scalings
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+_CLASSES_ONLY = "this network was trained with classes only: every image needs one in class_labels."
 _SNAP = 1e-3  # a time this near to an integer is that integer: float32 resolves ln sigma to about 1e-5 of a step
 
 
@@ -144,12 +145,20 @@ class DDPMPrecond(Preconditioner):
         blocks = getattr(self.inner, "down_blocks", ())
         return [(getattr(block, "attentions", None) or block.resnets)[-1] for block in blocks]
 
+    def _checked_labels(self, class_labels: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+        if self.label_dim and class_labels is None:
+            raise ValueError(_CLASSES_ONLY)
+        return super()._checked_labels(class_labels, x)
+
     def _classes(self, class_labels: torch.Tensor | None, n: int) -> torch.Tensor | None:
         """One-hot rows as the indices that the U-Net takes."""
         if class_labels is None:
             return None
-        if not (class_labels.amax(dim=1) > 0).all():
-            raise ValueError("this network was trained with classes only: every image needs one in class_labels.")
+        there = (class_labels.amax(dim=1) > 0).all()
+        if class_labels.device.type == "cuda":  # reading it would wait for the GPU, which ends the program instead
+            torch._assert_async(there, _CLASSES_ONLY)
+        elif not there:
+            raise ValueError(_CLASSES_ONLY)
         return class_labels.argmax(dim=1).expand(n)
 
 

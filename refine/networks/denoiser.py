@@ -81,7 +81,9 @@ class Preconditioner(Denoiser, MixedPrecision):
             ValueError: If the shape of x or of class_labels does not fit the network.
         """
         x = self._checked_images(x).to(torch.float32)
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
+        if not isinstance(sigma, torch.Tensor):
+            sigma = torch.full([], sigma, device=x.device)  # filled there: a copy would wait for a GPU
+        sigma = sigma.to(x.device, torch.float32).reshape(-1, 1, 1, 1)
         labels = self._checked_labels(class_labels, x)
         c_skip, c_out, c_in, c_noise = self.scalings(sigma)
         F_x = self._evaluate(c_in * x, c_noise.flatten(), labels, augment_labels, self._dtype(x, force_fp32))

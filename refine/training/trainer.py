@@ -77,6 +77,7 @@ class Trainer:
         if needed := self.objective.further_networks:
             raise ValueError(f"--objective={config.objective} needs {', '.join(needed)}; expected one without")
         prior = check_label_dist(config.label_dist, student, teacher)
+        prior = None if prior is None else prior.to(self.device)  # once: a copy in every draw would wait for a GPU
         self.lr, self.aux_lr = learning_rates(config, student, teacher)
 
         torch.manual_seed(config.seed)

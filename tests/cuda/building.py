@@ -45,9 +45,7 @@ def build(folder: Path) -> None:
 
 def for_host(source: str) -> str:
     """A .cu file as C++: launches become calls, and dynamic shared memory a pointer."""
-    source, arrays = re.subn(
-        r"extern __shared__ double (\w+)\[\];", r"double* \1 = on_host::shared_memory();", source
-    )
+    source, arrays = re.subn(r"extern __shared__ double (\w+)\[\];", r"double* \1 = on_host::shared_memory();", source)
     launch = re.compile(r"(\w+(?:<[\w, ]+>)?)<<<(.*?)>>>\s*\((.*?)\);", flags=re.DOTALL)
     source, launches = launch.subn(r"on_host::launch(KERNEL(\1), \2, \3);", source)
     assert launches and arrays == source.count("shared_memory()"), "the sources have changed"

@@ -60,6 +60,11 @@ inline int last_error = 0;
     std::abort();
 }
 
+inline const char* setting(const char* name) {
+    const char* text = std::getenv(name);
+    return text ? text : "";
+}
+
 inline double* shared_memory() {  // aligned to 16 bytes
     return reinterpret_cast<double*>((reinterpret_cast<uintptr_t>(shared.data()) + 15) / 16 * 16);
 }
@@ -102,7 +107,7 @@ inline void make_fibers(int count) {
 }
 
 inline void run_block(int threads, size_t bytes, const std::function<void()>& kernel) {
-    static const std::string order_name = std::getenv("FAKE_ORDER") ? std::getenv("FAKE_ORDER") : "";
+    const std::string order_name = setting("FAKE_ORDER");
     static std::mt19937 rng(1);
     body = &kernel;
     shared.assign(bytes + 16 + kGuard, kGarbage);
@@ -122,12 +127,12 @@ inline void run_block(int threads, size_t bytes, const std::function<void()>& ke
 
 template <class Kernel, class... Args>
 void launch(Kernel kernel, unsigned grid, int threads, size_t bytes, cudaStream_t, Args... args) {
-    static const unsigned most = std::getenv("FAKE_GRID") ? unsigned(std::atoi(std::getenv("FAKE_GRID"))) : ~0u;
+    const int most = std::atoi(setting("FAKE_GRID"));
     if (grid == 0 || threads < 1 || threads > 1024 || bytes > 48 * 1024) {
         last_error = 9;  // cudaErrorInvalidConfiguration
         return;
     }
-    gridDim = {std::min(grid, most)};
+    gridDim = {most > 0 ? std::min(grid, unsigned(most)) : grid};
     blockDim = {unsigned(threads)};
     const std::function<void()> once = [&] { kernel(args...); };
     for (unsigned block = 0; block < gridDim.x; ++block) {

@@ -1,1 +1,1 @@
-"""What the tests of this folder run in processes of their own, where `fake_device` is installed before torch is used."""
+"""What the tests of this folder run in processes of their own, with `fake_device` in them before torch is used."""

@@ -27,9 +27,10 @@ FIRST, WATCHED = 11, range(12, 16)  # iterations: with a penalty, with lag and s
 SONG = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1, 1], "num_blocks": 1, "attn_resolutions": [8]}
 NCSN = {**SONG, "embedding_type": "fourier", "channel_mult_noise": 2, "encoder_type": "residual"}
 NCSN |= {"decoder_type": "standard", "resample_filter": [1, 3, 3, 1]}
-ADM = {"model_type": "DhariwalUNet", "model_channels": 64, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [8]}
 EDM2 = {"model_channels": 64, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [8]}
+ADM = {"model_type": "DhariwalUNet", **EDM2}
 DDPM = {"block_out_channels": [8, 16], "norm_num_groups": 4, "layers_per_block": 1, "attention_head_dim": 8}
+DDPM |= {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}
 
 
 def student(classes=3, resolution=8, channels=3):
@@ -128,7 +129,13 @@ def compare(mine, theirs):
 
 def hosts(mine):
     """What is not on the device, of all that a trainer holds."""
-    modules = [mine.G, mine.G_ema, mine.aux, mine.teacher, *filter(None, [mine.G_start, mine.adversary and mine.critic])]
+    modules = [
+        mine.G,
+        mine.G_ema,
+        mine.aux,
+        mine.teacher,
+        *filter(None, [mine.G_start, mine.adversary and mine.critic]),
+    ]
     found = [name for module in modules for name, x in module.state_dict().items() if not x.is_cuda]
     for name, optimizer in mine.optimizers.items():
         states = [x for state in optimizer.adam.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
@@ -139,8 +146,10 @@ def hosts(mine):
 def tried(make, options):
     try:
         networks = make()
-    except ValueError as error:  # diffusers is missing
-        return str(error)
+    except ValueError as error:
+        if "diffusers is missing" in str(error):
+            return str(error)
+        raise
     on_device, on_host = bank()
     compared = compare(
         trainer(networks, DEVICE, on_device, **options), trainer(networks, torch.device("cpu"), on_host, **options)
