@@ -366,7 +366,7 @@ def gathered(value: T) -> list[T]:
         return [value]
     everyone: list[Any] = [None] * world_size()
     dist.all_gather_object(everyone, packed(value), group=_groups["waiting"])
-    return [pickle.loads(data) for data in everyone]  # of processes of this run, which pickled it above
+    return [pickle.loads(data) for data in everyone]  # noqa: S301 - of processes of this run, which pickled it above
 
 
 def packed(value: object) -> bytes:

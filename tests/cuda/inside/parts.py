@@ -1,6 +1,8 @@
 """Parts of the project on the device that is not there: the CUDA kernels, thread by thread, against the reference;
 samplers; what is sent to other processes. And how strict the device is. Prints JSON."""
 
+import contextlib
+import functools
 import json
 import os
 import pickle
@@ -22,16 +24,13 @@ from refine.torch_utils.ops.bias_act import bias_act
 from refine.torch_utils.ops.upfirdn2d import setup_filter, upfirdn2d
 
 SHAPES = [(1, 1, 1, 1), (2, 3, 5, 7), (1, 33, 9, 8), (2, 5, 33, 35), (0, 3, 4, 4)]
+KINDS = ("native", "ref")
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 
 def error(mine, reference):
-    errors = [
-        ((a - b).abs().max() / b.abs().max().clamp_min(1)).item()
-        for a, b in zip(mine, reference, strict=True)
-        if a.numel()
-    ]
-    return max(errors, default=0.0)
+    pairs = [(a, b) for a, b in zip(mine, reference, strict=True) if a.numel()]
+    return max((((a - b).abs().max() / b.abs().max().clamp_min(1)).item() for a, b in pairs), default=0.0)
 
 
 def both_orders(function, inputs):
@@ -50,10 +49,8 @@ def bias_act_error(dtype):
             b = torch.randn(shape[1], device=DEVICE, dtype=dtype, requires_grad=True)
             kinds = [("lrelu", None), ("swish", None)]  # rounded to 11 bits, a number may be on either side of a clamp
             for act, clamp in kinds if dtype == torch.float16 else [*kinds, ("lrelu", 0.5)]:
-                found = [
-                    both_orders(lambda x, b, i=i: bias_act(x, b, act=act, clamp=clamp, impl=i), [x, b])
-                    for i in ("native", "ref")
-                ]
+                options = {"act": act, "clamp": clamp}
+                found = [both_orders(functools.partial(bias_act, impl=impl, **options), [x, b]) for impl in KINDS]
                 worst = max(worst, error(*found))
     return worst
 
@@ -68,7 +65,7 @@ def upfirdn2d_error(dtype):
             for f in filters:
                 for up, down in ((1, 1), (2, 1), (1, 2)):
                     found = []
-                    for impl in ("native", "ref"):
+                    for impl in KINDS:
                         y = upfirdn2d(x, f, up, down, 4, impl=impl)
                         found.append([y, *torch.autograd.grad(y.square().sum(), x)])
                     worst = max(worst, error(*found))
@@ -77,25 +74,37 @@ def upfirdn2d_error(dtype):
 
 def refused():
     """What a GPU would refuse as well."""
-    for wrong in (
-        lambda: torch.ones(3, device=DEVICE) + torch.ones(3),
-        lambda: torch.ones(3) @ torch.ones(3, device=DEVICE),
-    ):
-        try:
+    mine, theirs, found = torch.ones(3, device=DEVICE), torch.ones(3), []
+    for wrong in (lambda: mine + theirs, lambda: theirs @ mine):
+        with contextlib.suppress(RuntimeError), noting(found):
             wrong()
-        except RuntimeError as caught:
-            yield str(caught)
+    return found
+
+
+@contextlib.contextmanager
+def noting(found):
+    try:
+        yield
+    except RuntimeError as caught:
+        found.append(str(caught))
+        raise
 
 
 def noticed():
     """That waits and copies are noted at all; and that what is no wait is not."""
     x = torch.ones(3, device=DEVICE)
-    found = {}
-    for name, action in {
-        "item": lambda: x.sum().item(), "mask": lambda: x[x > 0], "cpu": lambda: x.cpu(), "to": lambda: torch.ones(3).to(DEVICE),
-        "tensor": lambda: torch.tensor([1.0], device=DEVICE), "if": lambda: bool((x > 0).all()), "index": lambda: x[torch.tensor([0])],
+    actions = {
+        "item": lambda: x.sum().item(),
+        "if": lambda: bool((x > 0).all()),
+        "mask": lambda: x[x > 0],
+        "index": lambda: x[torch.tensor([0])],
+        "cpu": lambda: x.cpu(),
+        "to": lambda: torch.ones(3).to(DEVICE),
+        "tensor": lambda: torch.tensor([1.0], device=DEVICE),
         "arithmetic": lambda: (x * 2 + torch.rand(3, device=DEVICE)).relu_().sum(),
-    }.items():  # fmt: skip
+    }
+    found = {}
+    for name, action in actions.items():
         with fake_device.watched() as events:
             action()
         found[name] = len(events)
@@ -157,8 +166,5 @@ def sent():
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    print(
-        json.dumps(
-            {"errors": errors(), "refused": list(refused()), "noticed": noticed(), "sampled": sampled(), "sent": sent()}
-        )
-    )
+    found = {"errors": errors(), "refused": refused(), "noticed": noticed(), "sampled": sampled(), "sent": sent()}
+    print(json.dumps(found))
