@@ -4,8 +4,8 @@
 
 At CIFAR-10's official sizes (`iteration.cifar10_pair`), on tensors that have shapes and no memory (torch's device
 meta, which takes the path of a GPU), so that no GPU is needed and seconds are enough. A compiled op counts as one
-operator, views are counted apart. Every operator costs the processor some microseconds, in which a GPU is not fed. What
-tests/cuda looks for, with values, this only counts: waits, and copies between host and device. Prints Markdown.
+operator, and so does attention, which is fused on a GPU; views are counted apart. Every operator costs the processor
+some microseconds, in which a GPU is not fed. Prints Markdown. tests/cuda looks for waits and copies with values.
 """
 
 import ctypes
@@ -14,7 +14,10 @@ from collections import Counter
 from pathlib import Path
 
 import click
+import torch
+import torch.nn.functional as F
 from torch.optim import optimizer
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -67,6 +70,15 @@ class Counting(TorchDispatchMode):
         }
 
 
+class FusedAttention(TorchFunctionMode):
+    """The kernel that a GPU has, under the conditions under which it is used."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention and all(x.stride(-1) == 1 for x in args):
+            return torch.ops.aten._scaled_dot_product_efficient_attention(*args, None, True)[0]
+        return func(*args, **(kwargs or {}))
+
+
 def count(precision: str, batch: int, iterations: int = 2) -> Counting:
     """The last of some iterations: the first makes Adam's state."""
     custom_ops.OPS["meta"] = custom_ops.OPS["cuda"]
@@ -75,7 +87,7 @@ def count(precision: str, batch: int, iterations: int = 2) -> Counting:
     config = RefineConfig("student", "teacher", batch=batch, adversarial=0.0, precision=precision)
     trainer = Trainer(config, *cifar10_pair(), device="meta")
     for _ in range(iterations):
-        with Counting() as counting:
+        with FusedAttention(), Counting() as counting:
             trainer.step()
     return counting
 

@@ -291,7 +291,7 @@ def merge_heads(y: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     n, heads, c, _ = y.shape
     height, width = like.shape[2:]
     if like.is_contiguous():
-        return y.reshape(n, heads * c, height, width)
+        return y.reshape(n, heads * c, height, width).contiguous()  # what is seen of one head is channels_last
     return y.permute(0, 3, 1, 2).reshape(n, height, width, heads * c).permute(0, 3, 1, 2)  # channels_last
 
 
