@@ -138,7 +138,7 @@ def _join(cuda: bool) -> None:
     try:
         if failed := within(ROLL_CALL.total_seconds(), _failures, store):
             raise LostProcess(f"another process failed; {failed[min(failed)]}", told=True)
-        place = {"store": dist.PrefixStore("groups", store), "rank": rank(), "world_size": world_size()}
+        place: dict[str, Any] = {"store": dist.PrefixStore("groups", store), "rank": rank(), "world_size": world_size()}
         if cuda:  # with its GPU named, a process neither guesses it from its rank nor puts memory onto another one's
             device = torch.device("cuda", torch.cuda.current_device())
             dist.init_process_group("nccl", **place, timeout=GPU_TIMEOUT, device_id=device)

@@ -301,4 +301,5 @@ def scaled_dot_product(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tor
     torch's fused attention takes (N, heads, HW, c), on a GPU with the c numbers side by side only; what lies otherwise
     is copied.
     """
-    return F.scaled_dot_product_attention(*(x.mT.contiguous() for x in (q, k, v))).mT
+    q, k, v = (x.mT.contiguous() for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).mT
