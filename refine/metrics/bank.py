@@ -28,6 +28,7 @@ from refine.errors import describe_os_error
 from refine.metrics.pipeline import gathered, my_share, rank_and_world
 from refine.metrics.sampling import Batch, sample_teacher
 from refine.networks.bases import Denoiser
+from refine.torch_utils.misc import exact_products
 
 #: Seeds of a bank begin here, far from those of generators, and from those of a generator that is a reference.
 BANK_SEED = 3 << 30
@@ -113,6 +114,7 @@ def _place(digest: str, seeds: range, num_steps: int) -> Path:
     return cache_dir() / "banks" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
 
 
+@exact_products()
 def _drawn(teacher: Denoiser, seeds: range, num_steps: int, batch: int, device: torch.device | str, bar: tqdm) -> Bank:
     """A part of a bank, to which every process gives its share; an error in one of them is raised in all."""
     images: list[torch.Tensor] = []

@@ -313,3 +313,26 @@ def test_gpus_are_given_out_by_local_rank(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match="process 1 of this machine finds 1 GPUs"):
         distributed.local_device("cuda")
+
+
+def test_gpus_are_named_to_nccl_and_its_communicators_aborted_after_an_error(monkeypatch):
+    """What NCCL is asked for; no GPU is at hand to see what it does."""
+    calls = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed, "_reached", lambda: distributed.dist.HashStore())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    for name in ("init_process_group", "new_group", "destroy_process_group"):
+        note = functools.partial(lambda name, *args, **kwargs: calls.append((name, *args, kwargs)), name)
+        monkeypatch.setattr(distributed.dist, name, note)
+    monkeypatch.setattr(distributed.dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(distributed.dist.distributed_c10d, "_abort_process_group", lambda: calls.append(("abort", {})))
+    monkeypatch.setattr(distributed, "_part", lambda: None)
+    with distributed.session(cuda=True):
+        name, backend, options = calls[0]
+        assert (name, backend, options["device_id"]) == ("init_process_group", "nccl", torch.device("cuda", 1))
+        assert 10 <= options["timeout"].total_seconds() / 60 <= 30  # `pulse` is faster
+        assert all(call[-1]["timeout"] != options["timeout"] for call in calls[1:])
+    assert calls[-1][0] == "destroy_process_group"
+    with pytest.raises(ValueError, match="broken"), distributed.session(cuda=True):
+        raise ValueError("broken")
+    assert calls[-1][0] == "abort"
