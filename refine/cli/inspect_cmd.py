@@ -1,17 +1,32 @@
 """`python -m refine inspect FILE`: what a checkpoint is and what is in it."""
 
+import json
+import os
+
 import click
+
+from refine.cli.models_cmd import describe_entry, entry_lines
 
 
 @click.command()
 @click.argument("file")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 def inspect(file: str, as_json: bool) -> None:
-    """Says what FILE is, and which networks it holds. FILE is a path, or a name of pretrained/index.toml."""
-    from refine.checkpoints import resolve
+    """Says what FILE is, and which networks it holds. FILE is a path, or a name of pretrained/index.toml.
 
+    Of a name whose file is not here yet, it says what the index knows, and downloads nothing.
+    """
+    from refine.checkpoints.sources.index import read_index, resolve
+
+    entry = None if os.path.lexists(file) else read_index().get(file)
+    known = None if entry is None else describe_entry(entry)
+    if known is not None and known["place"] in ("to be downloaded", "by hand"):
+        click.echo(json.dumps({"index": known}, indent=2) if as_json else "\n".join(entry_lines(known)))
+        return
     path = resolve(file)
     from refine.checkpoints import describe  # imports torch
 
     report = describe.inspect_file(path)
+    if known is not None:
+        report["index"] = known
     click.echo(describe.as_json(report) if as_json else describe.as_text(report))

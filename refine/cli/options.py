@@ -1,4 +1,12 @@
-"""What several commands share: lists of numbers."""
+"""What several commands share: lists of numbers, and how a diffusion model among their networks is asked."""
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from refine.config.kinds import JSON_TABLE
+from refine.errors import option
 
 
 def parse_ints(text: str, limit: int = 1_000_000) -> list[int]:
@@ -17,3 +25,30 @@ def parse_ints(text: str, limit: int = 1_000_000) -> list[int]:
             raise ValueError(f"{text!r} holds more than {limit:,} numbers")
         numbers.update(dict.fromkeys(span))
     return list(numbers)
+
+
+def teacher_options(command: Callable) -> Callable:
+    """Decorates a command with the options of `refine.evaluation.teachers.TeacherOptions`."""
+    for add in (
+        click.option("--guide", metavar="FILE|NAME", help="A worse diffusion model that guides one (autoguidance)."),
+        click.option(
+            "--guidance",
+            type=click.FloatRange(min=0, min_open=True),
+            default=1.0,
+            show_default=True,
+            help="Strength of a diffusion model's guidance, by --guide or classifier-free; 1 = none.",
+        ),
+        click.option(
+            "--teacher-kwargs",
+            metavar=JSON_TABLE.metavar,
+            callback=_read_table,
+            help="How a diffusion model is built whose file does not tell it all.",
+        ),
+    ):
+        command = add(command)
+    return command
+
+
+def _read_table(_ctx: click.Context, _param: click.Parameter, value: str | None) -> dict[str, Any] | None:
+    with option("--teacher-kwargs"):
+        return None if value is None else JSON_TABLE.parse(value)

@@ -19,15 +19,18 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from refine.checkpoints import load_generator, load_teacher, source_file
+from refine.checkpoints import load_generator, source_file
 from refine.checkpoints.native import read_metadata
 from refine.checkpoints.sniff import sniff
+from refine.checkpoints.sources import custom
+from refine.checkpoints.teachers import TeacherSource
 from refine.dnnlib import check_outdir, replaced_atomically, sha256_of_file
 from refine.errors import option
 from refine.evaluation.comparison import compared, differences, in_words, summarise
 from refine.evaluation.panels import ROWS, curve_figure, look_alikes, nearest_real
 from refine.evaluation.report import side_by_side, write_html
 from refine.evaluation.run_folder import Snapshot, read_run_folder
+from refine.evaluation.teachers import TeacherOptions
 from refine.images import save_png
 from refine.metrics.detectors import Detector, classifies, load_detector
 from refine.metrics.evaluate import Measurement, measure
@@ -59,6 +62,7 @@ def compare(
     cache: bool = True,
     progress: bool = True,
     trust_detector: bool = False,
+    teachers: TeacherOptions | None = None,
 ) -> dict[str, Any]:
     """Compares two generators (or diffusion models) on the same seeds.
 
@@ -80,6 +84,7 @@ def compare(
         cache: Keep what was measured of a reference that is images.
         progress: Show a bar with the time left on stderr.
         trust_detector: Run a detector that is TorchScript, a program that can do more than compute.
+        teachers: How diffusion models among `before` and `after` are built and guided.
 
     Returns:
         JSON-able dict. `before`, `after` and `difference` hold for each metric `mean`, `std` and `values` (one per seed
@@ -96,10 +101,11 @@ def compare(
     check_numbers(num, seed_ranges, batch)
     with option("--after"):
         run = read_run_folder(after)
-    sampling = (device, batch, noise_mode, truncation_psi)
+    sampling = (device, batch, noise_mode, truncation_psi, teachers)
     paths = {"before": before, "after": after if run is None else run.judged.path}
     sides = {name: _load_side(name, path, *sampling) for name, path in paths.items()}
     check_same_images(sides["before"], sides["after"])
+    (teachers or TeacherOptions()).check_used(side.is_teacher for side in sides.values())
     with option("--outdir"):
         folder = None if outdir is None else check_outdir(outdir)
     looking = Looking(batch=batch, device=device, num=ref_num, bank=num, cache=cache, progress=progress)
@@ -127,15 +133,22 @@ def compare(
 class Side:
     """A network that makes images, a generator or a diffusion model: loaded from a file, and how it is sampled."""
 
-    def __init__(self, path: str | os.PathLike, device: str, batch: int, noise_mode: str, truncation_psi: float):
-        self.network, self.is_teacher = _load_any(path, device)
+    def __init__(
+        self, path: str | os.PathLike, device: str, batch: int, noise_mode: str, truncation_psi: float,
+        teachers: TeacherOptions | None = None,
+    ):  # fmt: skip
+        self.network, self._source = _load_any(path, device, teachers or TeacherOptions())
+        self.is_teacher = self._source is not None
         file = source_file(path)
         self.path, self.name, self.sha256 = str(file), file.name, sha256_of_file(file)
         self.refined_with = _refined_with(file)
         self.image_shape = [self.network.img_channels, self.network.img_resolution, self.network.img_resolution]
         self._common: dict[str, Any] = {"device": device, "batch": batch}
         self._stylegan: dict[str, Any] = {"noise_mode": noise_mode, "truncation_psi": truncation_psi}
-        self.sampling = "18 Heun steps" if self.is_teacher else _sampling(self.network, truncation_psi, noise_mode)
+        if self._source is None:
+            self.sampling = _sampling(self.network, truncation_psi, noise_mode)
+        else:
+            self.sampling = f"18 Heun steps{self._source.guided_words}"
 
     @property
     def num_classes(self) -> int:
@@ -150,7 +163,15 @@ class Side:
         return sample_images(self.network, seeds, classes=classes, **self._common, **{**self._stylegan, **options})
 
     def describe(self) -> dict[str, Any]:
-        described = {"path": self.path, "name": self.name, "sha256": self.sha256, "sampling": self.sampling}
+        described: dict[str, Any] = {
+            "path": self.path,
+            "name": self.name,
+            "sha256": self.sha256,
+            "sampling": self.sampling,
+        }
+        if self._source is not None and self._source.guide is not None:
+            guide = self._source.guide
+            described["guide"] = {"name": guide.path.name, "sha256": guide.sha256, "guidance": self._source.guidance}
         return described if self.refined_with is None else {**described, "refined_with": self.refined_with}
 
 
@@ -165,22 +186,26 @@ def _refined_with(file: Path) -> str | None:
 
 
 def _sampling(G: Generator, truncation_psi: float, noise_mode: str) -> str:
-    """How images are drawn, in words."""
+    """How images of a generator are drawn, in words."""
     words = [f"psi {truncation_psi:g}"] if G.takes_truncation else []
     words += [f"noise {noise_mode}"] if G.noise_modes else []
     return ", ".join(words) or "G(z, c)"
 
 
-def _load_any(path: str | os.PathLike, device: str) -> tuple[Any, bool]:
-    """(generator, False) or (diffusion model, True), whichever the file holds. Raises ValueError if neither."""
+def _load_any(path: str | os.PathLike, device: str, teachers: TeacherOptions) -> tuple[Any, TeacherSource | None]:
+    """(generator, None), or a diffusion model and its source. Raises ValueError if it is neither."""
     try:
         # channels_last halves a generator's time on a CPU: no page faults for copies between layouts
         G: Any = load_generator(path)
-        return G.to(device, memory_format=torch.channels_last), False
+        return G.to(device, memory_format=torch.channels_last), None
     except ValueError as error:
         try:
-            return load_teacher(path).to(device), True
-        except ValueError:
+            source = teachers.source(path)
+            return source.load().to(device), source
+        except ValueError as refused:
+            own, kept = custom.parse(path) is not None, "expected a teacher" not in str(refused)
+            if "z_dim is None" in str(error) if own else kept:  # a diffusion model with which something else is wrong
+                raise
             raise error from None
 
 

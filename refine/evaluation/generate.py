@@ -1,4 +1,4 @@
-"""`generate.py --network=FILE --seeds=0-35`: images of a generator or a diffusion model as PNG files and a grid."""
+"""`generate.py --network=FILE --seeds=0-35`: images of a generator or a diffusion model as PNG files, and a grid."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tqdm import tqdm
 from refine.dnnlib import check_outdir
 from refine.errors import option
 from refine.evaluation.compare import Side
+from refine.evaluation.teachers import TeacherOptions
 from refine.images import save_image_grid, save_png
 from refine.metrics.pipeline import gathered, my_share, prefetched, rank_and_world
 from refine.metrics.sampling import latents_of_seeds
@@ -33,8 +34,9 @@ def generate(
     batch: int = 16,
     device: str = "cpu",
     progress: bool = True,
+    teachers: TeacherOptions | None = None,
 ) -> list[Path]:
-    """Writes seed0000.png … and grid.png.
+    """Writes seed0000.png … into a folder, and a grid of them beside it, where it is not taken for one more image.
 
     Args:
         network: File or name of a generator; a diffusion model is sampled with 18 Heun steps.
@@ -45,6 +47,7 @@ def generate(
         batch: Images per batch.
         device: Where the network runs.
         progress: Show a bar with the time left on stderr.
+        teachers: How a diffusion model is built and guided.
 
     Within `refine.metrics.pipeline.sharing` every process makes its share of the images, and the first one the grid.
 
@@ -58,11 +61,13 @@ def generate(
         if max(seeds) > MAX_SEED:
             raise ValueError(f"{max(seeds)} is too large; expected seeds up to {MAX_SEED}")
     with option("--network"):
-        side = Side(network, device, batch, noise_mode, truncation_psi)
+        side = Side(network, device, batch, noise_mode, truncation_psi, teachers)
+    (teachers or TeacherOptions()).check_used([side.is_teacher])
     with option("--class"):
         latents_of_seeds(seeds[:1], [1], side.num_classes, class_index)
     with option("--outdir"):
         folder = check_outdir(outdir)
+        grid = check_outdir(folder.resolve().parent) / f"{folder.resolve().name}-grid.png"
     paths = [folder / f"seed{seed:04d}.png" for seed in seeds]
     share, (rank, world) = my_share(range(len(seeds)), batch), rank_and_world()
     batches = side.sample([seeds[index] for index in share], class_index)
@@ -79,8 +84,8 @@ def generate(
     whole = [image for part in gathered(shown) for image in part]
     if rank == 0:
         with option("--outdir"):
-            save_image_grid(folder / "grid.png", torch.stack(whole))
-    return [*paths, folder / "grid.png"]
+            save_image_grid(grid, torch.stack(whole))
+    return [*paths, grid]
 
 
 def _write(images: torch.Tensor, paths: Sequence[Path]) -> None:

@@ -19,14 +19,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from refine.checkpoints import NetworkInfo, archives, load_teacher, peek
+from refine.checkpoints import NetworkInfo, archives
 from refine.checkpoints.pickles.inert import Refused
 from refine.checkpoints.sources.fetch import cache_dir
-from refine.dnnlib import distrust, keep_from_others, make_folder, replaced_atomically, sha256_of_file
+from refine.checkpoints.teachers import TeacherSource
+from refine.dnnlib import distrust, keep_from_others, make_folder, replaced_atomically
 from refine.errors import describe_os_error
 from refine.metrics.pipeline import gathered, my_share, rank_and_world
 from refine.metrics.sampling import Batch, sample_teacher
 from refine.networks.bases import Denoiser
+from refine.torch_utils.misc import exact_products
 
 #: Seeds of a bank begin here, far from those of generators, and from those of a generator that is a reference.
 BANK_SEED = 3 << 30
@@ -50,7 +52,7 @@ class Bank(NamedTuple):
 
 
 def teacher_bank(
-    path: Path,
+    teacher: Path | TeacherSource,
     num: int,
     *,
     num_steps: int = NUM_STEPS,
@@ -62,7 +64,7 @@ def teacher_bank(
     """The bank of a teacher, from the cache as far as it is there; the rest is drawn now.
 
     Args:
-        path: The teacher's file.
+        teacher: The teacher, or its file.
         num: Number of images.
         num_steps: Steps of the sampler, see `refine.metrics.sampling.sample_teacher`.
         batch: Images that are drawn at once.
@@ -73,7 +75,8 @@ def teacher_bank(
     Raises:
         ValueError: The file holds no teacher, or the teacher gives NaN or infinity; in all processes.
     """
-    info, digest = peek(path, "teacher"), sha256_of_file(path)
+    source = TeacherSource.of(teacher)
+    info, digest = source.info(), source.identity
     seeds = range(BANK_SEED, BANK_SEED + num)
     shares = [seeds[start : start + PART] for start in range(0, num, PART)]
     places = [_place(digest, share, num_steps) for share in shares]
@@ -81,14 +84,14 @@ def teacher_bank(
     held = gathered([part is not None for part in parts])  # machines may have caches of their own
     missing = [index for index in range(len(parts)) if not all(rank[index] for rank in held)]
     if missing:
-        teacher = load_teacher(path).to(device)
+        network = source.load().to(device)
         rank, cannot_keep = rank_and_world()[0], False
         interval = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file wants few lines
         done = num - sum(len(shares[index]) for index in missing)
-        shown: dict[str, Any] = {"total": num, "initial": done, "unit": "img", "desc": f"images of {path.stem}"}
+        shown: dict[str, Any] = {"total": num, "initial": done, "unit": "img", "desc": f"images of {source.stem}"}
         with tqdm(**shown, disable=not (progress and rank == 0), mininterval=interval) as bar:
             for index in missing:
-                parts[index] = part = _drawn(teacher, shares[index], num_steps, batch, device, bar)
+                parts[index] = part = _drawn(network, shares[index], num_steps, batch, device, bar)
                 if cache and rank == 0 and not cannot_keep:
                     cannot_keep = not _keep(places[index], part)
     whole = [part for part in parts if part is not None]
@@ -96,9 +99,9 @@ def teacher_bank(
     return Bank(torch.cat([part.images for part in whole]), torch.cat(classes) if classes else None)
 
 
-def describe_bank(path: Path, num: int, num_steps: int = NUM_STEPS) -> str:
+def describe_bank(teacher: TeacherSource, num: int, num_steps: int = NUM_STEPS) -> str:
     """What tells a bank apart from all others."""
-    return _key(sha256_of_file(path), range(BANK_SEED, BANK_SEED + num), num_steps)
+    return _key(teacher.identity, range(BANK_SEED, BANK_SEED + num), num_steps)
 
 
 def _key(digest: str, seeds: range, num_steps: int) -> str:
@@ -111,6 +114,7 @@ def _place(digest: str, seeds: range, num_steps: int) -> Path:
     return cache_dir() / "banks" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
 
 
+@exact_products()
 def _drawn(teacher: Denoiser, seeds: range, num_steps: int, batch: int, device: torch.device | str, bar: tqdm) -> Bank:
     """A part of a bank, to which every process gives its share; an error in one of them is raised in all."""
     images: list[torch.Tensor] = []

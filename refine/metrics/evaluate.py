@@ -20,6 +20,7 @@ from refine.metrics.references import Reference
 from refine.metrics.registry import USUAL, chosen, rows_in
 from refine.metrics.sampling import Batch
 from refine.metrics.statistics import FeatureStatistics
+from refine.torch_utils.misc import exact_products
 
 
 @dataclass
@@ -61,6 +62,7 @@ def evaluate(
     return measure(batches, detector, reference, kinds).results
 
 
+@exact_products()
 def measure(
     batches: Iterable[Batch],
     detector: Detector,
@@ -187,8 +189,9 @@ def _look_at(
 
 
 def describe_detector(detector: Detector) -> dict[str, Any]:
-    """JSON-able: name, space, sha256, feature_dim, resize, and why it counts as the detector of FID, or None."""
-    return {
+    """JSON-able: name, space, sha256, feature_dim, resize, and why it counts as the detector of FID, or None; and note,
+    what distances in this space are, where the detector says it."""
+    facts = {
         "name": detector.name,
         "space": detector.space,
         "sha256": detector.sha256,
@@ -196,6 +199,8 @@ def describe_detector(detector: Detector) -> dict[str, Any]:
         "resize": detector.resize,
         "fid_basis": detector.fid_basis,
     }
+    note = getattr(detector, "note", None)
+    return facts if note is None else {**facts, "note": note}
 
 
 def describe_reference(reference: Reference) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from refine.checkpoints.native import save_networks
+from refine.dnnlib import sha256_of_file
 from refine.metrics import bank, named
 from refine.metrics.bank import BANK_SEED, NUM_STEPS, teacher_bank
 from refine.metrics.detectors import INCEPTION_SPACE, load_detector, space_of_results
@@ -84,7 +85,7 @@ def test_a_larger_bank_begins_with_the_smaller_one(cache, teacher, evaluations):
 @pytest.mark.parametrize("fault", ["half", "other", "shape", "classes", "writable"])
 def test_a_broken_part_is_told_and_drawn_again(cache, teacher, capsys, evaluations, fault):
     whole = draw(teacher)
-    place = bank._place(bank.sha256_of_file(teacher), range(BANK_SEED, BANK_SEED + 8), 2)
+    place = bank._place(sha256_of_file(teacher), range(BANK_SEED, BANK_SEED + 8), 2)
     arrays = {"images": whole.images[:8].numpy(), "classes": whole.classes[:8].numpy()}
     if fault == "half":
         place.write_bytes(place.read_bytes()[:200])
@@ -178,7 +179,7 @@ def test_a_teacher_as_a_reference(cache, teacher, evaluations):
     assert (
         reference.is_teacher and reference.num == 20 and reference.form == f"teacher, 20 images, {NUM_STEPS} Heun steps"
     )
-    assert reference.sha256 == bank.sha256_of_file(teacher) and len(reference.classes) == 20
+    assert reference.sha256 == sha256_of_file(teacher) and len(reference.classes) == 20
     asked = len(evaluations)
     again = load_reference(teacher, PixelDetector(), looking)
     assert torch.equal(again.mu, reference.mu) and torch.equal(again.classes, reference.classes)
@@ -220,7 +221,7 @@ def test_a_score_without_reference_draws_nothing(cache, teacher, monkeypatch, ev
 
 def test_the_teacher_as_the_detector(cache, teacher):
     detector = load_detector(teacher)
-    digest = bank.sha256_of_file(teacher)
+    digest = sha256_of_file(teacher)
     assert detector.space == f"teacher-{digest[:8]}" and detector.sha256 == digest and detector.fid_basis is None
     images = torch.randint(256, [3, 1, 8, 8], dtype=torch.uint8)
     features = detector(images)
