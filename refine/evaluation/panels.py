@@ -22,9 +22,9 @@ PAIRS = 8  # of look-alikes
 ROWS, NEIGHBOURS = 6, 5  # of nearest real images
 
 
-def look_alikes(images: Mapping[str, torch.Tensor], detector: Detector) -> Image.Image:
-    """For each network the pairs of its images that are nearest in feature space: nearly the same ones mean that it
-    draws few different images.
+def look_alikes(images: Mapping[str, torch.Tensor], detector: Detector) -> dict[str, Image.Image]:
+    """Caption → for each network the pairs of its images that are nearest in feature space: nearly the same ones mean
+    that it draws few different images.
 
     Args:
         images: Network's name → images, uint8 [N, C, H, W], N ≥ 4.
@@ -36,7 +36,7 @@ def look_alikes(images: Mapping[str, torch.Tensor], detector: Detector) -> Image
         chosen = torch.cat([mine[[a for a, _ in pairs]], mine[[b for _, b in pairs]]])
         caption = f"{name}: the {len(pairs)} most similar pairs of {len(mine)} images, mean distance {distances:.3g}"
         strips[caption] = to_pil(image_grid(chosen, len(pairs)))
-    return _stacked(strips)
+    return strips
 
 
 def nearest_pairs(features: torch.Tensor, count: int = PAIRS) -> tuple[list[tuple[int, int]], float]:
@@ -55,8 +55,11 @@ def nearest_pairs(features: torch.Tensor, count: int = PAIRS) -> tuple[list[tupl
     return pairs, total / max(len(pairs), 1)
 
 
-def nearest_real(images: Mapping[str, torch.Tensor], detector: Detector, reference: Reference) -> Image.Image | None:
-    """Generated images, each with the real ones that are nearest in feature space: does the network copy, or invent?
+def nearest_real(
+    images: Mapping[str, torch.Tensor], detector: Detector, reference: Reference
+) -> dict[str, Image.Image] | None:
+    """Caption → generated images, each with the real ones that are nearest in feature space: does the network copy, or
+    invent?
 
     Args:
         images: Network's name → images, uint8 [N, C, H, W]; the first `ROWS` are shown.
@@ -71,13 +74,13 @@ def nearest_real(images: Mapping[str, torch.Tensor], detector: Detector, referen
         nearest = distances.topk(min(NEIGHBOURS, distances.shape[1]), largest=False).indices
         cells = []
         for row, generated in zip(nearest, mine[:ROWS], strict=True):
-            real = [_like(reference.images.read(int(index)), generated) for index in row]
+            real = [like(reference.images.read(int(index)), generated) for index in row]
             cells.append(torch.stack([generated.cpu(), *real]))
         count = cells[0].shape[0]
         strips[f"{name}: generated (first in each row) and the nearest real images"] = to_pil(
             image_grid(torch.cat(cells), count)
         )
-    return _stacked(strips)
+    return strips
 
 
 def curve_figure(results: dict[str, Any]) -> Image.Image:
@@ -94,7 +97,7 @@ def curve_figure(results: dict[str, Any]) -> Image.Image:
         panel = panels[0 if key == metric else 1]
         points = [point[key] for point in results["curve"]]
         means, stds = [point["mean"] for point in points], [point["std"] for point in points]
-        (line,) = panel.plot(kimg, means, marker="o", label=key)
+        (line,) = panel.plot(kimg, means, marker="o", label=key)  # at fractions of a kimg where they are
         low, high = ([mean + sign * std for mean, std in zip(means, stds, strict=True)] for sign in (-1, 1))
         panel.fill_between(kimg, low, high, alpha=0.25, color=line.get_color(), linewidth=0)
         start = results["before"][key]["mean"]
@@ -123,7 +126,7 @@ def _features(images: torch.Tensor, detector: Detector) -> torch.Tensor:
     return detector(images).cpu()
 
 
-def _like(real: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
+def like(real: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
     """A real image in the shape of a generated one."""
     channels, height, width = generated.shape
     if real.shape[0] != channels:
@@ -134,7 +137,7 @@ def _like(real: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
     return real
 
 
-def _stacked(strips: Mapping[str, Image.Image]) -> Image.Image:
+def stacked(strips: Mapping[str, Image.Image]) -> Image.Image:
     """Pictures below each other, each under its caption, small images enlarged by whole pixels."""
     widest = max(strip.width for strip in strips.values())
     scale = max(640 // widest, 1)
