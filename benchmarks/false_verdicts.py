@@ -35,7 +35,7 @@ SEEN = 0.2  # standard deviations that the second set is shifted by, for the pow
 
 
 class Population:
-    """Ten Gaussian clusters in `dim` dimensions; the second half of the dimensions matters less, as in real features."""
+    """Ten Gaussian clusters in `dim` dimensions, of which the later ones vary less, as those of real features do."""
 
     def __init__(self, dim: int, seed: int = 0):
         rng = np.random.RandomState(seed)

@@ -23,9 +23,9 @@ from refine.evaluation.provenance import describe_run
 from refine.evaluation.run_folder import RunFolder, Snapshot, read_run_folder
 from refine.evaluation.scale import Column, RealColumn, TeacherColumn
 from refine.evaluation.sides import Side, check_choice, check_same_images, load_side
-from refine.evaluation.space import load_space, note_of
+from refine.evaluation.space import load_space
 from refine.evaluation.written import write_comparison
-from refine.metrics.evaluate import Measurement
+from refine.metrics.evaluate import Measurement, note_of
 from refine.metrics.pipeline import rank_and_world
 from refine.metrics.references import Looking
 from refine.networks.sampler_settings import SamplerChoice
@@ -164,7 +164,7 @@ def _notes(
     if job.reference.is_teacher:
         notes.append(f"--ref: {job.reference.form}")
     if (note := note_of(job.detector, sides["before"].image_shape)) is not None:
-        notes.append(note)
+        notes.append(f"the detector {job.detector.name}: {note}")
     if job.num < ENOUGH_IMAGES:
         notes.append(
             f"{job.num} images per seed range are few (expected {ENOUGH_IMAGES} or more): each interval is the wider "

@@ -50,7 +50,7 @@ button[aria-pressed=true] {{ border-color: var(--after); color: var(--after); }}
 .line3 {{ --own: var(--before); }}
 .plots {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 310px), 1fr)); gap: 1.2rem 2rem; }}
 .plots figcaption {{ color: var(--muted); }} .plots b {{ color: var(--text); }}
-svg {{ width: 100%; height: auto; display: block; }}
+svg {{ width: 100%; max-width: 430px; height: auto; display: block; }}
 svg text {{ font: 11px system-ui, sans-serif; fill: var(--muted); }}
 svg g line, svg polyline {{ stroke: var(--own); stroke-width: 2; fill: none; }}
 svg g circle, svg rect {{ fill: var(--own); }}
@@ -65,14 +65,16 @@ table {{ border-collapse: collapse; font-size: .9rem; }}
 th, td {{ text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--rule); vertical-align: top; }}
 td.number {{ font-variant-numeric: tabular-nums; white-space: nowrap; }}
 .facts td {{ overflow-wrap: anywhere; }}
-.why {{ color: var(--muted); }}
+.metrics small {{ display: block; color: var(--muted); font-weight: normal; max-width: 17rem; }}
 pre.command {{ background: var(--soft); padding: .6rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere; }}
 @media (max-width: 720px) {{
  body {{ margin-top: 1rem; }}
+ th, td {{ padding-right: .4rem; }}
  .metrics, .metrics tbody, .metrics tr, .facts, .facts tbody, .facts tr, .facts th, .facts td {{ display: block; }}
  .metrics tr:first-child {{ display: none; }}
  .metrics tr {{ border-bottom: 1px solid var(--rule); padding: .4rem 0; }}
  .metrics th, .metrics td {{ display: flex; justify-content: space-between; border: 0; padding: .1rem 0; gap: 1rem; }}
+ .metrics small {{ text-align: right; }}
  .metrics td[data-label]::before {{ content: attr(data-label); color: var(--muted); }}
  .facts th {{ border: 0; padding-bottom: 0; }}
 }}
@@ -95,7 +97,7 @@ pre.command {{ background: var(--soft); padding: .6rem 1rem; white-space: pre-wr
 </div>
 <h2>Numbers</h2>
 <table class="metrics">
-<tr><th></th>{head}<th></th></tr>
+<tr><th></th>{head}</tr>
 {metrics}
 </table>
 <p class="note">Mean ± standard deviation over the seed ranges. {intervals} {space}</p>

@@ -14,7 +14,8 @@ from refine.evaluation.run_folder import RunFolder
 from refine.evaluation.sides import provenance_of
 
 _FILES = ("gan", "teacher", "ref", "data")
-_ELSEWHERE = {*_FILES, "preset", "outdir", "desc"}  # said otherwise, or not of the result
+_SAID_FIRST = ("gan", "teacher", "preset")
+_OF_THE_MACHINE = {"outdir", "desc", "device"}
 _MAX_BYTES = 1 << 20  # of training_options.json
 
 
@@ -45,7 +46,7 @@ def command_of(options: Mapping[str, Any]) -> str:
     words += [f"--preset={preset}"] if preset != OPTIONS["preset"].default else []
     for name, known in OPTIONS.items():
         default = usual.get(name, known.default)
-        if name not in options or (name in _ELSEWHERE and name not in ("ref", "data")):
+        if name not in options or name in _SAID_FIRST:
             continue
         with contextlib.suppress(ValueError, TypeError, AttributeError):  # of another version: it is among the options
             value = known.kind.cast(options[name], default)
@@ -77,7 +78,7 @@ def _of_snapshot(origins: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _without_folders(options: Mapping[str, Any]) -> dict[str, Any]:
-    known = {name: value for name, value in options.items() if name in OPTIONS and name not in ("outdir", "desc")}
+    known = {name: value for name, value in options.items() if name in OPTIONS and name not in _OF_THE_MACHINE}
     for name in _FILES:
         if isinstance(value := known.get(name), str) and value != TEACHER:
             known[name] = value.replace("\\", "/").rstrip("/").rpartition("/")[2]

@@ -5,13 +5,11 @@ from __future__ import annotations
 import base64
 import html
 import json
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
 
-from refine.dnnlib import replaced_atomically
 from refine.evaluation import svg
 from refine.evaluation.page import PAGE
 from refine.evaluation.pictures import Pictures
@@ -24,15 +22,14 @@ from refine.metrics.registry import METRICS, rows_in
 _COLUMNS = ("before", "after", *BESIDE)
 
 
-def write_html(path: str | os.PathLike, results: Mapping[str, Any], pictures: Pictures) -> None:
-    """Writes the report, replaced as a whole.
+def html_page(results: Mapping[str, Any], pictures: Pictures) -> str:
+    """The report.
 
     Args:
-        path: The file.
         results: What `refine.evaluation.compare.compare` returned.
         pictures: See `refine.evaluation.pictures.make_pictures`.
     """
-    page = PAGE.format(
+    return PAGE.format(
         title=html.escape(f"{results['before']['name']} → {results['after']['name']}"),
         verdict=html.escape(results["verdict"]),
         mood={"better": "good", "worse": "bad"}.get(results["verdict"], "even"),
@@ -55,8 +52,6 @@ def write_html(path: str | os.PathLike, results: Mapping[str, Any], pictures: Pi
         run=_run(results.get("run")),
         facts=_facts(_what_was_measured(results)),
     )
-    with replaced_atomically(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
 
 
 def _of_metrics(what: str, results: Mapping[str, Any]) -> list[Any]:
@@ -116,7 +111,7 @@ def _metrics(results: Mapping[str, Any]) -> str:
                   for name in BESIDE if name in results}  # fmt: skip
         numbers = "".join(f'<td class=number data-label="{name}">{cell}</td>' for name, cell in cells.items())
         note = html.escape("; ".join(filter(None, explanation)))
-        lines.append(f"<tr><th>{html.escape(key)}</th>{numbers}<td class=why>{note}</td></tr>")
+        lines.append(f"<tr><th>{html.escape(key)}<small>{note}</small></th>{numbers}</tr>")
     return "\n".join(lines)
 
 
@@ -237,7 +232,7 @@ def _what_was_measured(results: Mapping[str, Any]) -> dict[str, str]:
         "detector": f"{detector['name']} (sha256 {detector['sha256'][:16]}…)",
         "reference": f"{reference['name']} (sha256 {reference['sha256'][:16]}…), {reference['num'] or '?'} images, "
         f"{reference['form']}",
-        "resize": str(detector["resize"]),
+        "resize": str(detector.get("note") or detector["resize"]),
         "quantisation": results["quantisation"],
         "covariance": results["covariance"],
         "versions": ", ".join(f"{name} {version}" for name, version in results["versions"].items()),

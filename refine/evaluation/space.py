@@ -53,13 +53,6 @@ def check_takes(judge: Detector, image_shape: Sequence[int], device: torch.devic
         raise ValueError(f"{judge.name} cannot take images {list(image_shape)}: {reason}") from None
 
 
-def note_of(judge: Detector, image_shape: Sequence[int]) -> str | None:
-    """What a detector does to images of that shape that people should know of; None if nothing."""
-    note = getattr(judge, "note", None)
-    text = None if note is None else note(image_shape)
-    return None if text is None else f"the detector {judge.name}: {text}"
-
-
 def _detector_of(ref: str | os.PathLike, trust: bool) -> Detector:
     """The detector that a reference was made with, if it says so, and a detector of that name is at hand."""
     with option("--ref"):

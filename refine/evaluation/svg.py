@@ -102,8 +102,9 @@ class _Scale:
         finite = [value for value in values if math.isfinite(value)] or [0.0]
         self.low, self.high = min(finite), max(finite)
         room = (self.high - self.low) * 0.06 or max(abs(self.high) * 0.1, 1e-6)
-        self.low -= 0 if self.low == 0 else room  # 0 may be the very end
-        self.high += 0 if self.high == 0 else room
+        is_point = self.low == self.high
+        self.low -= 0 if self.low == 0 and not is_point else room  # 0 may be the very end
+        self.high += 0 if self.high == 0 and not is_point else room
         self.start, self.end = start, end
 
     def __call__(self, value: float) -> float:

@@ -11,7 +11,7 @@ from refine.dnnlib import replaced_atomically
 from refine.errors import option
 from refine.evaluation.panels import curve_figure, stacked
 from refine.evaluation.pictures import make_pictures, side_by_side
-from refine.evaluation.report import write_html
+from refine.evaluation.report import html_page
 from refine.evaluation.scale import Column
 from refine.evaluation.sides import Side
 from refine.images import save_png
@@ -32,10 +32,11 @@ def write_comparison(
     figures = {"comparison": side_by_side(pictures)}
     figures |= {name: stacked(strips) for name, strips in pictures.panels.items()}
     figures |= {"curve": curve_figure(dict(results))} if results.get("curve") else {}
+    texts = {"report.html": html_page(results, pictures), "comparison.json": json.dumps(results, indent=2) + "\n"}
     with option("--outdir"):
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
             save_png(folder / f"{name}.png", figure)
-        write_html(folder / "report.html", results, pictures)
-        with replaced_atomically(folder / "comparison.json") as temporary:
-            temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        for name, text in texts.items():
+            with replaced_atomically(folder / name) as temporary:
+                temporary.write_text(text, encoding="utf-8")

@@ -91,12 +91,12 @@ def usual_settings(network: Described) -> tuple[SamplerSettings, str]:
     Files do not say what a network was trained on, so it is told from the size of its images and its classes.
     """
     if network.class_name == "edm2.Precond":
-        return SamplerSettings(32), "as published for EDM2"
+        return SamplerSettings(32), "as published for EDM2's"
     if network.img_resolution == 64 and network.label_dim == 1000:
-        return IMAGENET_64, "as EDM's for ImageNet at 64x64"
+        return IMAGENET_64, "as published for EDM's of ImageNet at 64x64"
     if network.img_resolution < 64:
-        return SamplerSettings(18), "as EDM's for CIFAR-10"
-    return SamplerSettings(40), "as EDM's for FFHQ and AFHQ at 64x64"
+        return SamplerSettings(18), "as published for EDM's of 32x32 images (CIFAR-10)"
+    return SamplerSettings(40), "as published for EDM's of 64x64 images (FFHQ, AFHQ)"
 
 
 @dataclass(frozen=True)
