@@ -192,8 +192,9 @@ def _measured(sides: dict[str, Side], run: RunFolder | None, job: Job, sampling:
 
 def _curve_row(snapshot: Snapshot, judged: bool, before: list[Measurement], runs: list[Measurement]) -> dict[str, Any]:
     """The numbers of one snapshot, and their difference to the network to start from."""
-    numbers = {**summarise(runs), "difference": differences(before, runs)}
-    return {"kimg": snapshot.kimg, "name": snapshot.path.name, "judged": judged, **numbers}
+    which = {"kimg": snapshot.kimg, "name": snapshot.path.name, "judged": judged}
+    which |= {"average": snapshot.average} if snapshot.average else {}
+    return {**which, **summarise(runs), "difference": differences(before, runs)}
 
 
 def _beside(name: str, results: dict[str, Any]) -> str:

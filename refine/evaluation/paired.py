@@ -14,7 +14,7 @@ from refine.metrics.metric import mean_and_std
 
 REPLICATES = 1000
 #: Images per seed range from which on the bootstrap is relied on alone (benchmarks/false_verdicts.py).
-ENOUGH_IMAGES = 1000
+ENOUGH_IMAGES = 200
 #: Direction of a metric → verdicts for a value that has fallen, and for one that has risen.
 VERDICTS = {"lower": ("better", "worse"), "higher": ("worse", "better"), "information": ("lower", "higher")}
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from refine.evaluation.comparison import one_line
 from refine.images import image_grid, to_pil
 from refine.metrics.detectors import Detector, space_of_results
 from refine.metrics.image_sets import ImageSet
@@ -16,7 +17,7 @@ from refine.metrics.references import Reference
 from refine.metrics.registry import rows_in
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 PAIRS = 8  # of look-alikes
 ROWS, NEIGHBOURS = 6, 5  # of nearest real images
@@ -87,15 +88,15 @@ def curve_figure(results: dict[str, Any]) -> Image.Image:
     """The leading distance of a run's snapshots over kimg, with its spread over the seed ranges, and where it began."""
     from matplotlib.figure import Figure  # a second to import, and only needed here
 
-    metric = results["metric"]
-    kimg = [point["kimg"] for point in results["curve"]]
+    metric, curve = results["metric"], one_line(results["curve"])
+    kimg = [point["kimg"] for point in curve]
     shares = [key for key, row in rows_in(space_of_results(results)).items() if row.in_curve]
     keys = [metric, *(key for key in shares if key in results["before"])]
     figure = Figure(figsize=(9, 3.2), dpi=110, layout="constrained")
     panels = figure.subplots(1, 2 if len(keys) > 1 else 1, squeeze=False)[0]
     for key in keys:
         panel = panels[0 if key == metric else 1]
-        points = [point[key] for point in results["curve"]]
+        points = [point[key] for point in curve]
         means, stds = [point["mean"] for point in points], [point["std"] for point in points]
         (line,) = panel.plot(kimg, means, marker="o", label=key)  # at fractions of a kimg where they are
         low, high = ([mean + sign * std for mean, std in zip(means, stds, strict=True)] for sign in (-1, 1))
@@ -104,21 +105,15 @@ def curve_figure(results: dict[str, Any]) -> Image.Image:
         panel.axhline(start, color=line.get_color(), linestyle=":", linewidth=1, label=f"{key} before")
     panels[0].set(ylabel=metric, ylim=(0, None))
     for panel in panels:
-        for point in results["curve"]:
+        for point in curve:
             if point["judged"]:
                 panel.axvline(point["kimg"], color="black", linewidth=0.8, label="judged")
         panel.set(xlabel="kimg")
-    return Image.open(io.BytesIO(drawn(figure)))
-
-
-def drawn(figure: Figure) -> bytes:
-    """PNG of a figure, whose panels get their legends."""
-    for panel in figure.axes:
         panel.legend(frameon=False, fontsize="small")
         panel.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return Image.open(buffer)
 
 
 @torch.no_grad()

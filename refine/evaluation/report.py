@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from refine.evaluation import svg
+from refine.evaluation.comparison import one_line
 from refine.evaluation.page import PAGE
 from refine.evaluation.pictures import Pictures
 from refine.evaluation.tables import BESIDE, feature_space_note, shown_rows
@@ -163,6 +164,7 @@ def _curve(results: Mapping[str, Any]) -> str:
     shares = [
         key for key, row in rows_in(space_of_results(results)).items() if row.in_curve and key in results["before"]
     ]
+    curve = one_line(curve)
     marked = [point["kimg"] for point in curve if point["judged"]]
     panels = []
     for keys in ([metric], shares):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from refine.evaluation.comparison import one_line
 from refine.metrics.detectors import space_of_results
 from refine.metrics.metric import plus_minus
 from refine.metrics.registry import rows_in
@@ -36,8 +37,9 @@ def curve_text(results: Mapping[str, Any]) -> str:
     rows.append(("before", *(plus_minus(results["before"][key]) for key in (metric, *shares)), ""))
     for point in curve:
         mark = "judged" if point["judged"] else ""
-        rows.append((f"{point['kimg']:g}", *(plus_minus(point[key]) for key in (metric, *shares)), mark))
-    values = [results["before"][metric]["mean"], *(point[metric]["mean"] for point in curve)]
+        when = " ".join(filter(None, (f"{point['kimg']:g}", point.get("average"))))
+        rows.append((when, *(plus_minus(point[key]) for key in (metric, *shares)), mark))
+    values = [results["before"][metric]["mean"], *(point[metric]["mean"] for point in one_line(curve))]
     return f"{metric} of the run: {sparkline(values)}\n{_aligned(rows)}"
 
 

@@ -54,7 +54,7 @@ def test_the_best_is_judged_where_its_original_is_gone(tmp_path):
     best = snapshot(tmp_path, "best", kimg=4.0)
     snapshot(tmp_path, "000008")
     run = read_run_folder(tmp_path)
-    assert run.judged == (4.0, best) and [one.kimg for one in run.snapshots] == [0, 4, 8]
+    assert run.judged == (4.0, best, "") and [one.kimg for one in run.snapshots] == [0, 4, 8]
     best.unlink()
     pickled = snapshot(tmp_path, "best", suffix=".pkl")
     run = read_run_folder(tmp_path)
