@@ -134,9 +134,15 @@ class RealColumn:
             others = torch.from_numpy(order[num:])
             statistics = FeatureStatistics(keep_features=True).update(features[others])
             classes = None if self.images.classes is None else self.images.classes[places[order[num:]]]
-            made = {"mu": statistics.mean, "sigma": statistics.covariance, "num": statistics.num}
             half = Reference(
-                self.images.path.name, "", **made, features=features[others], classes=classes, form="half of the data"
+                name=self.images.path.name,
+                sha256="",
+                mu=statistics.mean,
+                sigma=statistics.covariance,
+                num=statistics.num,
+                features=features[others],
+                form="half of the data",
+                classes=classes,
             )
             runs.append(self._measured(places[order[:num]].tolist(), half))
         return runs, f"{num} images against {len(pool) - num} others of the data, drawn anew for each seed range"

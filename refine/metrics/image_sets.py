@@ -13,7 +13,7 @@ import math
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -104,7 +104,7 @@ class ImageSet:
             raise ValueError(f"{where} is broken or no image") from None
         return torch.from_numpy(pixels)
 
-    def batches(self, batch: int, indices: range | None = None) -> Iterator[Batch]:
+    def batches(self, batch: int, indices: Sequence[int] | None = None) -> Iterator[Batch]:
         """Images in batches of one size; where all of a batch are grey they have one channel, otherwise three."""
         indices = range(len(self)) if indices is None else indices
         with ThreadPoolExecutor(_READERS) as pool:

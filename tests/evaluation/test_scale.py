@@ -73,7 +73,7 @@ def test_the_bank_is_drawn_once_and_the_reference_is_left_out(files, real, monke
 
 def how(files, ref, data):  # noqa: F811
     options = {**arguments(files, "good", "good"), "ref": ref, "data": data, "progress": False}
-    return compare(**options, num=4)["real"]["how"]
+    return compare(**options, num=4, ref_num=20)["real"]["how"]
 
 
 def test_real_images_are_never_compared_with_themselves(files, real, tmp_path):  # noqa: F811
