@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from refine.dnnlib import check_outdir
@@ -96,15 +96,8 @@ def compare(
     """
     start = time.monotonic()
     check_numbers(num, seed_ranges, batch)
-    runs = {}
-    for name, path in (("before", before), ("after", after)):
-        with option(f"--{name}"):
-            runs[name] = read_run_folder(path)
     sampling = (device, batch, noise_mode, truncation_psi, sampler)
-    paths = {name: path if (run := runs[name]) is None else run.judged.path for name, path in
-             (("before", before), ("after", after))}  # fmt: skip
-    sides = {name: load_side(name, path, *sampling) for name, path in paths.items()}
-    check_same_images(sides["before"], sides["after"])
+    runs, sides = _opened({"before": before, "after": after}, sampling)
     with option("--outdir"):
         folder = None if outdir is None else check_outdir(outdir)
     looking = Looking(
@@ -126,13 +119,7 @@ def compare(
     results = _measured(sides, runs["after"] if curve else None, job, sampling)
     if runs["after"] is not None:
         results["summary"] += f" {runs['after'].describe()}"
-    columns: dict[str, Column] = {}
-    if taught is not None:
-        with option("--teacher"):
-            columns["teacher"] = taught.measure(cache, SHOWN)
-    if real is not None:
-        with option("--data"):
-            columns["real"] = real.measure(SHOWN)
+    columns = _columns(taught, real, cache)
     for name, column in columns.items():
         results[name] = column.results
         results["summary"] += _beside(name, results)
@@ -147,6 +134,32 @@ def compare(
 def is_first_process() -> bool:
     """Whether this process is the one that writes: under torchrun the first, otherwise the only one."""
     return rank_and_world()[0] == 0
+
+
+def _opened(
+    paths: Mapping[str, str | os.PathLike], sampling: tuple
+) -> tuple[dict[str, RunFolder | None], dict[str, Side]]:
+    """The run folders that are given, and the networks, by the names of their options."""
+    runs, sides = {}, {}
+    for name, path in paths.items():
+        with option(f"--{name}"):
+            runs[name] = read_run_folder(path)
+    for name, run in runs.items():
+        sides[name] = load_side(name, paths[name] if run is None else run.judged.path, *sampling)
+    check_same_images(sides["before"], sides["after"])
+    return runs, sides
+
+
+def _columns(taught: TeacherColumn | None, real: RealColumn | None, cache: bool) -> dict[str, Column]:
+    """What stands beside the two networks."""
+    columns = {}
+    if taught is not None:
+        with option("--teacher"):
+            columns["teacher"] = taught.measure(cache, SHOWN)
+    if real is not None:
+        with option("--data"):
+            columns["real"] = real.measure(SHOWN)
+    return columns
 
 
 def _notes(

@@ -89,12 +89,10 @@ def check_choice(choice: SamplerChoice, is_used: bool) -> None:
         raise ValueError(f"{flag(next(iter(choice.given)))} is for diffusion models, and there is none here")
 
 
-def check_same_images(before: Side, after: Side, name: str = "after") -> None:
+def check_same_images(before: Side, after: Side) -> None:
     """Raises ValueError if the two networks do not make the same kind of images."""
     if before.image_shape != after.image_shape:
-        raise ValueError(
-            f"--{name}: its images are {after.image_shape}, but those of --before are {before.image_shape}"
-        )
+        raise ValueError(f"--after: its images are {after.image_shape}, but those of --before are {before.image_shape}")
 
 
 def provenance_of(file: Path) -> dict[str, Any]:

@@ -69,5 +69,5 @@ def _detector_of(ref: str | os.PathLike, trust: bool) -> Detector:
             judge = load_detector(made.detector, trust)
             made.check_detector(judge)
         except ValueError as error:
-            raise ValueError(f"--detector is missing; {told}, which was not found ({error})") from None
+            raise ValueError(f"--detector is missing; {told}, and none of that name fits ({error})") from None
     return judge
