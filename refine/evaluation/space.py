@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
+from refine.checkpoints.pickles.inert import shown
 from refine.errors import option
 from refine.metrics.detectors import EXPECTED, Detector, load_detector
 from refine.metrics.references import Looking, NeedsDetector, Reference, load_reference
+
+_NAME = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")  # of a detector that needs no file
 
 
 def load_space(
@@ -32,7 +37,7 @@ def load_space(
         ValueError: One of them cannot be used, or no detector is named; the message begins with the option.
     """
     if detector is None:
-        judge = _detector_of(ref, trust)
+        judge = _detector_of(ref)
     else:
         with option("--detector"):
             judge = load_detector(detector, trust)
@@ -53,7 +58,7 @@ def check_takes(judge: Detector, image_shape: Sequence[int], device: torch.devic
         raise ValueError(f"{judge.name} cannot take images {list(image_shape)}: {reason}") from None
 
 
-def _detector_of(ref: str | os.PathLike, trust: bool) -> Detector:
+def _detector_of(ref: str | os.PathLike) -> Detector:
     """The detector that a reference was made with, if it says so, and a detector of that name is at hand."""
     with option("--ref"):
         try:
@@ -61,12 +66,14 @@ def _detector_of(ref: str | os.PathLike, trust: bool) -> Detector:
         except NeedsDetector:
             made = None
     if made is None or made.detector is None:
-        what = "is images, of which it decides what is seen" if made is None else "does not say what it was made with"
+        what = "is images or a network, which name none" if made is None else "does not say what it was made with"
         raise ValueError(f"--detector is missing, and --ref={ref} {what}; expected {EXPECTED}")
     with option("--detector"):
-        told = f"--ref={ref} was made with the detector {made.detector}"
+        told = f"--ref={ref} was made with the detector {shown(made.detector)}"
         try:
-            judge = load_detector(made.detector, trust)
+            if not _NAME.fullmatch(made.detector) or Path(made.detector).exists():
+                raise ValueError("it is a file's")  # which a reference from elsewhere is not to choose, nor a URL
+            judge = load_detector(made.detector)
             made.check_detector(judge)
         except ValueError as error:
             raise ValueError(f"--detector is missing; {told}, and none of that name fits ({error})") from None

@@ -221,8 +221,8 @@ def test_the_reference_decides_the_detector_where_it_can(files, tmp_path, monkey
     results = compare(**shipped, num=4, progress=False)
     assert results["detector"]["name"] == "digits" and results["detector"]["resize"].startswith("none: 32x32 grey")
     for ref, why in (
-        ("good.safetensors", "is images, of which it decides what is seen"),
-        ("teacher.safetensors", "is images"),
+        ("good.safetensors", "is images or a network, which name none"),
+        ("teacher.safetensors", "is images or a network"),
         ("other.npz", "does not say what it was made with"),
         ("reference.npz", "was made with the detector digits, and none of that name fits .*4 features"),
     ):
@@ -230,6 +230,11 @@ def test_the_reference_decides_the_detector_where_it_can(files, tmp_path, monkey
         assert code == 2 and out == "" and len(err.splitlines()) == 1
         assert re.search(f"--detector is missing.*{why}", err), err
         assert "none of that name fits" in err or "one of the names digits, inception-2015-12-05" in err
+    reference = load_reference(files / "reference.npz")
+    for name in ("http://127.0.0.1:9/detector.pt", str(files / "detector.safetensors"), "../x", "\x1b[31m"):
+        np.savez(tmp_path / "theirs.npz", mu=reference.mu, sigma=reference.sigma, detector=np.str_(name))
+        code, out, err = run(capsys, **{**shipped, "ref": tmp_path / "theirs.npz"}, num=4)
+        assert code == 2 and "none of that name fits (it is a file's)" in err and "\x1b" not in err
     code, _, err = run(capsys, **{**shipped, "ref": files / "text.txt"}, num=4)
     assert code == 2 and "--ref: " in err
 
