@@ -191,6 +191,9 @@ def test_a_run_folder_is_a_curve(files, tmp_path, capsys):
     assert first["difference"]["fd_digits"]["verdict"] == "not distinguishable"
     assert second["fd_digits"] == results["after"]["fd_digits"]
     assert (tmp_path / "out" / "curve.png").is_file() and "The run" in (tmp_path / "out" / "report.html").read_text()
+    alone = compare(**{**arguments(files, "bad"), "after": run_folder}, num=4, progress=False, curve=False)
+    assert "curve" not in alone and alone["summary"].endswith(judged)
+    assert alone["after"]["name"] == results["after"]["name"]
     (tmp_path / "nothing").mkdir()
     with pytest.raises(ValueError, match=r"--after: .*nothing holds no network-snapshot"):
         compare(**{**arguments(files), "after": tmp_path / "nothing"}, num=NUM, progress=False)
