@@ -9,8 +9,8 @@
     sources/      where files come from: index.py, short names of shipped and of published files and their checksums;
                   fetch.py, a URL to a file in the cache; custom.py, generators that a function of the user's own makes
     foreign/      files of other programs: opening.py finds the reader, container.py is what all of them give;
-                  nvidia.py (StyleGAN2-ADA, EDM, EDM2), tensorflow.py, torch_save.py, rosinality.py, state_dicts.py,
-                  diffusers_folder.py
+                  nvidia.py (StyleGAN2-ADA, EDM, EDM2), tensorflow.py, torch_save.py, rosinality.py,
+                  adm.py (guided-diffusion, consistency_models), state_dicts.py, diffusers_folder.py
     pickles/      machine.py reads a pickle without running it; inert.py and tensors.py are what it reads
 
 Importing this package does not import torch.
@@ -19,6 +19,7 @@ Importing this package does not import torch.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,14 +80,16 @@ def load_generator(path_or_name: str | os.PathLike) -> Generator:
         from refine.checkpoints.sources import custom
 
         return custom.load_custom(reference)
-    return _load(path_or_name, kind="generator")
+    return _load(path_or_name, "generator")
 
 
-def load_teacher(path_or_name: str | os.PathLike) -> Denoiser:
+def load_teacher(path_or_name: str | os.PathLike, kwargs: Mapping[str, Any] | None = None) -> Denoiser:
     """The diffusion model of a file: `ema` where there is one, otherwise the only denoiser in it.
 
     Args:
-        path_or_name: A file, a URL, or a name of `pretrained/index.toml`.
+        path_or_name: A file, a URL, a name of `pretrained/index.toml`, or `package.module:function` of the user's own
+            (docs/teachers.md), which is then imported and called.
+        kwargs: How its network is built, where the file does not tell it all, see `foreign.opening.open_container`.
 
     Returns:
         Module in eval mode, float32, on the CPU, without gradients: `T(x, sigma, class_labels=None)` → denoised images
@@ -95,24 +98,32 @@ def load_teacher(path_or_name: str | os.PathLike) -> Denoiser:
     Raises:
         ValueError: the file cannot be used; one sentence says what it is and what was expected.
     """
-    return _load(path_or_name, kind="teacher")
+    if reference := _reference(path_or_name):
+        from refine.checkpoints.sources import custom
+
+        if kwargs is not None:
+            raise ValueError(f"{reference} is code of your own, which builds its network; expected no --teacher-kwargs")
+        return custom.load_custom_teacher(reference)
+    return _load(path_or_name, "teacher", kwargs)
 
 
-def peek(path_or_name: str | os.PathLike, kind: str) -> NetworkInfo:
+def peek(path_or_name: str | os.PathLike, kind: str, kwargs: Mapping[str, Any] | None = None) -> NetworkInfo:
     """What `load_generator` or `load_teacher` would give, told from the file's header or pickle: nothing is built.
 
     Args:
         path_or_name: A file, a URL, or a name of `pretrained/index.toml`.
         kind: 'generator' or 'teacher'.
+        kwargs: See `load_teacher`.
 
     Raises:
         ValueError: as `load_generator` and `load_teacher`, except for faults that only show once weights are read.
     """
-    if kind == "generator" and _reference(path_or_name):  # only calling it can tell
-        G = load_generator(path_or_name)
-        return NetworkInfo(kind, G.img_resolution, G.img_channels, G.c_dim)
+    if _reference(path_or_name):  # only calling it can tell
+        G: Any = load_generator(path_or_name) if kind == "generator" else load_teacher(path_or_name, kwargs)
+        classes = G.c_dim if kind == "generator" else G.label_dim
+        return NetworkInfo(kind, G.img_resolution, G.img_channels, classes)
     path = resolve(path_or_name, kind)
-    class_name, init_kwargs = _reader(path, kind)(path, kind, build=False)
+    class_name, init_kwargs = _reader(path, kind)(path, kind, kwargs, build=False)
     size: dict[str, Any] = {name: init_kwargs.get(name) for name in ("img_resolution", "img_channels")}
     size["classes"] = init_kwargs.get("c_dim" if kind == "generator" else "label_dim", 0)
     for name, value in size.items():
@@ -138,15 +149,15 @@ def _reference(path_or_name: str | os.PathLike) -> Reference | None:
     return custom.parse(path_or_name)
 
 
-def _load(path_or_name: str | os.PathLike, kind: str) -> Any:
+def _load(path_or_name: str | os.PathLike, kind: str, kwargs: Mapping[str, Any] | None = None) -> Any:
     path = resolve(path_or_name, kind)
-    network = _reader(path, kind)(path, kind, build=True)
+    network = _reader(path, kind)(path, kind, kwargs, build=True)
     return network.cpu().float().eval().requires_grad_(False)
 
 
 def _reader(path: Path, kind: str) -> Any:
-    """reader(path, kind, build) of such files: gives the network, or where it is not to be built, its class's name and
-    init kwargs."""
+    """reader(path, kind, kwargs, build) of such files: gives the network, or where it is not to be built, its class's
+    name and init kwargs."""
     found = sniff(path)
     if found.kind == "native":
         return _read_native
@@ -155,9 +166,12 @@ def _reader(path: Path, kind: str) -> Any:
     raise ValueError(f"{path} is {found.description}; expected {_EXPECTED[kind]}")
 
 
-def _read_native(path: Path, kind: str, build: bool) -> Any:
+def _read_native(path: Path, kind: str, kwargs: Mapping[str, Any] | None, build: bool) -> Any:
     from refine.checkpoints import describe, native, registry
+    from refine.checkpoints.foreign.opening import NO_KWARGS
 
+    if kwargs is not None:
+        raise ValueError(f"{path} is a native file, which tells how its networks are built; {NO_KWARGS}")
     metadata = native.read_metadata(path)
     if metadata["kind"] != "networks":
         raise ValueError(f"{path} is a native file of {metadata['kind']}; expected a {kind}")
@@ -175,10 +189,10 @@ def _read_native(path: Path, kind: str, build: bool) -> Any:
     return native.load_networks(path, [name])[name] if build else (entry["class"], entry["init_kwargs"])
 
 
-def _read_container(path: Path, kind: str, build: bool) -> Any:
+def _read_container(path: Path, kind: str, kwargs: Mapping[str, Any] | None, build: bool) -> Any:
     from refine.checkpoints.foreign.opening import open_container
 
-    with open_container(path, expected=_EXPECTED[kind]) as container:
+    with open_container(path, _EXPECTED[kind], kwargs) as container:
         of_kind = [name for name, found in container.members.items() if found == kind]
         if not of_kind:
             raise ValueError(f"{path} is {container.family}; expected {_EXPECTED[kind]}")
@@ -192,5 +206,6 @@ def _read_container(path: Path, kind: str, build: bool) -> Any:
 _PREFERRED = {"generator": "G_ema", "teacher": "ema"}
 _EXPECTED = {
     "generator": "a generator: a StyleGAN2 pickle (PyTorch or TensorFlow), a rosinality .pt, or a file of this toolkit",
-    "teacher": "a teacher: an EDM or EDM2 pickle, a UNet2DModel of diffusers, or a file of this toolkit",
+    "teacher": "a teacher: an EDM or EDM2 pickle, a .pt of guided-diffusion or consistency_models, a UNet2DModel of "
+    "diffusers, or a file of this toolkit",
 }

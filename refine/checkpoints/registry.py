@@ -46,6 +46,8 @@ NETWORK_CLASSES: dict[str, NetworkClass] = {
     "edm.iDDPMPrecond": NetworkClass("refine.networks.edm", "iDDPMPrecond", "teacher"),
     "edm2.Precond": NetworkClass("refine.networks.edm2", "Precond", "teacher"),
     "ddpm.DDPMPrecond": NetworkClass("refine.networks.ddpm", "DDPMPrecond", "teacher"),
+    "adm.ADMPrecond": NetworkClass("refine.networks.adm", "ADMPrecond", "teacher"),
+    "adm.CMPrecond": NetworkClass("refine.networks.adm", "CMPrecond", "teacher"),
     # A name, not an import: this layer knows nothing of metrics until a file with a detector in it is opened.
     "digits.DigitsDetector": NetworkClass("refine.metrics.digits", "DigitsDetector", "classifier"),
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from refine.cli.options import parse_ints, sampler_options, taken_sampler
+from refine.cli.options import parse_ints, sampler_options, taken_sampler, teacher_options
 from refine.config import OPS_HELP, OPS_MODES
 from refine.device import prepare_device
 from refine.errors import option
@@ -41,8 +41,8 @@ def _parse_ranges(_ctx: click.Context, _param: click.Parameter, value: str) -> l
 @click.option(
     "--detector",
     metavar="FILE|NAME",
-    help="Feature space: digits, inception-2015-12-05, effnet-lite0, or a file with a detector or a teacher.  "
-    "[default: the one that --ref was made with, where it says so]",
+    help="Feature space: digits, inception-2015-12-05, dinov2-vitl14, effnet-lite0, or a file with a detector or a "
+    "teacher.  [default: the one that --ref was made with, where it says so]",
 )
 @click.option("--teacher", metavar="FILE|NAME", help="A diffusion model to be measured as well, on images of its own.")
 @click.option(
@@ -83,6 +83,7 @@ def _parse_ranges(_ctx: click.Context, _param: click.Parameter, value: str) -> l
 @click.option("--outdir", metavar="DIR", help="Where to write comparison.json, the figures and report.html.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 @click.option("--batch", type=click.IntRange(min=1), default=100, show_default=True, help="Images per batch.")
+@teacher_options
 @click.option("--device", help="Device, such as cpu or cuda:0.  [default: cuda if there is one]")
 @click.option(
     "--noise-mode",
@@ -104,6 +105,9 @@ def command(
     no_cache: bool,
     no_curve: bool,
     ops: str | None,
+    guide: str | None,
+    guidance: float,
+    teacher_kwargs: dict[str, Any] | None,
     **options: Any,
 ) -> None:
     """Compares two networks on the same seeds: Fréchet and kernel distance, precision, recall, classes.
@@ -120,10 +124,12 @@ def command(
         chosen = prepare_device(device, ops)
     further = [name.strip() for name in also.split(",") if name.strip()]
     from refine.evaluation.tables import curve_text, feature_space_note, text_table
+    from refine.evaluation.teachers import TeacherOptions
     from refine.metrics.pipeline import sharing
 
     with together(cuda=False), sharing():
         more: dict[str, Any] = {"sampler": sampler, "curve": not no_curve, "cache": not no_cache}
+        more["teachers"] = TeacherOptions(guide, guidance, teacher_kwargs)
         results = compare(**options, seed_ranges=seeds, device=chosen, also=further, **more)
         if not is_first_process():
             return

@@ -1,7 +1,11 @@
 """`python -m refine inspect FILE`: what a checkpoint is and what is in it."""
 
+import json
+import os
+
 import click
 
+from refine.cli.models_cmd import describe_entry, entry_lines
 from refine.cli.options import network_file
 
 
@@ -11,12 +15,20 @@ from refine.cli.options import network_file
 def inspect(file: str, as_json: bool) -> None:
     """Says what FILE is, and which networks it holds. FILE is a path, or a name of pretrained/index.toml.
 
-    Of a run folder it is the best snapshot.
+    Of a run folder it is the best snapshot. Of a name whose file is not here yet, it says what the index knows, and
+    downloads nothing.
     """
-    from refine.checkpoints import resolve
+    from refine.checkpoints.sources.index import read_index, resolve
 
+    entry = None if os.path.lexists(file) else read_index().get(file)
+    known = None if entry is None else describe_entry(entry)
+    if known is not None and known["place"] in ("to be downloaded", "by hand"):
+        click.echo(json.dumps({"index": known}, indent=2) if as_json else "\n".join(entry_lines(known)))
+        return
     path = resolve(network_file(file, "FILE"))
     from refine.checkpoints import describe  # imports torch
 
     report = describe.inspect_file(path)
+    if known is not None:
+        report["index"] = known
     click.echo(describe.as_json(report) if as_json else describe.as_text(report))

@@ -1,9 +1,12 @@
-"""What several commands share: lists of numbers, the options of a diffusion model's sampler, run folders."""
+"""What several commands share: lists of numbers, how a diffusion model is asked and sampled, run folders."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
+
+from refine.config.kinds import JSON_TABLE
+from refine.errors import option
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -44,8 +47,6 @@ def network_file(path: str, name: str) -> str:
     """
     from pathlib import Path
 
-    from refine.errors import option
-
     if not Path(path).is_dir():  # the usual case, without importing torch
         return path
     from refine.evaluation.run_folder import network_in
@@ -74,3 +75,30 @@ def parse_ints(text: str, limit: int = 1_000_000) -> list[int]:
             raise ValueError(f"{text!r} holds more than {limit:,} numbers")
         numbers.update(dict.fromkeys(span))
     return list(numbers)
+
+
+def teacher_options(command: F) -> F:
+    """Decorates a command with the options of `refine.evaluation.teachers.TeacherOptions`."""
+    for add in (
+        click.option("--guide", metavar="FILE|NAME", help="A worse diffusion model that guides one (autoguidance)."),
+        click.option(
+            "--guidance",
+            type=click.FloatRange(min=0, min_open=True),
+            default=1.0,
+            show_default=True,
+            help="Strength of a diffusion model's guidance, by --guide or classifier-free; 1 = none.",
+        ),
+        click.option(
+            "--teacher-kwargs",
+            metavar=JSON_TABLE.metavar,
+            callback=_read_table,
+            help="How a diffusion model is built whose file does not tell it all.",
+        ),
+    ):
+        command = add(command)
+    return command
+
+
+def _read_table(_ctx: click.Context, _param: click.Parameter, value: str | None) -> dict[str, Any] | None:
+    with option("--teacher-kwargs"):
+        return None if value is None else JSON_TABLE.parse(value)

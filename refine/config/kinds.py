@@ -80,6 +80,18 @@ def count(low: int, high: float = math.inf) -> Kind:
     return Kind("N", int, expected, lambda value: low <= value <= high)
 
 
+def count_or(word: str, low: int) -> Kind:
+    """A whole number of at least `low`, or a word."""
+
+    def read(text: str) -> int | str:
+        return word if text.lower() == word else int(text)
+
+    expected = f"a whole number ≥ {low}, or {word}"
+    return Kind(
+        f"N|{word}", read, expected, lambda value: value == word or (not isinstance(value, str) and value >= low)
+    )
+
+
 def words(choices: tuple[str, ...]) -> Kind:
     """One of the choices, which are lower-case; on the command line in any case."""
 
@@ -207,6 +219,24 @@ NAMES = Kind(
 )
 
 
+def _read_table(text: str) -> dict[str, Any]:
+    """A JSON object, or the path of a file with one."""
+    try:
+        table = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise Unreadable(f"a JSON object, or a file with one ({error})") from None
+    if not isinstance(table, dict):
+        raise Unreadable("a JSON object, or a file with one")
+    return table
+
+
+JSON_TABLE = Kind(
+    "FILE.json|JSON",
+    _read_table,
+    "a JSON object",
+    lambda value: isinstance(value, dict) and all(isinstance(name, str) for name in value),
+    show=json.dumps,
+)
 LENGTHS = Kind(
     "LIST",
     lambda text: tuple(float(part) for part in text.split(",")),

@@ -24,8 +24,9 @@ from refine.evaluation.run_folder import RunFolder, Snapshot, read_run_folder
 from refine.evaluation.scale import Column, RealColumn, TeacherColumn
 from refine.evaluation.sides import Side, check_choice, check_same_images, load_side
 from refine.evaluation.space import load_space
+from refine.evaluation.teachers import TeacherOptions
 from refine.evaluation.written import write_comparison
-from refine.metrics.evaluate import Measurement, note_of
+from refine.metrics.evaluate import Measurement, image_note
 from refine.metrics.pipeline import rank_and_world
 from refine.metrics.references import Looking
 from refine.networks.sampler_settings import SamplerChoice
@@ -55,6 +56,7 @@ def compare(
     cache: bool = True,
     progress: bool = True,
     trust_detector: bool = False,
+    teachers: TeacherOptions | None = None,
 ) -> dict[str, Any]:
     """Compares two generators (or diffusion models) on the same seeds.
 
@@ -81,6 +83,7 @@ def compare(
         cache: Keep what was measured of a reference that is images, and images drawn of a teacher.
         progress: Show bars with the time left, and what to know of the choices that were made, on stderr.
         trust_detector: Run a detector that is TorchScript, a program that can do more than compute.
+        teachers: How diffusion models among `before`, `after` and `teacher` are built and guided; one as `ref` is not.
 
     Returns:
         JSON-able dict. `before`, `after` and `difference` hold for each metric `mean`, `std` and `values` (one per seed
@@ -96,8 +99,11 @@ def compare(
     """
     start = time.monotonic()
     check_numbers(num, seed_ranges, batch)
-    sampling = (device, batch, noise_mode, truncation_psi, sampler)
+    teachers = teachers or TeacherOptions()
+    sampling = (device, batch, noise_mode, truncation_psi, teachers, sampler)
     runs, sides = _opened({"before": before, "after": after}, sampling)
+    drawn = [side for side in sides.values() if side.is_teacher]
+    teachers.check_used([bool(drawn), teacher is not None])
     with option("--outdir"):
         folder = None if outdir is None else check_outdir(outdir)
     looking = Looking(
@@ -107,10 +113,9 @@ def compare(
     kinds = chosen_kinds(also, judge, list(sides.values()))
     job = Job(judge, reference, num, tuple(seed_ranges), kinds, batch, device, progress)
     with option("--teacher"):
-        taught = None if teacher is None else TeacherColumn(teacher, job, sampler)
+        taught = None if teacher is None else TeacherColumn(teachers.source(teacher), job, sampler)
     with option("--data"):
         real = None if data is None else RealColumn(data, job)
-    drawn = [side for side in sides.values() if side.is_teacher]
     check_choice(sampler, bool(drawn or taught or reference.is_teacher))
     notes = _notes(job, sides, runs, taught)
     if progress and is_first_process():
@@ -173,10 +178,10 @@ def _notes(
         if side.sampling_reason is not None:
             notes.append(f"--{name} is sampled with {side.sampling}, {side.sampling_reason}")
     if taught is not None:
-        notes.append(f"--teacher is sampled with {taught.settings.describe()}, {taught.reason}")
+        notes.append(f"--teacher is sampled with {taught.sampling}, {taught.reason}")
     if job.reference.is_teacher:
         notes.append(f"--ref: {job.reference.form}")
-    if (note := note_of(job.detector, sides["before"].image_shape)) is not None:
+    if (note := image_note(job.detector, sides["before"].image_shape)) is not None:
         notes.append(f"the detector {job.detector.name}: {note}")
     if job.num < ENOUGH_IMAGES:
         notes.append(

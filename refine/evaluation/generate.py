@@ -14,6 +14,7 @@ from tqdm import tqdm
 from refine.dnnlib import check_outdir
 from refine.errors import option
 from refine.evaluation.sides import Side, check_choice
+from refine.evaluation.teachers import TeacherOptions
 from refine.images import save_image_grid, save_png
 from refine.metrics.pipeline import gathered, my_share, prefetched, rank_and_world
 from refine.metrics.sampling import latents_of_seeds
@@ -36,6 +37,7 @@ def generate(
     batch: int = 16,
     device: str = "cpu",
     progress: bool = True,
+    teachers: TeacherOptions | None = None,
 ) -> list[Path]:
     """Writes seed0000.png … and grid.png.
 
@@ -49,6 +51,7 @@ def generate(
         batch: Images per batch.
         device: Where the network runs.
         progress: Show a bar with the time left on stderr.
+        teachers: How a diffusion model is built and guided.
 
     Within `refine.metrics.pipeline.sharing` every process makes its share of the images, and the first one the grid.
 
@@ -62,7 +65,8 @@ def generate(
         if max(seeds) > MAX_SEED:
             raise ValueError(f"{max(seeds)} is too large; expected seeds up to {MAX_SEED}")
     with option("--network"):
-        side = Side(network, device, batch, noise_mode, truncation_psi, sampler)
+        side = Side(network, device, batch, noise_mode, truncation_psi, teachers, sampler)
+    (teachers or TeacherOptions()).check_used([side.is_teacher])
     check_choice(sampler, side.is_teacher)
     with option("--class"):
         latents_of_seeds(seeds[:1], [1], side.num_classes, class_index)

@@ -234,7 +234,7 @@ def _what_was_measured(results: Mapping[str, Any]) -> dict[str, str]:
         "detector": f"{detector['name']} (sha256 {detector['sha256'][:16]}…)",
         "reference": f"{reference['name']} (sha256 {reference['sha256'][:16]}…), {reference['num'] or '?'} images, "
         f"{reference['form']}",
-        "resize": str(detector.get("note") or detector["resize"]),
+        "resize": str(detector.get("image_note") or detector["resize"]),
         "quantisation": results["quantisation"],
         "covariance": results["covariance"],
         "versions": ", ".join(f"{name} {version}" for name, version in results["versions"].items()),

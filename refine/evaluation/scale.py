@@ -18,11 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from refine.checkpoints import peek, source_file
-from refine.dnnlib import sha256_of_file
+from refine.checkpoints.teachers import TeacherSource
 from refine.evaluation.comparison import summarise
 from refine.evaluation.job import Job
-from refine.evaluation.sides import provenance_of, refined_with
+from refine.evaluation.sides import described_guide, provenance_of, refined_with
 from refine.evaluation.space import check_takes
 from refine.metrics.bank import teacher_bank
 from refine.metrics.evaluate import Measurement, measure
@@ -55,36 +54,46 @@ class Column:
 class TeacherColumn:
     """The teacher's own images; checked when it is made, drawn and measured by `measure`.
 
+    Args:
+        source: The teacher, and what guides it.
+        job: What is asked of its images.
+        choice: How it is sampled; what is not said there is what suits it.
+
     Raises:
-        ValueError: The file holds no teacher, or the detector cannot look at its images.
+        ValueError: The file holds no teacher, it cannot be guided like this, or the detector cannot look at its images.
     """
 
-    def __init__(self, path: str | os.PathLike, job: Job, choice: SamplerChoice):
-        self.file, self.job, self.choice = source_file(path, "teacher"), job, choice
-        info = peek(self.file, "teacher")
-        self.settings, self.reason = choice.resolve(info)
+    def __init__(self, source: TeacherSource, job: Job, choice: SamplerChoice):
+        self.source, self.job, self.choice = source, job, choice
+        info = source.info()
+        settings, self.reason = choice.resolve(info)
+        self.sampling = f"{settings.describe()}{source.guided_words}"
+        if source.guidance != 1:
+            source.load()  # which tells whether the two fit, or whether it knows a missing label
         check_takes(job.detector, [info.img_channels, info.img_resolution, info.img_resolution], job.device)
 
     def measure(self, cache: bool, shown: int) -> Column:
         """Its numbers, of the images of a bank that come after those of the reference, if that is of the same bank."""
-        job, digest = self.job, sha256_of_file(self.file)
-        first = job.reference.num or 0 if job.reference.is_teacher and job.reference.sha256 == digest else 0
+        job, source = self.job, self.source
+        alike = job.reference.is_teacher and job.reference.sha256 in (source.sha256, source.identity)
+        first = job.reference.num or 0 if alike else 0
         total = first + job.num * len(job.seed_ranges)
         options: dict[str, Any] = {"batch": job.batch, "device": job.device, "progress": job.progress}
-        bank = teacher_bank(self.file, total, choice=self.choice, cache=cache, **options)
+        bank = teacher_bank(source, total, choice=self.choice, cache=cache, **options)
         kinds = job.kinds if bank.classes is not None else without_classes(job.kinds)
         runs = []
         for start in range(first, total, job.num):
             share = my_share(range(start, start + job.num), job.batch)
             batches = on_device(bank.batches(job.batch, share), job.device)
             runs.append(measure(batches, job.detector, job.reference, kinds))
-        origins = provenance_of(self.file)
+        origins = provenance_of(source.path)
         described = {
-            "name": self.file.name,
-            "sha256": digest,
-            "sampling": self.settings.describe(),
+            "name": source.path.name,
+            "sha256": source.sha256,
+            "sampling": self.sampling,
             "sampling_reason": self.reason,
             "images": f"{first} to {total - 1} of its bank",
+            "guide": described_guide(source),
             "refined_with": refined_with(origins),
         }
         described = {key: value for key, value in described.items() if value is not None}

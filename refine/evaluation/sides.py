@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 
-from refine.checkpoints import load_generator, load_teacher, peek, source_file
+from refine.checkpoints import load_generator, source_file
 from refine.checkpoints.native import read_metadata
 from refine.checkpoints.sniff import sniff
+from refine.checkpoints.sources import custom
+from refine.checkpoints.teachers import TeacherSource
 from refine.dnnlib import sha256_of_file
 from refine.errors import option
+from refine.evaluation.teachers import TeacherOptions
 from refine.metrics.sampling import Batch, sample_images, sample_teacher
 from refine.networks.bases import Generator
 from refine.networks.sampler_settings import SamplerChoice, flag
@@ -27,6 +30,7 @@ class Side:
         device: Where it runs.
         batch: Images per batch.
         noise_mode, truncation_psi: Of a StyleGAN2.
+        teachers: How a diffusion model is built and guided.
         choice: How a diffusion model is sampled; what is not said there is what suits it.
 
     Attributes:
@@ -42,9 +46,11 @@ class Side:
         batch: int,
         noise_mode: str,
         truncation_psi: float,
+        teachers: TeacherOptions | None = None,
         choice: SamplerChoice = SamplerChoice(),  # noqa: B008 - frozen
     ):
-        self.network, self.is_teacher = _load_any(path, device)
+        self.network, self._source = _load_any(path, device, teachers or TeacherOptions())
+        self.is_teacher = self._source is not None
         self.file = source_file(path)
         self.path, self.name, self.sha256 = str(self.file), self.file.name, sha256_of_file(self.file)
         self.refined_with = refined_with(provenance_of(self.file))
@@ -52,11 +58,11 @@ class Side:
         self._common: dict[str, Any] = {"device": device, "batch": batch}
         self._own: dict[str, Any] = {"noise_mode": noise_mode, "truncation_psi": truncation_psi}
         self.sampling_reason: str | None = None
-        if self.is_teacher:
-            settings, self.sampling_reason = choice.resolve(peek(self.file, "teacher"))
-            self._own, self.sampling = {"settings": settings}, settings.describe()
-        else:
+        if self._source is None:
             self.sampling = _sampling(self.network, truncation_psi, noise_mode)
+        else:
+            settings, self.sampling_reason = choice.resolve(self._source.info())
+            self._own, self.sampling = {"settings": settings}, f"{settings.describe()}{self._source.guided_words}"
 
     @property
     def num_classes(self) -> int:
@@ -73,7 +79,8 @@ class Side:
 
     def describe(self) -> dict[str, Any]:
         described = {"path": self.path, "name": self.name, "sha256": self.sha256, "sampling": self.sampling}
-        more = {"sampling_reason": self.sampling_reason, "refined_with": self.refined_with}
+        guide = None if self._source is None else described_guide(self._source)
+        more = {"sampling_reason": self.sampling_reason, "guide": guide, "refined_with": self.refined_with}
         return {**described, **{key: value for key, value in more.items() if value is not None}}
 
 
@@ -95,6 +102,13 @@ def check_same_images(before: Side, after: Side) -> None:
         raise ValueError(f"--after: its images are {after.image_shape}, but those of --before are {before.image_shape}")
 
 
+def described_guide(source: TeacherSource) -> dict[str, Any] | None:
+    """JSON-able: what guides a diffusion model, and how strongly; None if no other network does."""
+    if (guide := source.guide) is None:
+        return None
+    return {"name": guide.path.name, "sha256": guide.sha256, "guidance": source.guidance}
+
+
 def provenance_of(file: Path) -> dict[str, Any]:
     """What a file of this toolkit says of its making; empty for other files."""
     origins = read_metadata(file)["provenance"] if file.is_file() and sniff(file).kind == "native" else {}
@@ -111,20 +125,24 @@ def refined_with(origins: dict[str, Any]) -> str | None:
 
 
 def _sampling(G: Generator, truncation_psi: float, noise_mode: str) -> str:
-    """How images are drawn, in words."""
+    """How images of a generator are drawn, in words."""
     words = [f"psi {truncation_psi:g}"] if G.takes_truncation else []
     words += [f"noise {noise_mode}"] if G.noise_modes else []
     return ", ".join(words) or "G(z, c)"
 
 
-def _load_any(path: str | os.PathLike, device: str) -> tuple[Any, bool]:
-    """(generator, False) or (diffusion model, True), whichever the file holds. Raises ValueError if neither."""
+def _load_any(path: str | os.PathLike, device: str, teachers: TeacherOptions) -> tuple[Any, TeacherSource | None]:
+    """(generator, None), or a diffusion model and its source. Raises ValueError if it is neither."""
     try:
         # channels_last halves a generator's time on a CPU: no page faults for copies between layouts
         G: Any = load_generator(path)
-        return G.to(device, memory_format=torch.channels_last), False
+        return G.to(device, memory_format=torch.channels_last), None
     except ValueError as error:
         try:
-            return load_teacher(path).to(device), True
-        except ValueError:
+            source = teachers.source(path)
+            return source.load().to(device), source
+        except ValueError as refused:
+            own, kept = custom.parse(path) is not None, "expected a teacher" not in str(refused)
+            if "z_dim is None" in str(error) if own else kept:  # a diffusion model with which something else is wrong
+                raise
             raise error from None

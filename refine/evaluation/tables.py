@@ -69,6 +69,8 @@ def feature_space_note(results: Mapping[str, Any]) -> str:
             "Distances are measured in the features of Inception-2015-12-05: this is the FID of the literature "
             f"({detector['fid_basis']})."
         )
+    if "note" in detector:
+        return str(detector["note"])
     return (
         f"Distances are measured in the {detector['feature_dim']} features of the detector '{detector['name']}'. "
         "This is not FID: its numbers can only be compared with others from the same detector weights."

@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from refine.checkpoints import NetworkInfo, archives, load_teacher, peek
+from refine.checkpoints import NetworkInfo, archives
 from refine.checkpoints.pickles.inert import Refused
 from refine.checkpoints.sources.fetch import cache_dir
-from refine.dnnlib import distrust, keep_from_others, make_folder, replaced_atomically, sha256_of_file
+from refine.checkpoints.teachers import TeacherSource
+from refine.dnnlib import distrust, keep_from_others, make_folder, replaced_atomically
 from refine.errors import describe_os_error
 from refine.metrics.pipeline import gathered, my_share, rank_and_world
 from refine.metrics.sampling import Batch, sample_teacher
@@ -54,7 +55,7 @@ class Bank(NamedTuple):
 
 
 def teacher_bank(
-    path: Path,
+    teacher: Path | TeacherSource,
     num: int,
     *,
     choice: SamplerChoice = SamplerChoice(),  # noqa: B008 - frozen
@@ -66,7 +67,7 @@ def teacher_bank(
     """The bank of a teacher, from the cache as far as it is there; the rest is drawn now.
 
     Args:
-        path: The teacher's file.
+        teacher: The teacher, or its file.
         num: Number of images.
         choice: How the teacher is sampled; what is not said there is what suits the teacher.
         batch: Images that are drawn at once.
@@ -77,7 +78,8 @@ def teacher_bank(
     Raises:
         ValueError: The file holds no teacher, or the teacher gives NaN or infinity; in all processes.
     """
-    info, digest = peek(path, "teacher"), sha256_of_file(path)
+    source = TeacherSource.of(teacher)
+    info, digest = source.info(), source.identity
     settings, _ = choice.resolve(info)
     seeds = range(BANK_SEED, BANK_SEED + num)
     shares = [seeds[start : start + PART] for start in range(0, num, PART)]
@@ -90,15 +92,15 @@ def teacher_bank(
     held = gathered([part is not None for part in parts])  # machines may have caches of their own
     missing = [index for index in range(len(parts)) if not all(rank[index] for rank in held)]
     if missing:
-        teacher = load_teacher(path).to(device)
+        network = source.load().to(device)
         rank, cannot_keep = rank_and_world()[0], False
         interval = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file wants few lines
         done = num - sum(len(shares[index]) for index in missing)
-        desc = f"images of {path.stem}, {settings.describe()}"
+        desc = f"images of {source.stem}, {settings.describe()}{source.guided_words}"
         shown: dict[str, Any] = {"total": num, "initial": done, "unit": "img", "desc": desc}
         with tqdm(**shown, disable=not (progress and rank == 0), mininterval=interval) as bar:
             for index in missing:
-                parts[index] = part = _drawn(teacher, shares[index], settings, batch, device, bar)
+                parts[index] = part = _drawn(network, shares[index], settings, batch, device, bar)
                 if cache and rank == 0 and not cannot_keep:
                     cannot_keep = not _keep(places[index], part)
     whole = [part for part in parts if part is not None]
@@ -106,9 +108,9 @@ def teacher_bank(
     return Bank(torch.cat([part.images for part in whole]), torch.cat(classes) if classes else None)
 
 
-def describe_bank(path: Path, num: int, settings: SamplerSettings) -> str:
+def describe_bank(teacher: TeacherSource, num: int, settings: SamplerSettings) -> str:
     """What tells a bank apart from all others."""
-    return _key(sha256_of_file(path), range(BANK_SEED, BANK_SEED + num), settings)
+    return _key(teacher.identity, range(BANK_SEED, BANK_SEED + num), settings)
 
 
 def _key(digest: str, seeds: range, settings: SamplerSettings) -> str:

@@ -96,7 +96,7 @@ class DigitsDetector(Network):
             raise self._fault(images, expected) from None
         return bridge.images(x).clamp(-1, 1)
 
-    def note(self, shape: Sequence[int]) -> str | None:
+    def image_note(self, shape: Sequence[int]) -> str | None:
         """What is done to images [C, H, W] that are not as they should be, for people."""
         size = self.img_resolution
         if shape[-1] == size:

@@ -83,6 +83,7 @@ def measure(
         torch.cat(seen.classes) if seen.classes else None,
         seen.collected,
         contributions,
+        seen.device,
     )
     found = _numbers(metrics, sample)
     facts = {
@@ -120,6 +121,7 @@ class _Seen:
     statistics: FeatureStatistics
     collected: dict[str, Collector]
     shape: list[int] | None = None  # of an image
+    device: torch.device | str = "cpu"
     probabilities: list[torch.Tensor] = field(default_factory=list)
     classes: list[torch.Tensor] = field(default_factory=list)
 
@@ -156,6 +158,7 @@ def _look(
         if failure is not None:
             raise ValueError(failure)
     whole = parts[0][0]
+    whole.device = seen.device  # each process computes on its own
     for part, _ in parts[1:]:
         whole.merge(part)
     return whole
@@ -175,7 +178,7 @@ def _look_at(
     if seen.statistics.num == 0 and reference is not None:
         reference.check_detector(detector)  # some detectors know their dimension only now
     seen.statistics.update(features)
-    seen.shape = list(images.shape[1:])
+    seen.shape, seen.device = list(images.shape[1:]), features.device
     if probabilities is not None and any(metric.detector == "probabilities" for metric in metrics):
         seen.probabilities.append(probabilities.cpu())
     if classes is not None:
@@ -185,19 +188,19 @@ def _look_at(
         collector.update(batch)
 
 
-def note_of(detector: Detector, shape: Sequence[int] | None) -> str | None:
+def image_note(detector: Detector, shape: Sequence[int] | None) -> str | None:
     """What a detector does to images [C, H, W] that people should know of; None if nothing."""
-    note = getattr(detector, "note", None)
+    note = getattr(detector, "image_note", None)
     return None if note is None or shape is None else note(shape)
 
 
 def describe_detector(detector: Detector, shape: Sequence[int] | None = None) -> dict[str, Any]:
     """JSON-able: name, space, sha256, feature_dim, resize, and why it counts as the detector of FID, or None.
 
-    With `note`, where it does something to images of that shape, [C, H, W], that people should know of.
+    With `note`, what distances in this space are, where the detector says it; and `image_note`, where it does something
+    to images of that shape, [C, H, W], that people should know of.
     """
-    note = note_of(detector, shape)
-    more = {} if note is None else {"note": note}
+    notes = {"note": getattr(detector, "note", None), "image_note": image_note(detector, shape)}
     return {
         "name": detector.name,
         "space": detector.space,
@@ -205,7 +208,7 @@ def describe_detector(detector: Detector, shape: Sequence[int] | None = None) ->
         "feature_dim": detector.feature_dim,
         "resize": detector.resize,
         "fid_basis": detector.fid_basis,
-        **more,
+        **{name: note for name, note in notes.items() if note is not None},
     }
 
 

@@ -10,11 +10,12 @@ import hashlib
 import io
 import json
 import math
-import re
+import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -25,58 +26,72 @@ from refine.checkpoints import archives
 from refine.checkpoints.pickles.inert import Refused, shown
 from refine.checkpoints.sniff import check_readable_file
 from refine.dnnlib import sha256_of_file
+from refine.metrics.natural import natural_order
 from refine.metrics.sampling import Batch
+from refine.metrics.zips import ZipList
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM")  # of those names; Pillow has readers for many more
 MAX_PIXELS = 1 << 24  # 4096x4096; a few hundred kilobytes can unpack to gigapixels
 MAX_IMAGE_BYTES = 128 << 20  # of a file; the largest picture takes 96 MiB without compression
 _BROKEN: tuple[type[Exception], ...] = (*archives.BROKEN, Image.DecompressionBombError, MemoryError)
+MAX_SORTED, MAX_SORTED_TEXT = 300_000, 8 << 20  # images in a zip, and characters of their names; more take seconds
 _MAX_CLASSES = 1 << 20
-_NUMBER, _MAX_NUMBERS = re.compile("[0-9]+"), 16  # of a name
+_MAX_LABEL_BYTES, _LABEL_BYTES = 16 << 20, 32  # of a dataset.json, and for each image
 _READERS = 4  # threads that decode
 
 
 class ImageSet:
     """Images of a folder or a zip file, in the natural order of their names (seed2 before seed10).
 
+    Zip files of more than `MAX_SORTED` images, or with very long names, keep their own order.
+
     Args:
         path: Folder, searched with its subfolders, or zip file.
 
     Attributes:
         names: Names of the images, relative to the path.
-        classes: int64 [N] from dataset.json, or None.
 
     Raises:
-        ValueError: There are no images, or dataset.json does not fit them.
+        ValueError: There are no images.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        self._archive: zipfile.ZipFile | None = None
-        if path.is_dir():
-            names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
-        else:
-            check_readable_file(path)  # a pipe or a device would never end
-            try:
-                archives.check_images(path)
-                self._archive = zipfile.ZipFile(path)
-                names = [name for name in self._archive.namelist() if not name.endswith("/")]
-            except Refused as error:
-                raise ValueError(f"{path} {error}") from None
-            except archives.BROKEN:
-                raise ValueError(f"{path} is a broken or cut-off zip archive; expected one of images") from None
-        self.names = sorted((name for name in names if name.lower().endswith(SUFFIXES)), key=_natural)
+        try:
+            if path.is_dir():
+                self._files: FolderList | ZipList = FolderList(path)
+            else:
+                check_readable_file(path)  # a pipe or a device would never end
+                self._files = ZipList(path)
+        except Refused as error:
+            raise ValueError(f"{path} {error}") from None
+        names = self._files.names
+        entries = [index for index, name in enumerate(names) if name.lower().endswith(SUFFIXES)]
+        self._entries = entries  # of the images, among all files
+        self.names = [names[index] for index in entries] if len(entries) < len(names) else names
+        short = len(self.names) <= MAX_SORTED and sum(map(len, self.names)) <= MAX_SORTED_TEXT
+        if short or isinstance(self._files, FolderList):
+            order = natural_order(self.names)
+            self._entries, self.names = [entries[index] for index in order], [self.names[index] for index in order]
         if not self.names:
             raise ValueError(f"{path} holds no images; expected files ending in {', '.join(SUFFIXES[:3])} …")
-        self.classes = self._read_classes(names)
+
+    @cached_property
+    def classes(self) -> torch.Tensor | None:
+        """Of the images, int64 [N], from dataset.json, or None.
+
+        Raises:
+            ValueError: dataset.json does not fit the images.
+        """
+        return self._read_classes()
 
     def __len__(self) -> int:
         return len(self.names)
 
     def sha256(self) -> str:
         """Checksum of the zip file, or, for a folder, over the names and contents of its images."""
-        if self._archive is not None:
+        if isinstance(self._files, ZipList):
             return sha256_of_file(self.path)
         digest = hashlib.sha256()
         for name in self.names:
@@ -90,15 +105,15 @@ class ImageSet:
             ValueError: It is broken, transparent or of a kind without defined grey levels.
         """
         name = shown(self.names[index])
-        where = f"{self.path}: {name}" if self._archive else f"{self.path / name}"
+        where = f"{self.path}: {name}" if isinstance(self._files, ZipList) else f"{self.path / name}"
         try:
-            picture = Image.open(io.BytesIO(self._bytes(self.names[index], MAX_IMAGE_BYTES)), formats=_FORMATS)
+            picture = Image.open(io.BytesIO(self._files.read(self._entries[index], MAX_IMAGE_BYTES)), formats=_FORMATS)
             if picture.width * picture.height > MAX_PIXELS:
                 size = f"{picture.width}x{picture.height} pixels"
-                raise _Unusable(f"has {size}; expected at most {MAX_PIXELS >> 20} million")
+                raise Refused(f"has {size}; expected at most {MAX_PIXELS >> 20} million")
             picture.load()
             pixels = _pixels(picture)
-        except _Unusable as error:
+        except Refused as error:
             raise ValueError(f"{where} {error}") from None
         except _BROKEN:
             raise ValueError(f"{where} is broken or no image") from None
@@ -115,23 +130,19 @@ class ImageSet:
                     classes = None if self.classes is None else self.classes[list(part[low:high])]
                     yield Batch(_stacked(images[low:high]), classes)
 
-    def _bytes(self, name: str, limit: int) -> bytes:
-        """A file of the set, of at most so many bytes."""
-        info = None if self._archive is None else self._archive.getinfo(name)
-        size = (self.path / name).stat().st_size if info is None else info.file_size
-        if size > limit:
-            raise _Unusable(f"has {size} bytes; expected at most {limit}")
-        if self._archive is None or info is None:
-            return (self.path / name).read_bytes()
-        return archives.read_member(self._archive, info, limit)
-
-    def _read_classes(self, names: list[str]) -> torch.Tensor | None:
-        member = next((name for name in names if name.rpartition("/")[2] == "dataset.json"), None)
+    def _read_classes(self) -> torch.Tensor | None:
+        parts = self.names[0].split("/")[:-1]
+        members = ("/".join([*parts[:depth], "dataset.json"]) for depth in range(len(parts) + 1))
+        member = next((member for member in members if member in self._files.names), None)
         if member is None:
             return None
         folder, listed = member.removesuffix("dataset.json"), shown(member)
         try:
-            labels = json.loads(self._bytes(member, (1 << 20) + 300 * len(self.names))).get("labels")
+            limit = _MAX_LABEL_BYTES + _LABEL_BYTES * len(self.names)
+            text = self._files.read(self._files.names.index(member), limit)
+            if text.count(b"[") + text.count(b"{") > 4 * len(self.names) + 1000:
+                raise Refused("many more lists than images")  # of which each takes a hundred bytes
+            labels = json.loads(text).get("labels")
         except _BROKEN:
             raise ValueError(f"{self.path}: {listed} is broken; expected a table with 'labels'") from None
         if labels is None:
@@ -150,6 +161,20 @@ class ImageSet:
                     f"expected a number from 0, below {_MAX_CLASSES}, for every image"
                 )
         return torch.tensor(found, dtype=torch.int64)
+
+
+class FolderList:
+    """What a folder and its subfolders hold; links to folders are not followed. See `ZipList`."""
+
+    def __init__(self, path: Path):
+        self._path, self.names = path, list(_files(str(path), ""))
+
+    def read(self, index: int, limit: int) -> bytes:
+        """The contents of a file, of at most so many bytes."""
+        path = self._path / self.names[index]
+        if (size := path.stat().st_size) > limit:
+            raise Refused(f"has {size} bytes; expected at most {limit}")
+        return path.read_bytes()
 
 
 class SampleArray:
@@ -201,25 +226,21 @@ class SampleArray:
                 raise ValueError(f"{self.path} is damaged: not all of its {len(self)} images can be read") from None
 
 
-class _Unusable(ValueError):
-    """An image that is whole, but cannot be measured."""
-
-
 def _pixels(picture: Image.Image) -> np.ndarray:
     if picture.mode in ("LA", "RGBA", "PA", "La", "RGBa") or "transparency" in picture.info:
         picture = picture.convert("LA" if picture.mode in ("L", "LA", "La") else "RGBA")
         if np.asarray(picture.getchannel("A")).min() < 255:
-            raise _Unusable("has transparent pixels; expected opaque images")
+            raise Refused("has transparent pixels; expected opaque images")
         picture = picture.convert("L" if picture.mode == "LA" else "RGB")
     if picture.mode == "1":
         picture = picture.convert("L")
     if picture.mode.startswith("I"):
         values = np.asarray(picture).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
-            raise _Unusable("has grey levels beyond 16 bits; expected 8 or 16 bits a channel")
+            raise Refused("has grey levels beyond 16 bits; expected 8 or 16 bits a channel")
         return (values >> 8).astype(np.uint8)[None]
     if picture.mode == "F":
-        raise _Unusable("has floating-point grey levels; expected 8 or 16 bits a channel")
+        raise Refused("has floating-point grey levels; expected 8 or 16 bits a channel")
     if picture.mode not in ("L", "RGB"):
         picture = picture.convert("RGB")
     pixels = np.array(picture)
@@ -239,11 +260,11 @@ def _stacked(images: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack([image.expand(channels, -1, -1) for image in images])
 
 
-def _natural(name: str) -> str:
-    """For sorting, the first numbers by their value: by how many digits they have, then by these."""
-    return _NUMBER.sub(_digits, name, count=_MAX_NUMBERS)
-
-
-def _digits(number: re.Match[str]) -> str:
-    digits = number[0].lstrip("0")
-    return f"\0{len(digits):05d}{digits}"  # \0, which no name has, sorts before any text that may be there instead
+def _files(folder: str, name: str) -> Iterator[str]:
+    """Names of the files in a folder, which is called `name` or is at the top."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _files(entry.path, f"{name}{entry.name}/")
+            elif entry.is_file():
+                yield name + entry.name

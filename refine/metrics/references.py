@@ -26,11 +26,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from refine.checkpoints import archives, load_generator, peek, resolve
+from refine.checkpoints import archives, load_generator, resolve
 from refine.checkpoints.foreign.diffusers_folder import find_weights
 from refine.checkpoints.pickles.inert import Refused
 from refine.checkpoints.sniff import Sniffed, sniff
 from refine.checkpoints.sources.fetch import cache_dir
+from refine.checkpoints.teachers import TeacherSource
 from refine.dnnlib import distrust, keep_from_others, make_folder, replaced_atomically, sha256_of_file
 from refine.errors import describe_os_error
 from refine.metrics.bank import Bank, describe_bank, teacher_bank
@@ -49,6 +50,10 @@ MAX_FEATURE_BYTES = 1 << 30
 REFERENCE_SEED = 1 << 31
 MAX_WIDTH = 8192  # features; detectors in use have up to 4096
 _ROUNDING = 1e-5
+_EDM2_PARTS = {  # of its pickles, one for each feature space
+    "fid": "Inception's features (fid)",
+    "fd_dinov2": "those of DINOv2's vitl14, resized in the mode torch (fd_dinov2)",
+}
 _CACHE_VERSION = 1
 _STATISTICS = "statistics (.npz with mu and sigma, a StyleGAN or torch-fidelity cache), images (folder, zip, .npz of"
 EXPECTED = f"{_STATISTICS} samples), a generator, or a teacher"
@@ -136,12 +141,14 @@ class NotDrawn(Exception):
 
 
 def load_reference(
-    path_or_name: str | os.PathLike, detector: Detector | None = None, looking: Looking | None = None
+    path_or_name: str | os.PathLike | TeacherSource,
+    detector: Detector | None = None,
+    looking: Looking | None = None,
 ) -> Reference:
     """Reads a reference; nothing in a file is executed.
 
     Args:
-        path_or_name: A file, folder, URL, or a name of pretrained/index.toml.
+        path_or_name: A file, folder, URL, or a name of pretrained/index.toml; or a teacher.
         detector: Needed where the reference is images, a generator or a teacher; otherwise what it is checked against.
         looking: How such images are looked at. None = the defaults.
 
@@ -150,6 +157,8 @@ def load_reference(
         NotDrawn: See `Looking`.
     """
     try:
+        if isinstance(path_or_name, TeacherSource):
+            return _of_teacher(path_or_name, detector, looking or Looking())
         return _load(path_or_name, detector, looking or Looking())
     except MemoryError:
         raise ValueError(f"reference {path_or_name} asks for more memory than there is") from None
@@ -259,13 +268,13 @@ def _from_checkpoint(path: Path, found: Sniffed, detector: Detector | None, look
         value = None
         with contextlib.suppress(ValueError):  # what cannot be read as plain arrays is perhaps a generator
             value = read_stored(path, EXPECTED)
-        if (reference := _from_table(path, value)) is not None:
+        if (reference := _from_table(path, value, detector)) is not None:
             return reference
     try:
         G = load_generator(path)
     except ValueError as error:
         if holds_teacher(path):
-            return _of_teacher(path, detector, looking)
+            return _of_teacher(TeacherSource.of(path), detector, looking)
         raise ValueError(f"reference {path} is {found.description}; expected {EXPECTED} ({error})") from None
     return _of_generator(G, path, detector, looking)
 
@@ -279,7 +288,7 @@ def _is_network(folder: str) -> bool:
     return True
 
 
-def _from_table(path: Path, value: Any) -> Reference | None:
+def _from_table(path: Path, value: Any, detector: Detector | None) -> Reference | None:
     """A reference from a table of arrays, or from features alone; None if the value is neither."""
     if isinstance(value, torch.Tensor) and value.ndim == 2 and value.is_floating_point() and len(value) >= 2:
         _check_width(path, value.shape[1])
@@ -287,8 +296,12 @@ def _from_table(path: Path, value: Any) -> Reference | None:
         return _from_statistics(path, statistics, "torch-fidelity features")
     if not isinstance(value, dict):
         return None
-    if isinstance(value.get("fid"), dict):  # EDM2: one table for each feature space
-        value = {"num": value.get("num_images"), **value["fid"]}
+    if any(isinstance(value.get(part), dict) for part in _EDM2_PARTS):
+        part = getattr(detector, "edm2_part", "fid")
+        if not isinstance(value.get(part), dict):
+            found = " and ".join(text for part, text in _EDM2_PARTS.items() if isinstance(value.get(part), dict))
+            raise ValueError(f"reference {path} is of {found}; found the detector {getattr(detector, 'name', None)}")
+        value = {"num": value.get("num_images"), **value[part]}
     arrays: dict[str, np.ndarray] = {k: item.numpy() for k, item in value.items() if isinstance(item, torch.Tensor)}
     if isinstance(value.get("num"), int):
         arrays["num"] = np.asarray(value["num"])
@@ -358,9 +371,9 @@ def _of_generator(G: Generator, path: Path, detector: Detector | None, looking: 
     return replace(reference, sha256=sha256_of_file(path), form=f"generator, {looking.num} images", is_drawn=True)
 
 
-def _of_teacher(path: Path, detector: Detector | None, looking: Looking) -> Reference:
+def _of_teacher(source: TeacherSource, detector: Detector | None, looking: Looking) -> Reference:
     if detector is None:
-        raise NeedsDetector(f"reference {path} is a teacher, whose images need a detector to be looked at")
+        raise NeedsDetector(f"reference {source.name} is a teacher, whose images need a detector to be looked at")
     if not looking.draw:
         raise NotDrawn
     banks: list[Bank] = []
@@ -368,15 +381,15 @@ def _of_teacher(path: Path, detector: Detector | None, looking: Looking) -> Refe
     def batches() -> Iterator[Batch]:  # the bank is drawn here and now: all processes together, and in this thread
         how: dict[str, Any] = {"batch": looking.batch, "device": looking.device, "progress": looking.progress}
         how["choice"] = looking.sampler
-        banks.append(teacher_bank(path, looking.bank, cache=looking.cache, **how))
+        banks.append(teacher_bank(source, looking.bank, cache=looking.cache, **how))
         return banks[0].batches(looking.batch, my_share(range(looking.bank), looking.batch))
 
-    settings, _ = looking.sampler.resolve(peek(path, "teacher"))
-    content = f"{describe_bank(path, looking.bank, settings)} {looking.batch}"
+    settings, _ = looking.sampler.resolve(source.info())
+    content = f"{describe_bank(source, looking.bank, settings)} {looking.batch}"
     classes = lambda: banks[0].classes  # noqa: E731
-    reference = _cached(path, content, looking.bank, batches, detector, looking, classes)
-    form = f"teacher, {looking.bank} images, {settings.describe()}"
-    return replace(reference, sha256=sha256_of_file(path), form=form, is_teacher=True, is_drawn=True)
+    reference = _cached(source.path, content, looking.bank, batches, detector, looking, classes)
+    form = f"teacher{source.guided_words}, {looking.bank} images, {settings.describe()}"
+    return replace(reference, sha256=source.identity, form=form, is_teacher=True, is_drawn=True)
 
 
 def _cached(

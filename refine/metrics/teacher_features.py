@@ -67,7 +67,7 @@ class TeacherDetector:
     def _means(self, images: torch.Tensor) -> list[torch.Tensor]:
         return self.teacher.encode(self._from_uint8(images), SIGMA)
 
-    def note(self, shape: Sequence[int]) -> str | None:
+    def image_note(self, shape: Sequence[int]) -> str | None:
         """What is done to images [C, H, W] that are not the teacher's own, for people."""
         size, channels = self.teacher.img_resolution, self.teacher.img_channels
         bridge = plan_bridge((shape[-1], shape[0], 0), (size, channels, 0))

@@ -156,3 +156,14 @@ class Preconditioner(Denoiser, MixedPrecision):
                 f"({len(x)}, {self.label_dim})."
             )
         return class_labels.to(x.device, torch.float32)
+
+
+def class_indices(class_labels: torch.Tensor) -> torch.Tensor:
+    """One-hot rows as indices (N,), for a network that knows no missing label.
+
+    Raises:
+        ValueError: a row is empty.
+    """
+    if not (class_labels.is_meta or (class_labels.amax(dim=1) > 0).all()):
+        raise ValueError("this network was trained with classes only: every image needs one in class_labels.")
+    return class_labels.argmax(dim=1)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from refine.networks import ddpm, edm, edm2
+from refine.networks import adm, ddpm, edm, edm2
 from refine.networks.bases import Denoiser, Generator, TrainingRate, records_init_kwargs
 from refine.networks.denoiser import Preconditioner
 
@@ -18,6 +18,7 @@ DENOISERS: dict[str, Callable[..., Preconditioner]] = {
         *((edm, cls) for cls in (edm.EDMPrecond, edm.VPPrecond, edm.VEPrecond, edm.iDDPMPrecond)),
         (edm2, edm2.Precond),
         (ddpm, ddpm.DDPMPrecond),
+        *((adm, cls) for cls in (adm.ADMPrecond, adm.CMPrecond)),
     )
 }
 

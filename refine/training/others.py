@@ -6,6 +6,7 @@ import torch
 from tqdm import tqdm
 
 from refine.bridge import Bridge
+from refine.checkpoints.teachers import TeacherSource
 from refine.images import to_uint8
 from refine.metrics.bank import teacher_bank
 from refine.metrics.image_sets import ImageSet
@@ -15,13 +16,13 @@ from refine.training.adversary import Others
 MAX_BYTES = 4 << 30  # of images that are kept in memory, as the teacher takes them
 
 
-def images_of_teacher(teacher: Path, num: int, bridge: Bridge, device: torch.device) -> Others:
+def images_of_teacher(teacher: Path | TeacherSource, num: int, bridge: Bridge, device: torch.device) -> Others:
     """A bank of the teacher: the run stays free of data.
 
     Where it is too small to hold every class, the critic does not look at labels.
 
     Args:
-        teacher: The teacher's file.
+        teacher: The teacher, or its file.
         num: Number of images.
         bridge: Says which classes student and teacher have.
         device: Where images are drawn and kept.

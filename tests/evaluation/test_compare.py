@@ -248,7 +248,7 @@ def test_larger_images_are_reduced_and_that_is_said(files, tmp_path, capsys):
     said = "64x64 images are reduced to 32x32 (Lanczos)"
     assert code == 0 and f"note: the detector digits: {said}" in err
     results = json.loads((tmp_path / "out" / "comparison.json").read_text())
-    assert said in results["detector"]["note"] and any(said in note for note in results["notes"])
+    assert said in results["detector"]["image_note"] and any(said in note for note in results["notes"])
     assert said in (tmp_path / "out" / "report.html").read_text()
 
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from refine.checkpoints.native import save_networks
+from refine.checkpoints.teachers import TeacherSource
+from refine.dnnlib import sha256_of_file
 from refine.metrics import bank, named
 from refine.metrics.bank import BANK_SEED, teacher_bank
 from refine.metrics.detectors import INCEPTION_SPACE, load_detector, space_of_results
@@ -92,7 +94,7 @@ def test_a_larger_bank_begins_with_the_smaller_one(cache, teacher, evaluations):
 @pytest.mark.parametrize("fault", ["half", "other", "shape", "classes", "writable"])
 def test_a_broken_part_is_told_and_drawn_again(cache, teacher, capsys, evaluations, fault):
     whole = draw(teacher)
-    place = bank._place(bank.sha256_of_file(teacher), range(BANK_SEED, BANK_SEED + 8), SamplerSettings(2))
+    place = bank._place(sha256_of_file(teacher), range(BANK_SEED, BANK_SEED + 8), SamplerSettings(2))
     arrays = {"images": whole.images[:8].numpy(), "classes": whole.classes[:8].numpy()}
     if fault == "half":
         place.write_bytes(place.read_bytes()[:200])
@@ -136,13 +138,14 @@ def test_a_cache_that_cannot_be_written_is_told_once(cache, teacher, capsys):
 
 
 def test_every_setting_of_the_sampler_tells_banks_apart(cache, teacher):
-    usual = bank.describe_bank(teacher, 20, SamplerSettings())
+    source = TeacherSource.of(teacher)
+    usual = bank.describe_bank(source, 20, SamplerSettings())
     changed = {"steps": 17, "rho": 6.0, "sigma_min": 0.003, "sigma_max": 70.0}
     changed |= {"S_churn": 1.0, "S_min": 0.1, "S_max": 9.0, "S_noise": 1.1}
-    keys = {bank.describe_bank(teacher, 20, SamplerSettings(**{name: value})) for name, value in changed.items()}
+    keys = {bank.describe_bank(source, 20, SamplerSettings(**{name: value})) for name, value in changed.items()}
     assert len(keys | {usual}) == len(changed) + 1
     # what was drawn before there were settings to choose is found again
-    assert usual == json.dumps([1, bank.sha256_of_file(teacher), BANK_SEED, 20, 18])
+    assert usual == json.dumps([1, sha256_of_file(teacher), BANK_SEED, 20, 18])
     noisy = draw(teacher, num=8, choice=steps(2, S_churn=1.4))
     assert not torch.equal(noisy.images, draw(teacher, num=8).images)
 
@@ -204,7 +207,7 @@ def test_a_teacher_as_a_reference(cache, teacher, evaluations):
     looking = Looking(batch=4, bank=20)
     reference = load_reference(teacher, PixelDetector(), looking)
     assert reference.is_teacher and reference.num == 20 and reference.form == "teacher, 20 images, 18 Heun steps"
-    assert reference.sha256 == bank.sha256_of_file(teacher) and len(reference.classes) == 20
+    assert reference.sha256 == sha256_of_file(teacher) and len(reference.classes) == 20
     asked = len(evaluations)
     again = load_reference(teacher, PixelDetector(), looking)
     assert torch.equal(again.mu, reference.mu) and torch.equal(again.classes, reference.classes)
@@ -246,7 +249,7 @@ def test_a_score_without_reference_draws_nothing(cache, teacher, monkeypatch, ev
 
 def test_the_teacher_as_the_detector(cache, teacher):
     detector = load_detector(teacher)
-    digest = bank.sha256_of_file(teacher)
+    digest = sha256_of_file(teacher)
     assert detector.space == f"teacher-{digest[:8]}" and detector.sha256 == digest and detector.fid_basis is None
     images = torch.randint(256, [3, 1, 8, 8], dtype=torch.uint8)
     features = detector(images)

@@ -147,8 +147,8 @@ def test_what_is_no_detector_is_told(tmp_path, root):
 def test_digits_detector_sees_larger_images_reduced_and_says_so():
     detector = load_detector("digits")
     small = torch.randint(0, 256, [3, 1, 32, 32], dtype=torch.uint8)
-    assert detector.note([1, 32, 32]) is None
-    assert detector.note([1, 64, 64]).startswith("64x64 images are reduced to 32x32")
+    assert detector.image_note([1, 32, 32]) is None
+    assert detector.image_note([1, 64, 64]).startswith("64x64 images are reduced to 32x32")
     for wrong in (small.expand(-1, 3, -1, -1), small[..., :16, :16], small[..., :16], small.float()):
         with pytest.raises(ValueError, match="grey digits, or larger ones by a whole factor"):
             detector(wrong)

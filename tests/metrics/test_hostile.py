@@ -12,10 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from refine.checkpoints import archives
 from refine.metrics import references
 from refine.metrics.detectors import load_detector
-from refine.metrics.image_sets import ImageSet
+from refine.metrics.image_sets import MAX_SORTED, ImageSet
 from refine.metrics.references import Looking, load_reference
 from tests.limits import outcome, zip_of
 from tests.metrics.networks import PixelDetector
@@ -180,21 +179,31 @@ def test_members_of_many_megabytes(tmp_path):
     assert "dataset.json is broken" in outcome(read, path)
 
 
-def test_zips_of_more_files_than_there_can_be_images(tmp_path):
-    """The limit on what takes 10 µs and a kilobyte of memory each, whatever the archive says that their number is."""
+@pytest.mark.parametrize("count", [820_000, MAX_SORTED])
+def test_zips_of_as_many_files_as_there_can_be_images(count, tmp_path):
+    """At the limits on what takes a microsecond each, or two where it is sorted, whatever the archive says they are."""
+    order = np.random.RandomState(0).permutation(count).tolist()
+    sort = count == MAX_SORTED
 
     def whole_set(path):
-        assert len(ImageSet(path)) == 100_000
+        images = ImageSet(path)
+        assert len(images) == count and images.names[-1] == f"a{count - 1 if sort else order[-1]}b1c2.png"
 
-    images = (b"%05d/img%08d.png" % (index // 1000, index) for index in range(100_000))
-    assert outcome(whole_set, zip_of(tmp_path / "a.zip", images)) == ""
-    for names in (
-        [b"x.png"] * 110_000,
-        [b"x.png"] * 1_000_000,
-        [b"x" * 65_000] * 1600,
-    ):  # the last 100 MB by their names
-        assert "entries in" in outcome(ImageSet, zip_of(tmp_path / "b.zip", names))
-    archives.check_images(zip_of(tmp_path / "c.zip", [b"x.png"] * 400_000, filler=1 << 30))  # of room for so many
+    path = zip_of(tmp_path / "a.zip", [b"a%db1c2.png" % index for index in order])
+    assert outcome(whole_set, path) == ""
+
+
+def test_zips_of_more_files_than_there_can_be_images(tmp_path):
+    for names, filler in (([b"x.png"] * 830_000, 0), ([b"x.png"] * 890_000, 1 << 30), ([b"x" * 65_000] * 1600, 0)):
+        refusal = outcome(ImageSet, zip_of(tmp_path / "b.zip", names, filler=filler))  # the last: names of 100 MB
+        assert "entries" in refusal and "or a folder" in refusal
+
+
+def test_labels_that_take_memory(tmp_path):
+    """A dataset.json that is much longer than labels are, and one of lists in lists."""
+    for text in (b'{"labels": [' + b"1.5," * (5 << 20), b'{"labels": [' + b"[[[[[[[[]]]]]]]]," * 100_000):
+        path = image_zip(tmp_path / "x.zip", a_png=png(4, 4), b_png=png(4, 4), dataset_json=text + b"0]}")
+        assert "dataset.json" in outcome(read, path)
 
 
 def test_names_of_many_numbers(tmp_path):

@@ -100,7 +100,7 @@ def test_nvidias_data_set(tmp_path):
 )
 def test_labels_that_do_not_fit(tmp_path, labels, message):
     with pytest.raises(ValueError, match=message):
-        ImageSet(data_set(tmp_path / "d.zip", pictures(2), labels))
+        _ = ImageSet(data_set(tmp_path / "d.zip", pictures(2), labels)).classes
 
 
 def test_the_bad_image_of_a_zip_is_named(tmp_path):

@@ -45,6 +45,12 @@ def space(monkeypatch, tmp_path):
         ("pr5k3-digits", 5000, "precision", "higher", "digits"),
         ("is5k-digits", 5000, "is_pixels", "higher", "digits"),
         ("fdinf5k-digits", 5000, "fdinf_pixels", "lower", "digits"),
+        ("dc50k5_full", 50_000, "density", "higher", INCEPTION_SPACE),
+        ("kidsub50k_full", 50_000, "kidsub", "lower", INCEPTION_SPACE),
+        ("kidsub5k-digits", 5000, "kidsub_pixels", "lower", "digits"),
+        ("mmd50k_full", 50_000, "mmd", "lower", INCEPTION_SPACE),
+        ("mmd5k-digits", 5000, "mmd_pixels", "lower", "digits"),
+        ("sliced5k-digits", 5000, "sliced_pixels", "lower", "digits"),
         ("fd5k-/a/b/my-net.pt", 5000, "fd_pixels", "lower", "/a/b/my-net.pt"),
     ],
 )
@@ -55,7 +61,11 @@ def test_names(space, name, num, key, direction, detector):
 
 
 @pytest.mark.parametrize(
-    "name", ["fid40-digits", "fd40-digits", "kid40-digits", "pr40-digits", "is40-digits", "fdinf40-x"]
+    "name",
+    [
+        *("fid40-digits", "fd40-digits", "kid40-digits", "pr40-digits", "is40-digits", "fdinf40-x"),
+        *("dc40-digits", "kidsub40-digits", "mmd40-digits", "sliced40-x"),
+    ],
 )
 def test_measured_under_its_key(space, name):
     if name.startswith("fid"):

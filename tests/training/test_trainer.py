@@ -192,7 +192,7 @@ def test_states_hold_what_they_always_held(tmp_path):
     training = make_run(tmp_path, average="ema")
     run(training)
     state = load_training_state(tmp_path / "training-state-000000.024.pt")
-    later = {"start_recall", "recall_lost", "rollbacks", "files", "averages", "steps"}
+    later = {"start_recall", "recall_lost", "rollbacks", "files", "averages", "steps", "pace"}
     assert set(state) == later | {
         *("networks", "student_optimizer", "aux_optimizer", "rng", "cuda_rng", "nimg", "warmup_steps_done"),
         *("loss_scales", "skips", "means", "config", "elapsed", "begun", "tick_start", "best", "since_best"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,23 @@ from refine.checkpoints.sniff import sniff
 
 
 @contextmanager
-def open_container(path: str | os.PathLike, expected: str | None = None, **options: Any) -> Iterator[Container]:
+def open_container(
+    path: str | os.PathLike, expected: str | None = None, kwargs: Mapping[str, Any] | None = None, **options: Any
+) -> Iterator[Container]:
     """Opens a pickle, a `.pt`, `.npz` or safetensors file of another program, for as long as the block lasts.
 
     Args:
         path: The file.
         expected: What a refusal says was expected instead. None = every kind of file that can be read.
+        kwargs: How its networks are built, for files that do not tell it all: init kwargs of a plain state dict (see
+            `state_dicts`), or the options of the program that a `.pt` comes from (see `adm`).
         **options: `init_kwargs` and `class_name` of a plain state dict, see `state_dicts`.
 
     Raises:
         ValueError: the file is broken or none of those; one sentence says what it is and what was expected.
     """
     found, expected = sniff(path), expected or EXPECTED
-    openers = {
+    openers: dict[str, Any] = {
         "pickle": raw_pickle.open_pickle,
         "torch": torch_save.open_zip,
         "npz": state_dicts.open_npz,
@@ -35,11 +39,21 @@ def open_container(path: str | os.PathLike, expected: str | None = None, **optio
     if found.kind not in openers:
         raise ValueError(f"{path} is {found.description}; expected {expected}")
     with open(path, "rb") as stream:
-        given = options if found.kind in ("npz", "safetensors") else {}
-        yield openers[found.kind](Path(path), stream, expected, **given)
+        if found.kind in ("npz", "safetensors"):
+            yield openers[found.kind](Path(path), stream, expected, **options, **_init_kwargs(kwargs))
+            return
+        container = openers[found.kind](Path(path), stream, expected, kwargs)
+        if kwargs is not None and not container.takes_kwargs:
+            raise ValueError(f"{path} is {container.family}, which tells how its networks are built; {NO_KWARGS}")
+        yield container
 
 
+def _init_kwargs(kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {} if kwargs is None else {"init_kwargs": kwargs}
+
+
+NO_KWARGS = "expected no --teacher-kwargs"
 EXPECTED = (
     "a StyleGAN2, EDM or EDM2 pickle, a legacy TensorFlow pickle of StyleGAN2, a rosinality .pt, "
-    "or a file of this toolkit"
+    "a guided-diffusion or consistency_models .pt, or a file of this toolkit"
 )

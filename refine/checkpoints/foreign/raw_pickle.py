@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,14 +15,14 @@ from refine.checkpoints.pickles.machine import Machine
 _LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a pickle of torch.save's old magic number
 
 
-def open_pickle(path: Path, stream: BinaryIO, expected: str) -> Container:
-    """The networks of a raw pickle.
+def open_pickle(path: Path, stream: BinaryIO, expected: str, kwargs: Mapping[str, Any] | None = None) -> Container:
+    """The networks of a raw pickle; for `kwargs` see `opening.open_container`.
 
     Raises:
         ValueError: it is broken, holds what is not allowed, or is of another family.
     """
     if is_legacy_torch(stream):
-        return torch_save.open_legacy(path, stream, expected)
+        return torch_save.open_legacy(path, stream, expected, kwargs)
     seen: list[str] = []
     rules = nvidia.rules(seen) | tensorflow.RULES
     machine = Machine(stream, os.fstat(stream.fileno()).st_size, rules)

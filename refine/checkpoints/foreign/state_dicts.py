@@ -48,10 +48,15 @@ def open_safetensors(path: Path, stream: BinaryIO, expected: str, **given: Any) 
         return _open_diffusers(path, stream, infos, from_diffusers)
     _check_arguments(path, metadata, given, "a safetensors file of another program", expected)
     with saying(str(path)):
-        return _container(path, stream, _refs(stream, infos), dict(metadata), "a plain safetensors file", given)
+        return _container(path, stream, tensor_refs(stream, infos), dict(metadata), "a plain safetensors file", given)
 
 
-def _refs(stream: BinaryIO, infos: Mapping[str, TensorInfo]) -> dict[str, TensorRef]:
+def tensor_refs(stream: BinaryIO, infos: Mapping[str, TensorInfo]) -> dict[str, TensorRef]:
+    """Where the tensors of a safetensors file are, by its header.
+
+    Raises:
+        Refused: one has an unusual dtype.
+    """
     refs = {}
     for name, info in infos.items():
         if info.dtype not in _DTYPES:
@@ -63,7 +68,7 @@ def _refs(stream: BinaryIO, infos: Mapping[str, TensorInfo]) -> dict[str, Tensor
 def _open_diffusers(path: Path, stream: BinaryIO, infos: Mapping[str, TensorInfo], init_kwargs: dict) -> Container:
     """The denoiser of a folder of diffusers, opened by its weights file."""
     with saying(str(path)):
-        refs = {diffusers_folder.our_name(name): ref for name, ref in _refs(stream, infos).items()}
+        refs = {diffusers_folder.our_name(name): ref for name, ref in tensor_refs(stream, infos).items()}
         network = FileNetwork("ddpm.DDPMPrecond", plain(init_kwargs), refs)
         return Container(path, stream, "a UNet2DModel of diffusers", {"ema": ("teacher", lambda: network)})
 

@@ -1,13 +1,14 @@
 """Opens what torch.save writes: its zip format, and the stream format from before torch 1.6.
 
 Both go through the same machine as all pickles; torch.load is not used. What the tables in such files mean is for
-`rosinality` to say.
+`rosinality` and `adm` to say.
 """
 
 from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,7 +16,7 @@ from typing import Any, BinaryIO
 import torch
 
 from refine.checkpoints import archives
-from refine.checkpoints.foreign import nvidia, rosinality
+from refine.checkpoints.foreign import adm, nvidia, rosinality
 from refine.checkpoints.foreign.container import Container, saying
 from refine.checkpoints.pickles.inert import Blob, Buildable, Refused, Stub, Text, shown
 from refine.checkpoints.pickles.machine import Machine
@@ -43,13 +44,17 @@ def _rules(seen: list[str]) -> dict[str, Stub]:
 # The two containers of torch.save.
 
 
-def open_zip(path: Path, stream: BinaryIO, expected: str) -> Container:
+def open_zip(path: Path, stream: BinaryIO, expected: str, kwargs: Mapping[str, Any] | None = None) -> Container:
     """The networks of a `.pt` in torch.save's zip format.
+
+    Args:
+        path, stream, expected: As for `read_zip`.
+        kwargs: See `opening.open_container`.
 
     Raises:
         ValueError: it is broken, holds what is not allowed, or is of another family.
     """
-    return _container(path, stream, *read_zip(path, stream, expected), expected)
+    return _container(path, stream, *read_zip(path, stream, expected), expected, kwargs)
 
 
 def read_zip(path: Path, stream: BinaryIO, expected: str, budget: int | None = None) -> tuple[Any, list[str]]:
@@ -167,13 +172,13 @@ def _zip_entry(stream: BinaryIO, info: zipfile.ZipInfo, size: int) -> Blob:
     return Blob(stream, start, info.file_size)
 
 
-def open_legacy(path: Path, stream: BinaryIO, expected: str) -> Container:
-    """The networks of a `.pt` in the stream format of torch.save before torch 1.6.
+def open_legacy(path: Path, stream: BinaryIO, expected: str, kwargs: Mapping[str, Any] | None = None) -> Container:
+    """The networks of a `.pt` in the stream format of torch.save before torch 1.6; arguments as for `open_zip`.
 
     Raises:
         ValueError: it is broken, holds what is not allowed, or is of another family.
     """
-    return _container(path, stream, *read_legacy(path, stream, expected), expected)
+    return _container(path, stream, *read_legacy(path, stream, expected), expected, kwargs)
 
 
 def read_legacy(path: Path, stream: BinaryIO, expected: str) -> tuple[Any, list[str]]:
@@ -241,11 +246,17 @@ def _unpickle(path: Path, machine: Machine, seen: list[str], expected: str) -> A
 # What is in it.
 
 
-def _container(path: Path, stream: BinaryIO, value: Any, seen: list[str], expected: str) -> Container:
+def _container(
+    path: Path, stream: BinaryIO, value: Any, seen: list[str], expected: str, kwargs: Mapping[str, Any] | None
+) -> Container:
     with saying(str(path)):
         members = rosinality.members(value)
+        diffusion = adm.members(value, path, kwargs)
+    if diffusion is not None:
+        return Container(path, stream, *diffusion, takes_kwargs=True)
     if members is None:
-        raise ValueError(f"{path} is {_family(value, seen)}; expected {expected}")
+        named = adm.family(value, path) or _family(value, seen)
+        raise ValueError(f"{path} is {named}; expected {expected}")
     return Container(path, stream, rosinality.FAMILY, members)
 
 
