@@ -53,7 +53,9 @@ class Guided(Denoiser):
         """Denoise, see `Denoiser.forward`; class_labels None = no guidance."""
         if class_labels is None:
             return self.teacher(x, sigma)
-        sigma = torch.as_tensor(sigma, device=x.device).reshape(-1, 1, 1, 1).expand(len(x), -1, -1, -1)
+        if not isinstance(sigma, torch.Tensor):
+            sigma = torch.full([], sigma, device=x.device)
+        sigma = sigma.to(x.device).reshape(-1, 1, 1, 1).expand(len(x), -1, -1, -1)
         class_labels = class_labels.expand(len(x), -1)
         # one batch of both: no larger peak than aux's own backward pass, and half the launches
         twice = self.teacher(

@@ -9,7 +9,7 @@
     sources/      where files come from: index.py, short names of shipped and of published files and their checksums;
                   fetch.py, a URL to a file in the cache; custom.py, generators that a function of the user's own makes
     foreign/      files of other programs: opening.py finds the reader, container.py is what all of them give;
-                  nvidia.py (StyleGAN2-ADA, EDM, EDM2), tensorflow.py, torch_save.py, rosinality.py,
+                  nvidia.py (StyleGAN2-ADA, EDM, EDM2), stylegan3.py, tensorflow.py, torch_save.py, rosinality.py,
                   adm.py (guided-diffusion, consistency_models), state_dicts.py, diffusers_folder.py
     pickles/      machine.py reads a pickle without running it; inert.py and tensors.py are what it reads
 
@@ -71,7 +71,8 @@ def load_generator(path_or_name: str | os.PathLike) -> Generator:
     Returns:
         Module in eval mode, float32, on the CPU, without gradients: `G(z, c)` → images, see
         `refine.networks.bases.Generator`. A StyleGAN2 is called as `G(z, c, truncation_psi=1.0, noise_mode='const')`,
-        too, and has the attributes w_dim, num_ws, mapping and synthesis.
+        too, a StyleGAN3 or StyleGAN-XL without a `noise_mode`; they have the attributes w_dim, num_ws, mapping and
+        synthesis.
 
     Raises:
         ValueError: the file cannot be used; one sentence says what it is and what was expected.
@@ -205,7 +206,8 @@ def _read_container(path: Path, kind: str, kwargs: Mapping[str, Any] | None, bui
 
 _PREFERRED = {"generator": "G_ema", "teacher": "ema"}
 _EXPECTED = {
-    "generator": "a generator: a StyleGAN2 pickle (PyTorch or TensorFlow), a rosinality .pt, or a file of this toolkit",
+    "generator": "a generator: a StyleGAN2 pickle (PyTorch or TensorFlow), a StyleGAN3 or StyleGAN-XL pickle, "
+    "a rosinality .pt, or a file of this toolkit",
     "teacher": "a teacher: an EDM or EDM2 pickle, a .pt of guided-diffusion or consistency_models, a UNet2DModel of "
     "diffusers, or a file of this toolkit",
 }

@@ -178,4 +178,8 @@ def _dtype(tensor: torch.Tensor) -> str:
 
 
 def _pairs(table: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in table.items())
+    def short(value: Any) -> Any:
+        tables = isinstance(value, list) and any(isinstance(item, dict) for item in value)
+        return f"({len(value)} entries)" if tables else value
+
+    return ", ".join(f"{key}={short(value)}" for key, value in table.items())

@@ -39,6 +39,8 @@ class NetworkClass:
 NETWORK_CLASSES: dict[str, NetworkClass] = {
     "stylegan2.Generator": NetworkClass("refine.networks.stylegan2", "Generator", "generator"),
     "stylegan2.Discriminator": NetworkClass("refine.networks.stylegan2", "Discriminator", "discriminator"),
+    "stylegan3.Generator": NetworkClass("refine.networks.stylegan3", "Generator", "generator"),
+    "stylegan_xl.Generator": NetworkClass("refine.networks.stylegan_xl", "Generator", "generator"),
     "one_step.OneStepGenerator": NetworkClass("refine.networks.one_step", "OneStepGenerator", "generator"),
     "edm.EDMPrecond": NetworkClass("refine.networks.edm", "EDMPrecond", "teacher"),
     "edm.VPPrecond": NetworkClass("refine.networks.edm", "VPPrecond", "teacher"),

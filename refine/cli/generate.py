@@ -26,7 +26,7 @@ def _parse_seeds(_ctx: click.Context, _param: click.Parameter, value: str) -> li
     help="A generator, a diffusion model, or a run folder, of which the best snapshot is taken.",
 )
 @click.option("--seeds", required=True, callback=_parse_seeds, metavar="LIST", help="One image each, e.g. 0-35,40.")
-@click.option("--outdir", required=True, metavar="DIR", help="Where seed0000.png … and grid.png go.")
+@click.option("--outdir", required=True, metavar="DIR", help="Where seed0000.png … go; a grid of them is DIR-grid.png.")
 @click.option(
     "--class", "class_index", type=click.IntRange(min=0), help="Class of all images.  [default: drawn per seed]"
 )
@@ -68,4 +68,4 @@ def command(
         teachers = TeacherOptions(guide, guidance, teacher_kwargs)
         paths = generate(**options, sampler=SamplerChoice(given), device=device, teachers=teachers)
         if distributed.is_main():
-            click.echo(f"{len(paths) - 1} images and grid.png in {paths[-1].parent}")
+            click.echo(f"{len(paths) - 1} images in {paths[0].parent}, a grid of them in {paths[-1]}")

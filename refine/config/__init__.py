@@ -264,6 +264,10 @@ class RefineConfig:
         "At every snapshot: fid50k_full, is50k, fd5k-<detector> …, or none. The detector teacher is --teacher itself.",
         changeable=True, aliases=("metric",), formerly=(),
     )
+    metrics_batch: int | None = option(
+        optional(count(1), "100, fewer above 256×256"), None, _MONITORING,
+        "Images that metrics make and look at at once, on each GPU.",
+    )
     ref: str | None = option(
         optional(text("FILE|NAME"), "none"), TEACHER, _MONITORING,
         "What metrics compare with: statistics (.npz), images, a network; teacher = images of --teacher, drawn once.",

@@ -1,4 +1,4 @@
-"""`generate.py --network=FILE --seeds=0-35`: images of a generator or a diffusion model as PNG files and a grid."""
+"""`generate.py --network=FILE --seeds=0-35`: images of a generator or a diffusion model as PNG files, and a grid."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def generate(
     progress: bool = True,
     teachers: TeacherOptions | None = None,
 ) -> list[Path]:
-    """Writes seed0000.png … and grid.png.
+    """Writes seed0000.png … into a folder, and a grid of them beside it, where it is not taken for one more image.
 
     Args:
         network: File or name of a generator or a diffusion model.
@@ -72,6 +72,7 @@ def generate(
         latents_of_seeds(seeds[:1], [1], side.num_classes, class_index)
     with option("--outdir"):
         folder = check_outdir(outdir)
+        grid = check_outdir(folder.resolve().parent) / f"{folder.resolve().name}-grid.png"
     if side.is_teacher and progress and rank_and_world()[0] == 0:
         print(f"note: {side.name} is sampled with {side.sampling}, {side.sampling_reason}", file=sys.stderr)
     paths = [folder / f"seed{seed:04d}.png" for seed in seeds]
@@ -90,8 +91,8 @@ def generate(
     whole = [image for part in gathered(shown) for image in part]
     if rank == 0:
         with option("--outdir"):
-            save_image_grid(folder / "grid.png", torch.stack(whole))
-    return [*paths, folder / "grid.png"]
+            save_image_grid(grid, torch.stack(whole))
+    return [*paths, grid]
 
 
 def _write(images: torch.Tensor, paths: Sequence[Path]) -> None:

@@ -30,6 +30,7 @@ from refine.metrics.pipeline import gathered, my_share, rank_and_world
 from refine.metrics.sampling import Batch, sample_teacher
 from refine.networks.bases import Denoiser
 from refine.networks.sampler_settings import SamplerChoice, SamplerSettings
+from refine.torch_utils.misc import exact_products
 
 #: Seeds of a bank begin here, far from those of generators, and from those of a generator that is a reference.
 BANK_SEED = 3 << 30
@@ -126,6 +127,7 @@ def _place(digest: str, seeds: range, settings: SamplerSettings) -> Path:
     return cache_dir() / "banks" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
 
 
+@exact_products()
 def _drawn(
     teacher: Denoiser, seeds: range, settings: SamplerSettings, batch: int, device: torch.device | str, bar: tqdm
 ) -> Bank:

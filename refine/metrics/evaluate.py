@@ -20,6 +20,7 @@ from refine.metrics.references import Reference
 from refine.metrics.registry import USUAL, chosen, rows_in
 from refine.metrics.sampling import Batch
 from refine.metrics.statistics import FeatureStatistics
+from refine.torch_utils.misc import exact_products
 
 
 @dataclass
@@ -61,6 +62,7 @@ def evaluate(
     return measure(batches, detector, reference, kinds).results
 
 
+@exact_products()
 def measure(
     batches: Iterable[Batch],
     detector: Detector,

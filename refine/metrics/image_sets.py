@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import math
 import os
+import re
+import sys
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -26,19 +28,28 @@ from refine.checkpoints import archives
 from refine.checkpoints.pickles.inert import Refused, shown
 from refine.checkpoints.sniff import check_readable_file
 from refine.dnnlib import sha256_of_file
+from refine.errors import describe_os_error
+from refine.metrics import labels
 from refine.metrics.natural import natural_order
 from refine.metrics.sampling import Batch
 from refine.metrics.zips import ZipList
+from refine.torch_utils import distributed
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM")  # of those names; Pillow has readers for many more
+_HIDDEN = re.compile(r"(?:^|/)(?:__MACOSX/|\.(?!\.?/))")  # what begins with a dot, and what a Mac adds to its zips
 MAX_PIXELS = 1 << 24  # 4096x4096; a few hundred kilobytes can unpack to gigapixels
 MAX_IMAGE_BYTES = 128 << 20  # of a file; the largest picture takes 96 MiB without compression
 _BROKEN: tuple[type[Exception], ...] = (*archives.BROKEN, Image.DecompressionBombError, MemoryError)
 MAX_SORTED, MAX_SORTED_TEXT = 300_000, 8 << 20  # images in a zip, and characters of their names; more take seconds
-_MAX_CLASSES = 1 << 20
-_MAX_LABEL_BYTES, _LABEL_BYTES = 16 << 20, 32  # of a dataset.json, and for each image
 _READERS = 4  # threads that decode
+_ORIENTATION = 0x0112  # of EXIF; 1 = upright
+_TRAITS = {
+    "turned": "say in their EXIF data that they are to be turned; they are taken as they are stored",
+    "moving": "hold several pictures; the first is taken",
+    "dark": "of 16 bits use at most 14 of them, and are nearly black, since the high byte is taken; "
+    "expected levels up to 65535",
+}
 
 
 class ImageSet:
@@ -57,7 +68,7 @@ class ImageSet:
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self._told = path, set[str]()
         try:
             if path.is_dir():
                 self._files: FolderList | ZipList = FolderList(path)
@@ -68,6 +79,10 @@ class ImageSet:
             raise ValueError(f"{path} {error}") from None
         names = self._files.names
         entries = [index for index, name in enumerate(names) if name.lower().endswith(SUFFIXES)]
+        if hidden := {index for index in entries if _is_hidden(names[index])}:
+            some = shown(names[min(hidden)])
+            _tell(f"{path}: {len(hidden)} hidden files are left out, of the names of images ({some})")
+            entries = [index for index in entries if index not in hidden]
         self._entries = entries  # of the images, among all files
         self.names = [names[index] for index in entries] if len(entries) < len(names) else names
         short = len(self.names) <= MAX_SORTED and sum(map(len, self.names)) <= MAX_SORTED_TEXT
@@ -77,14 +92,37 @@ class ImageSet:
         if not self.names:
             raise ValueError(f"{path} holds no images; expected files ending in {', '.join(SUFFIXES[:3])} …")
 
-    @cached_property
+    @property
     def classes(self) -> torch.Tensor | None:
-        """Of the images, int64 [N], from dataset.json, or None.
+        """Of the images, int64 [N], from dataset.json; None where there is none, or `no_classes` says why not."""
+        return self._labels[0]
 
-        Raises:
-            ValueError: dataset.json does not fit the images.
-        """
-        return self._read_classes()
+    @property
+    def no_classes(self) -> str | None:
+        """In words, why a dataset.json that is there gives no classes."""
+        return self._labels[1]
+
+    @cached_property
+    def _labels(self) -> tuple[torch.Tensor | None, str | None]:
+        parts = self.names[0].split("/")[:-1]
+        members = ("/".join([*parts[:depth], "dataset.json"]) for depth in range(len(parts) + 1))
+        member = next((member for member in members if member in self._files.names), None)
+        if member is None:
+            return None, None
+        folder = member.removesuffix("dataset.json")
+        names = [name.removeprefix(folder) for name in self.names] if folder else self.names
+        try:
+            limit = labels.MAX_BYTES + labels.BYTES_PER_IMAGE * len(names)
+            text = self._files.read(self._files.names.index(member), limit)
+            classes, named = labels.read_classes(text, names)
+        except (Refused, labels.Unusable, OSError) as error:
+            reason = f"{self.path}: {shown(member)} {describe_os_error(error) if isinstance(error, OSError) else error}"
+            _tell(f"no classes are used, because {reason}")
+            return None, reason
+        if named:
+            some = ", ".join(f"{number} = {shown(name)}" for number, name in enumerate(named[:3]))
+            _tell(f"{self.path}: classes are numbered by their names: {some}{' …' if len(named) > 3 else ''}")
+        return classes, None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -104,63 +142,51 @@ class ImageSet:
         Raises:
             ValueError: It is broken, transparent or of a kind without defined grey levels.
         """
+        return self._read(index)[0]
+
+    def batches(self, batch: int, indices: Sequence[int] | None = None) -> Iterator[Batch]:
+        """Images in batches of one size; where all of a batch are grey they have one channel, otherwise three."""
+        indices = range(len(self)) if indices is None else indices
+        traits: Counter[str] = Counter()
+        with ThreadPoolExecutor(_READERS) as pool:
+            for start in range(0, len(indices), batch):
+                part = indices[start : start + batch]
+                read = list(pool.map(self._read, part))
+                images = [image for image, _ in read]
+                traits.update(trait for _, found in read for trait in found)
+                for low, high in _equal_sizes(images):
+                    classes = None if self.classes is None else self.classes[list(part[low:high])]
+                    yield Batch(_stacked(images[low:high]), classes)
+        self._tell_traits(traits)
+
+    def _read(self, index: int) -> tuple[torch.Tensor, list[str]]:
+        """An image as `read` gives it, and what people should know of it: keys of `_TRAITS`."""
         name = shown(self.names[index])
         where = f"{self.path}: {name}" if isinstance(self._files, ZipList) else f"{self.path / name}"
         try:
-            picture = Image.open(io.BytesIO(self._files.read(self._entries[index], MAX_IMAGE_BYTES)), formats=_FORMATS)
+            data = self._files.read(self._entries[index], MAX_IMAGE_BYTES)
+            picture = Image.open(io.BytesIO(data), formats=_FORMATS)
             if picture.width * picture.height > MAX_PIXELS:
                 size = f"{picture.width}x{picture.height} pixels"
                 raise Refused(f"has {size}; expected at most {MAX_PIXELS >> 20} million")
+            traits = _traits(picture)
             picture.load()
             pixels = _pixels(picture)
         except Refused as error:
             raise ValueError(f"{where} {error}") from None
         except _BROKEN:
             raise ValueError(f"{where} is broken or no image") from None
-        return torch.from_numpy(pixels)
+        if "deep" in traits and pixels.max() < 64:
+            traits.append("dark")
+        return torch.from_numpy(pixels), traits
 
-    def batches(self, batch: int, indices: Sequence[int] | None = None) -> Iterator[Batch]:
-        """Images in batches of one size; where all of a batch are grey they have one channel, otherwise three."""
-        indices = range(len(self)) if indices is None else indices
-        with ThreadPoolExecutor(_READERS) as pool:
-            for start in range(0, len(indices), batch):
-                part = indices[start : start + batch]
-                images = list(pool.map(self.read, part))
-                for low, high in _equal_sizes(images):
-                    classes = None if self.classes is None else self.classes[list(part[low:high])]
-                    yield Batch(_stacked(images[low:high]), classes)
-
-    def _read_classes(self) -> torch.Tensor | None:
-        parts = self.names[0].split("/")[:-1]
-        members = ("/".join([*parts[:depth], "dataset.json"]) for depth in range(len(parts) + 1))
-        member = next((member for member in members if member in self._files.names), None)
-        if member is None:
-            return None
-        folder, listed = member.removesuffix("dataset.json"), shown(member)
-        try:
-            limit = _MAX_LABEL_BYTES + _LABEL_BYTES * len(self.names)
-            text = self._files.read(self._files.names.index(member), limit)
-            if text.count(b"[") + text.count(b"{") > 4 * len(self.names) + 1000:
-                raise Refused("many more lists than images")  # of which each takes a hundred bytes
-            labels = json.loads(text).get("labels")
-        except _BROKEN:
-            raise ValueError(f"{self.path}: {listed} is broken; expected a table with 'labels'") from None
-        if labels is None:
-            return None
-        try:
-            table = {folder + str(name): label for name, label in labels}
-        except (TypeError, ValueError):
-            raise ValueError(f"{self.path}: {listed} has labels that are not a list of [name, class]") from None
-        found = [table.get(name) for name in self.names]
-        if all(isinstance(label, list) for label in found):
-            return None  # labels that are vectors are no classes
-        for name, label in zip(self.names, found, strict=True):
-            if type(label) is not int or not 0 <= label < _MAX_CLASSES:
-                raise ValueError(
-                    f"{self.path}: {listed} has no class for {shown(name)}; "
-                    f"expected a number from 0, below {_MAX_CLASSES}, for every image"
-                )
-        return torch.tensor(found, dtype=torch.int64)
+    def _tell_traits(self, traits: Counter[str]) -> None:
+        """Once, and the first process what it saw."""
+        for trait, text in _TRAITS.items():
+            count = traits[trait]
+            if count and trait not in self._told and (trait != "dark" or count == traits["deep"]):
+                self._told.add(trait)
+                _tell(f"{self.path}: {count} images {text}")
 
 
 class FolderList:
@@ -224,6 +250,27 @@ class SampleArray:
                     yield Batch(torch.from_numpy(np.ascontiguousarray(data.transpose(0, 3, 1, 2))), None)
             except (zlib.error, zipfile.BadZipFile, EOFError, ValueError):
                 raise ValueError(f"{self.path} is damaged: not all of its {len(self)} images can be read") from None
+
+
+def _tell(text: str) -> None:
+    if distributed.is_main():
+        print(text, file=sys.stderr)
+
+
+def _is_hidden(name: str) -> bool:
+    return (name[0] == "." or "/." in name or "__MACOSX/" in name) and _HIDDEN.search(name) is not None
+
+
+def _traits(picture: Image.Image) -> list[str]:
+    """What `_TRAITS` is about, of a picture whose pixels are not yet read; 'deep' = of 16 bits a channel."""
+    traits = []
+    if "exif" in picture.info and picture.getexif().get(_ORIENTATION, 1) in range(2, 9):
+        traits.append("turned")
+    if getattr(picture, "is_animated", False):
+        traits.append("moving")
+    if picture.mode.startswith("I") or any("16" in str(tile[3]) for tile in getattr(picture, "tile", ())):
+        traits.append("deep")
+    return traits
 
 
 def _pixels(picture: Image.Image) -> np.ndarray:

@@ -43,6 +43,7 @@ from refine.metrics.statistics import FeatureStatistics
 from refine.metrics.stored import read_stored
 from refine.networks.bases import Generator
 from refine.networks.sampler_settings import SamplerChoice
+from refine.torch_utils.misc import exact_products
 
 #: Features of a reference made from images are kept up to this size; beyond, only mean and covariance are.
 MAX_FEATURE_BYTES = 1 << 30
@@ -456,6 +457,7 @@ def _kept(target: Path, num: int, detector: Detector) -> Reference | None:
         return None
 
 
+@exact_products()
 @torch.no_grad()
 def _look(batches: Iterator[Batch], num: int, name: str, detector: Detector, looking: Looking) -> FeatureStatistics:
     """Statistics of all processes' batches; features are kept if they fit `MAX_FEATURE_BYTES`."""

@@ -61,6 +61,11 @@ def latents_of_seeds(
     return torch.from_numpy(latents), torch.from_numpy(chosen) if num_classes else None
 
 
+def sensible_batch(resolution: int) -> int:
+    """Images that are made at once where nobody says how many: 100, and above 256×256 as many as have their pixels."""
+    return max(1, min(100, 100 * 256**2 // resolution**2))
+
+
 @torch.no_grad()
 def sample_images(
     G: Generator,

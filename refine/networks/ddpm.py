@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from refine.networks.bases import TrainingRate, check_choice, records_init_kwargs
-from refine.networks.denoiser import Preconditioner, Scalings, class_indices
+from refine.networks.denoiser import CLASSES_ONLY, Preconditioner, Scalings, class_indices
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
@@ -172,6 +172,11 @@ class DDPMPrecond(Preconditioner):
         """Before the layer that halves the resolution, which belongs to the same block here."""
         blocks = getattr(self.inner, "down_blocks", ())
         return [(getattr(block, "attentions", None) or block.resnets)[-1] for block in blocks]
+
+    def _checked_labels(self, class_labels: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+        if self.label_dim and class_labels is None:
+            raise ValueError(CLASSES_ONLY)
+        return super()._checked_labels(class_labels, x)
 
     def _classes(self, class_labels: torch.Tensor | None, n: int) -> torch.Tensor | None:
         """One-hot rows as the indices that the U-Net takes."""

@@ -95,7 +95,8 @@ class OneStepGenerator(Generator):
             (N, img_channels, img_resolution, img_resolution), float32.
         """
         z = z.reshape(-1, self.img_channels, self.img_resolution, self.img_resolution)
-        sigma = self.denoiser.round_sigma(self.sigma_init).to(z).reshape(1, 1, 1, 1)
+        sigma = torch.full([1, 1, 1, 1], self.sigma_init, dtype=z.dtype, device=z.device)  # filled there, not copied
+        sigma = self.denoiser.round_sigma(sigma)
         return self.denoiser(sigma * z, sigma, c, force_fp32=True)
 
     def train(self, mode: bool = True) -> OneStepGenerator:

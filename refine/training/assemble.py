@@ -26,6 +26,7 @@ from refine.guidance import Guided, check_guide
 from refine.metrics.image_sets import ImageSet
 from refine.metrics.named import NamedMetric
 from refine.metrics.pipeline import sharing
+from refine.metrics.sampling import sensible_batch
 from refine.networks.one_step import OneStepGenerator
 from refine.noise import SigmaLaw, make_weighting
 from refine.objectives import make_objective
@@ -251,7 +252,9 @@ def _load_pair(config: RefineConfig) -> _Pair:
 
 def _load_metrics(config: RefineConfig, pair: _Pair, device: torch.device, dry_run: bool) -> list[NamedMetric]:
     """With what they compare with: all processes look at the images of --ref, and draw those of the teacher."""
+    batch = config.metrics_batch or sensible_batch(max(pair.student.img_resolution, pair.teacher.img_resolution))
     options: dict[str, Any] = {"device": device, "trust": config.trust_detector, "teacher": pair.source}
+    options["batch"] = batch
     options |= {"draw": not dry_run, "progress": True}
     with option("--metrics"), sharing():
         return [NamedMetric(name, config.ref, **options) for name in config.metrics]

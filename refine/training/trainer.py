@@ -26,7 +26,7 @@ from refine.training.ema import ema_beta, update_ema
 from refine.training.observe import Observer
 from refine.training.optimise import GuardedAdam
 from refine.training.pace import Pace
-from refine.training.precision import compile_networks, set_precision, training_format
+from refine.training.precision import compile_networks, inference_format, set_precision, training_format
 from refine.training.rates import learning_rates
 from refine.training.regularise import AUGMENT_DIM, Augmentation, set_dropout
 
@@ -79,18 +79,21 @@ class Trainer:
         if needed := self.objective.further_networks:
             raise ValueError(f"--objective={config.objective} needs {', '.join(needed)}; expected one without")
         prior = check_label_dist(config.label_dist, student, teacher)
+        prior = None if prior is None else prior.to(self.device)  # once: a copy in every draw would wait for a GPU
         self.lr, self.aux_lr = learning_rates(config, student, teacher)
 
         torch.manual_seed(config.seed)
-        self.teacher = _copied(teacher, self.device, torch.channels_last).eval().requires_grad_(False)
-        self.aux = _copied(teacher, self.device, training_format(teacher, self.device)).requires_grad_(True)
+        formats = [training_format(network, config.precision, self.device) for network in (student, teacher)]
+        seen_in = inference_format(config.precision, self.device)
+        self.teacher = _copied(teacher, self.device, seen_in).eval().requires_grad_(False)
+        self.aux = _copied(teacher, self.device, formats[1]).requires_grad_(True)
         self.aux.train(config.dropout or config.aux_dropout is not None)
         if config.aux_dropout is not None:
             set_dropout(self.aux, config.aux_dropout)
         self.augmentation = None
         if config.aux_augment:
             self.augmentation = Augmentation(config.aux_augment, self.aux.augment_dim == AUGMENT_DIM)
-        self.G = _copied(student, self.device, training_format(student, self.device)).train()
+        self.G = _copied(student, self.device, formats[0]).train()
         self.averages = PowerAverages(self.G, config.average_lengths if config.average == "power" else ())
         self.G_ema = self.averages.longest() or copy.deepcopy(self.G).eval().requires_grad_(False)
         # As it came; of the given weights also in a resumed run.

@@ -13,6 +13,7 @@ from refine.checkpoints.native import save_networks
 from refine.cli.main import run_command
 from refine.cli.options import parse_ints
 from refine.images import to_uint8
+from refine.metrics.image_sets import ImageSet
 from refine.metrics.sampling import latents_of_seeds
 from refine.networks.edm import EDMPrecond
 from refine.networks.stylegan2 import Generator
@@ -49,14 +50,14 @@ def test_images_are_those_of_the_seeds(files, tmp_path, capsys):
         capsys, f"--network={files}/labels.safetensors", "--seeds=0-2,40", f"--outdir={out}", "--class=3"
     )
     assert code == 0 and stdout.startswith("4 images")
-    names = ["grid.png", "seed0000.png", "seed0001.png", "seed0002.png", "seed0040.png"]
-    assert sorted(path.name for path in out.iterdir()) == names
+    names = ["seed0000.png", "seed0001.png", "seed0002.png", "seed0040.png"]
+    assert sorted(path.name for path in out.iterdir()) == names == ImageSet(out).names
     z, _ = latents_of_seeds([40], [8])
     with torch.no_grad():
         expected = load_generator(files / "labels.safetensors")(z, torch.eye(10)[[3]], noise_mode="const")
     difference = read(out / "seed0040.png").astype(int) - to_uint8(expected)[0, 0].numpy()
     assert abs(difference).max() <= 1  # another memory layout may round across a level
-    assert np.array_equal(read(out / "grid.png")[16:, 16:], read(out / "seed0040.png"))
+    assert np.array_equal(read(tmp_path / "out-grid.png")[16:, 16:], read(out / "seed0040.png"))
 
 
 def test_batch_size_does_not_matter_and_class_does(files, tmp_path, capsys):
@@ -65,7 +66,7 @@ def test_batch_size_does_not_matter_and_class_does(files, tmp_path, capsys):
             run(capsys, f"--network={files}/labels.safetensors", "--seeds=0-3", f"--outdir={tmp_path / name}", *more)[0]
             == 0
         )
-    images = {name: read(tmp_path / name / "grid.png").astype(int) for name in "abcd"}
+    images = {name: read(tmp_path / f"{name}-grid.png").astype(int) for name in "abcd"}
     assert abs(images["a"] - images["b"]).max() <= 1 and abs(images["c"] - images["d"]).max() > 1
 
 

@@ -1,14 +1,18 @@
 """Metrics by name: what names mean, what they lead with, which are refused."""
 
+import types
+
 import numpy as np
 import pytest
 import torch
 
+from refine.config import RefineConfig
 from refine.metrics import named
 from refine.metrics.detectors import INCEPTION_SPACE
 from refine.metrics.named import NamedMetric
 from refine.metrics.references import save_reference
 from refine.metrics.statistics import FeatureStatistics
+from refine.training import assemble
 from tests.metrics.networks import PixelDetector, PlainGenerator
 
 
@@ -96,3 +100,42 @@ def test_references_that_are_not_enough(space, tmp_path):
     with pytest.raises(ValueError, match="needs a reference"):
         NamedMetric("fd5k-digits", None)
     assert NamedMetric("is40-digits", None).measure(PlainGenerator(), "cpu")["is_pixels"] >= 1
+
+
+def test_products_are_exact_while_measuring(space):
+    """Whatever a run computes in: its numbers are those that compare_fid.py would find."""
+    seen = []
+
+    class Noting(PlainGenerator):
+        def forward(self, *args, **kwargs):
+            seen.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+            return super().forward(*args, **kwargs)
+
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    try:
+        NamedMetric("is40-digits", space[0], batch=16).measure(Noting(c_dim=4), "cpu")
+        assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (True, True)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    assert seen == [(False, False)] * 3
+
+
+@pytest.mark.parametrize(
+    ("asked", "resolutions", "expected"),
+    [
+        (None, (32, 32), 100),
+        (None, (256, 256), 100),
+        (None, (512, 64), 25),
+        (None, (1024, 1024), 6),
+        (7, (1024, 64), 7),
+    ],
+)
+def test_as_many_images_at_once_as_are_asked_for_or_fit(monkeypatch, asked, resolutions, expected):
+    seen = []
+    monkeypatch.setattr(assemble, "NamedMetric", lambda name, ref, **options: seen.append(options["batch"]))
+    student, teacher = (types.SimpleNamespace(img_resolution=resolution) for resolution in resolutions)
+    pair = types.SimpleNamespace(student=student, teacher=teacher, teacher_path=None)
+    config = RefineConfig("g", "t", metrics=("fd2k-digits",), metrics_batch=asked)
+    assemble._load_metrics(config, pair, torch.device("cpu"), dry_run=True)
+    assert seen == [expected]

@@ -54,6 +54,6 @@ def _init_kwargs(kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
 
 NO_KWARGS = "expected no --teacher-kwargs"
 EXPECTED = (
-    "a StyleGAN2, EDM or EDM2 pickle, a legacy TensorFlow pickle of StyleGAN2, a rosinality .pt, "
-    "a guided-diffusion or consistency_models .pt, or a file of this toolkit"
+    "a StyleGAN2, StyleGAN3, StyleGAN-XL, EDM or EDM2 pickle, a legacy TensorFlow pickle of StyleGAN2, "
+    "a rosinality .pt, a guided-diffusion or consistency_models .pt, or a file of this toolkit"
 )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from refine.checkpoints.foreign import nvidia, tensorflow, torch_save
+from refine.checkpoints.foreign import nvidia, stylegan3, tensorflow, torch_save
 from refine.checkpoints.foreign.container import Container, saying
 from refine.checkpoints.pickles.inert import Refused
 from refine.checkpoints.pickles.machine import Machine
@@ -23,14 +23,22 @@ def open_pickle(path: Path, stream: BinaryIO, expected: str, kwargs: Mapping[str
     """
     if is_legacy_torch(stream):
         return torch_save.open_legacy(path, stream, expected, kwargs)
-    seen: list[str] = []
+    size, seen = os.fstat(stream.fileno()).st_size, list[str]()
     rules = nvidia.rules(seen) | tensorflow.RULES
-    machine = Machine(stream, os.fstat(stream.fileno()).st_size, rules)
+    machine = Machine(stream, size, rules)
     try:
         value = machine.load()
     except Refused as error:
+        if stylegan3.is_of_xl(machine.globals):
+            stream.seek(0)
+            machine = Machine(stream, size, rules | stylegan3.RULES, lenient=True, harmless=stylegan3.harmless)
+            with saying(str(path)):
+                found = stylegan3.members(machine.load())
+            if found is None:
+                raise ValueError(f"{path} is {stylegan3.XL} without a generator; expected {expected}") from None
+            return _container(path, stream, machine, found)
         # Files of other families often hold globals of their own: then the family is the more helpful answer.
-        named = nvidia.family(None, seen, machine.globals)
+        named = nvidia.family(None, seen)
         if named is not None and "has no place" in str(error):
             raise ValueError(f"{path} is {named}; expected {expected}") from None
         raise ValueError(f"{path}: {error}") from None
@@ -39,8 +47,12 @@ def open_pickle(path: Path, stream: BinaryIO, expected: str, kwargs: Mapping[str
     if found is None:
         named = tensorflow.family(value) or nvidia.family(value, seen) or _plainly(value)
         raise ValueError(f"{path} is {named}; expected {expected}")
-    family, members = found
+    return _container(path, stream, machine, found)
+
+
+def _container(path: Path, stream: BinaryIO, machine: Machine, found: Any) -> Container:
     resizable = machine.protocol == 2 and not machine.framed
+    family, members = found
     return Container(path, stream, family, members, resizable=resizable, writable=True)
 
 
@@ -53,7 +65,7 @@ def is_legacy_torch(stream: BinaryIO) -> bool:
 
 def _members(value: Any):
     if isinstance(value, dict):
-        return nvidia.members(value)
+        return stylegan3.members(value) or nvidia.members(value)
     if isinstance(value, tuple):
         return tensorflow.members(value)
     return None
