@@ -17,6 +17,7 @@ from refine.metrics.bank import describe_bank
 from refine.networks import edm2
 from refine.networks.bases import Denoiser
 from refine.networks.sampler import heun_sampler
+from refine.networks.sampler_settings import SamplerSettings
 from refine.training.trainer import Trainer
 from tests.cli.test_refine import call
 from tests.golden import read_arrays, read_json
@@ -143,7 +144,7 @@ def pair(files, *more):
 
 def test_a_run_notes_its_guide_and_resumes_with_the_same_only(files, capsys):
     given = pair(files, f"--guide={files}/guide.safetensors", "--guidance=1.7", f"--outdir={files}/out")
-    code, out, err = call(capsys, *given, "--dry-run")
+    code, out, err = call(capsys, *given, "--dry-run", "--json")
     assert code == 0 and json.loads(out)["guide"] == f"{files}/guide.safetensors" and not (files / "out").exists()
     code, _, err = call(capsys, *given)
     assert code == 0, err
@@ -221,8 +222,8 @@ def test_a_comparison_says_how_a_teacher_was_guided(files):
 
 def test_banks_of_guided_teachers_are_told_apart(files):
     plain, guide = TeacherSource.of(files / "teacher.safetensors"), TeacherSource.of(files / "guide.safetensors")
-    guided = dataclasses.replace(plain, guide=guide, guidance=2.0)
+    guided, usual = dataclasses.replace(plain, guide=guide, guidance=2.0), SamplerSettings()
     sources = [plain, guided, dataclasses.replace(guided, guidance=3.0), dataclasses.replace(plain, guidance=2.0)]
-    assert len({describe_bank(source, 10) for source in sources}) == 4
+    assert len({describe_bank(source, 10, usual) for source in sources}) == 4
     unasked = dataclasses.replace(plain, guide=guide)  # w = 1
-    assert describe_bank(unasked, 10) == describe_bank(plain, 10) and plain.identity == plain.sha256
+    assert describe_bank(unasked, 10, usual) == describe_bank(plain, 10, usual) and plain.identity == plain.sha256

@@ -43,12 +43,14 @@ class NetworkInfo:
         img_resolution, img_channels: Size of its images.
         classes: Number of classes, 0 = unconditional; also as `c_dim` and `label_dim`, the names that generators and
             teachers have for it, so that this can stand in for either.
+        class_name: Key of `refine.checkpoints.registry.NETWORK_CLASSES`; empty for code of the user's own.
     """
 
     kind: str
     img_resolution: int
     img_channels: int
     classes: int
+    class_name: str = ""
 
     @property
     def c_dim(self) -> int:
@@ -122,13 +124,13 @@ def peek(path_or_name: str | os.PathLike, kind: str, kwargs: Mapping[str, Any] |
         classes = G.c_dim if kind == "generator" else G.label_dim
         return NetworkInfo(kind, G.img_resolution, G.img_channels, classes)
     path = resolve(path_or_name, kind)
-    init_kwargs = _reader(path, kind)(path, kind, kwargs, build=False)
-    size = {name: init_kwargs.get(name) for name in ("img_resolution", "img_channels")}
+    class_name, init_kwargs = _reader(path, kind)(path, kind, kwargs, build=False)
+    size: dict[str, Any] = {name: init_kwargs.get(name) for name in ("img_resolution", "img_channels")}
     size["classes"] = init_kwargs.get("c_dim" if kind == "generator" else "label_dim", 0)
     for name, value in size.items():
         if type(value) is not int:
             raise ValueError(f"{path}: its {name} is {str(value)[:40]!r}; expected a whole number")
-    return NetworkInfo(kind, **size)
+    return NetworkInfo(kind, **size, class_name=class_name)
 
 
 def source_file(path_or_name: str | os.PathLike, kind: str | None = None) -> Path:
@@ -155,7 +157,8 @@ def _load(path_or_name: str | os.PathLike, kind: str, kwargs: Mapping[str, Any] 
 
 
 def _reader(path: Path, kind: str) -> Any:
-    """reader(path, kind, kwargs, build) of such files: gives the network, or its init kwargs alone."""
+    """reader(path, kind, kwargs, build) of such files: gives the network, or where it is not to be built, its class's
+    name and init kwargs."""
     found = sniff(path)
     if found.kind == "native":
         return _read_native
@@ -183,7 +186,8 @@ def _read_native(path: Path, kind: str, kwargs: Mapping[str, Any] | None, build:
             f"{path} holds the {kind}s {', '.join(of_kind)}; expected one of them to be called {preferred}"
         )
     name = preferred if preferred in of_kind else of_kind[0]
-    return native.load_networks(path, [name])[name] if build else networks[name]["init_kwargs"]
+    entry = networks[name]
+    return native.load_networks(path, [name])[name] if build else (entry["class"], entry["init_kwargs"])
 
 
 def _read_container(path: Path, kind: str, kwargs: Mapping[str, Any] | None, build: bool) -> Any:
@@ -194,7 +198,10 @@ def _read_container(path: Path, kind: str, kwargs: Mapping[str, Any] | None, bui
         if not of_kind:
             raise ValueError(f"{path} is {container.family}; expected {_EXPECTED[kind]}")
         name = _PREFERRED[kind] if _PREFERRED[kind] in of_kind else of_kind[0]
-        return container.load(name) if build else container.network(name).init_kwargs
+        if build:
+            return container.load(name)
+        found = container.network(name)
+        return found.class_name, found.init_kwargs
 
 
 _PREFERRED = {"generator": "G_ema", "teacher": "ema"}

@@ -6,11 +6,17 @@ from typing import Any
 
 import click
 
+from refine.cli.options import network_file
 from refine.errors import option
 
 
 @click.command("export")
-@click.option("--network", required=True, metavar="FILE", help="Networks to export: any file that this toolkit reads.")
+@click.option(
+    "--network",
+    required=True,
+    metavar="FILE|RUN",
+    help="Networks to export: any file that this toolkit reads; of a run folder the best snapshot.",
+)
 @click.option("--like", metavar="FILE", help="Write this pickle again, with the networks in place of its own.")
 @click.option("--out", required=True, metavar="FILE", help="The file to write.")
 @click.option(
@@ -38,7 +44,7 @@ def export(network: str, like: str | None, out: str, format_name: str | None) ->
     if not Path(out).absolute().parent.is_dir():
         raise ValueError(f"--out: {Path(out).parent} is not a folder")
     with option("--network"):
-        source = resolve(network)
+        source = resolve(network_file(network, "--network"))
     with option("--like"):
         original = None if like is None else resolve(like)
 

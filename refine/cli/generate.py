@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from refine.cli.options import parse_ints, teacher_options
+from refine.cli.options import network_file, parse_ints, sampler_options, taken_sampler, teacher_options
 from refine.config import OPS_HELP, OPS_MODES
 from refine.device import prepare_device
 from refine.errors import option
@@ -20,7 +20,10 @@ def _parse_seeds(_ctx: click.Context, _param: click.Parameter, value: str) -> li
 
 @click.command("generate", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
-    "--network", required=True, metavar="FILE|NAME", help="A generator, or a diffusion model (18 Heun steps)."
+    "--network",
+    required=True,
+    metavar="FILE|NAME|RUN",
+    help="A generator, a diffusion model, or a run folder, of which the best snapshot is taken.",
 )
 @click.option("--seeds", required=True, callback=_parse_seeds, metavar="LIST", help="One image each, e.g. 0-35,40.")
 @click.option("--outdir", required=True, metavar="DIR", help="Where seed0000.png … go; a grid of them is DIR-grid.png.")
@@ -41,6 +44,7 @@ def _parse_seeds(_ctx: click.Context, _param: click.Parameter, value: str) -> li
 @teacher_options
 @click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda where there is one]")
 @click.option("--ops", type=click.Choice(OPS_MODES), help=f"{OPS_HELP}  [default: $REFINE_OPS, else auto]")
+@sampler_options
 def command(
     device: str | None,
     ops: str | None,
@@ -51,13 +55,17 @@ def command(
 ) -> None:
     """Makes images by seed: the same seed gives the same latent as in NVIDIA's tools."""
     with one_voice():
+        given = taken_sampler(options)
+        options["network"] = network_file(options["network"], "--network")
         device = prepare_device(device, ops)
     from refine.evaluation.generate import generate
     from refine.evaluation.teachers import TeacherOptions
     from refine.metrics.pipeline import sharing
+    from refine.networks.sampler_settings import SamplerChoice
     from refine.torch_utils import distributed
 
     with together(cuda=False), sharing():
-        paths = generate(**options, device=device, teachers=TeacherOptions(guide, guidance, teacher_kwargs))
+        teachers = TeacherOptions(guide, guidance, teacher_kwargs)
+        paths = generate(**options, sampler=SamplerChoice(given), device=device, teachers=teachers)
         if distributed.is_main():
             click.echo(f"{len(paths) - 1} images in {paths[0].parent}, a grid of them in {paths[-1]}")

@@ -6,6 +6,7 @@ import os
 import click
 
 from refine.cli.models_cmd import describe_entry, entry_lines
+from refine.cli.options import network_file
 
 
 @click.command()
@@ -14,7 +15,8 @@ from refine.cli.models_cmd import describe_entry, entry_lines
 def inspect(file: str, as_json: bool) -> None:
     """Says what FILE is, and which networks it holds. FILE is a path, or a name of pretrained/index.toml.
 
-    Of a name whose file is not here yet, it says what the index knows, and downloads nothing.
+    Of a run folder it is the best snapshot. Of a name whose file is not here yet, it says what the index knows, and
+    downloads nothing.
     """
     from refine.checkpoints.sources.index import read_index, resolve
 
@@ -23,7 +25,7 @@ def inspect(file: str, as_json: bool) -> None:
     if known is not None and known["place"] in ("to be downloaded", "by hand"):
         click.echo(json.dumps({"index": known}, indent=2) if as_json else "\n".join(entry_lines(known)))
         return
-    path = resolve(file)
+    path = resolve(network_file(file, "FILE"))
     from refine.checkpoints import describe  # imports torch
 
     report = describe.inspect_file(path)

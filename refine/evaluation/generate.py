@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,11 +13,12 @@ from tqdm import tqdm
 
 from refine.dnnlib import check_outdir
 from refine.errors import option
-from refine.evaluation.compare import Side
+from refine.evaluation.sides import Side, check_choice
 from refine.evaluation.teachers import TeacherOptions
 from refine.images import save_image_grid, save_png
 from refine.metrics.pipeline import gathered, my_share, prefetched, rank_and_world
 from refine.metrics.sampling import latents_of_seeds
+from refine.networks.sampler_settings import SamplerChoice
 
 MAX_SEED = 2**32 - 1
 GRID_IMAGES = 400  # how many of the first images the grid shows
@@ -31,6 +33,7 @@ def generate(
     class_index: int | None = None,
     truncation_psi: float = 1.0,
     noise_mode: str = "const",
+    sampler: SamplerChoice = SamplerChoice(),  # noqa: B008 - frozen
     batch: int = 16,
     device: str = "cpu",
     progress: bool = True,
@@ -39,11 +42,12 @@ def generate(
     """Writes seed0000.png … into a folder, and a grid of them beside it, where it is not taken for one more image.
 
     Args:
-        network: File or name of a generator; a diffusion model is sampled with 18 Heun steps.
+        network: File or name of a generator or a diffusion model.
         seeds: One per image, see `refine.metrics.sampling.latents_of_seeds`.
         outdir: Folder of the images; made if it does not exist.
         class_index: Class of all images; None = drawn per seed, where there are classes.
         truncation_psi, noise_mode: Truncation and noise of a StyleGAN2.
+        sampler: How a diffusion model is sampled; what is not said there is what suits it, and told on stderr.
         batch: Images per batch.
         device: Where the network runs.
         progress: Show a bar with the time left on stderr.
@@ -61,13 +65,16 @@ def generate(
         if max(seeds) > MAX_SEED:
             raise ValueError(f"{max(seeds)} is too large; expected seeds up to {MAX_SEED}")
     with option("--network"):
-        side = Side(network, device, batch, noise_mode, truncation_psi, teachers)
+        side = Side(network, device, batch, noise_mode, truncation_psi, teachers, sampler)
     (teachers or TeacherOptions()).check_used([side.is_teacher])
+    check_choice(sampler, side.is_teacher)
     with option("--class"):
         latents_of_seeds(seeds[:1], [1], side.num_classes, class_index)
     with option("--outdir"):
         folder = check_outdir(outdir)
         grid = check_outdir(folder.resolve().parent) / f"{folder.resolve().name}-grid.png"
+    if side.is_teacher and progress and rank_and_world()[0] == 0:
+        print(f"note: {side.name} is sampled with {side.sampling}, {side.sampling_reason}", file=sys.stderr)
     paths = [folder / f"seed{seed:04d}.png" for seed in seeds]
     share, (rank, world) = my_share(range(len(seeds)), batch), rank_and_world()
     batches = side.sample([seeds[index] for index in share], class_index)

@@ -90,7 +90,7 @@ def measure(
     found = _numbers(metrics, sample)
     facts = {
         "num": seen.statistics.num,
-        "detector": describe_detector(detector),
+        "detector": describe_detector(detector, seen.shape),
         "reference": None if reference is None else describe_reference(reference),
         "quantisation": QUANTISATION,
         "covariance": "divided by N - 1",
@@ -122,12 +122,14 @@ class _Seen:
 
     statistics: FeatureStatistics
     collected: dict[str, Collector]
+    shape: list[int] | None = None  # of an image
     device: torch.device | str = "cpu"
     probabilities: list[torch.Tensor] = field(default_factory=list)
     classes: list[torch.Tensor] = field(default_factory=list)
 
     def merge(self, other: _Seen) -> None:
         self.statistics.merge(other.statistics)
+        self.shape = self.shape or other.shape
         for name, collector in self.collected.items():
             collector.merge(other.collected[name])
         self.probabilities += other.probabilities
@@ -178,7 +180,7 @@ def _look_at(
     if seen.statistics.num == 0 and reference is not None:
         reference.check_detector(detector)  # some detectors know their dimension only now
     seen.statistics.update(features)
-    seen.device = features.device
+    seen.shape, seen.device = list(images.shape[1:]), features.device
     if probabilities is not None and any(metric.detector == "probabilities" for metric in metrics):
         seen.probabilities.append(probabilities.cpu())
     if classes is not None:
@@ -188,19 +190,28 @@ def _look_at(
         collector.update(batch)
 
 
-def describe_detector(detector: Detector) -> dict[str, Any]:
-    """JSON-able: name, space, sha256, feature_dim, resize, and why it counts as the detector of FID, or None; and note,
-    what distances in this space are, where the detector says it."""
-    facts = {
+def image_note(detector: Detector, shape: Sequence[int] | None) -> str | None:
+    """What a detector does to images [C, H, W] that people should know of; None if nothing."""
+    note = getattr(detector, "image_note", None)
+    return None if note is None or shape is None else note(shape)
+
+
+def describe_detector(detector: Detector, shape: Sequence[int] | None = None) -> dict[str, Any]:
+    """JSON-able: name, space, sha256, feature_dim, resize, and why it counts as the detector of FID, or None.
+
+    With `note`, what distances in this space are, where the detector says it; and `image_note`, where it does something
+    to images of that shape, [C, H, W], that people should know of.
+    """
+    notes = {"note": getattr(detector, "note", None), "image_note": image_note(detector, shape)}
+    return {
         "name": detector.name,
         "space": detector.space,
         "sha256": detector.sha256,
         "feature_dim": detector.feature_dim,
         "resize": detector.resize,
         "fid_basis": detector.fid_basis,
+        **{name: note for name, note in notes.items() if note is not None},
     }
-    note = getattr(detector, "note", None)
-    return facts if note is None else {**facts, "note": note}
 
 
 def describe_reference(reference: Reference) -> dict[str, Any]:

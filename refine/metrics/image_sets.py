@@ -15,7 +15,7 @@ import sys
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -144,7 +144,7 @@ class ImageSet:
         """
         return self._read(index)[0]
 
-    def batches(self, batch: int, indices: range | None = None) -> Iterator[Batch]:
+    def batches(self, batch: int, indices: Sequence[int] | None = None) -> Iterator[Batch]:
         """Images in batches of one size; where all of a batch are grey they have one channel, otherwise three."""
         indices = range(len(self)) if indices is None else indices
         traits: Counter[str] = Counter()

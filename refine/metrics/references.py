@@ -34,7 +34,7 @@ from refine.checkpoints.sources.fetch import cache_dir
 from refine.checkpoints.teachers import TeacherSource
 from refine.dnnlib import distrust, keep_from_others, make_folder, replaced_atomically, sha256_of_file
 from refine.errors import describe_os_error
-from refine.metrics.bank import NUM_STEPS, Bank, describe_bank, teacher_bank
+from refine.metrics.bank import Bank, describe_bank, teacher_bank
 from refine.metrics.detectors import Detector, holds_teacher
 from refine.metrics.image_sets import ImageSet, SampleArray
 from refine.metrics.pipeline import gathered, my_share, prefetched, rank_and_world
@@ -42,6 +42,7 @@ from refine.metrics.sampling import Batch, sample_images
 from refine.metrics.statistics import FeatureStatistics
 from refine.metrics.stored import read_stored
 from refine.networks.bases import Generator
+from refine.networks.sampler_settings import SamplerChoice
 from refine.torch_utils.misc import exact_products
 
 #: Features of a reference made from images are kept up to this size; beyond, only mean and covariance are.
@@ -76,6 +77,7 @@ class Reference:
         classes: int64 [num], the classes of the images that the features are of, or None.
         images: The images themselves where they can be read again, or None.
         is_teacher: Whether the images are of a teacher, which stands for the data.
+        is_drawn: Whether the images are of a network, a teacher or a generator.
     """
 
     name: str
@@ -90,6 +92,7 @@ class Reference:
     classes: torch.Tensor | None = None
     images: ImageSet | SampleArray | None = None
     is_teacher: bool = False
+    is_drawn: bool = False
 
     def check_detector(self, detector: Detector) -> None:
         """Raises ValueError if features of this detector cannot be compared with this reference."""
@@ -114,6 +117,7 @@ class Looking:
         device: Where the detector is.
         num: How many images are drawn from a generator that serves as the reference.
         bank: How many images there are of a teacher that serves as the reference; at least 2.
+        sampler: How that teacher is sampled.
         draw: Whether these may be drawn; if not, `NotDrawn` is raised.
         cache: Keep what was measured, and use what was kept. Off = measure again, keep nothing.
         progress: Show a bar with the time left on stderr.
@@ -123,9 +127,14 @@ class Looking:
     device: torch.device | str = "cpu"
     num: int = 50_000
     bank: int = 2000
+    sampler: SamplerChoice = SamplerChoice()  # noqa: RUF009 - frozen
     draw: bool = True
     cache: bool = True
     progress: bool = False
+
+
+class NeedsDetector(ValueError):
+    """A reference is not statistics, but images, which only a detector can look at."""
 
 
 class NotDrawn(Exception):
@@ -338,7 +347,7 @@ def _measured(
 ) -> Reference:
     """The statistics of images in the detector's space, from the cache or measured now."""
     if detector is None:
-        raise ValueError(f"reference {path} is images ({form}), which need a detector to be looked at")
+        raise NeedsDetector(f"reference {path} is images ({form}), which need a detector to be looked at")
     if len(images) < 2:
         raise ValueError(f"reference {path} holds {len(images)} image, expected at least 2")
 
@@ -351,7 +360,7 @@ def _measured(
 
 def _of_generator(G: Generator, path: Path, detector: Detector | None, looking: Looking) -> Reference:
     if detector is None:
-        raise ValueError(f"reference {path} is a generator, whose images need a detector to be looked at")
+        raise NeedsDetector(f"reference {path} is a generator, whose images need a detector to be looked at")
     seeds = range(REFERENCE_SEED, REFERENCE_SEED + looking.num)
 
     def batches() -> Iterator[Batch]:
@@ -360,26 +369,28 @@ def _of_generator(G: Generator, path: Path, detector: Detector | None, looking: 
 
     content = f"{sha256_of_file(path)} {looking.num} {looking.batch}"
     reference = _cached(path, content, looking.num, batches, detector, looking, lambda: None)
-    return replace(reference, sha256=sha256_of_file(path), form=f"generator, {looking.num} images")
+    return replace(reference, sha256=sha256_of_file(path), form=f"generator, {looking.num} images", is_drawn=True)
 
 
 def _of_teacher(source: TeacherSource, detector: Detector | None, looking: Looking) -> Reference:
     if detector is None:
-        raise ValueError(f"reference {source.name} is a teacher, whose images need a detector to be looked at")
+        raise NeedsDetector(f"reference {source.name} is a teacher, whose images need a detector to be looked at")
     if not looking.draw:
         raise NotDrawn
     banks: list[Bank] = []
 
     def batches() -> Iterator[Batch]:  # the bank is drawn here and now: all processes together, and in this thread
         how: dict[str, Any] = {"batch": looking.batch, "device": looking.device, "progress": looking.progress}
+        how["choice"] = looking.sampler
         banks.append(teacher_bank(source, looking.bank, cache=looking.cache, **how))
         return banks[0].batches(looking.batch, my_share(range(looking.bank), looking.batch))
 
-    content = f"{describe_bank(source, looking.bank)} {looking.batch}"
+    settings, _ = looking.sampler.resolve(source.info())
+    content = f"{describe_bank(source, looking.bank, settings)} {looking.batch}"
     classes = lambda: banks[0].classes  # noqa: E731
     reference = _cached(source.path, content, looking.bank, batches, detector, looking, classes)
-    form = f"teacher{source.guided_words}, {looking.bank} images, {NUM_STEPS} Heun steps"
-    return replace(reference, sha256=source.identity, form=form, is_teacher=True)
+    form = f"teacher{source.guided_words}, {looking.bank} images, {settings.describe()}"
+    return replace(reference, sha256=source.identity, form=form, is_teacher=True, is_drawn=True)
 
 
 def _cached(
