@@ -48,7 +48,7 @@ MAX_FEATURE_BYTES = 1 << 30
 REFERENCE_SEED = 1 << 31
 MAX_WIDTH = 8192  # features; detectors in use have up to 4096
 _ROUNDING = 1e-5
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2  # of the rules by which images are read, ordered and labelled
 _STATISTICS = "statistics (.npz with mu and sigma, a StyleGAN or torch-fidelity cache), images (folder, zip, .npz of"
 EXPECTED = f"{_STATISTICS} samples), a generator, or a teacher"
 
