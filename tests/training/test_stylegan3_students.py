@@ -31,7 +31,7 @@ def test_a_student_and_its_pickle(kind, tmp_path, capsys):
     save_networks(tmp_path / "t.safetensors", {"ema": make_teacher(3, G.img_resolution)}, provenance={})
     options = [f"--gan={gan}", f"--teacher={tmp_path}/t.safetensors", f"--outdir={tmp_path}/runs", "--metrics=none"]
     options += ["--kimg=0.004", "--batch=4", "--tick=0.004", "--snap=1", "--lr=0.01", "--adversarial=0"]
-    assert '"batch": 4' in call(capsys, "refine", *options, "--dry-run")
+    assert '"batch": 4' in call(capsys, "refine", *options, "--dry-run", "--json")
     call(capsys, "refine", *options)
 
     (pickled,) = tmp_path.glob("runs/*/network-snapshot-*.pkl")

@@ -110,7 +110,7 @@ def dry_run(recipe: dict) -> dict:
     kept = Kept(p for network in networks for p in network.parameters())
     for name in ("aux_step", "student_step"):
         step = getattr(trainer, name)
-        setattr(trainer, name, lambda *args, step=step: (kept.begin_another_pass(), step(*args)))
+        setattr(trainer, name, lambda *args, step=step, **more: (kept.begin_another_pass(), step(*args, **more)))
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda t: t):
         trainer.step()
     guide = sum(p.numel() for p in getattr(trainer.teacher, "guide", torch.nn.Module()).parameters())

@@ -19,6 +19,7 @@ from refine.metrics.sampling import sample_teacher
 from refine.metrics.statistics import FeatureStatistics
 from refine.networks.edm import EDMPrecond, iDDPMPrecond
 from refine.networks.sampler import heun_sampler
+from refine.networks.sampler_settings import SamplerSettings
 from refine.torch_utils.distributed import packed
 from refine.torch_utils.ops.bias_act import bias_act
 from refine.torch_utils.ops.upfirdn2d import setup_filter, upfirdn2d
@@ -145,7 +146,7 @@ def sampled():
                 heun_sampler(net, noise, labels, num_steps=3, S_churn=churn, S_min=0.1, S_max=50)
             found[f"{family.__name__} S_churn {churn}"] = list(events)
     with fake_device.watched() as events:
-        list(sample_teacher(net, range(4), batch=2, device=DEVICE, num_steps=3))
+        list(sample_teacher(net, range(4), batch=2, device=DEVICE, settings=SamplerSettings(3)))
     return {**found, "sample_teacher": list(events)}
 
 
