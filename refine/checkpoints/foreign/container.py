@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 import torch
 
@@ -24,6 +24,7 @@ from refine.checkpoints import registry
 from refine.checkpoints.pickles.inert import Refused
 from refine.checkpoints.pickles.tensors import TensorRef, total_bytes
 
+Members: TypeAlias = "dict[str, tuple[str, Callable[[], FileNetwork]]]"  # name → kind, and how to describe the network
 MAX_VALUES = 4000  # numbers, texts and tables in the arguments of one network
 _SPARE_BYTES = 1 << 20  # tensors of a network may take so much more memory than the file is long
 
@@ -198,6 +199,15 @@ def plain(value: Any, what: str = "init kwargs") -> Any:
         raise Refused(f"{what} hold a {type(item).__name__}")
 
     return convert(value, 0)
+
+
+def merged(inferred: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with others laid over them, tables inside them entry by entry."""
+    result = dict(inferred)
+    for name, value in given.items():
+        both = isinstance(value, Mapping) and isinstance(result.get(name), Mapping)
+        result[name] = merged(result[name], value) if both else value
+    return result
 
 
 def same_kwargs(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:

@@ -6,25 +6,27 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from refine.checkpoints.foreign import nvidia, tensorflow, torch_save
+from refine.checkpoints.foreign import contents, nvidia, rosinality, stylegan2_names, tensorflow, torch_save
 from refine.checkpoints.foreign.container import Container, saying
 from refine.checkpoints.pickles.inert import Refused
 from refine.checkpoints.pickles.machine import Machine
 
 _LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a pickle of torch.save's old magic number
 
+_NOT_WRITTEN_BACK = {rosinality.FAMILY, stylegan2_names.FAMILY}  # a pickle of a state dict, which few programs write
 
-def open_pickle(path: Path, stream: BinaryIO, expected: str) -> Container:
+
+def open_pickle(path: Path, stream: BinaryIO, expected: str, **given: Any) -> Container:
     """The networks of a raw pickle.
 
     Raises:
         ValueError: it is broken, holds what is not allowed, or is of another family.
     """
     if is_legacy_torch(stream):
-        return torch_save.open_legacy(path, stream, expected)
+        return torch_save.open_legacy(path, stream, expected, **given)
     seen: list[str] = []
     rules = nvidia.rules(seen) | tensorflow.RULES
-    machine = Machine(stream, os.fstat(stream.fileno()).st_size, rules)
+    machine = Machine(stream, os.fstat(stream.fileno()).st_size, rules, lenient=True)
     try:
         value = machine.load()
     except Refused as error:
@@ -34,13 +36,14 @@ def open_pickle(path: Path, stream: BinaryIO, expected: str) -> Container:
             raise ValueError(f"{path} is {named}; expected {expected}") from None
         raise ValueError(f"{path}: {error}") from None
     with saying(str(path)):
-        found = _members(value)
+        found = contents.find(value, given.get("init_kwargs"))
     if found is None:
-        named = tensorflow.family(value) or nvidia.family(value, seen) or _plainly(value)
+        named = tensorflow.family(value) or nvidia.family(value, seen, machine.globals) or _plainly(value)
         raise ValueError(f"{path} is {named}; expected {expected}")
     family, members = found
     resizable = machine.protocol == 2 and not machine.framed
-    return Container(path, stream, family, members, resizable=resizable, writable=True)
+    writable = family not in _NOT_WRITTEN_BACK
+    return Container(path, stream, family, members, resizable=resizable, writable=writable)
 
 
 def is_legacy_torch(stream: BinaryIO) -> bool:
@@ -48,14 +51,6 @@ def is_legacy_torch(stream: BinaryIO) -> bool:
     head = stream.read(len(_LEGACY_TORCH))
     stream.seek(0)
     return head == _LEGACY_TORCH
-
-
-def _members(value: Any):
-    if isinstance(value, dict):
-        return nvidia.members(value)
-    if isinstance(value, tuple):
-        return tensorflow.members(value)
-    return None
 
 
 def _plainly(value: Any) -> str:

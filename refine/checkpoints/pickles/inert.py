@@ -3,6 +3,7 @@
     Text      long text, its place in the file; never decoded
     Blob      bytes, their place in the file
     Stub      an allowed global
+    Unknown   an object of a class that is not known here, closed
 
 What is large stays in the file; only its place is noted. No torch.
 """
@@ -121,12 +122,14 @@ class Stub:
         call: What calling it (REDUCE) with a tuple of arguments gives.
         new: What `cls.__new__(cls)` (NEWOBJ, without arguments) gives.
         cost: Opcodes that a call counts as.
+        unknown: Whether it stands for a name of another program: whatever is done with it gives an `Unknown`.
     """
 
     name: str
     call: Callable[..., Any] | None = None
     new: Callable[[], Any] | None = None
     cost: int = 1
+    unknown: bool = False
 
 
 class Buildable:
@@ -136,6 +139,33 @@ class Buildable:
 
     def build(self, state: Any) -> None:
         raise Refused(f"it sets the state of a {type(self).__name__}")
+
+
+class Unknown(Buildable):
+    """An object of a class that is not known here. What the file puts into it is dropped, but for two forms that may
+    hold a network.
+
+    Attributes:
+        name: 'module.name' of the class or function that would have made it.
+        table: What it keeps under names, as subclasses of dict do.
+        state: The attributes of a `torch.nn.Module`; None for other objects.
+    """
+
+    __slots__ = ("name", "state", "table")
+
+    def __init__(self, name: str):
+        self.name = name
+        self.table: dict[Any, Any] = {}
+        self.state: dict[str, Any] | None = None
+
+    def build(self, state: Any) -> None:
+        if isinstance(state, dict) and state.keys() >= {"_parameters", "_buffers", "_modules"}:
+            self.state = state
+
+
+def unknown_stub(name: str) -> Stub:
+    """A global of another program: its objects are `Unknown`."""
+    return Stub(name, call=lambda *args: Unknown(name), new=lambda: Unknown(name), unknown=True)
 
 
 class OrderedTable(dict, Buildable):

@@ -1,8 +1,9 @@
 """Reads a pickle without running it: a machine of its own for the few opcodes and globals that checkpoints need.
 
 A pickle is a program; Python's unpickler runs it. This one never does. Its globals are the `Stub`s of an allow-list,
-which build nothing but the inert values below; whatever else a file names ends the reading. What is large (tensor
-bytes, embedded source text) stays in the file: the machine notes where it lies and steps over it.
+which build nothing but the inert values below; whatever else a file names ends the reading, or, where the machine is
+lenient and the name harmless (`names.py`), becomes a closed box. What is large (tensor bytes, embedded source text)
+stays in the file: the machine notes where it lies and steps over it.
 
 Values: None, bool, int, float, str, list, tuple, set, dict (with str or int keys), those of `inert.py`, and what the
 stubs make, see `tensors.py` and the readers.
@@ -27,9 +28,12 @@ from refine.checkpoints.pickles.inert import (
     Refused,
     Stub,
     Text,
+    Unknown,
     latin1_chunks,
     shown,
+    unknown_stub,
 )
+from refine.checkpoints.pickles.names import is_harmless
 
 MAX_OPCODES = 300_000  # EDM of CIFAR-10 size has 41,000, three StyleGAN2 networks 17,000
 MAX_TEXT = 200  # bytes; longer text stays in the file. The smallest storage written as text (protocol 2) is longer.
@@ -47,6 +51,8 @@ class Machine:
         rules: Allowed globals by 'module.name'.
         persistent_load: Takes what BINPERSID finds on the stack; None = persistent ids are refused.
         budget: Opcodes that may be run. None = `MAX_OPCODES`.
+        lenient: Read past what is not needed: objects of other programs become `Unknown`, and what is kept under other
+            keys than text and whole numbers is dropped.
 
     Attributes:
         protocol: As declared by the file.
@@ -64,8 +70,10 @@ class Machine:
         rules: Mapping[str, Stub],
         persistent_load: Callable[[Any], Any] | None = None,
         budget: int | None = None,
+        lenient: bool = False,
     ):
         self.stream, self.size, self.rules, self.persistent_load = stream, size, rules, persistent_load
+        self.lenient, self.unknown = lenient, dict[str, Stub]()
         self.budget = MAX_OPCODES if budget is None else budget
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
@@ -144,9 +152,12 @@ class Machine:
             raise Refused("it names a global by something that is not text")
         full = f"{module}.{name}"
         self.globals[full] = None
-        if full not in self.rules:
-            raise Refused(f"it names {shown(full)}, which has no place in such a file; nothing of it was run")
-        self.stack.append(self.rules[full])
+        stub = self.rules.get(full) or self.unknown.get(full)
+        if stub is None:
+            if not (self.lenient and is_harmless(module, name)):
+                raise Refused(f"it names {shown(full)}, which has no place in such a file; nothing of it was run")
+            stub = self.unknown[full] = unknown_stub(full)
+        self.stack.append(stub)
 
     def reduce(self) -> None:
         args, function = self.stack.pop(), self.stack.pop()
@@ -167,9 +178,16 @@ class Machine:
 
     def new(self) -> None:
         args, cls = self.stack.pop(), self.stack.pop()
-        if not isinstance(cls, Stub) or cls.new is None or args != ():
+        if not isinstance(cls, Stub) or cls.new is None or (not cls.unknown and args != ()):
             raise Refused(f"it makes an object of {_what(cls)}, which no checkpoint does")
         self.stack.append(cls.new())
+
+    def new_with_names(self) -> None:
+        _, args, cls = self.stack.pop(), self.stack.pop(), self.stack.pop()
+        if not isinstance(cls, Stub) or not cls.unknown:
+            raise Refused(f"it makes an object of {_what(cls)} in an unusual way")
+        self.stack += [cls, args]
+        self.new()
 
     def build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
@@ -178,22 +196,32 @@ class Machine:
         target.build(state)
 
     def set_items(self, items: list[Any]) -> None:
-        table = self.stack[-1]
+        table = self.stack[-1].table if isinstance(self.stack[-1], Unknown) else self.stack[-1]
         if not isinstance(table, dict) or len(items) % 2:
             raise Refused(f"it sets items of {_what(table)}")
+        pairs = zip(items[::2], items[1::2], strict=True)
+        if self.lenient:
+            pairs = [(key, value) for key, value in pairs if isinstance(key, _KEY_TYPES)]
+            items = [part for pair in pairs for part in pair]
         self.check_keys(items[::2], "a dict")
-        table.update(zip(items[::2], items[1::2], strict=True))
+        table.update(pairs)
 
     def append_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
+        if isinstance(target, Unknown):
+            return
         if type(target) is not list:
             raise Refused(f"it appends to {_what(target)}")
         target.extend(items)
 
     def add_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
+        if isinstance(target, Unknown):
+            return
         if type(target) is not set:
             raise Refused(f"it adds items to {_what(target)}")
+        if self.lenient:
+            items = [item for item in items if isinstance(item, _KEY_TYPES)]
         self.check_keys(items, "a set")
         target.update(items)
 
@@ -215,7 +243,7 @@ class Machine:
 
 
 def _what(value: Any) -> str:
-    return value.name if isinstance(value, Stub) else f"a {type(value).__name__}"
+    return shown(value.name) if isinstance(value, Stub | Unknown) else f"a {type(value).__name__}"
 
 
 def encode_latin1(text: Any, encoding: Any) -> Blob:
@@ -380,6 +408,8 @@ def _push_marked_list(m: Machine, items: list) -> None:
 
 
 def _push_marked_frozenset(m: Machine, items: list) -> None:
+    if m.lenient:
+        items = [item for item in items if isinstance(item, _KEY_TYPES)]
     m.check_keys(items, "a set")
     m.stack.append(make_set(items))
 
@@ -430,6 +460,7 @@ _DISPATCH: dict[bytes, Callable[[Machine], object]] = {
     b"\x93": _stack_global,
     b"R": Machine.reduce,
     b"\x81": Machine.new,
+    b"\x92": Machine.new_with_names,
     b"b": Machine.build,
     b"Q": Machine.persistent,
 }

@@ -54,7 +54,7 @@ def test_files_of_the_training_script(state, tmp_path):
     for legacy in (False, True):
         path = save(tmp_path / "000100.pt", table, legacy)
         with open_container(path) as container:
-            assert set(container.members) == {"G_ema", "G", "D"}
+            assert set(container.members) == {"G_ema", "G"}  # nothing in it makes "d" a discriminator
             assert any("no mean of w" in note for note in container.network("G_ema").notes)
         assert torch.equal(load_generator(path).synthesis.b4.const, state["input.input"][0])
 
