@@ -6,11 +6,12 @@
     describe.py   what is in a file, for `python -m refine inspect`
     export.py     gives networks back in the formats they came in
 
-    sources/      where files come from: index.py, short names of shipped and of published files and their checksums;
+    sources/      where files come from: one_step.py, denoisers that are used once; index.py, short names of shipped and of published files and their checksums;
                   fetch.py, a URL to a file in the cache; custom.py, generators that a function of the user's own makes
     foreign/      files of other programs: opening.py finds the reader, container.py is what all of them give;
-                  nvidia.py (StyleGAN2-ADA, EDM, EDM2), tensorflow.py, torch_save.py, rosinality.py, state_dicts.py,
-                  diffusers_folder.py
+                  contents.py asks each family for its networks: nvidia.py (StyleGAN2-ADA, EDM, EDM2), tensorflow.py,
+                  r3gan.py, and by the names of tensors (flat.py) stylegan2_names.py, rosinality.py and edm_names.py;
+                  torch_save.py, raw_pickle.py, state_dicts.py and diffusers_folder.py are the forms of files
     pickles/      machine.py reads a pickle without running it; inert.py and tensors.py are what it reads
 
 Importing this package does not import torch.
@@ -19,11 +20,13 @@ Importing this package does not import torch.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refine.checkpoints.sniff import sniff
+from refine.checkpoints.sources import one_step
 from refine.checkpoints.sources.index import resolve
 
 if TYPE_CHECKING:
@@ -58,12 +61,17 @@ class NetworkInfo:
         return self.classes
 
 
-def load_generator(path_or_name: str | os.PathLike) -> Generator:
+def load_generator(
+    path_or_name: str | os.PathLike, init_kwargs: Mapping[str, Any] | None = None, sigma_init: float | None = None
+) -> Generator:
     """The generator of a file: `G_ema` where there is one, otherwise the only generator in it.
 
     Args:
         path_or_name: A file, a URL, a name of `pretrained/index.toml`, or `package.module:function` of the user's own
-            (docs/generators.md), which is then imported and called.
+            (docs/generators.md), which is then imported and called. `one-step:` before it means the denoiser of the
+            file, used once (docs/generators.md).
+        init_kwargs: Constructor arguments of a state dict that are not in it (docs/files.md).
+        sigma_init: Noise level of a `one-step:`; None = 2.5.
 
     Returns:
         Module in eval mode, float32, on the CPU, without gradients: `G(z, c)` → images, see
@@ -77,14 +85,26 @@ def load_generator(path_or_name: str | os.PathLike) -> Generator:
         from refine.checkpoints.sources import custom
 
         return custom.load_custom(reference)
-    return _load(path_or_name, kind="generator")
+    if (file := one_step.file_of(path_or_name)) is not None:
+        return _one_step(file, init_kwargs, one_step.SIGMA_INIT if sigma_init is None else sigma_init)
+    return _load(path_or_name, "generator", init_kwargs)
 
 
-def load_teacher(path_or_name: str | os.PathLike) -> Denoiser:
+def _one_step(file: str, init_kwargs: Mapping[str, Any] | None, sigma_init: float) -> Generator:
+    from refine.networks.one_step import OneStepGenerator
+
+    teacher = load_teacher(file, init_kwargs)
+    G = OneStepGenerator.from_teacher(teacher, sigma_init).eval().requires_grad_(False)
+    G.notes = teacher.notes
+    return G
+
+
+def load_teacher(path_or_name: str | os.PathLike, init_kwargs: Mapping[str, Any] | None = None) -> Denoiser:
     """The diffusion model of a file: `ema` where there is one, otherwise the only denoiser in it.
 
     Args:
         path_or_name: A file, a URL, or a name of `pretrained/index.toml`.
+        init_kwargs: Constructor arguments of a state dict that are not in it.
 
     Returns:
         Module in eval mode, float32, on the CPU, without gradients: `T(x, sigma, class_labels=None)` → denoised images
@@ -93,15 +113,16 @@ def load_teacher(path_or_name: str | os.PathLike) -> Denoiser:
     Raises:
         ValueError: the file cannot be used; one sentence says what it is and what was expected.
     """
-    return _load(path_or_name, kind="teacher")
+    return _load(path_or_name, "teacher", init_kwargs)
 
 
-def peek(path_or_name: str | os.PathLike, kind: str) -> NetworkInfo:
+def peek(path_or_name: str | os.PathLike, kind: str, init_kwargs: Mapping[str, Any] | None = None) -> NetworkInfo:
     """What `load_generator` or `load_teacher` would give, told from the file's header or pickle: nothing is built.
 
     Args:
         path_or_name: A file, a URL, or a name of `pretrained/index.toml`.
         kind: 'generator' or 'teacher'.
+        init_kwargs: As for `load_generator`.
 
     Raises:
         ValueError: as `load_generator` and `load_teacher`, except for faults that only show once weights are read.
@@ -109,10 +130,12 @@ def peek(path_or_name: str | os.PathLike, kind: str) -> NetworkInfo:
     if kind == "generator" and _reference(path_or_name):  # only calling it can tell
         G = load_generator(path_or_name)
         return NetworkInfo(kind, G.img_resolution, G.img_channels, G.c_dim)
+    if kind == "generator" and (file := one_step.file_of(path_or_name)) is not None:
+        return replace(peek(file, "teacher", init_kwargs), kind="generator")
     path = resolve(path_or_name, kind)
-    init_kwargs = _reader(path, kind)(path, kind, build=False)
-    size = {name: init_kwargs.get(name) for name in ("img_resolution", "img_channels")}
-    size["classes"] = init_kwargs.get("c_dim" if kind == "generator" else "label_dim", 0)
+    found = _reader(path, kind)(path, kind, False, init_kwargs)
+    size = {name: found.get(name) for name in ("img_resolution", "img_channels")}
+    size["classes"] = found.get("c_dim" if kind == "generator" else "label_dim", 0)
     for name, value in size.items():
         if type(value) is not int:
             raise ValueError(f"{path}: its {name} is {str(value)[:40]!r}; expected a whole number")
@@ -125,25 +148,30 @@ def source_file(path_or_name: str | os.PathLike, kind: str | None = None) -> Pat
         from refine.checkpoints.sources import custom
 
         return custom.source_of(reference)
+    if (file := one_step.file_of(path_or_name)) is not None:
+        return resolve(file, "teacher" if kind == "generator" else kind)
     return resolve(path_or_name, kind)
 
 
 def _reference(path_or_name: str | os.PathLike) -> Reference | None:
-    if ":" not in str(path_or_name):  # the usual case, without importing torch
+    if (
+        ":" not in str(path_or_name) or one_step.file_of(path_or_name) is not None
+    ):  # the usual case, without importing torch
         return None
     from refine.checkpoints.sources import custom
 
     return custom.parse(path_or_name)
 
 
-def _load(path_or_name: str | os.PathLike, kind: str) -> Any:
+def _load(path_or_name: str | os.PathLike, kind: str, init_kwargs: Mapping[str, Any] | None) -> Any:
     path = resolve(path_or_name, kind)
-    network = _reader(path, kind)(path, kind, build=True)
+    network = _reader(path, kind)(path, kind, True, init_kwargs)
     return network.cpu().float().eval().requires_grad_(False)
 
 
 def _reader(path: Path, kind: str) -> Any:
-    """reader(path, kind, build) of such files: gives the network, or only its init kwargs where not to be built."""
+    """reader(path, kind, build, init_kwargs) of such files: gives the network, or only its init kwargs where not to be
+    built."""
     found = sniff(path)
     if found.kind == "native":
         return _read_native
@@ -152,8 +180,11 @@ def _reader(path: Path, kind: str) -> Any:
     raise ValueError(f"{path} is {found.description}; expected {_EXPECTED[kind]}")
 
 
-def _read_native(path: Path, kind: str, build: bool) -> Any:
+def _read_native(path: Path, kind: str, build: bool, init_kwargs: Mapping[str, Any] | None) -> Any:
     from refine.checkpoints import describe, native, registry
+
+    if init_kwargs:
+        raise ValueError(f"{path} says itself how its networks are built; expected no constructor arguments")
 
     metadata = native.read_metadata(path)
     if metadata["kind"] != "networks":
@@ -171,19 +202,22 @@ def _read_native(path: Path, kind: str, build: bool) -> Any:
     return native.load_networks(path, [name])[name] if build else networks[name]["init_kwargs"]
 
 
-def _read_container(path: Path, kind: str, build: bool) -> Any:
+def _read_container(path: Path, kind: str, build: bool, init_kwargs: Mapping[str, Any] | None) -> Any:
     from refine.checkpoints.foreign.opening import open_container
 
-    with open_container(path, expected=_EXPECTED[kind]) as container:
+    options = {} if init_kwargs is None else {"init_kwargs": init_kwargs}
+    with open_container(path, expected=_EXPECTED[kind], **options) as container:
         of_kind = [name for name, found in container.members.items() if found == kind]
         if not of_kind:
-            raise ValueError(f"{path} is {container.family}; expected {_EXPECTED[kind]}")
+            hint = "; a denoiser that is used once is one-step:FILE" if "teacher" in container.members.values() else ""
+            raise ValueError(f"{path} is {container.family}; expected {_EXPECTED[kind]}{hint}")
         name = _PREFERRED[kind] if _PREFERRED[kind] in of_kind else of_kind[0]
         return container.load(name) if build else container.network(name).init_kwargs
 
 
 _PREFERRED = {"generator": "G_ema", "teacher": "ema"}
 _EXPECTED = {
-    "generator": "a generator: a StyleGAN2 pickle (PyTorch or TensorFlow), a rosinality .pt, or a file of this toolkit",
+    "generator": "a generator: a StyleGAN2 pickle (PyTorch or TensorFlow) or state dict, a rosinality .pt, an R3GAN file, "
+    "or a file of this toolkit",
     "teacher": "a teacher: an EDM or EDM2 pickle, a UNet2DModel of diffusers, or a file of this toolkit",
 }

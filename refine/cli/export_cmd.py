@@ -51,9 +51,9 @@ def export(network: str, like: str | None, out: str, format_name: str | None) ->
                 raise ValueError(reason)
     with option("--network"):
         networks = formats.load_all(source)
-    notes = []
+    notes: list[str] = []
     if original is not None:
-        kept = _write_like(original, out, networks)
+        kept = _write_like(original, out, networks, notes)
         notes += [f"{name} is the original's" for name in kept]
     elif (format_name or defaults[suffix]) == "rosinality":
         with option("--network"):
@@ -65,7 +65,7 @@ def export(network: str, like: str | None, out: str, format_name: str | None) ->
     click.echo(f"Wrote {out}" + "".join(f"\n  {note}" for note in notes))
 
 
-def _write_like(original: Path, out: str, networks: Mapping[str, Any]) -> list[str]:
+def _write_like(original: Path, out: str, networks: Mapping[str, Any], notes: list[str]) -> list[str]:
     """Puts those networks into the container that it has names for."""
     from refine.checkpoints.export import members, write_like
 
@@ -75,4 +75,4 @@ def _write_like(original: Path, out: str, networks: Mapping[str, Any]) -> list[s
         if not wanted:
             found = ", ".join(networks)
             raise ValueError(f"{original} holds {', '.join(held)}; --network holds {found}, none of these")
-        return write_like(original, out, wanted)
+        return write_like(original, out, wanted, notes)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from refine.cli.options import parse_ints
+from refine.cli.options import kwargs_option, parse_ints, sigma_init_option
 from refine.config import OPS_HELP, OPS_MODES
 from refine.device import prepare_device
 from refine.errors import option
@@ -20,8 +20,13 @@ def _parse_seeds(_ctx: click.Context, _param: click.Parameter, value: str) -> li
 
 @click.command("generate", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
-    "--network", required=True, metavar="FILE|NAME", help="A generator, or a diffusion model (18 Heun steps)."
+    "--network",
+    required=True,
+    metavar="FILE|NAME",
+    help="A generator, a diffusion model (18 Heun steps), or one-step:FILE, a diffusion model used once.",
 )
+@kwargs_option("--gan-kwargs", "--network")
+@sigma_init_option()
 @click.option("--seeds", required=True, callback=_parse_seeds, metavar="LIST", help="One image each, e.g. 0-35,40.")
 @click.option("--outdir", required=True, metavar="DIR", help="Where seed0000.png … and grid.png go.")
 @click.option(

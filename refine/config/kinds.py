@@ -180,6 +180,30 @@ LABEL_DIST = optional(
     ),
     "uniform",
 )
+MAX_JSON_BYTES = 1 << 20
+
+
+def read_kwargs(text: str) -> dict[str, Any]:
+    """Constructor arguments: a JSON object, or the path of a file with one."""
+    try:
+        if not (written := text.lstrip()).startswith("{"):
+            if os.path.getsize(text) > MAX_JSON_BYTES:
+                raise Unreadable(f"a JSON object; the file is longer than {MAX_JSON_BYTES} bytes")
+            written = Path(text).read_text(encoding="utf-8")
+        table = json.loads(written)
+    except Unreadable:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise Unreadable(f"a JSON object or a file with one ({' '.join(str(error).split())[:100]})") from None
+    if not isinstance(table, dict):
+        raise Unreadable('a JSON object such as {"synthesis_kwargs": {"conv_clamp": 256}}')
+    return table
+
+
+KWARGS = optional(
+    Kind("FILE.json|JSON", read_kwargs, "a JSON object", lambda value: isinstance(value, dict), show=json.dumps),
+    "what names and shapes of its tensors tell",
+)
 RATE = optional(number("a rate in [0, 1)", lambda value: 0 <= value < 1), "none")
 _TERM = r"\s*\w+(:[^+:]+)?\s*"  # NAME or NAME:WEIGHT; which names there are, the registry of objectives knows
 _SUM = re.compile(rf"{_TERM}(\+{_TERM})*")

@@ -54,6 +54,8 @@ def compare(
     device: str = "cpu",
     noise_mode: str = "random",
     truncation_psi: float = 1.0,
+    gan_kwargs: Mapping[str, Any] | None = None,
+    sigma_init: float | None = None,
     also: Sequence[str] = (),
     ref_num: int = 50_000,
     cache: bool = True,
@@ -75,6 +77,8 @@ def compare(
         device: Where networks and detector run.
         noise_mode: Noise of a StyleGAN2, for the numbers; the pictures always use its constant noise.
         truncation_psi: Truncation of a StyleGAN2.
+        gan_kwargs: Of `before`, see `refine.load_generator`.
+        sigma_init: Noise level of a `one-step:FILE`.
         also: Further metrics that take longer, of `refine.metrics.registry.ON_REQUEST`, such as 'fdinf' (FID∞).
         ref_num: Images drawn from a generator that serves as the reference. Of a teacher there are `num`.
         cache: Keep what was measured of a reference that is images.
@@ -98,7 +102,10 @@ def compare(
         run = read_run_folder(after)
     sampling = (device, batch, noise_mode, truncation_psi)
     paths = {"before": before, "after": after if run is None else run.judged.path}
-    sides = {name: _load_side(name, path, *sampling) for name, path in paths.items()}
+    sides = {
+        name: _load_side(name, path, *sampling, gan_kwargs if name == "before" else None, sigma_init)
+        for name, path in paths.items()
+    }
     check_same_images(sides["before"], sides["after"])
     with option("--outdir"):
         folder = None if outdir is None else check_outdir(outdir)
@@ -127,8 +134,19 @@ def compare(
 class Side:
     """A network that makes images, a generator or a diffusion model: loaded from a file, and how it is sampled."""
 
-    def __init__(self, path: str | os.PathLike, device: str, batch: int, noise_mode: str, truncation_psi: float):
-        self.network, self.is_teacher = _load_any(path, device)
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        device: str,
+        batch: int,
+        noise_mode: str,
+        truncation_psi: float,
+        gan_kwargs: Mapping[str, Any] | None = None,
+        sigma_init: float | None = None,
+    ):
+        self.network, self.is_teacher = _load_any(path, device, gan_kwargs, sigma_init)
+        for note in self.network.notes if is_first_process() else ():
+            print(f"assumed: {note}", file=sys.stderr)
         file = source_file(path)
         self.path, self.name, self.sha256 = str(file), file.name, sha256_of_file(file)
         self.refined_with = _refined_with(file)
@@ -171,15 +189,17 @@ def _sampling(G: Generator, truncation_psi: float, noise_mode: str) -> str:
     return ", ".join(words) or "G(z, c)"
 
 
-def _load_any(path: str | os.PathLike, device: str) -> tuple[Any, bool]:
+def _load_any(
+    path: str | os.PathLike, device: str, init_kwargs: Mapping[str, Any] | None, sigma_init: float | None
+) -> tuple[Any, bool]:
     """(generator, False) or (diffusion model, True), whichever the file holds. Raises ValueError if neither."""
     try:
         # channels_last halves a generator's time on a CPU: no page faults for copies between layouts
-        G: Any = load_generator(path)
+        G: Any = load_generator(path, init_kwargs, sigma_init)
         return G.to(device, memory_format=torch.channels_last), False
     except ValueError as error:
         try:
-            return load_teacher(path).to(device), True
+            return load_teacher(path, init_kwargs).to(device), True
         except ValueError:
             raise error from None
 

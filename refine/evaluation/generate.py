@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -13,7 +14,7 @@ from tqdm import tqdm
 from refine.dnnlib import check_outdir
 from refine.errors import option
 from refine.evaluation.compare import Side
-from refine.images import save_image_grid, save_png
+from refine.images import PICTURE_CHANNELS, save_image_grid, save_png
 from refine.metrics.pipeline import gathered, my_share, prefetched, rank_and_world
 from refine.metrics.sampling import latents_of_seeds
 
@@ -30,6 +31,8 @@ def generate(
     class_index: int | None = None,
     truncation_psi: float = 1.0,
     noise_mode: str = "const",
+    gan_kwargs: Mapping[str, Any] | None = None,
+    sigma_init: float | None = None,
     batch: int = 16,
     device: str = "cpu",
     progress: bool = True,
@@ -37,11 +40,12 @@ def generate(
     """Writes seed0000.png … and grid.png.
 
     Args:
-        network: File or name of a generator; a diffusion model is sampled with 18 Heun steps.
+        network: File or name of a generator; a diffusion model is sampled with 18 Heun steps, and `one-step:FILE` once.
         seeds: One per image, see `refine.metrics.sampling.latents_of_seeds`.
         outdir: Folder of the images; made if it does not exist.
         class_index: Class of all images; None = drawn per seed, where there are classes.
         truncation_psi, noise_mode: Truncation and noise of a StyleGAN2.
+        gan_kwargs, sigma_init: See `refine.load_generator`.
         batch: Images per batch.
         device: Where the network runs.
         progress: Show a bar with the time left on stderr.
@@ -58,7 +62,9 @@ def generate(
         if max(seeds) > MAX_SEED:
             raise ValueError(f"{max(seeds)} is too large; expected seeds up to {MAX_SEED}")
     with option("--network"):
-        side = Side(network, device, batch, noise_mode, truncation_psi)
+        side = Side(network, device, batch, noise_mode, truncation_psi, gan_kwargs, sigma_init)
+        if (channels := side.image_shape[0]) not in PICTURE_CHANNELS:
+            raise ValueError(f"its images have {channels} channels; expected 1 (grey), 3 (RGB) or 4 (RGBA)")
     with option("--class"):
         latents_of_seeds(seeds[:1], [1], side.num_classes, class_index)
     with option("--outdir"):

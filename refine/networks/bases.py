@@ -34,9 +34,11 @@ class Network(nn.Module):
 
     Attributes:
         init_kwargs: The constructor's arguments as JSON values, see `records_init_kwargs`.
+        notes: What was assumed where the file that it came from does not tell.
     """
 
     init_kwargs: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
     @property
     def training_rate(self) -> TrainingRate:

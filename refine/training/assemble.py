@@ -16,6 +16,7 @@ from refine.checkpoints import load_generator, load_teacher, peek, source_file
 from refine.checkpoints.export import can_write_like
 from refine.checkpoints.sources import custom
 from refine.checkpoints.sources.fetch import is_url
+from refine.checkpoints.sources.one_step import file_of
 from refine.config import CHANGEABLE, OPTIONS, TEACHER, RefineConfig
 from refine.config.option import flag
 from refine.device import choose_device, choose_ops
@@ -192,14 +193,14 @@ def _load_pair(config: RefineConfig) -> _Pair:
     _check_laws(config)
     with option("--gan"):
         student_path = None if one_step else source_file(config.gan, "generator")
-        student_info = None if one_step else peek(config.gan, "generator")
+        student_info = None if one_step else peek(config.gan, "generator", config.gan_kwargs)
     with option("--teacher"):
         teacher_path = source_file(config.teacher, "teacher")
         teacher_info = peek(teacher_path, "teacher")
     if not one_step:
         check_pair(student_info, teacher_info)
     with option("--gan"):
-        student = None if one_step else load_generator(config.gan)
+        student = None if one_step else load_generator(config.gan, config.gan_kwargs, config.sigma_init)
     with option("--teacher"):
         teacher = load_teacher(teacher_path)
     if one_step:
@@ -296,6 +297,8 @@ def _no_container(gan: str, pair: _Pair) -> str | None:
     """Why snapshots are not written into copies of the file that the GAN came in; None = they are."""
     if gan == ONE_STEP:
         return "the one-step generator is made here, from the teacher"
+    if file_of(gan) is not None:
+        return "refine export --like=FILE puts a one-step generator back into the pickle it came from"
     if reference := custom.parse(gan):
         return f"use them as {reference}@FILE"
     return can_write_like(pair.student_path)
@@ -335,6 +338,8 @@ def _log_networks(run_dir: RunDir, trainer: Trainer) -> None:
     )
     run_dir.log(f"student     {config.gan}, {student:,} parameters to train, on {device}")
     run_dir.log(f"teacher     {config.teacher}, {teacher:,} parameters")
+    for note in trainer.G.notes:
+        run_dir.log(f"assumed     {note}")
     judged = config.metrics and config.ref not in (None, TEACHER)
     judge = f"; snapshots are judged against {config.ref}" if judged else ""
     if trainer.adversary is None:

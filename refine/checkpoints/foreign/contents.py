@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from refine.checkpoints.foreign import nvidia, rosinality, stylegan2_names, tensorflow
+from refine.checkpoints.foreign import edm_names, nvidia, r3gan, rosinality, stylegan2_names, tensorflow
 from refine.checkpoints.foreign.container import Members
 from refine.checkpoints.foreign.flat import flattened
 from refine.checkpoints.pickles.inert import Refused
@@ -24,10 +24,12 @@ def find(value: Any, given: Mapping[str, Any] | None = None) -> tuple[str, Membe
     known = nvidia.members(value) or tensorflow.members(value)
     if known is not None:
         if given:
-            raise Refused("it says itself how its networks are built; expected no --gan-kwargs, which are for state dicts")
+            raise Refused(
+                "it says itself how its networks are built; expected no --gan-kwargs, which are for state dicts"
+            )
         return known
     flat = flattened(value)
-    for family in (stylegan2_names, rosinality):
+    for family in (stylegan2_names, r3gan, rosinality, edm_names):
         if (found := family.members(flat, given)) is not None:
             return family.FAMILY, found
     return None

@@ -109,7 +109,9 @@ def _named(value: Any) -> dict[str, Persistent]:
             name = _OTHER_NAMES.get(str(key).lower(), str(key))
             found.setdefault(name, item)
     if "ema" not in found and not isinstance(value.get("optimizer_state") if isinstance(value, dict) else None, dict):
-        teachers = [found[name] for name in ("G_ema", "G", "net", "model") if name in found and _is_teacher(found[name])]
+        teachers = [
+            found[name] for name in ("G_ema", "G", "net", "model") if name in found and _is_teacher(found[name])
+        ]
         found |= {"ema": item for item in teachers[:1]}
     return found
 
@@ -199,7 +201,10 @@ def describe_generator(item: Persistent) -> FileNetwork:
 def _with_what_is_there(network: FileNetwork) -> FileNetwork:
     """A generator without tensors of others, and with a substitute for the buffers that a fork left out."""
     network.tensors = without_strangers(network.tensors, network.notes)
-    if "mapping.w_avg" not in network.tensors and network.init_kwargs["mapping_kwargs"].get("w_avg_beta", 1) is not None:
+    if (
+        "mapping.w_avg" not in network.tensors
+        and network.init_kwargs["mapping_kwargs"].get("w_avg_beta", 1) is not None
+    ):
         network.finish = estimate_w_avg
         network.notes.append(f"no mean of w is stored: it is estimated from {MEAN_OF:,} draws")
     noise = any(name.endswith(".noise_const") for name in network.tensors)
@@ -221,7 +226,9 @@ def _known_only(given: dict[str, Any], known: Container[str], whose: str, notes:
         value = given[name]
         if name not in _OF_FORKS and value is not None and value is not False:
             what = f"{shown(name)}={shown(str(value))}"
-            raise Refused(f"{whose} was made with the argument {what}, which changes it in a way that is not known here")
+            raise Refused(
+                f"{whose} was made with the argument {what}, which changes it in a way that is not known here"
+            )
         notes.append(f"the argument {shown(name)}={shown(str(value))} of a fork is left out")
     return {name: value for name, value in given.items() if name in known}
 
@@ -276,7 +283,9 @@ def describe_teacher(item: Persistent) -> FileNetwork:
     notes: list[str] = []
     if cls is not edm2.Precond:
         if item.class_name not in _PRECONDS:
-            notes.append(f"its class is called {shown(item.class_name)}; it is read as {cls.__name__}, whose form it has")
+            notes.append(
+                f"its class is called {shown(item.class_name)}; it is read as {cls.__name__}, whose form it has"
+            )
         kwargs = _known_only(kwargs, {*names, *_arguments_of(*edm_unets.UNETS.values())}, "it", notes)
     for name in names:
         live = item.state.get(name)

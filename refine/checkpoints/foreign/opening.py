@@ -20,7 +20,8 @@ def open_container(path: str | os.PathLike, expected: str | None = None, **optio
     Args:
         path: The file.
         expected: What a refusal says was expected instead. None = every kind of file that can be read.
-        **options: `init_kwargs` and `class_name` of a plain state dict, see `state_dicts`.
+        **options: `init_kwargs` of a state dict that tells nothing or not all; `class_name` of one in safetensors or
+            `.npz`, see `state_dicts`.
 
     Raises:
         ValueError: the file is broken or none of those; one sentence says what it is and what was expected.
@@ -35,11 +36,10 @@ def open_container(path: str | os.PathLike, expected: str | None = None, **optio
     if found.kind not in openers:
         raise ValueError(f"{path} is {found.description}; expected {expected}")
     with open(path, "rb") as stream:
-        given = options if found.kind in ("npz", "safetensors") else {}
-        yield openers[found.kind](Path(path), stream, expected, **given)
+        yield openers[found.kind](Path(path), stream, expected, **options)
 
 
 EXPECTED = (
-    "a StyleGAN2, EDM or EDM2 pickle, a legacy TensorFlow pickle of StyleGAN2, a rosinality .pt, "
+    "a StyleGAN2, R3GAN, EDM or EDM2 pickle or state dict, a legacy TensorFlow pickle of StyleGAN2, a rosinality .pt, "
     "or a file of this toolkit"
 )

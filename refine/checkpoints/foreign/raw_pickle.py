@@ -6,14 +6,15 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from refine.checkpoints.foreign import contents, nvidia, rosinality, stylegan2_names, tensorflow, torch_save
+from refine.checkpoints.foreign import contents, edm_names, nvidia, rosinality, stylegan2_names, tensorflow, torch_save
 from refine.checkpoints.foreign.container import Container, saying
 from refine.checkpoints.pickles.inert import Refused
 from refine.checkpoints.pickles.machine import Machine
 
 _LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a pickle of torch.save's old magic number
 
-_NOT_WRITTEN_BACK = {rosinality.FAMILY, stylegan2_names.FAMILY}  # a pickle of a state dict, which few programs write
+# Pickles of state dicts, which few programs write.
+_NOT_WRITTEN_BACK = {edm_names.FAMILY, rosinality.FAMILY, stylegan2_names.FAMILY}
 
 
 def open_pickle(path: Path, stream: BinaryIO, expected: str, **given: Any) -> Container:

@@ -335,24 +335,33 @@ def _inexpressible(network: Any) -> str | None:
     kwargs = getattr(network, "init_kwargs", {})
     mapping, synthesis = kwargs.get("mapping_kwargs", {}), kwargs.get("synthesis_kwargs", {})
     size, dim = network.img_resolution, network.w_dim
-    base, most = synthesis.get("channel_base", 32768), synthesis.get("channel_max", 512)
-    sizes = [4 << i for i in range(size.bit_length() - 2)]
-    wide = [all(min(base // r, most) == channels(r, m) for r in sizes) for m in (1, 2)]
     checks = [
         (network.c_dim == 0, f"it has {network.c_dim} classes, and theirs have none"),
         (network.z_dim == dim, f"z has {network.z_dim} and w {dim} numbers, and theirs have equally many"),
-        (network.img_channels == 3, f"it has {network.img_channels} image channels, and theirs have 3"),
         (mapping.get("layer_features") in (None, dim), "the mapping's inner layers have another width than w"),
         (mapping.get("activation", "lrelu") == "lrelu", "its mapping has another activation than leaky ReLU"),
         (mapping.get("w_avg_beta", 0.995) is not None, "it tracks no mean of w"),
         (synthesis.get("architecture", "skip") == "skip", f"its architecture is {synthesis.get('architecture')}"),
         (synthesis.get("activation", "lrelu") == "lrelu", "it has another activation than leaky ReLU"),
         (synthesis.get("kernel_size", 3) == 3, "its kernels are not 3×3"),
-        (any(wide), "its numbers of channels are not those of theirs (512 up to 32×32, then halving)"),
         (size <= 1024, "it is larger than 1024×1024"),
         (tuple(network.synthesis.b4.resample_filter.shape) == (4, 4), "its filters are not 4×4"),
     ]
     return next((reason for fine, reason in checks if not fine), None)
+
+
+def peculiarities(network: Any) -> list[str]:
+    """What their class must be changed for, as forks do, to take the state of this generator."""
+    size = network.img_resolution
+    widths = {r: getattr(network.synthesis, f"b{r}").conv1.weight.shape[0] for r in network.synthesis.block_resolutions}
+    found = []
+    if network.img_channels != 3:
+        found.append(f"it has {network.img_channels} image channels: theirs has 3 unless it is changed")
+    if not any(all(width == channels(r, m) for r, width in widths.items()) for m in (1, 2)):
+        found.append(
+            f"its numbers of channels are not those of their networks of {size}×{size}, of no channel_multiplier"
+        )
+    return found
 
 
 def discriminator_state(network: Any) -> dict[str, torch.Tensor]:

@@ -3,7 +3,8 @@
 The arguments are a JSON object, either {"class": "stylegan2.Generator", "init_kwargs": {…}} or the init kwargs alone
 (then of a StyleGAN2 generator, or of an EDMPrecond where `model_type` is among them), found, in this order,
 
-    in the call              `open_container(path, init_kwargs={…}, class_name='edm.VPPrecond')`
+    in the call              `open_container(path, init_kwargs={…}, class_name='edm.VPPrecond')`; arguments without a
+                             class are laid over what names and shapes tell, see `contents`
     in the file              safetensors: the metadata 'class' and 'init_kwargs'; npz: an array of text 'init_kwargs'
     beside the file          `NAME.json` beside `NAME.safetensors`
 """
@@ -21,7 +22,7 @@ from typing import Any, BinaryIO
 import torch
 
 from refine.checkpoints import archives, registry
-from refine.checkpoints.foreign import diffusers_folder
+from refine.checkpoints.foreign import contents, diffusers_folder
 from refine.checkpoints.foreign.container import Container, FileNetwork, plain, saying
 from refine.checkpoints.native import _DTYPES
 from refine.checkpoints.pickles.inert import Blob, Refused, shown
@@ -46,6 +47,9 @@ def open_safetensors(path: Path, stream: BinaryIO, expected: str, **given: Any) 
         from_diffusers = None if given else diffusers_folder.describe(path)
     if from_diffusers is not None:
         return _open_diffusers(path, stream, infos, from_diffusers)
+    with saying(str(path)):
+        if (by_names := _by_names(path, stream, infos, metadata, given)) is not None:
+            return by_names
     _check_arguments(path, metadata, given, "a safetensors file of another program", expected)
     with saying(str(path)):
         return _container(path, stream, _refs(stream, infos), dict(metadata), "a plain safetensors file", given)
@@ -58,6 +62,22 @@ def _refs(stream: BinaryIO, infos: Mapping[str, TensorInfo]) -> dict[str, Tensor
             raise Refused(f"{shown(name)} has dtype {info.dtype}")
         refs[name] = _ref(stream, _DTYPES[info.dtype], info.shape, info.start, info.end - info.start)
     return refs
+
+
+def _by_names(
+    path: Path, stream: BinaryIO, infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], given: dict
+) -> Container | None:
+    """The networks of a safetensors file that says nothing of them but the names of their tensors."""
+    if _told(path, metadata, given):
+        return None
+    known = {name: info for name, info in infos.items() if info.dtype in _DTYPES}
+    found = contents.find(_refs(stream, known), given.get("init_kwargs"))
+    return None if found is None else Container(path, stream, *found)
+
+
+def _told(path: Path, metadata: Mapping[str, str], given: Mapping[str, Any]) -> bool:
+    """Whether class and arguments are said in full."""
+    return "class_name" in given or "init_kwargs" in metadata or path.with_suffix(".json").is_file()
 
 
 def _open_diffusers(path: Path, stream: BinaryIO, infos: Mapping[str, TensorInfo], init_kwargs: dict) -> Container:
@@ -87,6 +107,9 @@ def open_npz(path: Path, stream: BinaryIO, expected: str, **given: Any) -> Conta
             if dtype not in _NPY_DTYPES:
                 raise Refused(f"{shown(name)} has dtype {shown(dtype)}; expected floating point numbers")
             refs[name] = _npy_ref(archive, stream, info, _NPY_DTYPES[dtype], shape, fortran, start, size)
+    with saying(str(path)):
+        if not _told(path, metadata, given) and (found := contents.find(refs, given.get("init_kwargs"))) is not None:
+            return Container(path, stream, *found, nbytes=inflated)
     _check_arguments(path, metadata, given, "a NumPy archive (.npz)", expected)
     with saying(str(path)):
         return _container(path, stream, refs, metadata, "a NumPy archive of one network", given, inflated)
