@@ -6,7 +6,10 @@
     describe.py   what is in a file, for `python -m refine inspect`
     export.py     gives networks back in the formats they came in
 
-    sources/      where files come from: one_step.py, denoisers that are used once; index.py, short names of shipped and of published files and their checksums;
+    deploy.py     generators as graphs for other runtimes, ONNX and torch.export
+
+    sources/      where files come from: index.py, short names of shipped and of published files and their checksums;
+                  one_step.py, denoisers of files that are used once;
                   fetch.py, a URL to a file in the cache; custom.py, generators that a function of the user's own makes
     foreign/      files of other programs: opening.py finds the reader, container.py is what all of them give;
                   contents.py asks each family for its networks: nvidia.py (StyleGAN2-ADA, EDM, EDM2), tensorflow.py,
@@ -217,7 +220,7 @@ def _read_container(path: Path, kind: str, build: bool, init_kwargs: Mapping[str
 
 _PREFERRED = {"generator": "G_ema", "teacher": "ema"}
 _EXPECTED = {
-    "generator": "a generator: a StyleGAN2 pickle (PyTorch or TensorFlow) or state dict, a rosinality .pt, an R3GAN file, "
-    "or a file of this toolkit",
+    "generator": "a generator: a StyleGAN2 pickle (PyTorch or TensorFlow) or state dict, a rosinality .pt, "
+    "an R3GAN file, or a file of this toolkit",
     "teacher": "a teacher: an EDM or EDM2 pickle, a UNet2DModel of diffusers, or a file of this toolkit",
 }

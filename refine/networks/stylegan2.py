@@ -382,7 +382,7 @@ class SynthesisNetwork(nn.Module):
         channel_base: Channels at resolution r are channel_base / r …
         channel_max: … at most this many.
         num_fp16_res: How many of the highest resolutions compute in float16 (not below 8×8).
-        channels: Channels at 4×4, 8×8, …, for networks that follow no such rule. None = by channel_base and channel_max.
+        channels: Channels at 4×4, 8×8, …, where they follow no such rule. None = by channel_base and channel_max.
         block_kwargs: Arguments of `SynthesisBlock` and `SynthesisLayer`.
 
     Raises:

@@ -1,7 +1,7 @@
 """State dicts, wherever they are in a file: bare, in tables, with prefixes, or as modules that were pickled whole.
 
-All of them become one flat table, whose names say where a tensor was: 'state_dict.G_ema.synthesis.b4.const'. A family is
-recognised by the name of one of its tensors, and what is before that name is the network's prefix.
+All of them become one flat table, whose names say where a tensor was: 'state_dict.G_ema.synthesis.b4.const'. A family
+is recognised by the name of one of its tensors, and what is before that name is the network's prefix.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ def _named(value: Any) -> dict[str, Persistent]:
         teachers = [
             found[name] for name in ("G_ema", "G", "net", "model") if name in found and _is_teacher(found[name])
         ]
-        found |= {"ema": item for item in teachers[:1]}
+        found |= dict(zip(("ema",), teachers, strict=False))
     return found
 
 

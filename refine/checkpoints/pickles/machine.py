@@ -199,7 +199,7 @@ class Machine:
         table = self.stack[-1].table if isinstance(self.stack[-1], Unknown) else self.stack[-1]
         if not isinstance(table, dict) or len(items) % 2:
             raise Refused(f"it sets items of {_what(table)}")
-        pairs = zip(items[::2], items[1::2], strict=True)
+        pairs = list(zip(items[::2], items[1::2], strict=True))
         if self.lenient:
             pairs = [(key, value) for key, value in pairs if isinstance(key, _KEY_TYPES)]
             items = [part for pair in pairs for part in pair]
