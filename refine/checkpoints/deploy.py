@@ -1,6 +1,6 @@
-"""Generators for other runtimes: one graph from z (and labels, and psi) to images, as ONNX or as a torch.export program.
+"""Generators for other runtimes: a graph from z (and labels, and psi) to images, as ONNX or a torch.export program.
 
-    inputs    z (N, z_dim); c (N, c_dim) where there are classes; psi, one number, where there is truncation; all float32
+    inputs    z (N, z_dim); c (N, c_dim) with classes; psi, one number, where there is truncation; all float32
     output    image (N, img_channels, R, R), float32, about [-1, 1]; noise inputs are the stored ones
 
 N is free. Kernels of this toolkit are not in the graph: plain torch stands for them while it is made. What was written
