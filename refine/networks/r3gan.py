@@ -163,6 +163,8 @@ class Generator(bases.Generator):
             raise ValueError(
                 f"img_resolution is {img_resolution}, with {found}; expected one for each stage from 4×4 on"
             )
+        if z_dim < 1 or min(widths) < 1:
+            raise ValueError(f"z_dim is {z_dim} and widths are {list(widths)}; expected numbers of at least 1")
         if any(count < 0 for count in blocks) or 0 in bf16_stages:
             raise ValueError("a stage has less than 0 blocks, or the first stage computes in bfloat16")
         self.z_dim, self.c_dim = z_dim, c_dim

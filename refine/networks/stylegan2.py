@@ -44,6 +44,7 @@ class FullyConnectedLayer(nn.Module):
         bias_init: float = 0.0,
     ):
         super().__init__()
+        bases.check_choice("activation", activation, tuple(ACTIVATIONS))
         self.activation = activation
         self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_multiplier)
         self.bias = nn.Parameter(torch.full([out_features], float(bias_init))) if bias else None

@@ -203,11 +203,17 @@ def plain(value: Any, what: str = "init kwargs") -> Any:
 
 
 def merged(inferred: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments with others laid over them, tables inside them entry by entry."""
+    """Arguments with others laid over them, tables inside them entry by entry.
+
+    Raises:
+        Refused: something else is given where a table is expected.
+    """
     result = dict(inferred)
     for name, value in given.items():
-        both = isinstance(value, Mapping) and isinstance(result.get(name), Mapping)
-        result[name] = merged(result[name], value) if both else value
+        table = isinstance(result.get(name), Mapping)
+        if table and not isinstance(value, Mapping):
+            raise Refused(f"the argument {name} that is given for it is not a table")
+        result[name] = merged(result[name], value) if table else value
     return result
 
 

@@ -48,9 +48,10 @@ def describe_denoiser(tensors: Mapping[str, TensorRef], given: Mapping[str, Any]
         raise Refused(
             f"its encoder has blocks for {', '.join(map(str, sizes)) or 'no'} pixels; expected R, R/2 and so on"
         )
-    channels, img_channels, *_ = shape_of(tensors, f"enc.{sizes[0]}x{sizes[0]}_conv.weight", 4)
+    first, img_channels, *_ = shape_of(tensors, f"enc.{sizes[0]}x{sizes[0]}_conv.weight", 4)
     widths = [shape_of(tensors, f"enc.{size}x{size}_block0.conv1.weight", 4)[0] for size in sizes]
     embedded = shape_of(tensors, ANCHOR, 2)
+    channels = embedded[1] if adm else first  # ADM's first layer is as wide as its first level
     if not channels or any(width % channels for width in widths) or any(size % channels for size in embedded):
         raise Refused(f"its widths {widths} are not multiples of the first layer's {channels} channels")
     label_dim, augment_dim = (

@@ -118,7 +118,9 @@ def _named(value: Any) -> dict[str, Persistent]:
 
 def _unwrapped(item: Any) -> Any:
     """An object without the module around it that DataParallel is."""
-    while isinstance(item, Unknown) and item.state is not None and list(_modules(item)) == ["module"]:
+    for _ in range(_MAX_DEPTH):  # a file can make a module its own child
+        if not (isinstance(item, Unknown) and item.state is not None and list(_modules(item)) == ["module"]):
+            break
         item = _modules(item)["module"]
     return item
 

@@ -65,7 +65,7 @@ def describe_generator(
         if blocks[stage]:
             block = f"MainLayers.{stage}.Layers.1"
             grouped = shape_of(tensors, f"{block}.LinearLayer2.Layer.weight", 4)
-            if 0 in grouped or grouped[0] % widths[-1]:
+            if 0 in grouped or not widths[-1] or grouped[0] % widths[-1]:
                 raise Refused(f"{block}.LinearLayer2.Layer.weight has shape {list(grouped)}, of no whole expansion")
             cardinalities[-1], kernel, expansion = grouped[0] // grouped[1], grouped[2], grouped[0] // widths[-1]
     embed, c_dim = shape_of(tensors, "EmbeddingLayer.weight", 2) if "EmbeddingLayer.weight" in tensors else (0, 0)

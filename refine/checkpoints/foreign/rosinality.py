@@ -72,7 +72,7 @@ def _mapped_name(name: str) -> tuple[str, Callable[[TensorRef], TensorRef]] | No
     if match := re.fullmatch(r"(conv1|to_rgb1|convs\.\d{1,2}|to_rgbs\.\d{1,2})\.(.+)", name):
         block, layer = _block(match[1])
         if layer == "torgb":
-            leaf = {**_SHARED, "bias": ("bias", TensorRef.squeezed)}.get(match[2])
+            leaf = {**_SHARED, "bias": ("bias", _second_axis)}.get(match[2])
             if match[2] == "upsample.kernel":
                 return f"synthesis.{block}.resample_filter", _quarter
         else:
@@ -98,6 +98,12 @@ def _same(ref: TensorRef) -> TensorRef:
 
 def _drop(count: int) -> Callable[[TensorRef], TensorRef]:
     return lambda ref: ref.without_leading(count)
+
+
+def _second_axis(ref: TensorRef) -> TensorRef:
+    if len(ref.shape) != 4 or ref.numel != ref.shape[1]:
+        raise Refused(f"a bias has shape {list(ref.shape)}; expected one number for each channel")
+    return replace(ref, shape=ref.shape[1:2], stride=ref.stride[1:2])
 
 
 def _quarter(ref: TensorRef) -> TensorRef:

@@ -25,6 +25,7 @@ from refine.checkpoints.pickles.tensors import TensorRef
 
 FAMILY = "a state dict of a StyleGAN2"
 ANCHOR = "synthesis.b4.const"
+_MAX_KERNEL = 15
 #: What changes images and is in no tensor, with the values that are taken.
 ASSUMED = {"synthesis_kwargs.conv_clamp": None, "mapping_kwargs.lr_multiplier": 0.01}
 
@@ -103,6 +104,8 @@ def _synthesis(tensors: Mapping[str, TensorRef], sizes: list[int]) -> dict[str, 
     if not skip:
         kwargs["architecture"] = "resnet" if resnet else "orig"
     kwargs["use_noise"] = any(name.endswith(".noise_strength") for name in tensors)
+    if convs[0][2] % 2 == 0 or convs[0][2] > _MAX_KERNEL:
+        raise Refused(f"its kernels are {convs[0][2]} wide; expected an odd number up to {_MAX_KERNEL}")
     if convs[0][2] != 3:
         kwargs["kernel_size"] = convs[0][2]
     stored = tensors.get(f"synthesis.b{sizes[-1]}.resample_filter")

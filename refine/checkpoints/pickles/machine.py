@@ -169,6 +169,8 @@ class Machine:
         self.copied += sum(len(arg) for arg in args if isinstance(arg, list | tuple | set | dict))
         if self.copied > self.budget:
             raise Refused(f"its calls copy more than {self.budget:,} values")
+        if function.call is make_set and args and self.lenient and isinstance(args[0], list | tuple):
+            args = ([item for item in args[0] if isinstance(item, _KEY_TYPES)],)
         if function.call is make_set and args:
             self.check_keys(args[0], "a set")
         try:

@@ -12,6 +12,7 @@ import os
 import pathlib
 import pickle
 import zipfile
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -102,14 +103,14 @@ def dumped(value, protocol):
             else:
                 super().save_global(obj, name)
 
-        dispatch = {**builders.Pickler.dispatch, type: save_global}
+        dispatch: ClassVar = {**builders.Pickler.dispatch, type: save_global}
 
     file = io.BytesIO()
     Pickler(file, protocol).dump(value)
     return file.getvalue()
 
 
-@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize("case", BESIDE)
 def test_objects_beside_the_networks(case, protocol, G, tmp_path):
     form = Format(protocol=protocol)
@@ -678,7 +679,7 @@ def test_r3gan(name, tmp_path):
 
 
 def test_defaults_written_out_are_the_same_architecture(G, D, tmp_path):
-    """A pickle that leaves its defaults out takes a network that was read from one that has them, and from rosinality."""
+    """A pickle that leaves its defaults out takes a network that has them written out, and one from rosinality."""
     form = Format()
     path = write(tmp_path / "x.pkl", form.dumps({"G": None, "G_ema": form.module(G, G.init_kwargs)}))
     spelled = {key: G.init_kwargs[key] for key in ("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels")}

@@ -239,11 +239,9 @@ def test_there_and_back_again(state, tmp_path):
     [
         ({"c_dim": 3}, "3 classes"),
         ({"z_dim": 8}, "z has 8"),
-        ({"img_channels": 1}, "1 image channels"),
         ({"mapping_kwargs__layer_features": 12}, "width"),
         ({"mapping_kwargs__activation": "relu"}, "leaky ReLU"),
         ({"synthesis_kwargs__architecture": "resnet"}, "architecture is resnet"),
-        ({"synthesis_kwargs__channel_max": 64}, "numbers of channels"),
         ({"synthesis_kwargs__resample_filter": [1, 1]}, "4×4"),
     ],
 )
