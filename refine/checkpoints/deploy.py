@@ -25,7 +25,6 @@ from refine import dnnlib
 from refine.networks.bases import Generator
 from refine.torch_utils.build import custom_ops
 
-FORMATS = {"onnx": "onnx", "pt2": "torch.export"}  # suffix → what it is called
 TOLERANCE = 1e-4  # of the largest value of the images
 _MAX_BYTES = 2_000_000_000  # of one ONNX file, a limit of the format
 _N = 2  # images that are compared
@@ -106,7 +105,7 @@ def _exported(graph: _Graph) -> torch.export.ExportedProgram:
 def _write_onnx(graph: _Graph, path: Path) -> None:
     if sum(t.nbytes for t in graph.state_dict().values()) > _MAX_BYTES:
         raise ValueError("the network is larger than 2 GB, the most that one ONNX file holds; .pt2 has no such limit")
-    names = {"input_names": graph.inputs, "output_names": ["image"]}
+    names: dict[str, Any] = {"input_names": graph.inputs, "output_names": ["image"]}
     program = torch.onnx.export(_exported(graph), (), dynamo=True, verbose=False, optimize=True, **names)
     assert program is not None, "dynamo gives a program"
     program.save(str(path), external_data=False)

@@ -70,7 +70,7 @@ _CONTAINERS = ("pickle", "torch", "npz", "safetensors")
 
 
 def _inspect_container(path: str | os.PathLike, init_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    options = {} if init_kwargs is None else {"init_kwargs": init_kwargs}
+    options: dict[str, Any] = {} if init_kwargs is None else {"init_kwargs": init_kwargs}
     try:
         with open_container(path, **options) as container:
             table = {name: _inspect_member(container, name) for name in container.members}

@@ -141,7 +141,7 @@ def load_all(path: str | os.PathLike, init_kwargs: Mapping[str, Any] | None = No
     Raises:
         ValueError: there is none.
     """
-    options = {} if init_kwargs is None else {"init_kwargs": init_kwargs}
+    options: dict[str, Any] = {} if init_kwargs is None else {"init_kwargs": init_kwargs}
     if sniff(path).kind == "native":
         table = native.read_metadata(path).get("networks", {})
         kinds = ("generator", "discriminator", "teacher")

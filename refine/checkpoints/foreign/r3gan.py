@@ -58,7 +58,9 @@ def describe_generator(
     blocks = [max((layer for at, layer in layers if at == stage), default=-1) for stage in range(count)]
     if count > _MAX_STAGES or min(blocks) < 0 or max(blocks) > _MAX_BLOCKS:
         raise Refused(f"it has {count} stages with {shown(str(blocks))} blocks, which is no generator of R3GAN")
-    widths, cardinalities, kernel, expansion = [], [], 3, 2
+    widths: list[int] = []
+    cardinalities: list[int] = []
+    kernel, expansion = 3, 2
     for stage in range(count):
         widths.append(_width(tensors, stage, widths))
         cardinalities.append(1)

@@ -146,9 +146,9 @@ def _named(value: Any) -> dict[str, Network]:
     if isinstance(value, list | tuple) and 0 < len(value) <= 4:  # some forks append a fourth, which is none of these
         names = ("G", "D", "Gs")[3 - min(len(value), 3) :]
         value = dict(zip(names, value, strict=False))
-    names = {"Gs": "G_ema", "G_ema": "G_ema", "G": "G", "D": "D"}
+    ours = {"Gs": "G_ema", "G_ema": "G_ema", "G": "G", "D": "D"}
     table = value.items() if isinstance(value, dict) else ()
-    found = {names[key]: item for key, item in table if key in names and isinstance(item, Network)}
+    found = {ours[key]: item for key, item in table if key in ours and isinstance(item, Network)}
     return {name: found[name] for name in ("G_ema", "G", "D") if name in found}
 
 
