@@ -2,10 +2,10 @@
 
     python benchmarks/load.py [--folder=/tmp/x]
 
-Builds a StyleGAN2 pickle (G, D, G_ema; 20 M parameters a generator) and an EDM pickle (56 M parameters) with random
-weights once, then measures in fresh processes: (a) reading the file's bytes, (b) constructing the network, initialised
-as for training, (c) loading it from the file. Prints (c) / (a + b), and the peak memory of (c) above that of a process
-that has imported everything, in units of the file.
+Builds a StyleGAN2 pickle (G, D, G_ema; 20 M parameters a generator), an EDM pickle (56 M parameters) and a `.pt` of
+guided-diffusion (125 M) with random weights once, then measures in fresh processes: (a) reading the file's bytes, (b)
+constructing the network, initialised as for training, (c) loading it from the file. Prints (c) / (a + b), and the peak
+memory of (c) above that of a process that has imported everything, in units of the file.
 """
 
 import argparse
@@ -24,6 +24,9 @@ GENERATOR["synthesis_kwargs"] = {"channel_base": 16384, "channel_max": 512, "num
 DISCRIMINATOR = {"c_dim": 10, "img_resolution": 32, "img_channels": 3, "architecture": "orig", "channel_base": 16384}
 TEACHER = {"img_resolution": 32, "img_channels": 3, "label_dim": 10, "model_type": "SongUNet", "augment_dim": 9}
 TEACHER |= {"channel_mult": [2, 2, 2], "dropout": 0.13}
+ADM = {"img_resolution": 64, "img_channels": 3, "label_dim": 1000, "model_channels": 192, "num_blocks": 1}
+ADM |= {"widths": [192, 384, 576, 576], "attention_levels": [1, 2, 3]}
+SAID = {"image_size": 64, "num_head_channels": 64, "use_new_attention_order": True, "noise_schedule": "cosine"}
 
 # One measurement: {what} of {kind} on {path}; prints seconds of wall clock, of processor time, and bytes of memory.
 CHILD = """
@@ -33,6 +36,7 @@ import torch
 torch.set_num_threads(1)
 from refine.checkpoints.foreign import container, nvidia, raw_pickle, state_dicts
 from refine.checkpoints import load_generator, load_teacher
+from refine.networks.adm import ADMPrecond
 from refine.networks.edm import EDMPrecond
 from refine.networks.stylegan2 import Generator
 import benchmarks.load as sizes
@@ -47,7 +51,9 @@ before, cpu, wall = peak(), time.process_time(), time.perf_counter()
 if what == 'read':
     data = Path(path).read_bytes()
 elif what == 'build':
-    net = Generator(**sizes.GENERATOR) if kind == 'generator' else EDMPrecond(**sizes.TEACHER)
+    makers = {'generator': (Generator, sizes.GENERATOR), 'teacher': (EDMPrecond, sizes.TEACHER)}
+    cls, kwargs = makers.get(kind, (ADMPrecond, sizes.ADM))
+    net = cls(**kwargs)
 else:
     net = load_generator(path) if kind == 'generator' else load_teacher(path)
 print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu, peak() - before]))
@@ -55,9 +61,10 @@ print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu, peak() 
 
 
 def build_files(folder: Path) -> dict[str, Path]:
-    """The two pickles; existing ones are used again."""
+    """The three files; existing ones are used again."""
     import torch
 
+    from refine.networks.adm import ADMPrecond
     from refine.networks.edm import EDMPrecond
     from refine.networks.stylegan2 import Discriminator, Generator
     from tests.checkpoints.builders import Format, edm_file, stylegan2_file
@@ -69,6 +76,11 @@ def build_files(folder: Path) -> dict[str, Path]:
         files["generator"].write_bytes(stylegan2_file(form, G, G=G, D=Discriminator(**DISCRIMINATOR)))
     if not files["teacher"].exists():
         files["teacher"].write_bytes(edm_file(Format(), EDMPrecond(**TEACHER)))
+    files["adm"] = folder / "adm.pt"
+    if not files["adm"].exists():
+        state = ADMPrecond(**ADM).state_dict()
+        torch.save({name.removeprefix("model."): value for name, value in state.items()}, files["adm"])
+        files["adm"].with_suffix(".json").write_text(json.dumps(SAID))
     return files
 
 
@@ -85,10 +97,13 @@ def measure(what: str, kind: str, path: Path, repeats: int) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, help="Where the files are built. Default: a temporary folder.")
+    parser.add_argument("--kind", choices=("generator", "teacher", "adm"), help="Only this one.")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         for kind, path in build_files(options.folder or Path(temporary)).items():
+            if options.kind not in (None, kind):
+                continue
             rows = {what: measure(what, kind, path, options.repeats) for what in ("read", "build", "load")}
             size = path.stat().st_size
             base = [rows["read"][i] + rows["build"][i] for i in range(2)]

@@ -23,7 +23,7 @@ def check_pair(student: Any, teacher: Any) -> Bridge:
 
 
 def check_label_dist(prior: tuple[float, ...] | None, student: Any, teacher: Any) -> torch.Tensor | None:
-    """The prior of the classes as a tensor, or None for uniform.
+    """The prior of the classes as a tensor on the CPU, or None for uniform.
 
     Raises:
         ValueError: It does not fit the networks.
@@ -37,7 +37,10 @@ def check_label_dist(prior: tuple[float, ...] | None, student: Any, teacher: Any
 
 
 def draw_labels(n: int, classes: int, prior: torch.Tensor | None, device: torch.device | str) -> torch.Tensor:
-    """One-hot labels (n, classes), uniform over the classes or by their `prior` (classes,), which need not sum to 1."""
+    """One-hot labels (n, classes), uniform over the classes or by their `prior` (classes,), which need not sum to 1.
+
+    A prior on another device is copied there at every call.
+    """
     if prior is None:
         index = torch.randint(classes, [n, 1], device=device)
     else:

@@ -18,7 +18,14 @@ TEACHERS = {
     "imagenet64-distill": 295_899_267,
     "ffhq256-bridge": 61_805_571,
     "afhqv2-512-bridge": 61_805_571,
+    "stylegan3-ffhq1024-bridge": 61_805_571,
+    "stylegan3-ffhqu256-bridge": 61_805_571,
+    "stylegan3-afhqv2-512-bridge": 61_805_571,
     "church256": 113_673_219,
+    "cat256": 552_814_086,
+    "horse256": 552_814_086,
+    "cat256-consistency": 526_304_771,
+    "imagenet64-autoguided-distill": 280_209_381 + 124_710_949,
 }
 
 
@@ -45,8 +52,11 @@ def test_commands_parse_and_networks_of_the_official_size_fit(estimate, name):
     assert sum(p.numel() for p in trainer.teacher.parameters()) == TEACHERS[name]
     assert all(p.is_meta for p in trainer.G.parameters())
     index = read_index(pretrained_dir())
-    for value, kind in ((config.gan, "generator"), (config.teacher, "teacher")):
-        if value != "one-step" and not value.endswith("/"):
+    if config.guide is not None:  # as the index says that they belong together
+        entry = index[config.teacher]
+        assert (entry.guide, entry.guidance) == (config.guide, config.guidance) and index[config.guide].url
+    for value, kind in ((config.gan, "generator"), (config.teacher, "teacher"), (config.guide, "teacher")):
+        if value not in ("one-step", None) and not value.endswith("/"):
             entry, network = index[value], trainer.G if kind == "generator" else trainer.teacher
             assert entry.kind == kind and entry.resolution == network.img_resolution
             assert entry.classes == (network.c_dim if kind == "generator" else network.label_dim)
@@ -58,5 +68,10 @@ def test_an_iteration_is_counted_and_the_estimate_printed(estimate):
     recipe = estimate.read_recipe(FOLDER / "cifar10-cond-refine.toml")
     result = estimate.dry_run(recipe)
     assert 200e9 < result["flops_per_image"] < 300e9  # U-Net 42 GFLOP forward: 3 for aux's step, 2 for the student's
-    text = estimate.describe(recipe, result, tflops=40)
-    assert "2.42 → 2.27" in text and "GFLOP an image" in text and "hours on one GPU" in text
+    assert 1e9 < result["bytes"] < 2e9 and 1e8 < result["bytes_per_image"] < 1e9
+    text = estimate.describe(recipe, result, share=0.4)
+    assert "2.42 → 2.27" in text and "GFLOP an image" in text and "hours on an H100 at 40% of its fp32" in text
+    hours = [
+        float(estimate.describe(recipe, result, 0.4, tflops).split("estimate")[1].split()[0]) for tflops in (40, 80)
+    ]
+    assert hours[0] == pytest.approx(2 * hours[1], rel=0.03)

@@ -14,7 +14,8 @@ class RowsOfBatch(TorchFunctionMode):
     A tensor drawn with stop − start rows is taken to be one number (or vector, …) per image. So every process and
     every micro-batch draws the same numbers in the same order, and image i meets the same ones however the batch is
     cut. The price is drawing what others use: a few nanoseconds a number, against the networks' microseconds a pixel.
-    Covers torch.rand, randn, rand_like, randn_like and dropout; what a compiled graph draws inside itself is not seen.
+    Covers torch.rand, randn, randint, multinomial with replacement, rand_like, randn_like and dropout; what a compiled
+    graph draws inside itself is not seen. The rows are copied, so that those of others are not kept in memory.
     """
 
     def __init__(self, start: int, stop: int, total: int):
@@ -27,6 +28,12 @@ class RowsOfBatch(TorchFunctionMode):
             shape = args[0] if len(args) == 1 and not isinstance(args[0], int) else args
             if len(shape) > 0 and shape[0] == self.stop - self.start:
                 return self._keep(func([self.total, *shape[1:]], **kwargs))
+        elif func is torch.randint:
+            *bounds, shape = args
+            if len(shape) > 0 and shape[0] == self.stop - self.start:
+                return self._keep(func(*bounds, [self.total, *shape[1:]], **kwargs))
+        elif func is torch.multinomial and args[1] == self.stop - self.start:
+            return self._keep(func(args[0], self.total, *args[2:], **kwargs))
         elif func in (torch.randn_like, torch.rand_like) and self._is_batch(args[0]):
             return self._keep(func(self._whole(args[0]), **kwargs))
         elif func is F.dropout and self._is_batch(args[0]):
@@ -44,7 +51,7 @@ class RowsOfBatch(TorchFunctionMode):
         return torch.empty([self.total, *x.shape[1:]], dtype=x.dtype, device=x.device, memory_format=layout)
 
     def _keep(self, x: torch.Tensor) -> torch.Tensor:
-        return x[self.start : self.stop]
+        return x[self.start : self.stop].clone()
 
 
 def _dropout_arguments(p: float = 0.5, training: bool = True, inplace: bool = False) -> tuple[float, bool]:

@@ -9,10 +9,17 @@ once. Before a process that raises goes, it leaves its message in the store; who
 for the reason. What neither dies nor answers is given up after TIMEOUT: exchanges in step have it as their limit, and
 `pulse` ends whoever waits for a silent process elsewhere, also while they join. The store may be held by the very
 process that is silent, so nothing asks it without a limit either. Nobody waits for 60 seconds.
+
+Between GPUs it is `pulse` alone that keeps this promise. NCCL does not see that a process is gone, and its own limit,
+after which it aborts the program, only ends what neither side is alive to end. After an error its communicators are
+aborted, as destroying them would wait for exchanges that never come to an end. No GPU was at hand: that NCCL behaves as
+its documentation says is not tested, only that it is asked to.
 """
 
 import contextlib
+import io
 import os
+import pickle
 import socket
 import time
 from collections.abc import Iterator
@@ -25,7 +32,8 @@ import torch.distributed as dist
 from refine.torch_utils.pulse import Pulse, within
 
 T = TypeVar("T")
-TIMEOUT = timedelta(seconds=40)  # for a process to join, and for any exchange between processes in step
+TIMEOUT = timedelta(seconds=40)  # for a process to join, and for any exchange between CPUs in step
+GPU_TIMEOUT = timedelta(minutes=15)  # for an exchange between GPUs, which may be queued behind minutes of work
 SILENCE = timedelta(seconds=4)  # beyond TIMEOUT, before `pulse` ends whoever waits: exchanges that fail say more
 ROLL_CALL = timedelta(seconds=10)  # how long a process that failed before joining waits for the others
 PATIENCE = timedelta(hours=24)  # for rank 0 to write, and for all to measure, which takes them unequal time
@@ -97,9 +105,11 @@ def session(cuda: bool) -> Iterator[None]:
         _stop_pulse()
         _pulse.clear()
         raise
+    failed = True
     try:
         yield
         _part()
+        failed = False
     except LostProcess:
         raise
     except BaseException as error:
@@ -109,7 +119,7 @@ def session(cuda: bool) -> Iterator[None]:
             raise _loss() from error  # all of them met the same: one voice is enough
         raise
     finally:
-        _leave()
+        _leave(failed)
 
 
 def speaks_for_all(text: str) -> bool:
@@ -128,9 +138,12 @@ def _join(cuda: bool) -> None:
     try:
         if failed := within(ROLL_CALL.total_seconds(), _failures, store):
             raise LostProcess(f"another process failed; {failed[min(failed)]}", told=True)
-        backend = "nccl" if cuda else "gloo"
-        groups = dist.PrefixStore("groups", store)
-        dist.init_process_group(backend, store=groups, rank=rank(), world_size=world_size(), timeout=TIMEOUT)
+        place: dict[str, Any] = {"store": dist.PrefixStore("groups", store), "rank": rank(), "world_size": world_size()}
+        if cuda:  # with its GPU named, a process neither guesses it from its rank nor puts memory onto another one's
+            device = torch.device("cuda", torch.cuda.current_device())
+            dist.init_process_group("nccl", **place, timeout=GPU_TIMEOUT, device_id=device)
+        else:
+            dist.init_process_group("gloo", **place, timeout=TIMEOUT)
         _store.append(store)
         _groups["numbers"] = dist.new_group(backend="gloo", timeout=TIMEOUT)
         _groups["waiting"] = dist.new_group(backend="gloo", timeout=PATIENCE)
@@ -218,12 +231,15 @@ def _stop_pulse() -> None:
         pulse.stop()
 
 
-def _leave() -> None:
+def _leave(failed: bool) -> None:
     _groups.clear()
     _stop_pulse()
     # An error closes this process's connections, so that the others notice; the store goes last (see _linger).
     with contextlib.suppress(Exception):
-        dist.destroy_process_group()
+        if failed and dist.get_backend() == "nccl":
+            within(SILENCE.total_seconds(), dist.distributed_c10d._abort_process_group)
+        else:
+            dist.destroy_process_group()
     _linger()
     _pulse.clear()
     _store.clear()
@@ -341,12 +357,30 @@ def text_of_main(text: str) -> str:
 
 
 def gathered(value: T) -> list[T]:
-    """The values of all processes in the order of their ranks, pickled, on the host; waits for the slowest for long."""
+    """The values of all processes in the order of their ranks, pickled, on the host; waits for the slowest for long.
+
+    Tensors arrive on the CPU: those of a GPU would be put on the GPU of the same number, which another process uses or
+    this machine lacks.
+    """
     if not _groups:
         return [value]
     everyone: list[Any] = [None] * world_size()
-    dist.all_gather_object(everyone, value, group=_groups["waiting"])
-    return everyone
+    dist.all_gather_object(everyone, packed(value), group=_groups["waiting"])
+    return [pickle.loads(data) for data in everyone]  # noqa: S301 - of processes of this run, which pickled it above
+
+
+def packed(value: object) -> bytes:
+    """A pickle of a value in which all tensors are on the CPU."""
+    buffer = io.BytesIO()
+    _OnHost(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
+    return buffer.getvalue()
+
+
+class _OnHost(pickle.Pickler):
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+            return value.detach().cpu().__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+        return NotImplemented
 
 
 def wait_for_main() -> None:

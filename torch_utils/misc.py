@@ -1,7 +1,9 @@
 """Small torch helpers."""
 
+import contextlib
 import resource
 import sys
+from collections.abc import Iterator
 
 import torch
 
@@ -22,7 +24,9 @@ class RunningMeans:
 
     def add(self, name: str, values: torch.Tensor | float) -> None:
         """Count every finite element of `values` (any shape)."""
-        values = torch.as_tensor(values, device=self._device).detach().flatten().float()
+        if not isinstance(values, torch.Tensor):
+            values = torch.full([], values, device=self._device)  # a tensor of the host would be copied
+        values = values.detach().flatten().float()
         finite = values.isfinite()
         self._add(name, values.where(finite, 0.0).sum(), finite.sum().float())
 
@@ -54,6 +58,19 @@ class RunningMeans:
     def load_state_dict(self, sums: dict[str, torch.Tensor]) -> None:
         """Go on from there: the first process holds what was gathered, the others begin at nothing."""
         self._sums = {name: pair.to(self._device) * float(is_main()) for name, pair in sums.items()}
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """For as long as the block lasts, products of float32 on a GPU are not rounded to TF32, whatever a run computes in:
+    what is measured does not depend on the program that measures it."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def gradient_norm(parameters: list[torch.nn.Parameter]) -> torch.Tensor:

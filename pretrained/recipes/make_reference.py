@@ -47,7 +47,7 @@ def main(detector_path: str, out: str, num: int) -> None:
     click.echo(f"{out}: {len(features)} images, {Path(out).stat().st_size / 1e6:.2f} MB")
     one, other = statistics_of(features[:num]), statistics_of(features[num : 2 * num])
     distance = frechet_distance(one.mean, one.covariance, other.mean, other.covariance)
-    kernel = kernel_distance(one.features, other.features)
+    kernel, _ = kernel_distance(one.features, other.features)
     precision, recall = precision_recall(one.features, other.features)
     click.echo(
         f"real vs real, {num} and {num} disjoint: fd_digits {distance:.3f}, kid_digits {kernel:.5f}, "

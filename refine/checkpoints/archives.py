@@ -21,10 +21,8 @@ import numpy as np
 
 from refine.checkpoints.pickles.inert import Refused, shown
 from refine.checkpoints.sniff import MAX_NETWORK_ENTRIES, zip_entries
-from refine.dnnlib import format_bytes
 
 MAX_INFLATION, SPARE_BYTES = 4, 64 << 20  # compressed weights: 1.1 times, or 2 where they are rounded
-MAX_SMALL_ENTRIES, IMAGE_BYTES = 100_001, 1024  # of a data set: so many of any size, and one more for each KiB
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _KINDS = "fiubUS"  # of NumPy's types: numbers and text
 _MAX_HEADER_BYTES = 10_000
@@ -56,14 +54,6 @@ def opened(file: str | os.PathLike | BinaryIO) -> Iterator[zipfile.ZipFile]:
         raise
     except BROKEN:
         raise Refused("it is a broken or cut-off zip archive") from None
-
-
-def check_images(path: Path) -> None:
-    """Raises Refused for more entries than there can be images, whose list would take seconds and gigabytes."""
-    size = path.stat().st_size
-    most = MAX_SMALL_ENTRIES + size // IMAGE_BYTES
-    if zip_entries(path) > most:
-        raise Refused(f"has more than {most} entries in {format_bytes(size)}; expected larger images, or a folder")
 
 
 def check_method(info: zipfile.ZipInfo) -> None:

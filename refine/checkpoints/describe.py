@@ -26,12 +26,12 @@ def contents(networks: Mapping[str, Mapping[str, Any]]) -> str:
     return " and ".join(words)
 
 
-def inspect_file(path: str | os.PathLike, init_kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def inspect_file(path: str | os.PathLike, kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Everything that can be told about a file; files of networks are read in full, so they are known to load.
 
     Args:
         path: The file.
-        init_kwargs: Constructor arguments of a state dict that are not in it.
+        kwargs: How its networks are built, where the file does not tell it all.
 
     Returns:
         JSON-able: 'path', 'bytes', 'sha256', 'kind' and 'description' (what the file is), and for native files
@@ -50,7 +50,7 @@ def inspect_file(path: str | os.PathLike, init_kwargs: Mapping[str, Any] | None 
         "description": found.description,
     }
     if found.kind in _CONTAINERS:
-        return report | _inspect_container(path, init_kwargs)
+        return report | _inspect_container(path, kwargs)
     if found.kind != "native":
         return report
     metadata = native.read_metadata(path)
@@ -69,10 +69,9 @@ def _inspect_native(path: str | os.PathLike, name: str, entry: Mapping[str, Any]
 _CONTAINERS = ("pickle", "torch", "npz", "safetensors")
 
 
-def _inspect_container(path: str | os.PathLike, init_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    options: dict[str, Any] = {} if init_kwargs is None else {"init_kwargs": init_kwargs}
+def _inspect_container(path: str | os.PathLike, kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     try:
-        with open_container(path, **options) as container:
+        with open_container(path, kwargs=kwargs) as container:
             table = {name: _inspect_member(container, name) for name in container.members}
             return {"description": container.family, "written_back": container.writable, "networks": table}
     except ValueError as error:
@@ -183,4 +182,8 @@ def _dtype(tensor: torch.Tensor) -> str:
 
 
 def _pairs(table: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in table.items())
+    def short(value: Any) -> Any:
+        tables = isinstance(value, list) and any(isinstance(item, dict) for item in value)
+        return f"({len(value)} entries)" if tables else value
+
+    return ", ".join(f"{key}={short(value)}" for key, value in table.items())

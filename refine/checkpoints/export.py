@@ -131,17 +131,16 @@ def write_rosinality(out_path: str | os.PathLike, networks: Mapping[str, torch.n
     return notes
 
 
-def load_all(path: str | os.PathLike, init_kwargs: Mapping[str, Any] | None = None) -> Mapping[str, torch.nn.Module]:
+def load_all(path: str | os.PathLike, kwargs: Mapping[str, Any] | None = None) -> Mapping[str, torch.nn.Module]:
     """Every generator, discriminator and teacher of a file that can be read, by name; not the aux network of a run.
 
     Args:
         path: The file.
-        init_kwargs: Constructor arguments of a state dict that are not in it.
+        kwargs: How its networks are built, where the file does not tell it all.
 
     Raises:
         ValueError: there is none.
     """
-    options: dict[str, Any] = {} if init_kwargs is None else {"init_kwargs": init_kwargs}
     if sniff(path).kind == "native":
         table = native.read_metadata(path).get("networks", {})
         kinds = ("generator", "discriminator", "teacher")
@@ -150,7 +149,7 @@ def load_all(path: str | os.PathLike, init_kwargs: Mapping[str, Any] | None = No
             raise ValueError(f"{path} is a native file without a generator or teacher; expected one with")
         return native.load_networks(path, names)
     networks: dict[str, torch.nn.Module] = {}
-    with open_container(path, **options) as container:
+    with open_container(path, kwargs=kwargs) as container:
         for name, kind in container.members.items():
             if kind != "discriminator":
                 networks[name] = container.load(name)

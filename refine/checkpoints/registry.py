@@ -40,6 +40,8 @@ NETWORK_CLASSES: dict[str, NetworkClass] = {
     "stylegan2.Generator": NetworkClass("refine.networks.stylegan2", "Generator", "generator"),
     "stylegan2.Discriminator": NetworkClass("refine.networks.stylegan2", "Discriminator", "discriminator"),
     "r3gan.Generator": NetworkClass("refine.networks.r3gan", "Generator", "generator"),
+    "stylegan3.Generator": NetworkClass("refine.networks.stylegan3", "Generator", "generator"),
+    "stylegan_xl.Generator": NetworkClass("refine.networks.stylegan_xl", "Generator", "generator"),
     "one_step.OneStepGenerator": NetworkClass("refine.networks.one_step", "OneStepGenerator", "generator"),
     "edm.EDMPrecond": NetworkClass("refine.networks.edm", "EDMPrecond", "teacher"),
     "edm.VPPrecond": NetworkClass("refine.networks.edm", "VPPrecond", "teacher"),
@@ -47,6 +49,8 @@ NETWORK_CLASSES: dict[str, NetworkClass] = {
     "edm.iDDPMPrecond": NetworkClass("refine.networks.edm", "iDDPMPrecond", "teacher"),
     "edm2.Precond": NetworkClass("refine.networks.edm2", "Precond", "teacher"),
     "ddpm.DDPMPrecond": NetworkClass("refine.networks.ddpm", "DDPMPrecond", "teacher"),
+    "adm.ADMPrecond": NetworkClass("refine.networks.adm", "ADMPrecond", "teacher"),
+    "adm.CMPrecond": NetworkClass("refine.networks.adm", "CMPrecond", "teacher"),
     # A name, not an import: this layer knows nothing of metrics until a file with a detector in it is opened.
     "digits.DigitsDetector": NetworkClass("refine.metrics.digits", "DigitsDetector", "classifier"),
 }

@@ -24,6 +24,8 @@ def average(run: str, length: float, kimg: float | None, out: str) -> None:
         folder = read_run_folder(run)
         if folder is None:
             raise ValueError(f"{run} is not a folder; expected a run folder")
+        if not folder.snapshots:
+            raise ValueError(f"{run} holds no snapshot that says when it was saved")
         snapshots = [(snapshot.kimg, snapshot.path) for snapshot in folder.snapshots]
         last = snapshots[-1][0]
     if kimg is not None and not 0 < kimg <= last:

@@ -8,7 +8,14 @@ from typing import Any
 
 import click
 
-from refine.cli.options import kwargs_option, parse_ints, sigma_init_option
+from refine.cli.options import (
+    kwargs_option,
+    parse_ints,
+    sampler_options,
+    sigma_init_option,
+    taken_sampler,
+    teacher_options,
+)
 from refine.config import OPS_HELP, OPS_MODES
 from refine.device import prepare_device
 from refine.errors import option
@@ -24,7 +31,7 @@ def _parse_ranges(_ctx: click.Context, _param: click.Parameter, value: str) -> l
 
 @click.command("compare", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
-    "--before", required=True, metavar="FILE|NAME", help="Network to start from: a generator or a diffusion model."
+    "--before", required=True, metavar="FILE|NAME|RUN", help="Network to start from: a generator or a diffusion model."
 )
 @kwargs_option("--gan-kwargs", "--before")
 @sigma_init_option()
@@ -42,10 +49,13 @@ def _parse_ranges(_ctx: click.Context, _param: click.Parameter, value: str) -> l
 )
 @click.option(
     "--detector",
-    default="digits",
-    show_default=True,
     metavar="FILE|NAME",
-    help="Feature space: digits, inception-2015-12-05, effnet-lite0, or a file with a detector or a teacher.",
+    help="Feature space: digits, inception-2015-12-05, dinov2-vitl14, effnet-lite0, or a file with a detector or a "
+    "teacher.  [default: the one that --ref was made with, where it says so]",
+)
+@click.option("--teacher", metavar="FILE|NAME", help="A diffusion model to be measured as well, on images of its own.")
+@click.option(
+    "--data", metavar="DIR|ZIP", help="Real images to be measured as well: how near to real do real images come?"
 )
 @click.option(
     "--trust-detector", is_flag=True, help="Run a --detector that is TorchScript, which can do more than compute."
@@ -77,10 +87,12 @@ def _parse_ranges(_ctx: click.Context, _param: click.Parameter, value: str) -> l
     show_default=True,
     help="Images of a --ref that is a generator.",
 )
+@click.option("--no-curve", is_flag=True, help="Of an --after that is a run folder, measure only the snapshot judged.")
 @click.option("--no-cache", is_flag=True, help="Measure the images of --ref again, and keep nothing in the cache.")
 @click.option("--outdir", metavar="DIR", help="Where to write comparison.json, the figures and report.html.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 @click.option("--batch", type=click.IntRange(min=1), default=100, show_default=True, help="Images per batch.")
+@teacher_options
 @click.option("--device", help="Device, such as cpu or cuda:0.  [default: cuda if there is one]")
 @click.option(
     "--noise-mode",
@@ -93,13 +105,18 @@ def _parse_ranges(_ctx: click.Context, _param: click.Parameter, value: str) -> l
     "--trunc", "truncation_psi", type=float, default=1.0, show_default=True, help="Truncation psi of a StyleGAN2."
 )
 @click.option("--ops", type=click.Choice(OPS_MODES), help=f"{OPS_HELP}  [default: $REFINE_OPS, else auto]")
+@sampler_options
 def command(
     as_json: bool,
     seeds: list[int],
     device: str | None,
     also: str,
     no_cache: bool,
+    no_curve: bool,
     ops: str | None,
+    guide: str | None,
+    guidance: float,
+    teacher_kwargs: dict[str, Any] | None,
     **options: Any,
 ) -> None:
     """Compares two networks on the same seeds: Fréchet and kernel distance, precision, recall, classes.
@@ -107,22 +124,30 @@ def command(
     A distance is called FID only with the Inception-2015-12-05 weights as --detector.
     """
     with one_voice():
-        from refine.evaluation.compare import check_numbers, compare, is_first_process
+        from refine.evaluation.compare import compare, is_first_process
+        from refine.evaluation.job import check_numbers
+        from refine.networks.sampler_settings import SamplerChoice
 
         check_numbers(options["num"], seeds, options["batch"])
+        sampler = SamplerChoice(taken_sampler(options))
         chosen = prepare_device(device, ops)
     further = [name.strip() for name in also.split(",") if name.strip()]
-    from refine.evaluation.report import feature_space_note, text_table
+    from refine.evaluation.tables import curve_text, feature_space_note, text_table
+    from refine.evaluation.teachers import TeacherOptions
     from refine.metrics.pipeline import sharing
 
     with together(cuda=False), sharing():
-        results = compare(**options, seed_ranges=seeds, device=chosen, also=further, cache=not no_cache)
+        more: dict[str, Any] = {"sampler": sampler, "curve": not no_curve, "cache": not no_cache}
+        more["teachers"] = TeacherOptions(guide, guidance, teacher_kwargs)
+        results = compare(**options, seed_ranges=seeds, device=chosen, also=further, **more)
         if not is_first_process():
             return
     if as_json:
         click.echo(json.dumps(results, indent=2))
         return
     click.echo(text_table(results))
+    if results.get("curve"):
+        click.echo(f"\n{curve_text(results)}")
     click.echo(f"\n{results['summary']}\n{feature_space_note(results)}")
     if options["outdir"]:
         click.echo(f"Report: {Path(options['outdir']) / 'report.html'}")

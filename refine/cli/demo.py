@@ -31,8 +31,8 @@ def demo(outdir: str, gan: str, num: int, seed: int, **given: str | float | None
     """
     from refine.config import RefineConfig
     from refine.evaluation.compare import compare
-    from refine.evaluation.report import text_table
     from refine.evaluation.run_folder import read_run_folder
+    from refine.evaluation.tables import text_table
     from refine.training.assemble import run
 
     start = time.monotonic()
@@ -46,7 +46,7 @@ def demo(outdir: str, gan: str, num: int, seed: int, **given: str | float | None
         snapshots = read_run_folder(refinement.folder)
         assert snapshots is not None, "it is a folder"
         after, report_dir = snapshots.judged.path, refinement.folder / "report"
-        results = compare(gan, after, REFERENCE, num=num, outdir=report_dir)
+        results = compare(gan, refinement.folder, REFERENCE, num=num, outdir=report_dir, curve=False)
     seconds = time.monotonic() - start
     before, now = results["before"], results["after"]
     click.echo(f"report: {report_dir / 'report.html'}")

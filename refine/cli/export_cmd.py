@@ -6,13 +6,18 @@ from typing import Any
 
 import click
 
-from refine.cli.options import kwargs_option, sigma_init_option
+from refine.cli.options import kwargs_option, network_file, sigma_init_option
 from refine.errors import option
 
 
 @click.command("export")
-@click.option("--network", required=True, metavar="FILE", help="Networks to export: any file that this toolkit reads.")
-@kwargs_option("--gan-kwargs", "--network")
+@click.option(
+    "--network",
+    required=True,
+    metavar="FILE|RUN",
+    help="Networks to export: any file that this toolkit reads; of a run folder the best snapshot.",
+)
+@kwargs_option("--gan-kwargs", "--network", "--teacher-kwargs")
 @sigma_init_option()
 @click.option("--like", metavar="FILE", help="Write this pickle again, with the networks in place of its own.")
 @click.option("--out", required=True, metavar="FILE", help="The file to write.")
@@ -48,6 +53,7 @@ def export(
     if not Path(out).absolute().parent.is_dir():
         raise ValueError(f"--out: {Path(out).parent} is not a folder")
     with option("--network"):
+        network = network_file(network, "--network")
         source = source_file(network)
     with option("--like"):
         original = None if like is None else resolve(like)

@@ -1,22 +1,36 @@
 """`python -m refine inspect FILE`: what a checkpoint is and what is in it."""
 
+import json
+import os
 from typing import Any
 
 import click
 
-from refine.cli.options import kwargs_option
+from refine.cli.models_cmd import describe_entry, entry_lines
+from refine.cli.options import kwargs_option, network_file
 
 
 @click.command()
 @click.argument("file")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
-@kwargs_option("--gan-kwargs", "FILE")
+@kwargs_option("--gan-kwargs", "FILE", "--teacher-kwargs")
 def inspect(file: str, as_json: bool, gan_kwargs: dict[str, Any] | None) -> None:
-    """Says what FILE is, and which networks it holds. FILE is a path, or a name of pretrained/index.toml."""
-    from refine.checkpoints import resolve
+    """Says what FILE is, and which networks it holds. FILE is a path, or a name of pretrained/index.toml.
 
-    path = resolve(file)
+    Of a run folder it is the best snapshot. Of a name whose file is not here yet, it says what the index knows, and
+    downloads nothing.
+    """
+    from refine.checkpoints.sources.index import read_index, resolve
+
+    entry = None if os.path.lexists(file) else read_index().get(file)
+    known = None if entry is None else describe_entry(entry)
+    if known is not None and known["place"] in ("to be downloaded", "by hand"):
+        click.echo(json.dumps({"index": known}, indent=2) if as_json else "\n".join(entry_lines(known)))
+        return
+    path = resolve(network_file(file, "FILE"))
     from refine.checkpoints import describe  # imports torch
 
     report = describe.inspect_file(path, gan_kwargs)
+    if known is not None:
+        report["index"] = known
     click.echo(describe.as_json(report) if as_json else describe.as_text(report))

@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -22,6 +22,7 @@ _COMMANDS = {  # name -> module, attribute
     "refine": ("refine.cli.refine_cmd", "refine"),
     "compare": ("refine.cli.compare", "command"),
     "generate": ("refine.cli.generate", "command"),
+    "models": ("refine.cli.models_cmd", "models"),
     "inspect": ("refine.cli.inspect_cmd", "inspect"),
     "export": ("refine.cli.export_cmd", "export"),
     "average": ("refine.cli.average_cmd", "average"),
@@ -49,16 +50,13 @@ def _print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> 
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option(
-    "--version", is_flag=True, expose_value=False, is_eager=True, callback=_print_version, help="Print the version."
-)
 def cli() -> None:
     """Refine a pretrained GAN with a pretrained diffusion model, data-free, by Diff-Instruct."""
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Entry point of `python -m refine` and of the console script."""
-    run_command(cli, args)
+    run_command(_with_version(cli), args)
 
 
 def run_command(command: click.Command | str, args: Sequence[str] | None = None) -> NoReturn:
@@ -123,7 +121,16 @@ def _complain(message: str) -> None:
 
 def _load_command(name: str) -> click.Command:
     module, attribute = _COMMANDS[name]
-    return getattr(importlib.import_module(module), attribute)
+    command = getattr(importlib.import_module(module), attribute)
+    return _with_version(command)
+
+
+def _with_version(command: click.Command) -> click.Command:
+    """The same command, which knows --version."""
+    if not any("--version" in param.opts for param in command.params):
+        shown: dict[str, Any] = {"is_flag": True, "expose_value": False, "is_eager": True, "callback": _print_version}
+        command.params.append(click.Option(["--version"], help="Print the version.", **shown))
+    return command
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

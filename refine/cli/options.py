@@ -1,12 +1,62 @@
-"""What several commands share: lists of numbers, and how a file is read that does not tell all."""
+"""What several commands share: lists of numbers, how files are read and diffusion models asked, run folders."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
-from refine.config.kinds import KWARGS
+from refine.config.kinds import JSON_TABLE
 from refine.errors import option
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Field of `SamplerSettings` → type, and help. EDM's own spelling is taken as well.
+_SAMPLER: dict[str, tuple[Any, str]] = {
+    "steps": (int, "Steps of a diffusion model's sampler.  [default: as published for such models, told on stderr]"),
+    "rho": (float, "How its noise levels are spaced."),
+    "sigma_min": (float, "Its last noise level."),
+    "sigma_max": (float, "Its first noise level."),
+    "S_churn": (float, "Fresh noise along the way (EDM, algorithm 2); 0 = none."),
+    "S_min": (float, "Lowest noise level at which noise is added."),
+    "S_max": (float, "Highest noise level at which noise is added."),
+    "S_noise": (float, "Standard deviation of that noise."),
+}
+
+
+def sampler_options(command: F) -> F:
+    """Adds `--steps`, `--rho`, `--sigma-min`, … to a command, which gets them by the names of `SamplerSettings`."""
+    for name, (kind, text) in reversed(_SAMPLER.items()):
+        spelling = f"--{name.lower().replace('_', '-')}"
+        others = {f"--{name}"} - {spelling}
+        command = click.option(spelling, *sorted(others), name, type=kind, help=text)(command)
+    return command
+
+
+def taken_sampler(options: dict[str, Any]) -> dict[str, Any]:
+    """Takes the sampler's options out of those of a command, and returns the ones that were given."""
+    found = {name: options.pop(name) for name in _SAMPLER}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def network_file(path: str, name: str) -> str:
+    """The file of a network, where a run folder may be given: then its best snapshot, which is said on stderr.
+
+    Args:
+        path: What the user gave.
+        name: The option's name, for errors.
+    """
+    from pathlib import Path
+
+    if not Path(path).is_dir():  # the usual case, without importing torch
+        return path
+    from refine.evaluation.run_folder import network_in
+    from refine.processes import is_first
+
+    with option(name):
+        file, note = network_in(path)
+    if note is not None and is_first():
+        click.echo(f"note: {note}", err=True)
+    return file
 
 
 def parse_ints(text: str, limit: int = 1_000_000) -> list[int]:
@@ -27,25 +77,44 @@ def parse_ints(text: str, limit: int = 1_000_000) -> list[int]:
     return list(numbers)
 
 
-def kwargs_option(name: str, of: str) -> Callable[[Any], Any]:
+def kwargs_option(name: str, of: str, *others: str) -> Callable[[F], F]:
     """An option of constructor arguments, such as '--gan-kwargs'.
 
     Args:
         name: The option.
         of: The option of the file that they belong to.
+        others: Further spellings.
     """
-
-    def parse(_ctx: click.Context, _param: click.Parameter, value: str | None) -> dict[str, Any] | None:
-        with option(name):
-            return None if value is None else KWARGS.parse(value)
-
-    text = f"Constructor arguments of {of} that its state dict does not tell."
-    return click.option(name, metavar=KWARGS.metavar, callback=parse, help=text)
+    text = f"How the network of {of} is built, where its file does not tell it all."
+    parameter = name.removeprefix("--").replace("-", "_")
+    return click.option(name, *others, parameter, metavar=JSON_TABLE.metavar, callback=_read_table, help=text)
 
 
-def sigma_init_option() -> Callable[[Any], Any]:
+def sigma_init_option() -> Callable[[F], F]:
     """--sigma-init, for one-step:FILE."""
     kind = click.FloatRange(min=0, min_open=True)
     return click.option(
         "--sigma-init", type=kind, default=2.5, show_default=True, help="Noise level of a one-step:FILE."
     )
+
+
+def teacher_options(command: F) -> F:
+    """Decorates a command with the options of `refine.evaluation.teachers.TeacherOptions`."""
+    for add in (
+        click.option("--guide", metavar="FILE|NAME", help="A worse diffusion model that guides one (autoguidance)."),
+        click.option(
+            "--guidance",
+            type=click.FloatRange(min=0, min_open=True),
+            default=1.0,
+            show_default=True,
+            help="Strength of a diffusion model's guidance, by --guide or classifier-free; 1 = none.",
+        ),
+        kwargs_option("--teacher-kwargs", "a diffusion model"),
+    ):
+        command = add(command)
+    return command
+
+
+def _read_table(_ctx: click.Context, param: click.Parameter, value: str | None) -> dict[str, Any] | None:
+    with option(param.opts[0]):
+        return None if value is None else JSON_TABLE.parse(value)

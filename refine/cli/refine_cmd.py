@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -10,6 +11,14 @@ from refine.cli.config_command import ConfigCommand, GroupedOption, read_options
 from refine.config import OPTIONS, RefineConfig
 from refine.errors import option
 from refine.processes import is_first, one_voice
+
+_NOTED = (
+    "processes",
+    "versions",
+    "run_dir",
+    "files",
+)  # by runs, in training_options.json, beside the device that it was
+_MAX_CONFIG_BYTES = 1 << 20
 
 
 @click.command(cls=ConfigCommand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -22,9 +31,20 @@ from refine.processes import is_first, one_voice
     "a new run where there is none. May be given with another --kimg, --lr, --aux-lr, --batch-gpu, --device, "
     "--metrics, … of the run, and with --gan and --teacher in another place.",
 )
+@click.option(
+    "--config",
+    "config_file",
+    cls=GroupedOption,
+    group=OPTIONS["preset"].group,
+    metavar="FILE",
+    help="Options as JSON, such as a training_options.json; those of the command line take precedence.",
+)
 @click.option("--show", is_flag=True, help="Print the options of --preset, and stop.")
-@click.option("-n", "--dry-run", is_flag=True, help="Check everything, print the options, and stop.")
-def refine(resume: str | None, show: bool, dry_run: bool, **texts: str | None) -> None:
+@click.option("-n", "--dry-run", is_flag=True, help="Check everything, measure an iteration, say what the run costs.")
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: all options and the costs as JSON.")
+def refine(
+    resume: str | None, config_file: str | None, show: bool, dry_run: bool, as_json: bool, **texts: str | None
+) -> None:
     """Refine a pretrained GAN with a pretrained diffusion model, data-free, by Diff-Instruct.
 
     \b
@@ -33,21 +53,30 @@ def refine(resume: str | None, show: bool, dry_run: bool, **texts: str | None) -
     python refine.py --resume=latest
     """
     with one_voice():
+        if as_json and not dry_run:
+            raise ValueError("--json says what --dry-run finds: add --dry-run")
         if show:
             click.echo(show_preset(read_options(texts).get("preset", OPTIONS["preset"].default)))
             return
         given = read_options(texts)
+        if resume is not None and config_file is not None:
+            raise ValueError("--config is for runs that begin; a run that goes on has its options in its state")
         states = [] if resume is None else _states_of(resume, given.get("outdir", OPTIONS["outdir"].default))
-        config = None if states else make_config(texts)
+        filed = {} if config_file is None else _read_config(config_file)
+        config = None if states else RefineConfig(**{**filed, **given})
     from refine.training import assemble  # torch, from here on: the options are valid
 
     if config is not None:
-        run = assemble.run(config, dry_run)
+        run = assemble.run(config, dry_run, given if filed else None)
     else:
         run = assemble.resume(states, {k: v for k, v in given.items() if k != "outdir"}, dry_run)
-    if dry_run and is_first():
-        place = {"run_dir": str(run.folder), "device": run.device}
-        click.echo(json.dumps({**run.config.as_dict(), **place}, indent=2))
+    if run.estimate is not None and is_first():
+        from refine.training.estimate import in_words
+
+        place = {"run_dir": str(run.folder), "device": run.device, "bridge": run.bridge}
+        told = {**run.config.as_dict(), **place, "estimate": run.estimate.as_dict()}
+        words = in_words(run.estimate, run.config, run.device, str(run.folder), list(run.bridge))
+        click.echo(json.dumps(told, indent=2) if as_json else words)
     if run.stopped is not None:
         raise click.exceptions.Exit(run.exit_code)
 
@@ -59,6 +88,26 @@ def make_config(texts: Mapping[str, str | None]) -> RefineConfig:
         ValueError: A missing or impossible option; one line that names it.
     """
     return RefineConfig(**read_options(texts))
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    """Options of a JSON file by name; of a training_options.json without what it notes of machine and folder."""
+    from refine.checkpoints.pickles.inert import shown
+
+    with option("--config"):
+        text = Path(path).read_text(encoding="utf-8") if Path(path).stat().st_size <= _MAX_CONFIG_BYTES else ""
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError):
+            values = None
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} is not an object in JSON; expected options, as in a training_options.json")
+        noted = {"device", *_NOTED} if "versions" in values else set()
+        # A program that a file names is trusted on the command line only.
+        values = {name: value for name, value in values.items() if name not in noted and name != "trust_detector"}
+        if unknown := sorted(values.keys() - OPTIONS.keys()):
+            raise ValueError(f"{path} holds {', '.join(map(shown, unknown[:5]))}, which is no option")
+        return values
 
 
 def _states_of(resume: str, outdir: str) -> list[Path]:

@@ -12,7 +12,7 @@ from typing import Any
 from refine.config.kinds import (
     BETAS,
     BOOLEAN,
-    KWARGS,
+    JSON_TABLE,
     LABEL_DIST,
     LENGTHS,
     LIMIT,
@@ -27,6 +27,7 @@ from refine.config.kinds import (
     Kind,
     SigmaOptions,
     count,
+    count_or,
     number,
     optional,
     text,
@@ -78,12 +79,13 @@ class RefineConfig:
         in_snapshots=False, aliases=("generator", "student", "network"),
     )
     teacher: str = option(
-        text("FILE|URL|NAME", f"the diffusion model to learn from, {_KNOWN}"), ..., _FILES,
-        "Diffusion model of the same data (the teacher).",
+        text("FILE|URL|NAME|MODULE:FUNCTION", f"the diffusion model to learn from, {_KNOWN}"), ..., _FILES,
+        "Diffusion model of the same data (the teacher): a file, or one of your own code.",
         in_snapshots=False, aliases=("diffusion", "edm", "denoiser"),
     )
     gan_kwargs: dict[str, Any] | None = option(
-        KWARGS, None, _FILES, "Constructor arguments of --gan that its state dict does not tell.",
+        optional(JSON_TABLE, "what names and shapes of its tensors tell"), None, _FILES,
+        "Constructor arguments of --gan that its state dict does not tell.",
         in_snapshots=False, aliases=("g-kwargs", "generator-kwargs"),
     )
     outdir: str = option(
@@ -97,6 +99,11 @@ class RefineConfig:
     preset: str = option(
         _PRESET, "default", _FILES, "Defaults for a kind of run; --show prints them.",
         aliases=("recipe",),
+    )
+    teacher_kwargs: dict[str, Any] | None = option(
+        optional(JSON_TABLE, "what the file tells"), None, _FILES,
+        "How a teacher is built whose file does not tell it all; see docs/teachers.md.",
+        aliases=("model-flags",),
     )
 
     kimg: float = option(
@@ -153,8 +160,14 @@ class RefineConfig:
     )
     weighting: str = option(text("W"), "1", _OBJECTIVE, "Weight of the objective over noise levels: 1 | sigma^P.")
     guidance: float = option(
-        POSITIVE, 1.0, _OBJECTIVE, "Classifier-free guidance of a teacher that knows a missing label; 1 = none.",
+        POSITIVE, 1.0, _OBJECTIVE,
+        "Strength of the teacher's guidance, by --guide or, without it, classifier-free; 1 = none.",
         aliases=("cfg", "cfg-scale", "guidance-scale"),
+    )
+    guide: str | None = option(
+        optional(text("FILE|URL|NAME|MODULE:FUNCTION", _KNOWN), "none: the teacher without a label"), None, _OBJECTIVE,
+        "A worse diffusion model of the same data, away from which --guidance leads the teacher (autoguidance).",
+        in_snapshots=False, aliases=("autoguidance", "gnet"),
     )
     label_dist: tuple[float, ...] | None = option(
         LABEL_DIST, None, _COVERAGE, "How often each class is drawn: uniform, or a JSON list or file.",
@@ -178,8 +191,13 @@ class RefineConfig:
         SHARE, 0.0, _COVERAGE,
         "Stop, and keep no snapshot as the best, below this share of the recall at the start; 0 = never.",
     )
-    sigma_init: float = option(POSITIVE, 2.5, _NOISE, "Noise level at which a one-step generator uses its U-Net.")
-    aux_steps: int = option(count(1), 2, _LENGTH, "Auxiliary steps per student step.", aliases=("critic-steps",))
+    sigma_init: float = option(
+        POSITIVE, 2.5, _NOISE, "Noise level at which --gan=one-step or one-step:FILE uses its U-Net."
+    )
+    aux_steps: int | str = option(
+        count_or("auto", 1), 2, _LENGTH,
+        "Auxiliary steps per student step; auto = more where aux lags, fewer where not.", aliases=("critic-steps",),
+    )
     aux_warmup_kimg: float | None = option(
         optional(NOT_NEGATIVE, f"{WARMUP_STEPS} steps, at most as many as the run has"), None, _LENGTH,
         "Thousands of images for the auxiliary network to learn from first, while the student is frozen.",
@@ -254,6 +272,10 @@ class RefineConfig:
         "At every snapshot: fid50k_full, is50k, fd5k-<detector> …, or none. The detector teacher is --teacher itself.",
         changeable=True, aliases=("metric",), formerly=(),
     )
+    metrics_batch: int | None = option(
+        optional(count(1), "100, fewer above 256×256"), None, _MONITORING,
+        "Images that metrics make and look at at once, on each GPU.",
+    )
     ref: str | None = option(
         optional(text("FILE|NAME"), "none"), TEACHER, _MONITORING,
         "What metrics compare with: statistics (.npz), images, a network; teacher = images of --teacher, drawn once.",
@@ -303,7 +325,10 @@ class RefineConfig:
         preset, asks_for_patience = self._preset_values(), self.patience is not ...
         for name, known in OPTIONS.items():
             value, usual = getattr(self, name), preset.get(name, known.default)
-            value = usual if value is ... else known.kind.cast(value, usual)
+            try:
+                value = usual if value is ... else known.kind.cast(value, usual)
+            except TypeError:  # of values from JSON
+                raise ValueError(f"{flag(name)} is {value}; expected {known.kind.expected}") from None
             if value is ...:
                 raise ValueError(f"{flag(name)} is missing; expected {known.kind.expected}")
             if not known.kind.allows(value):

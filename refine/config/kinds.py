@@ -80,6 +80,18 @@ def count(low: int, high: float = math.inf) -> Kind:
     return Kind("N", int, expected, lambda value: low <= value <= high)
 
 
+def count_or(word: str, low: int) -> Kind:
+    """A whole number of at least `low`, or a word."""
+
+    def read(text: str) -> int | str:
+        return word if text.lower() == word else int(text)
+
+    expected = f"a whole number ≥ {low}, or {word}"
+    return Kind(
+        f"N|{word}", read, expected, lambda value: value == word or (not isinstance(value, str) and value >= low)
+    )
+
+
 def words(choices: tuple[str, ...]) -> Kind:
     """One of the choices, which are lower-case; on the command line in any case."""
 
@@ -180,30 +192,6 @@ LABEL_DIST = optional(
     ),
     "uniform",
 )
-MAX_JSON_BYTES = 1 << 20
-
-
-def read_kwargs(text: str) -> dict[str, Any]:
-    """Constructor arguments: a JSON object, or the path of a file with one."""
-    try:
-        if not (written := text.lstrip()).startswith("{"):
-            if os.path.getsize(text) > MAX_JSON_BYTES:
-                raise Unreadable(f"a JSON object; the file is longer than {MAX_JSON_BYTES} bytes")
-            written = Path(text).read_text(encoding="utf-8")
-        table = json.loads(written)
-    except Unreadable:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise Unreadable(f"a JSON object or a file with one ({' '.join(str(error).split())[:100]})") from None
-    if not isinstance(table, dict):
-        raise Unreadable('a JSON object such as {"synthesis_kwargs": {"conv_clamp": 256}}')
-    return table
-
-
-KWARGS = optional(
-    Kind("FILE.json|JSON", read_kwargs, "a JSON object", lambda value: isinstance(value, dict), show=json.dumps),
-    "what names and shapes of its tensors tell",
-)
 RATE = optional(number("a rate in [0, 1)", lambda value: 0 <= value < 1), "none")
 _TERM = r"\s*\w+(:[^+:]+)?\s*"  # NAME or NAME:WEIGHT; which names there are, the registry of objectives knows
 _SUM = re.compile(rf"{_TERM}(\+{_TERM})*")
@@ -231,6 +219,33 @@ NAMES = Kind(
 )
 
 
+_MAX_JSON_BYTES = 1 << 20
+
+
+def _read_table(text: str) -> dict[str, Any]:
+    """A JSON object, or the path of a file with one."""
+    try:
+        if not (written := text.lstrip()).startswith("{"):
+            if os.path.getsize(text) > _MAX_JSON_BYTES:
+                raise Unreadable(f"a JSON object; the file is longer than {_MAX_JSON_BYTES} bytes")
+            written = Path(text).read_text(encoding="utf-8")
+        table = json.loads(written)
+    except Unreadable:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise Unreadable(f"a JSON object or a file with one ({' '.join(str(error).split())[:100]})") from None
+    if not isinstance(table, dict):
+        raise Unreadable('a JSON object such as {"synthesis_kwargs": {"conv_clamp": 256}}')
+    return table
+
+
+JSON_TABLE = Kind(
+    "FILE.json|JSON",
+    _read_table,
+    "a JSON object",
+    lambda value: isinstance(value, dict) and all(isinstance(name, str) for name in value),
+    show=json.dumps,
+)
 LENGTHS = Kind(
     "LIST",
     lambda text: tuple(float(part) for part in text.split(",")),

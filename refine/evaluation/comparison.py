@@ -58,6 +58,12 @@ def differences(before: Sequence[Measurement], after: Sequence[Measurement]) -> 
     return found
 
 
+def one_line(curve: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows of a curve that a line can join: where there are averages of several lengths, those of one of them."""
+    chosen = next((row for row in curve if row["judged"]), curve[-1])
+    return [row for row in curve if row.get("average") == chosen.get("average")]
+
+
 def in_words(results: Mapping[str, Any]) -> str:
     """The verdict in plain words, with what quality and diversity did meanwhile."""
     metric, difference = results["metric"], results["difference"]

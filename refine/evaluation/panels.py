@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from refine.evaluation.comparison import one_line
 from refine.images import image_grid, to_pil
 from refine.metrics.detectors import Detector, space_of_results
 from refine.metrics.image_sets import ImageSet
@@ -16,15 +17,15 @@ from refine.metrics.references import Reference
 from refine.metrics.registry import rows_in
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 PAIRS = 8  # of look-alikes
 ROWS, NEIGHBOURS = 6, 5  # of nearest real images
 
 
-def look_alikes(images: Mapping[str, torch.Tensor], detector: Detector) -> Image.Image:
-    """For each network the pairs of its images that are nearest in feature space: nearly the same ones mean that it
-    draws few different images.
+def look_alikes(images: Mapping[str, torch.Tensor], detector: Detector) -> dict[str, Image.Image]:
+    """Caption → for each network the pairs of its images that are nearest in feature space: nearly the same ones mean
+    that it draws few different images.
 
     Args:
         images: Network's name → images, uint8 [N, C, H, W], N ≥ 4.
@@ -36,7 +37,7 @@ def look_alikes(images: Mapping[str, torch.Tensor], detector: Detector) -> Image
         chosen = torch.cat([mine[[a for a, _ in pairs]], mine[[b for _, b in pairs]]])
         caption = f"{name}: the {len(pairs)} most similar pairs of {len(mine)} images, mean distance {distances:.3g}"
         strips[caption] = to_pil(image_grid(chosen, len(pairs)))
-    return _stacked(strips)
+    return strips
 
 
 def nearest_pairs(features: torch.Tensor, count: int = PAIRS) -> tuple[list[tuple[int, int]], float]:
@@ -55,8 +56,11 @@ def nearest_pairs(features: torch.Tensor, count: int = PAIRS) -> tuple[list[tupl
     return pairs, total / max(len(pairs), 1)
 
 
-def nearest_real(images: Mapping[str, torch.Tensor], detector: Detector, reference: Reference) -> Image.Image | None:
-    """Generated images, each with the real ones that are nearest in feature space: does the network copy, or invent?
+def nearest_real(
+    images: Mapping[str, torch.Tensor], detector: Detector, reference: Reference
+) -> dict[str, Image.Image] | None:
+    """Caption → generated images, each with the real ones that are nearest in feature space: does the network copy, or
+    invent?
 
     Args:
         images: Network's name → images, uint8 [N, C, H, W]; the first `ROWS` are shown.
@@ -71,51 +75,45 @@ def nearest_real(images: Mapping[str, torch.Tensor], detector: Detector, referen
         nearest = distances.topk(min(NEIGHBOURS, distances.shape[1]), largest=False).indices
         cells = []
         for row, generated in zip(nearest, mine[:ROWS], strict=True):
-            real = [_like(reference.images.read(int(index)), generated) for index in row]
+            real = [like(reference.images.read(int(index)), generated) for index in row]
             cells.append(torch.stack([generated.cpu(), *real]))
         count = cells[0].shape[0]
         strips[f"{name}: generated (first in each row) and the nearest real images"] = to_pil(
             image_grid(torch.cat(cells), count)
         )
-    return _stacked(strips)
+    return strips
 
 
 def curve_figure(results: dict[str, Any]) -> Image.Image:
     """The leading distance of a run's snapshots over kimg, with its spread over the seed ranges, and where it began."""
     from matplotlib.figure import Figure  # a second to import, and only needed here
 
-    metric = results["metric"]
-    kimg = [point["kimg"] for point in results["curve"]]
+    metric, curve = results["metric"], one_line(results["curve"])
+    kimg = [point["kimg"] for point in curve]
     shares = [key for key, row in rows_in(space_of_results(results)).items() if row.in_curve]
     keys = [metric, *(key for key in shares if key in results["before"])]
     figure = Figure(figsize=(9, 3.2), dpi=110, layout="constrained")
     panels = figure.subplots(1, 2 if len(keys) > 1 else 1, squeeze=False)[0]
     for key in keys:
         panel = panels[0 if key == metric else 1]
-        points = [point[key] for point in results["curve"]]
+        points = [point[key] for point in curve]
         means, stds = [point["mean"] for point in points], [point["std"] for point in points]
-        (line,) = panel.plot(kimg, means, marker="o", label=key)
+        (line,) = panel.plot(kimg, means, marker="o", label=key)  # at fractions of a kimg where they are
         low, high = ([mean + sign * std for mean, std in zip(means, stds, strict=True)] for sign in (-1, 1))
         panel.fill_between(kimg, low, high, alpha=0.25, color=line.get_color(), linewidth=0)
         start = results["before"][key]["mean"]
         panel.axhline(start, color=line.get_color(), linestyle=":", linewidth=1, label=f"{key} before")
     panels[0].set(ylabel=metric, ylim=(0, None))
     for panel in panels:
-        for point in results["curve"]:
+        for point in curve:
             if point["judged"]:
                 panel.axvline(point["kimg"], color="black", linewidth=0.8, label="judged")
         panel.set(xlabel="kimg")
-    return Image.open(io.BytesIO(drawn(figure)))
-
-
-def drawn(figure: Figure) -> bytes:
-    """PNG of a figure, whose panels get their legends."""
-    for panel in figure.axes:
         panel.legend(frameon=False, fontsize="small")
         panel.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return Image.open(buffer)
 
 
 @torch.no_grad()
@@ -123,7 +121,7 @@ def _features(images: torch.Tensor, detector: Detector) -> torch.Tensor:
     return detector(images).cpu()
 
 
-def _like(real: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
+def like(real: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
     """A real image in the shape of a generated one."""
     channels, height, width = generated.shape
     if real.shape[0] != channels:
@@ -134,7 +132,7 @@ def _like(real: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
     return real
 
 
-def _stacked(strips: Mapping[str, Image.Image]) -> Image.Image:
+def stacked(strips: Mapping[str, Image.Image]) -> Image.Image:
     """Pictures below each other, each under its caption, small images enlarged by whole pixels."""
     widest = max(strip.width for strip in strips.values())
     scale = max(640 // widest, 1)

@@ -1,130 +1,58 @@
-"""What people look at after a comparison: a picture of both grids, a plain table, a one-page HTML report."""
+"""The one-page HTML report of a comparison; it holds its pictures itself and asks for nothing from elsewhere."""
 
 from __future__ import annotations
 
 import base64
 import html
-import os
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from refine.dnnlib import replaced_atomically
-from refine.evaluation.panels import drawn
-from refine.images import image_grid, png_bytes, to_pil
+from refine.evaluation import svg
+from refine.evaluation.comparison import one_line
+from refine.evaluation.page import PAGE
+from refine.evaluation.pictures import Pictures
+from refine.evaluation.tables import BESIDE, feature_space_note, shown_rows
+from refine.images import png_bytes
 from refine.metrics.detectors import space_of_results
 from refine.metrics.metric import Table, plus_minus
 from refine.metrics.registry import METRICS, rows_in
 
-_BETTER = {"lower": "lower is better", "higher": "higher is better", "information": ""}
+_COLUMNS = ("before", "after", *BESIDE)
 
 
-def text_table(results: dict[str, Any]) -> str:
-    """The comparison as an aligned plain-text table: mean ± standard deviation over the seed ranges."""
-    rows = [("", "before", "after", "difference", "")]
-    for name, (_, direction) in _rows(results).items():
-        before, after, difference = (results[side][name] for side in ("before", "after", "difference"))
-        rows.append((name, plus_minus(before), plus_minus(after), plus_minus(difference, "+"), direction))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    cells = [
-        [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:4], widths[1:4], strict=True)), row[4]]
-        for row in rows
-    ]
-    return "\n".join("  ".join(line).rstrip() for line in cells)
-
-
-def side_by_side(before: torch.Tensor, after: torch.Tensor, captions: Sequence[str], columns: int) -> Image.Image:
-    """Two grids beside each other under their captions.
+def html_page(results: Mapping[str, Any], pictures: Pictures) -> str:
+    """The report.
 
     Args:
-        before, after: Images [N, C, H, W], uint8 or floats in [-1, 1]; the same latents at the same place.
-        captions: One line for each.
-        columns: Images per row of each grid.
-    """
-    grids = [to_pil(image_grid(images, columns)).convert("RGB") for images in (before, after)]
-    scale = max(640 // grids[0].width, 1)  # whole pixels: small images are enlarged without blurring
-    grids = [grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.NEAREST) for grid in grids]
-    gap, head = 16, 36
-    width, height = grids[0].width, max(grid.height for grid in grids)
-    page = Image.new("RGB", (2 * width + 3 * gap, height + head + gap), "white")
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=18)
-    for index, (grid, caption) in enumerate(zip(grids, captions, strict=True)):
-        left = gap + index * (width + gap)
-        draw.text((left, head / 2), caption, fill="black", font=font, anchor="lm")
-        page.paste(grid, (left, head))
-    return page
-
-
-def metrics_figure(results: dict[str, Any]) -> bytes:
-    """PNG: the leading distance in each seed range, and the classes of the images where a classifier saw them."""
-    from matplotlib.figure import Figure  # a second to import, and only needed here
-
-    leading, bars = results["metric"], _of_metrics("bars", results)
-    figure = Figure(figsize=(9, 3), dpi=110, layout="constrained")
-    panels = figure.subplots(1, 1 + len(bars), squeeze=False)[0]
-    pairs = zip(results["before"][leading]["values"], results["after"][leading]["values"], strict=True)
-    for (low, high), label in zip(pairs, results["seeds"], strict=True):
-        panels[0].plot(["before", "after"], [low, high], marker="o", label=f"seeds {label}")
-    panels[0].set(ylabel=leading, ylim=(0, None), xlim=(-0.3, 1.3))
-    for panel, shown in zip(panels[1:], bars, strict=True):
-        for offset, side, heights in ((-0.2, "before", shown.before), (0.2, "after", shown.after)):
-            panel.bar([k + offset for k in range(len(heights))], heights, width=0.4, label=side)
-        panel.axhline(shown.level, color="black", linewidth=0.8, linestyle=":", label=shown.level_label)
-        panel.set(xlabel=shown.xlabel, ylabel=shown.ylabel)
-    return drawn(figure)
-
-
-def write_html(path: str | os.PathLike, results: dict[str, Any], figures: Mapping[str, Image.Image]) -> None:
-    """Writes the one-page report; it holds its pictures itself and needs no network.
-
-    Args:
-        path: The file, replaced as a whole.
         results: What `refine.evaluation.compare.compare` returned.
-        figures: 'comparison' (the grids, from `side_by_side`), and those of `refine.evaluation.panels` by their names.
+        pictures: See `refine.evaluation.pictures.make_pictures`.
     """
-    page = _PAGE.format(
+    return PAGE.format(
         title=html.escape(f"{results['before']['name']} → {results['after']['name']}"),
         verdict=html.escape(results["verdict"]),
-        colour={"better": "#1a7f37", "worse": "#b42318"}.get(results["verdict"], "#57606a"),
+        mood={"better": "good", "worse": "bad"}.get(results["verdict"], "even"),
         summary=html.escape(results["summary"]),
-        space=html.escape(feature_space_note(results)),
-        picture=_data_uri(png_bytes(figures["comparison"])),
-        panels=_html_panels(figures),
+        notes="".join(f'<p class="note">Note: {html.escape(note)}</p>' for note in results["notes"]),
+        pixels="pixels" if pictures.is_small else "",
+        **{name: _image(*pictures.grids[name], name) for name in ("before", "after")},
+        captions=" ".join(
+            f"<span class={name}>{html.escape(pictures.grids[name][1])}</span>" for name in pictures.grids
+        ),
+        rows="\n".join(_figure(*row) for row in pictures.rows.values()),
+        head="".join(f"<th>{name}</th>" for name in _table_columns(results)),
+        metrics=_metrics(results),
         intervals=html.escape(_interval_note(results)),
-        tables="\n".join(map(_html_table, _of_metrics("table", results))),
-        figure=_data_uri(metrics_figure(results)),
-        metrics=_html_metrics(results),
-        facts=_html_facts(results),
+        space=html.escape(feature_space_note(results)),
+        plots="\n".join(_plots(results)),
+        curve=_curve(results),
+        tables="\n".join(map(_table, _of_metrics("table", results))),
+        panels=_panels(pictures),
+        run=_run(results.get("run")),
+        facts=_facts(_what_was_measured(results)),
     )
-    with replaced_atomically(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
-
-
-def feature_space_note(results: dict[str, Any]) -> str:
-    """One sentence: in which space distances were measured, and whether they are FID."""
-    detector, reference = results["detector"], results.get("reference") or {}
-    if reference.get("teacher"):
-        return (
-            f"Distances are measured in the features of the detector '{detector['name']}', against images of the "
-            f"teacher {reference['name']}. This is not FID: it says nothing of what the teacher itself gets wrong."
-        )
-    if detector["fid_basis"]:
-        return (
-            "Distances are measured in the features of Inception-2015-12-05: this is the FID of the literature "
-            f"({detector['fid_basis']})."
-        )
-    return (
-        f"Distances are measured in the {detector['feature_dim']} features of the detector '{detector['name']}'. "
-        "This is not FID: its numbers can only be compared with others from the same detector weights."
-    )
-
-
-def _rows(results: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Names of the numbers in a comparison → what each says, and which values are better; in reading order."""
-    rows = rows_in(space_of_results(results)).items()
-    return {key: (row.explanation, _BETTER[row.direction]) for key, row in rows if key in results["difference"]}
 
 
 def _of_metrics(what: str, results: Mapping[str, Any]) -> list[Any]:
@@ -134,46 +62,131 @@ def _of_metrics(what: str, results: Mapping[str, Any]) -> list[Any]:
     return [one for one in found if one is not None]
 
 
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+# Pictures.
 
 
-def _html_metrics(results: dict[str, Any]) -> str:
-    lines = []
-    for name, explanation in _rows(results).items():
-        before, after, difference = (results[side][name] for side in ("before", "after", "difference"))
-        low, high = difference["interval"]
-        cells = [plus_minus(before), plus_minus(after), plus_minus(difference, "+"), f"{low:+.3g} to {high:+.3g}"]
-        numbers = "".join(f"<td class=number>{cell}</td>" for cell in cells)
-        note = html.escape("; ".join(filter(None, explanation)))
-        lines.append(f"<tr><th>{html.escape(name)}</th>{numbers}<td>{note}</td></tr>")
-    return "\n".join(lines)
+def _image(picture: Image.Image, text: str, name: str = "") -> str:
+    source = "data:image/png;base64," + base64.b64encode(png_bytes(picture)).decode("ascii")
+    size = f'width="{picture.width}" height="{picture.height}"'
+    return f'<img class="{name}" src="{source}" {size} alt="{html.escape(text)}">'
 
 
-def _interval_note(results: dict[str, Any]) -> str:
-    """How the intervals were made."""
-    by_ranges = [name for name, found in results["difference"].items() if found["method"] == "Student"]
-    text = "The interval is a paired bootstrap over the images"
-    return f"{text}; for {', '.join(by_ranges)} it is Student's over the seed ranges." if by_ranges else f"{text}."
+def _figure(picture: Image.Image, caption: str) -> str:
+    return f"<figure><figcaption>{html.escape(caption)}</figcaption>{_image(picture, caption)}</figure>"
 
 
 _PANELS = {  # figure → heading, what it shows
-    "curve": ("The run", "Every snapshot on the same seeds; the band is the standard deviation over the seed ranges."),
     "diversity": ("Look-alikes", "Pairs of images, one above the other, of one class where there are classes."),
     "nearest": ("Nearest real images", "Nearest in feature space, which is not always what looks nearest."),
 }
 
 
-def _html_panels(figures: Mapping[str, Image.Image]) -> str:
+def _panels(pictures: Pictures) -> str:
     parts = []
     for name, (heading, text) in _PANELS.items():
-        if name in figures:
-            source = _data_uri(png_bytes(figures[name]))
-            parts.append(f'<h2>{heading}</h2>\n<img src="{source}" alt="{heading}">\n<p class="note">{text}</p>')
+        if name in pictures.panels:
+            figures = "\n".join(_figure(strip, caption) for caption, strip in pictures.panels[name].items())
+            parts.append(f'<h2>{heading}</h2>\n<div class="strips">{figures}</div>\n<p class="note">{text}</p>')
     return "\n".join(parts)
 
 
-def _html_table(table: Table) -> str:
+# Numbers.
+
+
+def _table_columns(results: Mapping[str, Any]) -> list[str]:
+    return ["before", "after", "difference", "95 % interval", *(name for name in BESIDE if name in results)]
+
+
+def _metrics(results: Mapping[str, Any]) -> str:
+    lines = []
+    for key, explanation in shown_rows(results).items():
+        difference = results["difference"][key]
+        low, high = difference["interval"]
+        cells = {
+            "before": plus_minus(results["before"][key]),
+            "after": plus_minus(results["after"][key]),
+            "difference": plus_minus(difference, "+"),
+            "95 % interval": f"{low:+.3g} to {high:+.3g}",
+        }
+        cells |= {name: plus_minus(results[name][key]) if key in results[name] else "–"
+                  for name in BESIDE if name in results}  # fmt: skip
+        numbers = "".join(f'<td class=number data-label="{name}">{cell}</td>' for name, cell in cells.items())
+        note = html.escape("; ".join(filter(None, explanation)))
+        lines.append(f"<tr><th>{html.escape(key)}<small>{note}</small></th>{numbers}</tr>")
+    return "\n".join(lines)
+
+
+def _interval_note(results: Mapping[str, Any]) -> str:
+    """How the intervals were made."""
+    methods: dict[str, list[str]] = {}
+    for name, found in results["difference"].items():
+        methods.setdefault(found["method"], []).append(name)
+    words = {
+        "paired bootstrap": "a paired bootstrap over the images",
+        "Student": "Student's over the seed ranges",
+        "the wider of both": "the wider of a paired bootstrap over the images and Student's over the seed ranges",
+    }
+    parts = [f"for {', '.join(names)} {words[method]}" for method, names in methods.items()]
+    only = words[next(iter(methods))] if len(methods) == 1 else ""
+    return f"The interval is {only or '; '.join(parts)}."
+
+
+def _plots(results: Mapping[str, Any]) -> list[str]:
+    """Dots and intervals of every metric, all differences, and the bars that metrics have."""
+    plots = []
+    columns = [name for name in _COLUMNS if name in results]
+    for key, (explanation, direction) in shown_rows(results).items():
+        rows = []
+        for name in columns:
+            if key in results[name]:
+                found = results[name][key]
+                ends = found["mean"] - found["std"], found["mean"] + found["std"]
+                rows.append(svg.Dot(name, name, found["mean"], *ends, found["values"]))
+        difference = results["difference"][key]
+        change = svg.Dot("change", "difference", difference["mean"], *difference["interval"])
+        parts = svg.dots(key, rows) + svg.dots(f"difference of {key}", [change], zero=True)
+        plots.append(_plot(key, "; ".join(filter(None, (explanation, direction))), parts))
+    for bars in _of_metrics("bars", results):
+        plot = svg.bars(bars.ylabel, bars.before, bars.after, bars.level, bars.xlabel)
+        plots.append(_plot(bars.ylabel, f"before and after; dotted: {bars.level_label}", plot))
+    return plots
+
+
+def _plot(title: str, note: str, plot: str) -> str:
+    return f"<figure><figcaption><b>{html.escape(title)}</b> {html.escape(note)}</figcaption>{plot}</figure>"
+
+
+def _curve(results: Mapping[str, Any]) -> str:
+    """The snapshots of a run: the leading distance, and the shares, over kimg."""
+    curve, metric = results.get("curve"), results["metric"]
+    if not curve:
+        return ""
+    shares = [
+        key for key, row in rows_in(space_of_results(results)).items() if row.in_curve and key in results["before"]
+    ]
+    curve = one_line(curve)
+    marked = [point["kimg"] for point in curve if point["judged"]]
+    panels = []
+    for keys in ([metric], shares):
+        rows = [
+            svg.Line(
+                key,
+                f"line{index}",
+                [(point["kimg"], point[key]["mean"], point[key]["std"]) for point in curve],
+                results["before"][key]["mean"],
+            )
+            for index, key in enumerate(keys)
+        ]
+        if rows:
+            names = " ".join(f'<span class="line{index}">{html.escape(key)}</span>' for index, key in enumerate(keys))
+            plot = svg.lines(", ".join(keys), rows, marked, "kimg")
+            panels.append(f'<figure><figcaption class="legend">{names}</figcaption>{plot}</figure>')
+    note = "Every snapshot on the same seeds; the band is the standard deviation over the seed ranges, dotted is the "
+    note += "network before, and the vertical line is the snapshot that is judged."
+    return f'<h2>The run</h2>\n<div class="plots">{"".join(panels)}</div>\n<p class="note">{note}</p>'
+
+
+def _table(table: Table) -> str:
     head = "".join(f"<th>{html.escape(column)}</th>" for column in table.columns)
     rows = "\n".join(
         f"<tr><th>{html.escape(name)}</th>"
@@ -182,73 +195,61 @@ def _html_table(table: Table) -> str:
         for name, *cells in table.rows
     )
     return (
-        f"<h2>{html.escape(table.heading)}</h2>\n<table>\n<tr>{head}</tr>\n{rows}\n</table>\n"
+        f'<h2>{html.escape(table.heading)}</h2>\n<div class="scroll"><table>\n<tr>{head}</tr>\n{rows}\n</table></div>\n'
         f'<p class="note">{html.escape(table.note)}</p>'
     )
 
 
-def _html_facts(results: dict[str, Any]) -> str:
+# What it is based on.
+
+
+def _run(run: Mapping[str, Any] | None) -> str:
+    """The command and the options of the run that the network comes from."""
+    if run is None:
+        return ""
+    options = {name: _shown(value) for name, value in run["options"].items()}
+    facts = {name: str(run[name]) for name in ("folder", "kimg") if name in run}
+    return "\n".join(
+        [
+            "<h2>How it was refined</h2>",
+            f'<pre class="command">{html.escape(run["command"])}</pre>',
+            f'<table class="facts">{_facts(facts)}</table>',
+            f"<details><summary>All {len(options)} options</summary>",
+            f'<table class="facts">{_facts(options)}</table></details>',
+        ]
+    )
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _what_was_measured(results: Mapping[str, Any]) -> dict[str, str]:
     detector, reference = results["detector"], results["reference"]
-    facts = {
-        "before": _html_network(results["before"]),
-        "after": _html_network(results["after"]),
+    facts = {name: _network(results[name]) for name in ("before", "after", "teacher") if name in results}
+    if real := results.get("real"):
+        facts["real"] = f"{real['name']} (sha256 {real['sha256'][:16]}…), {real['images']} images; {real['how']}"
+    return facts | {
         "images": f"{results['num']} per seed range, seeds {', '.join(results['seeds'])}; the same for both networks",
         "detector": f"{detector['name']} (sha256 {detector['sha256'][:16]}…)",
-        "reference": f"{reference['name']} (sha256 {reference['sha256'][:16]}…), {reference['num'] or '?'} images",
-        "resize": str(detector["resize"]),
+        "reference": f"{reference['name']} (sha256 {reference['sha256'][:16]}…), {reference['num'] or '?'} images, "
+        f"{reference['form']}",
+        "resize": str(detector.get("image_note") or detector["resize"]),
         "quantisation": results["quantisation"],
         "covariance": results["covariance"],
         "versions": ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
         "time": f"{results['seconds']:.0f} s on {results['device']}",
     }
-    return "\n".join(f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in facts.items())
 
 
-def _html_network(side: dict[str, Any]) -> str:
+def _facts(facts: Mapping[str, str]) -> str:
+    rows: Sequence[str] = [f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in facts.items()]
+    return "\n".join(rows)
+
+
+def _network(side: Mapping[str, Any]) -> str:
+    """By its name alone: where a file lies is nobody's business who gets the page."""
     learnt = f", refined with {side['refined_with']}" if "refined_with" in side else ""
-    return f"{side['path']} (sha256 {side['sha256'][:16]}…), {side['sampling']}{learnt}"
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #1f2328; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }}
-h1 {{ font-size: 1.4rem; overflow-wrap: anywhere; }}
-h2 {{ font-size: 1.1rem; margin-top: 2rem; }}
-.verdict {{ border-left: 6px solid {colour}; padding: .4rem 1rem; background: #f6f8fa; }}
-.verdict strong {{ color: {colour}; font-size: 1.2rem; }}
-img {{ max-width: 100%; height: auto; display: block; }}
-.scroll {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-size: .9rem; }}
-th, td {{ text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #d1d9e0; vertical-align: top; }}
-td.number {{ font-variant-numeric: tabular-nums; white-space: nowrap; }}
-.facts td {{ overflow-wrap: anywhere; }}
-.note {{ color: #57606a; font-size: .9rem; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-<div class="verdict"><strong>{verdict}</strong><br>{summary}</div>
-<h2>The same latents before and after</h2>
-<img src="{picture}" alt="grids of images before and after, from the same latents">
-<h2>Numbers</h2>
-<div class="scroll"><table>
-<tr><th></th><th>before</th><th>after</th><th>difference</th><th>95 % interval</th><th></th></tr>
-{metrics}
-</table></div>
-<p class="note">Mean ± standard deviation over the seed ranges. {intervals}
-{space}</p>
-<img src="{figure}" alt="distance per seed range, and class histogram">
-{tables}
-{panels}
-<h2>What was measured</h2>
-<table class="facts">
-{facts}
-</table>
-</body>
-</html>
-"""
+    reason = f" ({side['sampling_reason']})" if "sampling_reason" in side else ""
+    which = f", images {side['images']}" if "images" in side else ""
+    return f"{side['name']} (sha256 {side['sha256'][:16]}…), {side['sampling']}{reason}{which}{learnt}"

@@ -7,6 +7,7 @@ one. Under torchrun, within `refine.metrics.pipeline.sharing`, each process draw
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -19,19 +20,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from refine.checkpoints import NetworkInfo, archives, load_teacher, peek
+from refine.checkpoints import NetworkInfo, archives
 from refine.checkpoints.pickles.inert import Refused
 from refine.checkpoints.sources.fetch import cache_dir
-from refine.dnnlib import distrust, keep_from_others, make_folder, replaced_atomically, sha256_of_file
+from refine.checkpoints.teachers import TeacherSource
+from refine.dnnlib import distrust, keep_from_others, make_folder, replaced_atomically
 from refine.errors import describe_os_error
 from refine.metrics.pipeline import gathered, my_share, rank_and_world
 from refine.metrics.sampling import Batch, sample_teacher
 from refine.networks.bases import Denoiser
+from refine.networks.sampler_settings import SamplerChoice, SamplerSettings
+from refine.torch_utils.misc import exact_products
 
 #: Seeds of a bank begin here, far from those of generators, and from those of a generator that is a reference.
 BANK_SEED = 3 << 30
-#: Steps of the sampler, as wherever a teacher is sampled.
-NUM_STEPS = 18
 PART = 500  # images that are drawn, and kept, at a time
 _VERSION = 1
 
@@ -42,6 +44,10 @@ class Bank(NamedTuple):
     images: torch.Tensor
     classes: torch.Tensor | None
 
+    def head(self, num: int) -> Bank:
+        """The first images of it."""
+        return Bank(self.images[:num], None if self.classes is None else self.classes[:num])
+
     def batches(self, batch: int, indices: range) -> Iterator[Batch]:
         """The images of these indices, `batch` at a time."""
         for start in range(indices.start, indices.stop, batch):
@@ -50,10 +56,10 @@ class Bank(NamedTuple):
 
 
 def teacher_bank(
-    path: Path,
+    teacher: Path | TeacherSource,
     num: int,
     *,
-    num_steps: int = NUM_STEPS,
+    choice: SamplerChoice = SamplerChoice(),  # noqa: B008 - frozen
     batch: int = 100,
     device: torch.device | str = "cpu",
     cache: bool = True,
@@ -62,9 +68,9 @@ def teacher_bank(
     """The bank of a teacher, from the cache as far as it is there; the rest is drawn now.
 
     Args:
-        path: The teacher's file.
+        teacher: The teacher, or its file.
         num: Number of images.
-        num_steps: Steps of the sampler, see `refine.metrics.sampling.sample_teacher`.
+        choice: How the teacher is sampled; what is not said there is what suits the teacher.
         batch: Images that are drawn at once.
         device: Where they are drawn.
         cache: Keep what is drawn, and use what was kept.
@@ -73,22 +79,29 @@ def teacher_bank(
     Raises:
         ValueError: The file holds no teacher, or the teacher gives NaN or infinity; in all processes.
     """
-    info, digest = peek(path, "teacher"), sha256_of_file(path)
+    source = TeacherSource.of(teacher)
+    info, digest = source.info(), source.identity
+    settings, _ = choice.resolve(info)
     seeds = range(BANK_SEED, BANK_SEED + num)
     shares = [seeds[start : start + PART] for start in range(0, num, PART)]
-    places = [_place(digest, share, num_steps) for share in shares]
+    places = [_place(digest, share, settings) for share in shares]
     parts = [_kept(place, len(share), info) if cache else None for place, share in zip(places, shares, strict=True)]
+    if cache and parts[-1] is None and len(shares[-1]) < PART:  # it may be the beginning of a part of a larger bank
+        start = shares[-1].start
+        whole_part = _kept(_place(digest, range(start, start + PART), settings), PART, info)
+        parts[-1] = None if whole_part is None else whole_part.head(len(shares[-1]))
     held = gathered([part is not None for part in parts])  # machines may have caches of their own
     missing = [index for index in range(len(parts)) if not all(rank[index] for rank in held)]
     if missing:
-        teacher = load_teacher(path).to(device)
+        network = source.load().to(device)
         rank, cannot_keep = rank_and_world()[0], False
         interval = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file wants few lines
         done = num - sum(len(shares[index]) for index in missing)
-        shown: dict[str, Any] = {"total": num, "initial": done, "unit": "img", "desc": f"images of {path.stem}"}
+        desc = f"images of {source.stem}, {settings.describe()}{source.guided_words}"
+        shown: dict[str, Any] = {"total": num, "initial": done, "unit": "img", "desc": desc}
         with tqdm(**shown, disable=not (progress and rank == 0), mininterval=interval) as bar:
             for index in missing:
-                parts[index] = part = _drawn(teacher, shares[index], num_steps, batch, device, bar)
+                parts[index] = part = _drawn(network, shares[index], settings, batch, device, bar)
                 if cache and rank == 0 and not cannot_keep:
                     cannot_keep = not _keep(places[index], part)
     whole = [part for part in parts if part is not None]
@@ -96,28 +109,34 @@ def teacher_bank(
     return Bank(torch.cat([part.images for part in whole]), torch.cat(classes) if classes else None)
 
 
-def describe_bank(path: Path, num: int, num_steps: int = NUM_STEPS) -> str:
+def describe_bank(teacher: TeacherSource, num: int, settings: SamplerSettings) -> str:
     """What tells a bank apart from all others."""
-    return _key(sha256_of_file(path), range(BANK_SEED, BANK_SEED + num), num_steps)
+    return _key(teacher.identity, range(BANK_SEED, BANK_SEED + num), settings)
 
 
-def _key(digest: str, seeds: range, num_steps: int) -> str:
-    return json.dumps([_VERSION, digest, seeds.start, len(seeds), num_steps])
+def _key(digest: str, seeds: range, settings: SamplerSettings) -> str:
+    """With every setting of the sampler; the usual ones are left out, so that banks of older versions are found."""
+    steps, *others = dataclasses.astuple(settings)
+    usual = list(dataclasses.astuple(SamplerSettings()))[1:]
+    return json.dumps([_VERSION, digest, seeds.start, len(seeds), steps, *([] if others == usual else others)])
 
 
-def _place(digest: str, seeds: range, num_steps: int) -> Path:
+def _place(digest: str, seeds: range, settings: SamplerSettings) -> Path:
     """Where a part of a bank is kept."""
-    key = _key(digest, seeds, num_steps)
+    key = _key(digest, seeds, settings)
     return cache_dir() / "banks" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
 
 
-def _drawn(teacher: Denoiser, seeds: range, num_steps: int, batch: int, device: torch.device | str, bar: tqdm) -> Bank:
+@exact_products()
+def _drawn(
+    teacher: Denoiser, seeds: range, settings: SamplerSettings, batch: int, device: torch.device | str, bar: tqdm
+) -> Bank:
     """A part of a bank, to which every process gives its share; an error in one of them is raised in all."""
     images: list[torch.Tensor] = []
     classes: list[torch.Tensor] = []
     error = None
     try:
-        for drawn in sample_teacher(teacher, my_share(seeds, batch), batch=batch, device=device, num_steps=num_steps):
+        for drawn in sample_teacher(teacher, my_share(seeds, batch), batch=batch, device=device, settings=settings):
             images.append(drawn.images.cpu())
             classes += [] if drawn.classes is None else [drawn.classes]
             bar.update(min(len(drawn.images) * rank_and_world()[1], len(seeds)))

@@ -9,7 +9,8 @@ Inception-2015-12-05 weights that the literature's numbers were made with. When 
 - By name: it is called as NVIDIA's files are, and its structure is this network's. No checksum of those files is
   established, so the name is taken on trust; every result says so and prints the sha256.
 
-Anything else, such as the same network with other weights, is measured in a space named after its file.
+Anything else, such as the same network with other weights, is measured in a space named after its file. FD-DINOv2 is
+reserved in the same way, see `refine.metrics.dinov2_detector`.
 """
 
 from __future__ import annotations
@@ -19,20 +20,25 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from refine.checkpoints import load_teacher, peek, resolve
+from refine.checkpoints import peek, resolve
 from refine.checkpoints.native import load_networks, read_metadata
+from refine.checkpoints.pickles.tensors import TensorRef
 from refine.checkpoints.sniff import sniff
+from refine.checkpoints.teachers import TeacherSource
 from refine.dnnlib import sha256_of_file
+from refine.metrics import dinov2_weights
 from refine.metrics.digits import DigitsDetector
+from refine.metrics.dinov2_detector import SPACES, DinoV2Detector, split_mode
 from refine.metrics.exported import is_exported, load_exported
 from refine.metrics.inception import CLASSES, FEATURES, InceptionNetwork
 from refine.metrics.inception_weights import load_inception
-from refine.metrics.stored import read_stored, tensors_in
+from refine.metrics.stored import in_memory, opened, tensors_in
 from refine.metrics.teacher_features import TeacherDetector
 
 INCEPTION_SPACE = "inception-2015-12-05"
@@ -43,11 +49,13 @@ KNOWN_BY_CONTENT = ("6726825d",)
 KNOWN_BY_NAME = ("inception-2015-12-05.pt", "inception-2015-12-05.pkl", "inception-v3-2015-12-05.pkl")
 
 EXPECTED = (
-    "a detector: the Inception-2015-12-05 weights (.pt, .pth, .pkl), a TorchScript or torch.export file, "
-    "a native digits detector, a teacher, or one of the names digits, inception-2015-12-05, effnet-lite0"
+    "a detector: the Inception-2015-12-05 weights (.pt, .pth, .pkl), those of a DINOv2 (.pth, .safetensors), a "
+    "TorchScript or torch.export file, a native digits detector, a teacher, or one of the names digits, "
+    "inception-2015-12-05, dinov2-vitl14, effnet-lite0"
 )
 
-_NAMES = {"digits": "digits-classifier"}  # of detectors → of the index
+_NAMES = {"digits": "digits-classifier", "dinov2": "dinov2-vitl14"}  # of detectors → of the index
+_RESERVED = {"digits", "effnet_lite0", *SPACES}  # spaces that no other file is called after
 
 
 class Detector(Protocol):
@@ -103,7 +111,7 @@ class InceptionDetector:
     def __init__(self, network: InceptionNetwork, name: str, sha256: str):
         self.network, self.name, self.sha256 = network, name, sha256
         self.fid_basis = fid_basis(name, sha256)
-        self.space = INCEPTION_SPACE if self.fid_basis else _slug(Path(name).stem)
+        self.space = INCEPTION_SPACE if self.fid_basis else _space_of_file(Path(name).stem, sha256)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         return self.network(_rgb(images, self.name))
@@ -136,7 +144,7 @@ class ModuleDetector:
         self._options = [argument.name for argument in schema.arguments] if schema else []
         self.feature_dim: int | None = None
         self.fid_basis = fid_basis(name, sha256) if self._is_inception() else None
-        self.space = INCEPTION_SPACE if self.fid_basis else _slug(Path(name).stem)
+        self.space = INCEPTION_SPACE if self.fid_basis else _space_of_file(Path(name).stem, sha256)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         if "return_features" in self._options:
@@ -172,7 +180,7 @@ class ModuleDetector:
             return False
 
 
-def load_detector(path_or_name: str | os.PathLike, trust: bool = False) -> Detector:
+def load_detector(path_or_name: str | os.PathLike | TeacherSource, trust: bool = False) -> Detector:
     """Loads a detector on the CPU, in eval mode, without gradients.
 
     A TorchScript file is a program that can write files, and it is loaded only on the caller's word. Of all others
@@ -180,19 +188,40 @@ def load_detector(path_or_name: str | os.PathLike, trust: bool = False) -> Detec
 
     Args:
         path_or_name: A file or URL: the Inception-2015-12-05 weights as NVIDIA's TorchScript or pickle or as
-            pytorch-fid's state dict, any TorchScript or torch.export file that maps uint8 [N, C, H, W] to features, or
-            a native file that holds a detector, or a teacher (`refine.metrics.teacher_features`). Or a name: 'digits'
-            (the shipped classifier), 'inception-2015-12-05' (pytorch-fid's file, downloaded once), 'effnet-lite0'
-            (ImageNet weights of a Python package).
+            pytorch-fid's state dict, a DINOv2's published weights or Hugging Face's (a folder of theirs, too), any
+            TorchScript or torch.export file that maps uint8 [N, C, H, W] to features, or a native file that holds a
+            detector, or a teacher (`refine.metrics.teacher_features`). Or a name: 'digits' (the shipped classifier),
+            'inception-2015-12-05' (pytorch-fid's file, downloaded once), 'dinov2' or 'dinov2-vitl14', 'dinov2-vitb14',
+            … (the published files), 'effnet-lite0' (ImageNet weights of a Python package). Behind a DINOv2 may stand
+            how it resizes: 'dinov2-vitl14:pil', see `refine.metrics.dinov2_detector`. Or a teacher; what guides it
+            has no part in its features.
         trust: Whether the caller knows where a TorchScript file comes from.
 
     Raises:
         ValueError: If the name is unknown, the file does not exist or is no detector, or is TorchScript without trust.
     """
-    if str(path_or_name) == "effnet-lite0":
+    if isinstance(path_or_name, TeacherSource):
+        return _load_teacher(path_or_name)
+    text, mode = split_mode(path_or_name)
+    detector = _load(text, trust)
+    if mode is None:
+        return detector
+    if not isinstance(detector, DinoV2Detector):
+        raise ValueError(f"{text} is not a DINOv2, which alone resizes in several ways; expected it without ':{mode}'")
+    return detector.resizing(mode)
+
+
+def source_of(path_or_name: str | os.PathLike) -> str:
+    """The file, URL or name of the index that a detector comes from."""
+    text, _ = split_mode(path_or_name)
+    return _NAMES.get(text, text)
+
+
+def _load(text: str, trust: bool) -> Detector:
+    if text == "effnet-lite0":
         # a name, so that nobody else needs its package
         return importlib.import_module("refine.metrics.effnet").EffNetDetector()
-    path = resolve(_NAMES.get(str(path_or_name), path_or_name))
+    path = (dinov2_weights.find_weights(Path(text)) if os.path.isdir(text) else None) or resolve(source_of(text))
     found = sniff(path)
     if found.kind == "native":
         return _load_native(path)
@@ -204,9 +233,9 @@ def load_detector(path_or_name: str | os.PathLike, trust: bool = False) -> Detec
             )
         return ModuleDetector(_load_torchscript(path), path.name, sha256_of_file(path))
     if found.kind in ("torch", "pickle", "safetensors") and holds_teacher(path):
-        return _load_teacher(path)
-    if found.kind in ("torch", "pickle"):
-        return _load_inception(path)
+        return _load_teacher(TeacherSource.of(path))
+    if found.kind in ("torch", "pickle", "safetensors"):
+        return _load_weights(path)
     if found.kind == "zip" and is_exported(path):
         return ModuleDetector(load_exported(path), path.name, sha256_of_file(path))
     raise ValueError(f"{path} is {found.description}; expected {EXPECTED}")
@@ -267,7 +296,7 @@ def _load_native(path: Path) -> Detector:
     names = read_metadata(path).get("networks", {})
     network = load_networks(path)["detector"] if "detector" in names else None
     if network is None and holds_teacher(path):
-        return _load_teacher(path)
+        return _load_teacher(TeacherSource.of(path))
     if not isinstance(network, DigitsDetector):
         raise ValueError(f"{path} holds {', '.join(names) or 'no networks'}, expected a detector")
     network.sha256 = sha256_of_file(path)
@@ -293,17 +322,36 @@ def holds_teacher(path: Path) -> bool:
     return True
 
 
-def _load_teacher(path: Path) -> TeacherDetector:
-    return TeacherDetector(load_teacher(path), sha256_of_file(path))
+def _load_teacher(source: TeacherSource) -> TeacherDetector:
+    alone = replace(source, guide=None, guidance=1.0)
+    return TeacherDetector(alone.load(), alone.identity)
 
 
-def _load_inception(path: Path) -> InceptionDetector:
-    tensors = tensors_in(read_stored(path, expected=EXPECTED))
+def _load_weights(path: Path) -> Detector:
+    """The network whose weights a file holds: a DINOv2, told by its names, or Inception."""
+    with opened(path, expected=EXPECTED) as value:
+        tensors = _tensors_at_the_top(value)
+        if dinov2_weights.is_dinov2(tensors):
+            network = dinov2_weights.load_dinov2(tensors, os.path.getsize(path))
+            dinov2_weights.check_config(path, network.architecture.heads)
+            digest, title = sha256_of_file(path), dinov2_weights.title(path)
+            return DinoV2Detector(network, path.name, digest, _space_of_file(title, digest))
+        dinov2_weights.refuse_head(tensors)
+        in_file = in_memory(path, value)
     try:
-        network = load_inception(tensors)
+        inception = load_inception(tensors_in(in_file))
     except ValueError as error:
         raise ValueError(f"{path} is not a detector that is known here: {error}; expected {EXPECTED}") from None
-    return InceptionDetector(network, path.name, sha256_of_file(path))
+    return InceptionDetector(inception, path.name, sha256_of_file(path))
+
+
+def _tensors_at_the_top(value: Any) -> dict[str, TensorRef]:
+    """Dotted name → tensor of a state dict, or of the state dicts in a table."""
+    table = value if isinstance(value, dict) else {}
+    named = {str(key): item for key, item in table.items()}
+    for key, inner in list(named.items()):
+        named |= {f"{key}.{name}": item for name, item in inner.items()} if isinstance(inner, dict) else {}
+    return {name: item for name, item in named.items() if isinstance(item, TensorRef)}
 
 
 def _rgb(images: torch.Tensor, name: str) -> torch.Tensor:
@@ -311,6 +359,12 @@ def _rgb(images: torch.Tensor, name: str) -> torch.Tensor:
         found = f"{str(images.dtype).removeprefix('torch.')} images of shape {list(images.shape)}"
         raise ValueError(f"the detector {name} got {found}, expected uint8 [N, 3, H, W] or [N, 1, H, W]")
     return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+
+
+def _space_of_file(title: str, sha256: str) -> str:
+    """The space of weights that are known by the name of their file only."""
+    slug = _slug(title)
+    return f"{slug}_{sha256[:8]}" if slug in _RESERVED else slug
 
 
 def _slug(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -31,7 +32,7 @@ class DigitsDetector(Network):
     img_channels = 1
     name = "digits"
     space = "digits"
-    resize = "none: 32x32 images only"
+    resize = "none: 32x32 grey images; larger ones by a whole factor are reduced"
     fid_basis = None
     judges_classes = True
     feature_mean: torch.Tensor
@@ -63,7 +64,7 @@ class DigitsDetector(Network):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """z-scored features, float32 [N, feature_dim], of uint8 images [N, 1, 32, 32].
 
-        Images that are larger by a whole factor, or RGB, are reduced first, see `refine.bridge`.
+        Images that are larger by a whole factor are reduced first, see `refine.bridge`; colours are refused.
         """
         return (self.embed_images(self._from_uint8(images)) - self.feature_mean) / self.feature_std
 
@@ -83,20 +84,28 @@ class DigitsDetector(Network):
 
     def _from_uint8(self, images: torch.Tensor) -> torch.Tensor:
         expected = (self.img_channels, self.img_resolution, self.img_resolution)
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[2] != images.shape[3]:
+        is_square = images.ndim == 4 and images.shape[2] == images.shape[3]
+        if images.dtype != torch.uint8 or not is_square or images.shape[1] != self.img_channels:
             raise self._fault(images, expected)
         x = images.to(torch.float32) / 127.5 - 1
         if images.shape[1:] == expected:
             return x
-        try:  # larger or coloured: as a teacher of such digits would see them
+        try:  # larger: as a teacher of such digits would see them
             bridge = plan_bridge((images.shape[2], images.shape[1], 0), (self.img_resolution, self.img_channels, 0))
         except ValueError:
             raise self._fault(images, expected) from None
         return bridge.images(x).clamp(-1, 1)
 
+    def image_note(self, shape: Sequence[int]) -> str | None:
+        """What is done to images [C, H, W] that are not as they should be, for people."""
+        size = self.img_resolution
+        if shape[-1] == size:
+            return None
+        return f"{shape[-1]}x{shape[-1]} images are reduced to {size}x{size} (Lanczos): finer detail is not judged"
+
     @staticmethod
     def _fault(images: torch.Tensor, expected: tuple[int, ...]) -> ValueError:
         return ValueError(
-            f"the digits detector got {str(images.dtype).removeprefix('torch.')} images of shape "
-            f"{list(images.shape)}, expected uint8 [N, {', '.join(map(str, expected))}], or larger by a whole factor"
+            f"the digits detector got {str(images.dtype).removeprefix('torch.')} images of shape {list(images.shape)}, "
+            f"expected uint8 [N, {', '.join(map(str, expected))}], grey digits, or larger ones by a whole factor"
         )

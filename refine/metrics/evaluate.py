@@ -20,6 +20,7 @@ from refine.metrics.references import Reference
 from refine.metrics.registry import USUAL, chosen, rows_in
 from refine.metrics.sampling import Batch
 from refine.metrics.statistics import FeatureStatistics
+from refine.torch_utils.misc import exact_products
 
 
 @dataclass
@@ -61,6 +62,7 @@ def evaluate(
     return measure(batches, detector, reference, kinds).results
 
 
+@exact_products()
 def measure(
     batches: Iterable[Batch],
     detector: Detector,
@@ -83,11 +85,12 @@ def measure(
         torch.cat(seen.classes) if seen.classes else None,
         seen.collected,
         contributions,
+        seen.device,
     )
     found = _numbers(metrics, sample)
     facts = {
         "num": seen.statistics.num,
-        "detector": describe_detector(detector),
+        "detector": describe_detector(detector, seen.shape),
         "reference": None if reference is None else describe_reference(reference),
         "quantisation": QUANTISATION,
         "covariance": "divided by N - 1",
@@ -119,11 +122,14 @@ class _Seen:
 
     statistics: FeatureStatistics
     collected: dict[str, Collector]
+    shape: list[int] | None = None  # of an image
+    device: torch.device | str = "cpu"
     probabilities: list[torch.Tensor] = field(default_factory=list)
     classes: list[torch.Tensor] = field(default_factory=list)
 
     def merge(self, other: _Seen) -> None:
         self.statistics.merge(other.statistics)
+        self.shape = self.shape or other.shape
         for name, collector in self.collected.items():
             collector.merge(other.collected[name])
         self.probabilities += other.probabilities
@@ -154,6 +160,7 @@ def _look(
         if failure is not None:
             raise ValueError(failure)
     whole = parts[0][0]
+    whole.device = seen.device  # each process computes on its own
     for part, _ in parts[1:]:
         whole.merge(part)
     return whole
@@ -173,6 +180,7 @@ def _look_at(
     if seen.statistics.num == 0 and reference is not None:
         reference.check_detector(detector)  # some detectors know their dimension only now
     seen.statistics.update(features)
+    seen.shape, seen.device = list(images.shape[1:]), features.device
     if probabilities is not None and any(metric.detector == "probabilities" for metric in metrics):
         seen.probabilities.append(probabilities.cpu())
     if classes is not None:
@@ -182,8 +190,19 @@ def _look_at(
         collector.update(batch)
 
 
-def describe_detector(detector: Detector) -> dict[str, Any]:
-    """JSON-able: name, space, sha256, feature_dim, resize, and why it counts as the detector of FID, or None."""
+def image_note(detector: Detector, shape: Sequence[int] | None) -> str | None:
+    """What a detector does to images [C, H, W] that people should know of; None if nothing."""
+    note = getattr(detector, "image_note", None)
+    return None if note is None or shape is None else note(shape)
+
+
+def describe_detector(detector: Detector, shape: Sequence[int] | None = None) -> dict[str, Any]:
+    """JSON-able: name, space, sha256, feature_dim, resize, and why it counts as the detector of FID, or None.
+
+    With `note`, what distances in this space are, where the detector says it; and `image_note`, where it does something
+    to images of that shape, [C, H, W], that people should know of.
+    """
+    notes = {"note": getattr(detector, "note", None), "image_note": image_note(detector, shape)}
     return {
         "name": detector.name,
         "space": detector.space,
@@ -191,6 +210,7 @@ def describe_detector(detector: Detector) -> dict[str, Any]:
         "feature_dim": detector.feature_dim,
         "resize": detector.resize,
         "fid_basis": detector.fid_basis,
+        **{name: note for name, note in notes.items() if note is not None},
     }
 
 

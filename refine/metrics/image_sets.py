@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import math
+import os
 import re
+import sys
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -25,58 +28,108 @@ from refine.checkpoints import archives
 from refine.checkpoints.pickles.inert import Refused, shown
 from refine.checkpoints.sniff import check_readable_file
 from refine.dnnlib import sha256_of_file
+from refine.errors import describe_os_error
+from refine.metrics import labels
+from refine.metrics.natural import natural_order
 from refine.metrics.sampling import Batch
+from refine.metrics.zips import ZipList
+from refine.torch_utils import distributed
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM")  # of those names; Pillow has readers for many more
+_HIDDEN = re.compile(r"(?:^|/)(?:__MACOSX/|\.(?!\.?/))")  # what begins with a dot, and what a Mac adds to its zips
 MAX_PIXELS = 1 << 24  # 4096x4096; a few hundred kilobytes can unpack to gigapixels
 MAX_IMAGE_BYTES = 128 << 20  # of a file; the largest picture takes 96 MiB without compression
 _BROKEN: tuple[type[Exception], ...] = (*archives.BROKEN, Image.DecompressionBombError, MemoryError)
-_MAX_CLASSES = 1 << 20
-_NUMBER, _MAX_NUMBERS = re.compile("[0-9]+"), 16  # of a name
+MAX_SORTED, MAX_SORTED_TEXT = 300_000, 8 << 20  # images in a zip, and characters of their names; more take seconds
 _READERS = 4  # threads that decode
+_ORIENTATION = 0x0112  # of EXIF; 1 = upright
+_TRAITS = {
+    "turned": "say in their EXIF data that they are to be turned; they are taken as they are stored",
+    "moving": "hold several pictures; the first is taken",
+    "dark": "of 16 bits use at most 14 of them, and are nearly black, since the high byte is taken; "
+    "expected levels up to 65535",
+}
 
 
 class ImageSet:
     """Images of a folder or a zip file, in the natural order of their names (seed2 before seed10).
+
+    Zip files of more than `MAX_SORTED` images, or with very long names, keep their own order.
 
     Args:
         path: Folder, searched with its subfolders, or zip file.
 
     Attributes:
         names: Names of the images, relative to the path.
-        classes: int64 [N] from dataset.json, or None.
 
     Raises:
-        ValueError: There are no images, or dataset.json does not fit them.
+        ValueError: There are no images.
     """
 
     def __init__(self, path: Path):
-        self.path = path
-        self._archive: zipfile.ZipFile | None = None
-        if path.is_dir():
-            names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
-        else:
-            check_readable_file(path)  # a pipe or a device would never end
-            try:
-                archives.check_images(path)
-                self._archive = zipfile.ZipFile(path)
-                names = [name for name in self._archive.namelist() if not name.endswith("/")]
-            except Refused as error:
-                raise ValueError(f"{path} {error}") from None
-            except archives.BROKEN:
-                raise ValueError(f"{path} is a broken or cut-off zip archive; expected one of images") from None
-        self.names = sorted((name for name in names if name.lower().endswith(SUFFIXES)), key=_natural)
+        self.path, self._told = path, set[str]()
+        try:
+            if path.is_dir():
+                self._files: FolderList | ZipList = FolderList(path)
+            else:
+                check_readable_file(path)  # a pipe or a device would never end
+                self._files = ZipList(path)
+        except Refused as error:
+            raise ValueError(f"{path} {error}") from None
+        names = self._files.names
+        entries = [index for index, name in enumerate(names) if name.lower().endswith(SUFFIXES)]
+        if hidden := {index for index in entries if _is_hidden(names[index])}:
+            some = shown(names[min(hidden)])
+            _tell(f"{path}: {len(hidden)} hidden files are left out, of the names of images ({some})")
+            entries = [index for index in entries if index not in hidden]
+        self._entries = entries  # of the images, among all files
+        self.names = [names[index] for index in entries] if len(entries) < len(names) else names
+        short = len(self.names) <= MAX_SORTED and sum(map(len, self.names)) <= MAX_SORTED_TEXT
+        if short or isinstance(self._files, FolderList):
+            order = natural_order(self.names)
+            self._entries, self.names = [entries[index] for index in order], [self.names[index] for index in order]
         if not self.names:
             raise ValueError(f"{path} holds no images; expected files ending in {', '.join(SUFFIXES[:3])} …")
-        self.classes = self._read_classes(names)
+
+    @property
+    def classes(self) -> torch.Tensor | None:
+        """Of the images, int64 [N], from dataset.json; None where there is none, or `no_classes` says why not."""
+        return self._labels[0]
+
+    @property
+    def no_classes(self) -> str | None:
+        """In words, why a dataset.json that is there gives no classes."""
+        return self._labels[1]
+
+    @cached_property
+    def _labels(self) -> tuple[torch.Tensor | None, str | None]:
+        parts = self.names[0].split("/")[:-1]
+        members = ("/".join([*parts[:depth], "dataset.json"]) for depth in range(len(parts) + 1))
+        member = next((member for member in members if member in self._files.names), None)
+        if member is None:
+            return None, None
+        folder = member.removesuffix("dataset.json")
+        names = [name.removeprefix(folder) for name in self.names] if folder else self.names
+        try:
+            limit = labels.MAX_BYTES + labels.BYTES_PER_IMAGE * len(names)
+            text = self._files.read(self._files.names.index(member), limit)
+            classes, named = labels.read_classes(text, names)
+        except (Refused, labels.Unusable, OSError) as error:
+            reason = f"{self.path}: {shown(member)} {describe_os_error(error) if isinstance(error, OSError) else error}"
+            _tell(f"no classes are used, because {reason}")
+            return None, reason
+        if named:
+            some = ", ".join(f"{number} = {shown(name)}" for number, name in enumerate(named[:3]))
+            _tell(f"{self.path}: classes are numbered by their names: {some}{' …' if len(named) > 3 else ''}")
+        return classes, None
 
     def __len__(self) -> int:
         return len(self.names)
 
     def sha256(self) -> str:
         """Checksum of the zip file, or, for a folder, over the names and contents of its images."""
-        if self._archive is not None:
+        if isinstance(self._files, ZipList):
             return sha256_of_file(self.path)
         digest = hashlib.sha256()
         for name in self.names:
@@ -89,67 +142,65 @@ class ImageSet:
         Raises:
             ValueError: It is broken, transparent or of a kind without defined grey levels.
         """
-        name = shown(self.names[index])
-        where = f"{self.path}: {name}" if self._archive else f"{self.path / name}"
-        try:
-            picture = Image.open(io.BytesIO(self._bytes(self.names[index], MAX_IMAGE_BYTES)), formats=_FORMATS)
-            if picture.width * picture.height > MAX_PIXELS:
-                size = f"{picture.width}x{picture.height} pixels"
-                raise _Unusable(f"has {size}; expected at most {MAX_PIXELS >> 20} million")
-            picture.load()
-            pixels = _pixels(picture)
-        except _Unusable as error:
-            raise ValueError(f"{where} {error}") from None
-        except _BROKEN:
-            raise ValueError(f"{where} is broken or no image") from None
-        return torch.from_numpy(pixels)
+        return self._read(index)[0]
 
-    def batches(self, batch: int, indices: range | None = None) -> Iterator[Batch]:
+    def batches(self, batch: int, indices: Sequence[int] | None = None) -> Iterator[Batch]:
         """Images in batches of one size; where all of a batch are grey they have one channel, otherwise three."""
         indices = range(len(self)) if indices is None else indices
+        traits: Counter[str] = Counter()
         with ThreadPoolExecutor(_READERS) as pool:
             for start in range(0, len(indices), batch):
                 part = indices[start : start + batch]
-                images = list(pool.map(self.read, part))
+                read = list(pool.map(self._read, part))
+                images = [image for image, _ in read]
+                traits.update(trait for _, found in read for trait in found)
                 for low, high in _equal_sizes(images):
                     classes = None if self.classes is None else self.classes[list(part[low:high])]
                     yield Batch(_stacked(images[low:high]), classes)
+        self._tell_traits(traits)
 
-    def _bytes(self, name: str, limit: int) -> bytes:
-        """A file of the set, of at most so many bytes."""
-        info = None if self._archive is None else self._archive.getinfo(name)
-        size = (self.path / name).stat().st_size if info is None else info.file_size
-        if size > limit:
-            raise _Unusable(f"has {size} bytes; expected at most {limit}")
-        if self._archive is None or info is None:
-            return (self.path / name).read_bytes()
-        return archives.read_member(self._archive, info, limit)
-
-    def _read_classes(self, names: list[str]) -> torch.Tensor | None:
-        member = next((name for name in names if name.rpartition("/")[2] == "dataset.json"), None)
-        if member is None:
-            return None
-        folder, listed = member.removesuffix("dataset.json"), shown(member)
+    def _read(self, index: int) -> tuple[torch.Tensor, list[str]]:
+        """An image as `read` gives it, and what people should know of it: keys of `_TRAITS`."""
+        name = shown(self.names[index])
+        where = f"{self.path}: {name}" if isinstance(self._files, ZipList) else f"{self.path / name}"
         try:
-            labels = json.loads(self._bytes(member, (1 << 20) + 300 * len(self.names))).get("labels")
+            data = self._files.read(self._entries[index], MAX_IMAGE_BYTES)
+            picture = Image.open(io.BytesIO(data), formats=_FORMATS)
+            if picture.width * picture.height > MAX_PIXELS:
+                size = f"{picture.width}x{picture.height} pixels"
+                raise Refused(f"has {size}; expected at most {MAX_PIXELS >> 20} million")
+            traits = _traits(picture)
+            picture.load()
+            pixels = _pixels(picture)
+        except Refused as error:
+            raise ValueError(f"{where} {error}") from None
         except _BROKEN:
-            raise ValueError(f"{self.path}: {listed} is broken; expected a table with 'labels'") from None
-        if labels is None:
-            return None
-        try:
-            table = {folder + str(name): label for name, label in labels}
-        except (TypeError, ValueError):
-            raise ValueError(f"{self.path}: {listed} has labels that are not a list of [name, class]") from None
-        found = [table.get(name) for name in self.names]
-        if all(isinstance(label, list) for label in found):
-            return None  # labels that are vectors are no classes
-        for name, label in zip(self.names, found, strict=True):
-            if type(label) is not int or not 0 <= label < _MAX_CLASSES:
-                raise ValueError(
-                    f"{self.path}: {listed} has no class for {shown(name)}; "
-                    f"expected a number from 0, below {_MAX_CLASSES}, for every image"
-                )
-        return torch.tensor(found, dtype=torch.int64)
+            raise ValueError(f"{where} is broken or no image") from None
+        if "deep" in traits and pixels.max() < 64:
+            traits.append("dark")
+        return torch.from_numpy(pixels), traits
+
+    def _tell_traits(self, traits: Counter[str]) -> None:
+        """Once, and the first process what it saw."""
+        for trait, text in _TRAITS.items():
+            count = traits[trait]
+            if count and trait not in self._told and (trait != "dark" or count == traits["deep"]):
+                self._told.add(trait)
+                _tell(f"{self.path}: {count} images {text}")
+
+
+class FolderList:
+    """What a folder and its subfolders hold; links to folders are not followed. See `ZipList`."""
+
+    def __init__(self, path: Path):
+        self._path, self.names = path, list(_files(str(path), ""))
+
+    def read(self, index: int, limit: int) -> bytes:
+        """The contents of a file, of at most so many bytes."""
+        path = self._path / self.names[index]
+        if (size := path.stat().st_size) > limit:
+            raise Refused(f"has {size} bytes; expected at most {limit}")
+        return path.read_bytes()
 
 
 class SampleArray:
@@ -201,25 +252,42 @@ class SampleArray:
                 raise ValueError(f"{self.path} is damaged: not all of its {len(self)} images can be read") from None
 
 
-class _Unusable(ValueError):
-    """An image that is whole, but cannot be measured."""
+def _tell(text: str) -> None:
+    if distributed.is_main():
+        print(text, file=sys.stderr)
+
+
+def _is_hidden(name: str) -> bool:
+    return (name[0] == "." or "/." in name or "__MACOSX/" in name) and _HIDDEN.search(name) is not None
+
+
+def _traits(picture: Image.Image) -> list[str]:
+    """What `_TRAITS` is about, of a picture whose pixels are not yet read; 'deep' = of 16 bits a channel."""
+    traits = []
+    if "exif" in picture.info and picture.getexif().get(_ORIENTATION, 1) in range(2, 9):
+        traits.append("turned")
+    if getattr(picture, "is_animated", False):
+        traits.append("moving")
+    if picture.mode.startswith("I") or any("16" in str(tile[3]) for tile in getattr(picture, "tile", ())):
+        traits.append("deep")
+    return traits
 
 
 def _pixels(picture: Image.Image) -> np.ndarray:
     if picture.mode in ("LA", "RGBA", "PA", "La", "RGBa") or "transparency" in picture.info:
         picture = picture.convert("LA" if picture.mode in ("L", "LA", "La") else "RGBA")
         if np.asarray(picture.getchannel("A")).min() < 255:
-            raise _Unusable("has transparent pixels; expected opaque images")
+            raise Refused("has transparent pixels; expected opaque images")
         picture = picture.convert("L" if picture.mode == "LA" else "RGB")
     if picture.mode == "1":
         picture = picture.convert("L")
     if picture.mode.startswith("I"):
         values = np.asarray(picture).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
-            raise _Unusable("has grey levels beyond 16 bits; expected 8 or 16 bits a channel")
+            raise Refused("has grey levels beyond 16 bits; expected 8 or 16 bits a channel")
         return (values >> 8).astype(np.uint8)[None]
     if picture.mode == "F":
-        raise _Unusable("has floating-point grey levels; expected 8 or 16 bits a channel")
+        raise Refused("has floating-point grey levels; expected 8 or 16 bits a channel")
     if picture.mode not in ("L", "RGB"):
         picture = picture.convert("RGB")
     pixels = np.array(picture)
@@ -239,11 +307,11 @@ def _stacked(images: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack([image.expand(channels, -1, -1) for image in images])
 
 
-def _natural(name: str) -> str:
-    """For sorting, the first numbers by their value: by how many digits they have, then by these."""
-    return _NUMBER.sub(_digits, name, count=_MAX_NUMBERS)
-
-
-def _digits(number: re.Match[str]) -> str:
-    digits = number[0].lstrip("0")
-    return f"\0{len(digits):05d}{digits}"  # \0, which no name has, sorts before any text that may be there instead
+def _files(folder: str, name: str) -> Iterator[str]:
+    """Names of the files in a folder, which is called `name` or is at the top."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _files(entry.path, f"{name}{entry.name}/")
+            elif entry.is_file():
+                yield name + entry.name

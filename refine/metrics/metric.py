@@ -123,6 +123,7 @@ class Sample:
         classes: Asked for, int64 [N], if there are classes.
         collected: Name of a metric → what it collected itself.
         with_contributions: Whether contributions of single images are asked for.
+        device: Where the features were made, and where metrics of all pairs are computed.
     """
 
     detector: Detector
@@ -132,11 +133,17 @@ class Sample:
     classes: torch.Tensor | None = None
     collected: Mapping[str, Any] = field(default_factory=dict)
     with_contributions: bool = False
+    device: torch.device | str = "cpu"
+
+    @property
+    def features(self) -> torch.Tensor:
+        """float32 [N, D] on the CPU, in the order of the images; for metrics that keep features."""
+        return self.statistics.features
 
     @cached_property
-    def features(self) -> torch.Tensor:
-        """float32 [N, D], in the order of the images; for metrics that keep features."""
-        return self.statistics.features
+    def both_features(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of the reference [M, D] and of the images [N, D], float32 on `device`, for metrics of all pairs."""
+        return self.real_features.to(self.device), self.features.to(self.device)
 
     @property
     def real(self) -> Reference:

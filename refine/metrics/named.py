@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from refine.checkpoints.teachers import TeacherSource
 from refine.config import MAX_IMAGES, TEACHER
-from refine.metrics.detectors import INCEPTION_SPACE, load_detector, space_of
+from refine.metrics.detectors import INCEPTION_SPACE, load_detector, source_of, space_of
+from refine.metrics.dinov2_detector import split_mode
 from refine.metrics.evaluate import evaluate
 from refine.metrics.metric import VS_TEACHER, Direction, Metric
 from refine.metrics.pipeline import my_share, rank_and_world
@@ -55,7 +57,7 @@ class NamedMetric:
         batch: Images per batch.
         cache: Keep the statistics of a reference that is images.
         trust: Run a detector that is TorchScript.
-        teacher: The file that `teacher` means, as the detector and as the reference; None = it means nothing.
+        teacher: What `teacher` means, as the detector and as the reference; None = it means nothing.
         draw: Draw images of a teacher that is the reference, where they are not there; without them nothing can be
             measured, but everything else is checked.
         progress: Show a bar while images of the reference are drawn and looked at.
@@ -82,15 +84,15 @@ class NamedMetric:
         batch: int = 100,
         cache: bool = True,
         trust: bool = False,
-        teacher: str | os.PathLike | None = None,
+        teacher: str | os.PathLike | TeacherSource | None = None,
         draw: bool = True,
         progress: bool = False,
     ):
         kind, self.num, detector = _parsed(name)
         self.metric = _NAMED[kind]
         self.name = name
-        if detector is not None and "/" in detector:
-            self.name = name.removesuffix(detector) + Path(detector).stem
+        if detector is not None:
+            self.name = name.removesuffix(detector) + _short(detector)
         self.direction, self._batch = self.metric.rows[0].direction, batch
         self._detector = load_detector(_meant(detector, teacher, name) or INCEPTION_SPACE, trust)
         if kind != self.metric.name and not self._detector.fid_basis:
@@ -143,7 +145,7 @@ class NamedMetric:
         return {**results, "seeds": f"0-{self.num - 1}"}
 
 
-def _meant(text: str | None, teacher: str | os.PathLike | None, what: str) -> Any:
+def _meant(text: str | None, teacher: str | os.PathLike | TeacherSource | None, what: str) -> Any:
     """The file or name that a detector or reference is, where it may be the teacher of a run."""
     if text != TEACHER:
         return text
@@ -154,7 +156,13 @@ def _meant(text: str | None, teacher: str | os.PathLike | None, what: str) -> An
 
 def detector_of(name: str) -> str:
     """The file, URL or name of the detector that a metric is measured with. Raises ValueError: it is no metric."""
-    return _parsed(name)[2] or INCEPTION_SPACE
+    return source_of(_parsed(name)[2] or INCEPTION_SPACE)
+
+
+def _short(detector: str) -> str:
+    """A detector's name, fit for file names: of a path its file, and a mode behind it."""
+    text, mode = split_mode(detector)
+    return "-".join(filter(None, [Path(text).stem if "/" in text else text, mode]))
 
 
 def _parsed(name: str) -> tuple[str, int, str | None]:

@@ -31,9 +31,10 @@ from refine.checkpoints.foreign.diffusers_folder import find_weights
 from refine.checkpoints.pickles.inert import Refused
 from refine.checkpoints.sniff import Sniffed, sniff
 from refine.checkpoints.sources.fetch import cache_dir
+from refine.checkpoints.teachers import TeacherSource
 from refine.dnnlib import distrust, keep_from_others, make_folder, replaced_atomically, sha256_of_file
 from refine.errors import describe_os_error
-from refine.metrics.bank import NUM_STEPS, Bank, describe_bank, teacher_bank
+from refine.metrics.bank import Bank, describe_bank, teacher_bank
 from refine.metrics.detectors import Detector, holds_teacher
 from refine.metrics.image_sets import ImageSet, SampleArray
 from refine.metrics.pipeline import gathered, my_share, prefetched, rank_and_world
@@ -41,6 +42,8 @@ from refine.metrics.sampling import Batch, sample_images
 from refine.metrics.statistics import FeatureStatistics
 from refine.metrics.stored import read_stored
 from refine.networks.bases import Generator
+from refine.networks.sampler_settings import SamplerChoice
+from refine.torch_utils.misc import exact_products
 
 #: Features of a reference made from images are kept up to this size; beyond, only mean and covariance are.
 MAX_FEATURE_BYTES = 1 << 30
@@ -48,7 +51,11 @@ MAX_FEATURE_BYTES = 1 << 30
 REFERENCE_SEED = 1 << 31
 MAX_WIDTH = 8192  # features; detectors in use have up to 4096
 _ROUNDING = 1e-5
-_CACHE_VERSION = 1
+_EDM2_PARTS = {  # of its pickles, one for each feature space
+    "fid": "Inception's features (fid)",
+    "fd_dinov2": "those of DINOv2's vitl14, resized in the mode torch (fd_dinov2)",
+}
+_CACHE_VERSION = 2  # of the rules by which images are read, ordered and labelled
 _STATISTICS = "statistics (.npz with mu and sigma, a StyleGAN or torch-fidelity cache), images (folder, zip, .npz of"
 EXPECTED = f"{_STATISTICS} samples), a generator, or a teacher"
 
@@ -70,6 +77,7 @@ class Reference:
         classes: int64 [num], the classes of the images that the features are of, or None.
         images: The images themselves where they can be read again, or None.
         is_teacher: Whether the images are of a teacher, which stands for the data.
+        is_drawn: Whether the images are of a network, a teacher or a generator.
     """
 
     name: str
@@ -84,6 +92,7 @@ class Reference:
     classes: torch.Tensor | None = None
     images: ImageSet | SampleArray | None = None
     is_teacher: bool = False
+    is_drawn: bool = False
 
     def check_detector(self, detector: Detector) -> None:
         """Raises ValueError if features of this detector cannot be compared with this reference."""
@@ -108,6 +117,7 @@ class Looking:
         device: Where the detector is.
         num: How many images are drawn from a generator that serves as the reference.
         bank: How many images there are of a teacher that serves as the reference; at least 2.
+        sampler: How that teacher is sampled.
         draw: Whether these may be drawn; if not, `NotDrawn` is raised.
         cache: Keep what was measured, and use what was kept. Off = measure again, keep nothing.
         progress: Show a bar with the time left on stderr.
@@ -117,9 +127,14 @@ class Looking:
     device: torch.device | str = "cpu"
     num: int = 50_000
     bank: int = 2000
+    sampler: SamplerChoice = SamplerChoice()  # noqa: RUF009 - frozen
     draw: bool = True
     cache: bool = True
     progress: bool = False
+
+
+class NeedsDetector(ValueError):
+    """A reference is not statistics, but images, which only a detector can look at."""
 
 
 class NotDrawn(Exception):
@@ -127,12 +142,14 @@ class NotDrawn(Exception):
 
 
 def load_reference(
-    path_or_name: str | os.PathLike, detector: Detector | None = None, looking: Looking | None = None
+    path_or_name: str | os.PathLike | TeacherSource,
+    detector: Detector | None = None,
+    looking: Looking | None = None,
 ) -> Reference:
     """Reads a reference; nothing in a file is executed.
 
     Args:
-        path_or_name: A file, folder, URL, or a name of pretrained/index.toml.
+        path_or_name: A file, folder, URL, or a name of pretrained/index.toml; or a teacher.
         detector: Needed where the reference is images, a generator or a teacher; otherwise what it is checked against.
         looking: How such images are looked at. None = the defaults.
 
@@ -141,6 +158,8 @@ def load_reference(
         NotDrawn: See `Looking`.
     """
     try:
+        if isinstance(path_or_name, TeacherSource):
+            return _of_teacher(path_or_name, detector, looking or Looking())
         return _load(path_or_name, detector, looking or Looking())
     except MemoryError:
         raise ValueError(f"reference {path_or_name} asks for more memory than there is") from None
@@ -250,13 +269,13 @@ def _from_checkpoint(path: Path, found: Sniffed, detector: Detector | None, look
         value = None
         with contextlib.suppress(ValueError):  # what cannot be read as plain arrays is perhaps a generator
             value = read_stored(path, EXPECTED)
-        if (reference := _from_table(path, value)) is not None:
+        if (reference := _from_table(path, value, detector)) is not None:
             return reference
     try:
         G = load_generator(path)
     except ValueError as error:
         if holds_teacher(path):
-            return _of_teacher(path, detector, looking)
+            return _of_teacher(TeacherSource.of(path), detector, looking)
         raise ValueError(f"reference {path} is {found.description}; expected {EXPECTED} ({error})") from None
     return _of_generator(G, path, detector, looking)
 
@@ -270,7 +289,7 @@ def _is_network(folder: str) -> bool:
     return True
 
 
-def _from_table(path: Path, value: Any) -> Reference | None:
+def _from_table(path: Path, value: Any, detector: Detector | None) -> Reference | None:
     """A reference from a table of arrays, or from features alone; None if the value is neither."""
     if isinstance(value, torch.Tensor) and value.ndim == 2 and value.is_floating_point() and len(value) >= 2:
         _check_width(path, value.shape[1])
@@ -278,8 +297,12 @@ def _from_table(path: Path, value: Any) -> Reference | None:
         return _from_statistics(path, statistics, "torch-fidelity features")
     if not isinstance(value, dict):
         return None
-    if isinstance(value.get("fid"), dict):  # EDM2: one table for each feature space
-        value = {"num": value.get("num_images"), **value["fid"]}
+    if any(isinstance(value.get(part), dict) for part in _EDM2_PARTS):
+        part = getattr(detector, "edm2_part", "fid")
+        if not isinstance(value.get(part), dict):
+            found = " and ".join(text for part, text in _EDM2_PARTS.items() if isinstance(value.get(part), dict))
+            raise ValueError(f"reference {path} is of {found}; found the detector {getattr(detector, 'name', None)}")
+        value = {"num": value.get("num_images"), **value[part]}
     arrays: dict[str, np.ndarray] = {k: item.numpy() for k, item in value.items() if isinstance(item, torch.Tensor)}
     if isinstance(value.get("num"), int):
         arrays["num"] = np.asarray(value["num"])
@@ -324,7 +347,7 @@ def _measured(
 ) -> Reference:
     """The statistics of images in the detector's space, from the cache or measured now."""
     if detector is None:
-        raise ValueError(f"reference {path} is images ({form}), which need a detector to be looked at")
+        raise NeedsDetector(f"reference {path} is images ({form}), which need a detector to be looked at")
     if len(images) < 2:
         raise ValueError(f"reference {path} holds {len(images)} image, expected at least 2")
 
@@ -337,7 +360,7 @@ def _measured(
 
 def _of_generator(G: Generator, path: Path, detector: Detector | None, looking: Looking) -> Reference:
     if detector is None:
-        raise ValueError(f"reference {path} is a generator, whose images need a detector to be looked at")
+        raise NeedsDetector(f"reference {path} is a generator, whose images need a detector to be looked at")
     seeds = range(REFERENCE_SEED, REFERENCE_SEED + looking.num)
 
     def batches() -> Iterator[Batch]:
@@ -346,26 +369,28 @@ def _of_generator(G: Generator, path: Path, detector: Detector | None, looking: 
 
     content = f"{sha256_of_file(path)} {looking.num} {looking.batch}"
     reference = _cached(path, content, looking.num, batches, detector, looking, lambda: None)
-    return replace(reference, sha256=sha256_of_file(path), form=f"generator, {looking.num} images")
+    return replace(reference, sha256=sha256_of_file(path), form=f"generator, {looking.num} images", is_drawn=True)
 
 
-def _of_teacher(path: Path, detector: Detector | None, looking: Looking) -> Reference:
+def _of_teacher(source: TeacherSource, detector: Detector | None, looking: Looking) -> Reference:
     if detector is None:
-        raise ValueError(f"reference {path} is a teacher, whose images need a detector to be looked at")
+        raise NeedsDetector(f"reference {source.name} is a teacher, whose images need a detector to be looked at")
     if not looking.draw:
         raise NotDrawn
     banks: list[Bank] = []
 
     def batches() -> Iterator[Batch]:  # the bank is drawn here and now: all processes together, and in this thread
         how: dict[str, Any] = {"batch": looking.batch, "device": looking.device, "progress": looking.progress}
-        banks.append(teacher_bank(path, looking.bank, cache=looking.cache, **how))
+        how["choice"] = looking.sampler
+        banks.append(teacher_bank(source, looking.bank, cache=looking.cache, **how))
         return banks[0].batches(looking.batch, my_share(range(looking.bank), looking.batch))
 
-    content = f"{describe_bank(path, looking.bank)} {looking.batch}"
+    settings, _ = looking.sampler.resolve(source.info())
+    content = f"{describe_bank(source, looking.bank, settings)} {looking.batch}"
     classes = lambda: banks[0].classes  # noqa: E731
-    reference = _cached(path, content, looking.bank, batches, detector, looking, classes)
-    form = f"teacher, {looking.bank} images, {NUM_STEPS} Heun steps"
-    return replace(reference, sha256=sha256_of_file(path), form=form, is_teacher=True)
+    reference = _cached(source.path, content, looking.bank, batches, detector, looking, classes)
+    form = f"teacher{source.guided_words}, {looking.bank} images, {settings.describe()}"
+    return replace(reference, sha256=source.identity, form=form, is_teacher=True, is_drawn=True)
 
 
 def _cached(
@@ -432,6 +457,7 @@ def _kept(target: Path, num: int, detector: Detector) -> Reference | None:
         return None
 
 
+@exact_products()
 @torch.no_grad()
 def _look(batches: Iterator[Batch], num: int, name: str, detector: Detector, looking: Looking) -> FeatureStatistics:
     """Statistics of all processes' batches; features are kept if they fit `MAX_FEATURE_BYTES`."""

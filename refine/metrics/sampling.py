@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,9 @@ import torch.nn.functional as F
 from refine.images import to_uint8
 from refine.networks.bases import Denoiser, Generator
 from refine.networks.sampler import heun_sampler
+from refine.networks.sampler_settings import SamplerSettings
+
+_FRESH = 1  # tells the streams of a stochastic sampler from those of latents
 
 
 class Batch(NamedTuple):
@@ -55,6 +59,11 @@ def latents_of_seeds(
             drawn[row] = stream.randint(num_classes)
     chosen = drawn if asked is None else asked.copy()
     return torch.from_numpy(latents), torch.from_numpy(chosen) if num_classes else None
+
+
+def sensible_batch(resolution: int) -> int:
+    """Images that are made at once where nobody says how many: 100, and above 256×256 as many as have their pixels."""
+    return max(1, min(100, 100 * 256**2 // resolution**2))
 
 
 @torch.no_grad()
@@ -104,14 +113,17 @@ def sample_teacher(
     classes: int | Sequence[int] | None = None,
     batch: int = 100,
     device: torch.device | str = "cpu",
-    num_steps: int = 18,
+    settings: SamplerSettings = SamplerSettings(),  # noqa: B008 - frozen
 ) -> Iterator[Batch]:
-    """Images of a diffusion model for seeds by the deterministic Heun sampler (Karras et al. 2022, algorithm 1).
+    """Images of a diffusion model for seeds by the Heun sampler (Karras et al. 2022, algorithms 1 and 2).
+
+    Fresh noise, where the settings ask for it, comes from a random stream of each seed's own, too: images depend on
+    their seeds, not on batches.
 
     Args:
         teacher: Denoiser in eval mode on `device`.
         seeds, classes, batch, device: As for `sample_images`; the latent of a seed is an image of unit noise.
-        num_steps: Steps of the sampler; 18 steps are 35 evaluations of the network.
+        settings: Of the sampler; 18 steps are 35 evaluations of the network.
 
     Yields:
         Batches, images on `device`, classes on the CPU.
@@ -123,8 +135,23 @@ def sample_teacher(
     for part, part_classes in _split(seeds, classes, batch):
         noise, drawn = latents_of_seeds(part, shape, teacher.label_dim, part_classes)
         labels = None if drawn is None else F.one_hot(drawn, teacher.label_dim).float().to(device)
-        images = heun_sampler(teacher, noise.to(device), labels, num_steps=num_steps)
+        options = dataclasses.asdict(settings)
+        fresh = _noise_of_seeds(part) if settings.is_stochastic else torch.randn_like
+        images = heun_sampler(
+            teacher, noise.to(device), labels, num_steps=options.pop("steps"), **options, randn_like=fresh
+        )
         yield Batch(_quantised(images, part), drawn)
+
+
+def _noise_of_seeds(seeds: Sequence[int]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """randn_like, of a stream for each image that goes on from call to call; not the streams of the latents."""
+    streams = [np.random.RandomState([_FRESH, seed]) for seed in seeds]
+
+    def randn_like(x: torch.Tensor) -> torch.Tensor:
+        noise = np.stack([stream.standard_normal(x.shape[1:]) for stream in streams])
+        return torch.from_numpy(noise).to(x)
+
+    return randn_like
 
 
 def with_progress(batches: Iterator[Batch], update: Callable[[int], Any]) -> Iterator[Batch]:

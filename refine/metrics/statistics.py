@@ -76,7 +76,9 @@ class FeatureStatistics:
         if not self.keep_features:
             raise ValueError("these statistics did not keep their features")
         self._require(1)
-        return torch.cat(self._features)
+        if len(self._features) > 1:
+            self._features = [torch.cat(self._features)]  # held once
+        return self._features[0]
 
     def _add(self, num: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
         if self.num == 0:

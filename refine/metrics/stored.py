@@ -1,4 +1,4 @@
-"""What detectors and cached statistics look like in pickles and `.pt` files, read without running anything in them.
+"""What detectors and cached statistics look like in pickles, `.pt` and safetensors files; nothing in them is run.
 
 The allow-list of the checkpoints' reader is extended by torch's own layers (a detector's modules) and by nothing else;
 they are read as tables of tensors, whatever their class.
@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from refine.checkpoints.foreign import nvidia, raw_pickle, torch_save
+from refine.checkpoints.foreign import nvidia, raw_pickle, state_dicts, torch_save
 from refine.checkpoints.foreign.container import saying
 from refine.checkpoints.pickles.inert import Refused, Stub
 from refine.checkpoints.pickles.machine import Machine
 from refine.checkpoints.pickles.tensors import Array, TensorRef
-from refine.checkpoints.sniff import sniff
+from refine.checkpoints.sniff import read_safetensors_header, sniff
 
 _LAYERS = {
     "activation": ("ReLU", "Softmax"),
@@ -49,15 +50,31 @@ def read_stored(path: str | os.PathLike, expected: str) -> Any:
     Raises:
         ValueError: The file is of another kind, is broken, or holds something that is not allowed.
     """
+    with opened(path, expected) as value:
+        return in_memory(path, value)
+
+
+@contextmanager
+def opened(path: str | os.PathLike, expected: str) -> Iterator[Any]:
+    """As `read_stored`, also of safetensors, for as long as the block lasts; arrays are still in the file.
+
+    What is refused within the block is said of the file.
+    """
     found = sniff(path)
     with open(path, "rb") as stream, saying(str(path)):
         if found.kind == "torch":
-            value, _ = torch_save.read_zip(Path(path), stream, expected)
+            yield torch_save.read_zip(Path(path), stream, expected)[0]
         elif found.kind == "pickle":
-            value = _read_pickle(Path(path), stream, expected)
+            yield _read_pickle(Path(path), stream, expected)
+        elif found.kind == "safetensors":
+            yield state_dicts.tensor_refs(stream, read_safetensors_header(path)[0])
         else:
             raise ValueError(f"{path} is {found.description}; expected {expected}")
-        return _Loading(os.path.getsize(path)).loaded(value, depth=0)
+
+
+def in_memory(path: str | os.PathLike, value: Any) -> Any:
+    """What `opened` gave, as `read_stored` gives it."""
+    return _Loading(os.path.getsize(path)).loaded(value, depth=0)
 
 
 def _read_pickle(path: Path, stream: Any, expected: str) -> Any:

@@ -10,6 +10,8 @@ it gets wrong itself (docs/metrics.md).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from refine.bridge import plan_bridge
@@ -64,6 +66,12 @@ class TeacherDetector:
     @torch.no_grad()
     def _means(self, images: torch.Tensor) -> list[torch.Tensor]:
         return self.teacher.encode(self._from_uint8(images), SIGMA)
+
+    def image_note(self, shape: Sequence[int]) -> str | None:
+        """What is done to images [C, H, W] that are not the teacher's own, for people."""
+        size, channels = self.teacher.img_resolution, self.teacher.img_channels
+        bridge = plan_bridge((shape[-1], shape[0], 0), (size, channels, 0))
+        return "; ".join(bridge.messages(null_label=True)) or None
 
     def _from_uint8(self, images: torch.Tensor) -> torch.Tensor:
         """Images as the teacher takes them: larger ones are reduced, colours are made to fit, see `refine.bridge`."""

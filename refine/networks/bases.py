@@ -34,7 +34,7 @@ class Network(nn.Module):
 
     Attributes:
         init_kwargs: The constructor's arguments as JSON values, see `records_init_kwargs`.
-        notes: What was assumed where the file that it came from does not tell.
+        notes: What a person should know about how its file was read.
     """
 
     init_kwargs: dict[str, Any]

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from refine.networks.bases import TrainingRate, check_choice, records_init_kwargs
-from refine.networks.denoiser import Preconditioner, Scalings
+from refine.networks.denoiser import CLASSES_ONLY, Preconditioner, Scalings, class_indices
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
@@ -66,6 +66,46 @@ def vp_discrete_sigmas(betas: Sequence[float] | np.ndarray) -> np.ndarray:
         return np.sqrt((1 - signal) / signal)
 
 
+def log_sigma_table(sigmas: np.ndarray) -> torch.Tensor:
+    """ln of the noise levels of the times 0 … T − 1, float32, for `time_between`.
+
+    Raises:
+        ValueError: they do not rise.
+    """
+    if len(sigmas) < 2 or not (np.isfinite(sigmas).all() and (np.diff(sigmas) > 0).all() and sigmas[0] > 0):
+        raise ValueError("the schedule's noise levels do not rise from step to step.")
+    return torch.tensor(np.log(sigmas), dtype=torch.float32, device="cpu")
+
+
+def time_between(log_sigmas: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """The time of noise levels: an integer at those of the table, interpolated linearly in ln sigma between them, the
+    first or last one outside.
+
+    Args:
+        log_sigmas: See `log_sigma_table`.
+        sigma: Noise levels, of any shape.
+
+    Returns:
+        float32, between 0 and T − 1, the shape of sigma.
+    """
+    wanted = sigma.log().contiguous()
+    below = (torch.searchsorted(log_sigmas, wanted) - 1).clamp(0, len(log_sigmas) - 2)
+    low, high = log_sigmas[below], log_sigmas[below + 1]
+    time = below + ((wanted - low) / (high - low)).clamp(0, 1)
+    return torch.where((time - time.round()).abs() < _SNAP, time.round(), time)
+
+
+def vp_scalings(prediction_type: str, sigma: torch.Tensor, time: torch.Tensor) -> Scalings:
+    """c_skip, c_out, c_in and c_noise = time of a network that predicts one of `PREDICTIONS`; the table above."""
+    total = 1 + sigma**2
+    outside: dict[str, tuple[torch.Tensor | float, torch.Tensor | float]] = {
+        "epsilon": (1, -sigma),
+        "v_prediction": (1 / total, -sigma / total.sqrt()),
+        "sample": (0, 1),
+    }
+    return *outside[prediction_type], 1 / total.sqrt(), time
+
+
 class DDPMPrecond(Preconditioner):
     """A `UNet2DModel` of diffusers, in `unet`, as a denoiser D(x; sigma).
 
@@ -101,34 +141,23 @@ class DDPMPrecond(Preconditioner):
             sigmas = vp_discrete_sigmas(vp_betas(beta_schedule, beta_start, beta_end, num_steps))
         else:
             sigmas = vp_discrete_sigmas(trained_betas)
-        if len(sigmas) < 2 or not (np.isfinite(sigmas).all() and (np.diff(sigmas) > 0).all() and sigmas[0] > 0):
-            raise ValueError("the schedule's noise levels do not rise from step to step.")
+        log_sigmas = log_sigma_table(sigmas)
         unet = _make_unet(img_resolution, img_channels, label_dim, model_kwargs)
         super().__init__(unet, img_resolution, img_channels, label_dim)
         self.sigma_min, self.sigma_max = float(sigmas[0]), float(sigmas[-1])
         self.prediction_type = prediction_type
-        self.register_buffer("log_sigmas", torch.tensor(np.log(sigmas), dtype=torch.float32), persistent=False)
+        self.register_buffer("log_sigmas", log_sigmas, persistent=False)
 
     @property
     def training_rate(self) -> TrainingRate:
         return TrainingRate(2e-4, 128)  # DDPM's for CIFAR-10
 
     def scalings(self, sigma: torch.Tensor) -> Scalings:
-        total = 1 + sigma**2
-        outside: dict[str, tuple[torch.Tensor | float, torch.Tensor | float]] = {
-            "epsilon": (1, -sigma),
-            "v_prediction": (1 / total, -sigma / total.sqrt()),
-            "sample": (0, 1),
-        }
-        return *outside[self.prediction_type], 1 / total.sqrt(), self.time(sigma)
+        return vp_scalings(self.prediction_type, sigma, self.time(sigma))
 
     def time(self, sigma: torch.Tensor) -> torch.Tensor:
         """The time t of noise levels, float32, between 0 and T − 1, the shape of sigma."""
-        levels, wanted = self.log_sigmas, sigma.log().contiguous()
-        below = (torch.searchsorted(levels, wanted) - 1).clamp(0, len(levels) - 2)
-        step = ((wanted - levels[below]) / (levels[below + 1] - levels[below])).clamp(0, 1)
-        time = below + step
-        return torch.where((time - time.round()).abs() < _SNAP, time.round(), time)
+        return time_between(self.log_sigmas, sigma)
 
     def _evaluate(
         self, x: torch.Tensor, c_noise: torch.Tensor, class_labels: torch.Tensor | None,
@@ -144,13 +173,16 @@ class DDPMPrecond(Preconditioner):
         blocks = getattr(self.inner, "down_blocks", ())
         return [(getattr(block, "attentions", None) or block.resnets)[-1] for block in blocks]
 
+    def _checked_labels(self, class_labels: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+        if self.label_dim and class_labels is None:
+            raise ValueError(CLASSES_ONLY)
+        return super()._checked_labels(class_labels, x)
+
     def _classes(self, class_labels: torch.Tensor | None, n: int) -> torch.Tensor | None:
         """One-hot rows as the indices that the U-Net takes."""
         if class_labels is None:
             return None
-        if not (class_labels.amax(dim=1) > 0).all():
-            raise ValueError("this network was trained with classes only: every image needs one in class_labels.")
-        return class_labels.argmax(dim=1).expand(n)
+        return class_indices(class_labels).expand(n)
 
 
 def _make_unet(img_resolution: int, img_channels: int, label_dim: int, config: dict) -> nn.Module:

@@ -81,7 +81,9 @@ class Preconditioner(Denoiser, MixedPrecision):
             ValueError: If the shape of x or of class_labels does not fit the network.
         """
         x = self._checked_images(x).to(torch.float32)
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
+        if not isinstance(sigma, torch.Tensor):
+            sigma = torch.full([], sigma, device=x.device)  # filled there: a copy would wait for a GPU
+        sigma = sigma.to(x.device, torch.float32).reshape(-1, 1, 1, 1)
         labels = self._checked_labels(class_labels, x)
         c_skip, c_out, c_in, c_noise = self.scalings(sigma)
         F_x = self._evaluate(c_in * x, c_noise.flatten(), labels, augment_labels, self._dtype(x, force_fp32))
@@ -156,3 +158,20 @@ class Preconditioner(Denoiser, MixedPrecision):
                 f"({len(x)}, {self.label_dim})."
             )
         return class_labels.to(x.device, torch.float32)
+
+
+CLASSES_ONLY = "this network was trained with classes only: every image needs one in class_labels."
+
+
+def class_indices(class_labels: torch.Tensor) -> torch.Tensor:
+    """One-hot rows as indices (N,), for a network that knows no missing label.
+
+    Raises:
+        ValueError: a row is empty.
+    """
+    there = (class_labels.amax(dim=1) > 0).all()
+    if class_labels.device.type == "cuda":  # reading it would wait for the GPU, which ends the program instead
+        torch._assert_async(there, CLASSES_ONLY)
+    elif not (class_labels.is_meta or there):
+        raise ValueError(CLASSES_ONLY)
+    return class_labels.argmax(dim=1)

@@ -171,7 +171,7 @@ class iDDPMPrecond(_AroundUNet):
     def round_sigma(self, sigma: torch.Tensor | float) -> torch.Tensor:
         sigma = torch.as_tensor(sigma, device=self.u.device)
         dtype = sigma.dtype if sigma.is_floating_point() else torch.float32
-        return self.u[self.sigma_index(sigma)].to(dtype)
+        return self.u.take(self.sigma_index(sigma)).to(dtype)  # u[…] would read a single index back
 
 
 def iddpm_sigmas(C_1: float = 0.001, C_2: float = 0.008, M: int = 1000) -> np.ndarray:

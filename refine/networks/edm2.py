@@ -22,7 +22,7 @@ from torch import nn
 from refine.networks.bases import TrainingRate, check_choice, records_init_kwargs
 from refine.networks.denoiser import Preconditioner, Scalings
 from refine.networks.edm import edm_scalings
-from refine.networks.edm_layers import scaled_dot_product
+from refine.networks.edm_layers import merge_heads, scaled_dot_product, split_heads
 from refine.torch_utils.ops.conv3x3 import conv2d
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,10 +156,8 @@ class Block(nn.Module):
         return x if self.conv_skip is None else self.conv_skip(x)
 
     def _attention(self, qkv: torch.Tensor) -> torch.Tensor:  # [N 3C H W] → [N C H W]
-        n, _, height, width = qkv.shape
-        # Within a head the channels run q0 k0 v0 q1 k1 v1 …, as in EDM's files. Cosine attention
-        q, k, v = normalize(qkv.reshape(n, self.num_heads, -1, 3, height * width), [2]).unbind(3)  # [N heads c HW]
-        return scaled_dot_product(q, k, v).reshape(n, -1, height, width)
+        q, k, v = normalize(split_heads(qkv, self.num_heads), [3])  # cosine attention
+        return merge_heads(scaled_dot_product(q, k, v), like=qkv)
 
 
 class UNet(nn.Module):

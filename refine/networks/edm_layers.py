@@ -273,12 +273,36 @@ class UNetBlock(nn.Module):
         return total if self.skip_scale == 1 else total.mul_(self.skip_scale)
 
     def _attention(self, qkv: torch.Tensor) -> torch.Tensor:  # [N 3C H W] → [N C H W]
-        n, _, height, width = qkv.shape
-        # Within a head the channels run q0 k0 v0 q1 k1 v1 …: that is how the published weights are laid out.
-        q, k, v = qkv.reshape(n, self.num_heads, -1, 3, height * width).unbind(3)  # [N heads c HW]
-        return scaled_dot_product(q, k, v).reshape(n, -1, height, width)
+        return merge_heads(scaled_dot_product(*split_heads(qkv, self.num_heads)), like=qkv)
+
+
+def split_heads(qkv: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Queries, keys and values of every pixel: (N, 3C, H, W) → (3, N, heads, c, H·W), c = C / heads.
+
+    Within a head the channels run q0 k0 v0 q1 k1 v1 …: that is how the published weights are laid out. One copy puts
+    the c numbers of a pixel side by side in memory, as `scaled_dot_product` wants them.
+    """
+    n, _, height, width = qkv.shape
+    return qkv.reshape(n, num_heads, -1, 3, height * width).permute(3, 0, 1, 4, 2).contiguous().mT
+
+
+def merge_heads(y: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """(N, heads, c, H·W) → (N, heads · c, H, W), with the height and width of `like`.
+
+    Its memory format, too, but for one head: that needs no copy then, and channels_last, which it lies in, is as good.
+    """
+    n, heads, c, _ = y.shape
+    height, width = like.shape[2:]
+    if like.is_contiguous():
+        return y.reshape(n, heads * c, height, width)
+    return y.permute(0, 3, 1, 2).reshape(n, height, width, heads * c).permute(0, 3, 1, 2)  # channels_last
 
 
 def scaled_dot_product(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Attention over the last axis: softmax(qᵀk / √c) over the keys, applied to v. Shapes (N, heads, c, HW)."""
-    return F.scaled_dot_product_attention(q.mT, k.mT, v.mT).mT
+    """Attention over the last axis: softmax(qᵀk / √c) over the keys, applied to v. Shapes (N, heads, c, HW).
+
+    torch's fused attention takes (N, heads, HW, c), on a GPU with the c numbers side by side only; what lies otherwise
+    is copied.
+    """
+    q, k, v = (x.mT.contiguous() for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).mT

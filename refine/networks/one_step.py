@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from refine.networks import ddpm, edm, edm2
+from refine.networks import adm, ddpm, edm, edm2
 from refine.networks.bases import Denoiser, Generator, TrainingRate, records_init_kwargs
 from refine.networks.denoiser import Preconditioner
 
@@ -18,6 +18,7 @@ DENOISERS: dict[str, Callable[..., Preconditioner]] = {
         *((edm, cls) for cls in (edm.EDMPrecond, edm.VPPrecond, edm.VEPrecond, edm.iDDPMPrecond)),
         (edm2, edm2.Precond),
         (ddpm, ddpm.DDPMPrecond),
+        *((adm, cls) for cls in (adm.ADMPrecond, adm.CMPrecond)),
     )
 }
 
@@ -94,7 +95,8 @@ class OneStepGenerator(Generator):
             (N, img_channels, img_resolution, img_resolution), float32.
         """
         z = z.reshape(-1, self.img_channels, self.img_resolution, self.img_resolution)
-        sigma = self.denoiser.round_sigma(self.sigma_init).to(z).reshape(1, 1, 1, 1)
+        sigma = torch.full([1, 1, 1, 1], self.sigma_init, dtype=z.dtype, device=z.device)  # filled there, not copied
+        sigma = self.denoiser.round_sigma(sigma)
         return self.denoiser(sigma * z, sigma, c, force_fp32=True)
 
     def train(self, mode: bool = True) -> OneStepGenerator:

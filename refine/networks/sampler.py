@@ -81,7 +81,7 @@ def heun_sampler(
     x = latents.to(torch.float64) * t_steps[0]
     for i, (t, t_next) in enumerate(itertools.pairwise(t_steps)):
         if S_churn > 0:  # noise is drawn even where gamma is 0, so that S_min and S_max do not shift the random stream
-            gamma = max_gamma if S_min <= t <= S_max else 0
+            gamma = torch.where((t >= S_min) & (t <= S_max), max_gamma, 0.0)  # on the device: no waiting
             t_hat = net.round_sigma(t + gamma * t)
             x = x + (t_hat**2 - t**2).sqrt() * S_noise * randn_like(x)
             t = t_hat

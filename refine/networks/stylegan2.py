@@ -285,9 +285,9 @@ class MappingNetwork(nn.Module):
         """
         inputs = []
         if self.z_dim > 0:
-            inputs.append(normalize_2nd_moment(_checked_batch("z", z, self.z_dim)))
+            inputs.append(normalize_2nd_moment(checked_batch("z", z, self.z_dim)))
         if self.c_dim > 0:
-            inputs.append(normalize_2nd_moment(self.embed(_checked_batch("c", c, self.c_dim))))
+            inputs.append(normalize_2nd_moment(self.embed(checked_batch("c", c, self.c_dim))))
         x = torch.cat(inputs, dim=1) if len(inputs) > 1 else inputs[0]
         for index in range(self.num_layers):
             x = getattr(self, f"fc{index}")(x)
@@ -734,7 +734,7 @@ def _check_geometry(img_resolution: int, architecture: str) -> None:
         raise ValueError(f"architecture is {architecture!r}; expected one of {', '.join(ARCHITECTURES)}")
 
 
-def _checked_batch(name: str, tensor: torch.Tensor | None, width: int) -> torch.Tensor:
+def checked_batch(name: str, tensor: torch.Tensor | None, width: int) -> torch.Tensor:
     """The tensor (N, width) as float32. Raises ValueError if it has another shape."""
     if tensor is None or tensor.ndim != 2 or tensor.shape[1] != width:
         found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"

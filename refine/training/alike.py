@@ -11,7 +11,7 @@ from refine.config import OPTIONS, RefineConfig
 from refine.config.option import flag
 from refine.torch_utils import distributed
 
-PLACES = {"gan", "teacher", "ref", "outdir"}  # machines may have their files in different places
+PLACES = {"gan", "teacher", "guide", "ref", "outdir"}  # machines may have their files in different places
 
 
 def check_options_alike(config: RefineConfig, resumed_at: int | None, dry_run: bool) -> None:
@@ -33,12 +33,12 @@ def check_options_alike(config: RefineConfig, resumed_at: int | None, dry_run: b
 
 
 def check_origins_alike(origins: Mapping[str, Mapping[str, str]]) -> None:
-    """Compares the contents of the files of --gan and --teacher. Raises as `check_options_alike`.
+    """Compares the contents of the files of --gan, --teacher and --guide. Raises as `check_options_alike`.
 
     Args:
-        origins: 'student' and 'teacher', each with its 'sha256'.
+        origins: 'student', 'teacher' and, where there is one, 'guide', each with its 'sha256'.
     """
-    names = {"--gan": "student", "--teacher": "teacher"}
+    names = {"--gan": "student", "--teacher": "teacher", **({"--guide": "guide"} if "guide" in origins else {})}
     _check({f"the sha256 of {name}": origins[network]["sha256"] for name, network in names.items()})
 
 

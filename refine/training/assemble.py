@@ -12,20 +12,22 @@ from typing import Any
 import torch
 
 import refine
-from refine.checkpoints import load_generator, load_teacher, peek, source_file
+from refine.checkpoints import load_generator, peek, source_file
 from refine.checkpoints.export import can_write_like
 from refine.checkpoints.sources import custom
 from refine.checkpoints.sources.fetch import is_url
 from refine.checkpoints.sources.one_step import file_of
+from refine.checkpoints.teachers import TeacherSource
 from refine.config import CHANGEABLE, OPTIONS, TEACHER, RefineConfig
 from refine.config.option import flag
 from refine.device import choose_device, choose_ops
 from refine.dnnlib import check_outdir, sha256_of_file
 from refine.errors import option
-from refine.guidance import Guided
+from refine.guidance import Guided, check_guide
 from refine.metrics.image_sets import ImageSet
 from refine.metrics.named import NamedMetric
 from refine.metrics.pipeline import sharing
+from refine.metrics.sampling import sensible_batch
 from refine.networks.one_step import OneStepGenerator
 from refine.noise import SigmaLaw, make_weighting
 from refine.objectives import make_objective
@@ -36,12 +38,13 @@ from refine.torch_utils.threads import set_threads
 from refine.training.adversary import Others
 from refine.training.alike import check_options_alike, check_origins_alike
 from refine.training.best import mend_best
+from refine.training.estimate import Estimate, estimate, stand_ins
 from refine.training.loop import TrainingRun
 from refine.training.monitor import Monitor
 from refine.training.others import images_of_data, images_of_teacher
 from refine.training.regularise import set_dropout
 from refine.training.report import result_line
-from refine.training.resuming import ONE_STEP, Resumed, absolute_place, resumed_config
+from refine.training.resuming import ONE_STEP, Resumed, absolute_place, check_reach, resumed_config
 from refine.training.run_dir import RunDir, create_run_dir, next_run_dir
 from refine.training.stopping import StopRequests
 from refine.training.streams import lasting_streams
@@ -57,12 +60,16 @@ class Run:
         device: Where it ran.
         folder: The run folder.
         stopped: None if it came to its end, else what `TrainingRun.run` says.
+        estimate: What it would cost, after a dry run.
+        bridge: How images and classes of student and teacher are joined, a line for each difference.
     """
 
     config: RefineConfig
     device: str
     folder: Path
     stopped: int | None = None
+    estimate: Estimate | None = None
+    bridge: tuple[str, ...] = ()
 
     @property
     def exit_code(self) -> int:
@@ -76,22 +83,26 @@ class _Pair:
 
     student: Any
     teacher: Any
+    guide: Any
     student_path: Path
-    teacher_path: Path
+    source: TeacherSource
 
     @functools.cached_property
     def origins(self) -> dict[str, dict[str, str]]:
-        """Name and sha256 of both files."""
-        paths = {"student": self.student_path, "teacher": self.teacher_path}
-        return {name: {"file": path.name, "sha256": sha256_of_file(path)} for name, path in paths.items()}
+        """Name and sha256 of their files."""
+        sources = {"teacher": self.source, **({"guide": self.source.guide} if self.source.guide else {})}
+        found = {name: {"file": source.path.name, "sha256": source.sha256} for name, source in sources.items()}
+        return {"student": {"file": self.student_path.name, "sha256": sha256_of_file(self.student_path)}, **found}
 
 
-def run(config: RefineConfig, dry_run: bool = False) -> Run:
+def run(config: RefineConfig, dry_run: bool = False, given: Mapping[str, Any] | None = None) -> Run:
     """Refine by `config`; everything is checked before anything is written.
 
     Args:
         config: All options.
         dry_run: Check, and write nothing.
+        given: Where the options come from a file, those that the command line gave: what would be imported or
+            downloaded has to be among them.
 
     Raises:
         ValueError, OSError: Something the user can put right; the message names the option.
@@ -99,6 +110,9 @@ def run(config: RefineConfig, dry_run: bool = False) -> Run:
     """
     with one_voice(), option("--outdir"):
         check_outdir(config.outdir)
+    if given is not None:
+        with one_voice(), option("--config"):
+            check_reach(given, config, "the file")
     return _run(config, None, dry_run)
 
 
@@ -160,14 +174,15 @@ def _run_together(config: RefineConfig, resumed: Resumed | None, device_name: st
         resumed.check_files(kept)
     config = _with_absolute_paths(config)
     student_name = ONE_STEP if config.gan == ONE_STEP else pair.student_path.stem
-    desc = config.desc or f"{student_name}-{pair.teacher_path.stem}-batch{config.batch}"
+    desc = config.desc or f"{student_name}-{pair.source.stem}-batch{config.batch}"
     # Before anything is written: images may turn out to be of no use, and a teacher's take their time.
     others = None if dry_run and images is None else _load_others(config, pair, images, device)
     if dry_run:
         place = next_run_dir(config.outdir, desc) if resumed is None else resumed.found.path.parent
-        return Run(config, str(device), place)
+        return _estimated(config, pair, device, others, metrics, place)
     run_dir = _open_run_dir(config, desc, resumed)
-    trainer, no_container = Trainer(config, pair.student, pair.teacher, device, others), _no_container(config.gan, pair)
+    trainer = Trainer(config, pair.student, pair.teacher, device, others, pair.guide)
+    no_container = _no_container(config.gan, pair)
     container = None if no_container else pair.student_path
     origins = dict(pair.origins)
     if images is not None:
@@ -183,35 +198,64 @@ def _run_together(config: RefineConfig, resumed: Resumed | None, device_name: st
     _log_files(run_dir, config, no_container, resumed)
     if resumed is not None:
         _log_changes(run_dir, config, resumed, trainer.nimg)
-    _log_networks(run_dir, trainer)
+    _log_networks(run_dir, trainer, pair)
     return Run(config, str(device), run_dir.path, _train(training, run_dir, resumed is not None, began))
 
 
+def _estimated(
+    config: RefineConfig,
+    pair: _Pair,
+    device: torch.device,
+    others: Others | None,
+    metrics: list[NamedMetric],
+    place: Path,
+) -> Run:
+    """A dry run: a trainer that makes a few iterations, and is thrown away."""
+    bridge = check_pair(pair.student, pair.teacher)
+    if config.adversarial and others is None:
+        others = stand_ins(bridge.student, bridge.teacher, device)
+    trainer = Trainer(config, pair.student, pair.teacher, device, others, pair.guide)
+    images = sum(metric.num for metric in metrics[:1])  # of every average; further metrics only of the best
+    found = estimate(trainer, images, _no_container(config.gan, pair) is None)
+    return Run(config, str(device), place, None, found, tuple(bridge.messages(trainer.null_label)))
+
+
 def _load_pair(config: RefineConfig) -> _Pair:
-    """Student and teacher, and their files; a pair that does not fit is refused before either is built."""
+    """The networks, and their files; those that do not fit are refused before any is built."""
     one_step = config.gan == ONE_STEP
     _check_laws(config)
     with option("--gan"):
         student_path = None if one_step else source_file(config.gan, "generator")
         student_info = None if one_step else peek(config.gan, "generator", config.gan_kwargs)
     with option("--teacher"):
-        teacher_path = source_file(config.teacher, "teacher")
-        teacher_info = peek(teacher_path, "teacher")
+        source = TeacherSource.of(config.teacher, config.teacher_kwargs)
+        teacher_info = source.info()
     if not one_step:
         check_pair(student_info, teacher_info)
+    with option("--guide"):
+        by = None if config.guide is None else TeacherSource.of(config.guide)
+        if by is not None:
+            check_guide(teacher_info, by.info())
+            source = dataclasses.replace(source, guide=by, guidance=config.guidance)
     with option("--gan"):
+        if one_step and source.own:
+            raise ValueError(f"one-step needs a teacher of a file, which can be built again; found {source.own}")
         student = None if one_step else load_generator(config.gan, config.gan_kwargs, config.sigma_init)
     with option("--teacher"):
-        teacher = load_teacher(teacher_path)
+        teacher = source.load_alone()
+    with option("--guide"):
+        guide = None if by is None else by.load_alone()
     if one_step:
         with option("--sigma-init"):
             student = OneStepGenerator.from_teacher(teacher, config.sigma_init)
-    return _Pair(student, teacher, student_path or teacher_path, teacher_path)
+    return _Pair(student, teacher, guide, student_path or source.path, source)
 
 
 def _load_metrics(config: RefineConfig, pair: _Pair, device: torch.device, dry_run: bool) -> list[NamedMetric]:
     """With what they compare with: all processes look at the images of --ref, and draw those of the teacher."""
-    options: dict[str, Any] = {"device": device, "trust": config.trust_detector, "teacher": pair.teacher_path}
+    batch = config.metrics_batch or sensible_batch(max(pair.student.img_resolution, pair.teacher.img_resolution))
+    options: dict[str, Any] = {"device": device, "trust": config.trust_detector, "teacher": pair.source}
+    options["batch"] = batch
     options |= {"draw": not dry_run, "progress": True}
     with option("--metrics"), sharing():
         return [NamedMetric(name, config.ref, **options) for name in config.metrics]
@@ -235,12 +279,13 @@ def _load_others(config: RefineConfig, pair: _Pair, images: ImageSet | None, dev
         with option("--data"):
             return images_of_data(images, bridge, device)
     with option("--bank"), sharing():
-        return images_of_teacher(pair.teacher_path, config.bank, bridge, device)
+        return images_of_teacher(pair.source, config.bank, bridge, device)
 
 
 def _checksums(config: RefineConfig, pair: _Pair, metrics: list[NamedMetric]) -> dict[str, str]:
     """SHA-256 of the files that a run which is resumed must find again, by option; code of the user's may change."""
-    files = {"teacher": pair.origins["teacher"]["sha256"]}
+    names = [name for name in pair.origins if name != "student"]
+    files = {name: pair.origins[name]["sha256"] for name in names}
     reference = custom.parse(config.gan)
     if config.gan != ONE_STEP and (reference is None or reference.file):
         files["gan"] = pair.origins["student"]["sha256"]
@@ -264,7 +309,7 @@ def _check_laws(config: RefineConfig) -> None:
 
 def _check_against_options(pair: _Pair, config: RefineConfig) -> None:
     check_label_dist(config.label_dist, pair.student, pair.teacher)
-    if config.guidance != 1:
+    if config.guidance != 1 and pair.guide is None:
         Guided(pair.teacher, config.guidance)
     if config.aux_dropout is not None:
         set_dropout(pair.teacher, config.aux_dropout)
@@ -274,7 +319,7 @@ def _check_against_options(pair: _Pair, config: RefineConfig) -> None:
 
 def _with_absolute_paths(config: RefineConfig) -> RefineConfig:
     """For --resume from any folder."""
-    given = {name: getattr(config, name) for name in ("gan", "teacher", "ref", "data")}
+    given = {name: getattr(config, name) for name in ("gan", "teacher", "guide", "ref", "data")}
     keeps = {"gan": ONE_STEP, "ref": TEACHER}  # words that mean no file, even where there is one of that name
     places: dict[str, Any] = {
         name: absolute_place(text) for name, text in given.items() if text is not None and text != keeps.get(name)
@@ -331,15 +376,19 @@ def _log_changes(run_dir: RunDir, config: RefineConfig, resumed: Resumed, nimg: 
             run_dir.log(f"changed     {flag(name)} from {known.kind.format(before)} to {known.kind.format(now)}")
 
 
-def _log_networks(run_dir: RunDir, trainer: Trainer) -> None:
+def _log_networks(run_dir: RunDir, trainer: Trainer, pair: _Pair) -> None:
     config, device = trainer.config, trainer.device
     student, teacher = (
-        sum(p.numel() for p in parameters) for parameters in (trainer.student_parameters, trainer.teacher.parameters())
+        sum(p.numel() for p in parameters) for parameters in (trainer.student_parameters, pair.teacher.parameters())
     )
     run_dir.log(f"student     {config.gan}, {student:,} parameters to train, on {device}")
-    run_dir.log(f"teacher     {config.teacher}, {teacher:,} parameters")
     for note in trainer.G.notes:
-        run_dir.log(f"assumed     {note}")
+        run_dir.log(f"            {note}")
+    run_dir.log(f"teacher     {config.teacher}, {teacher:,} parameters{pair.source.guided_words}")
+    for note in pair.teacher.notes:
+        run_dir.log(f"            {note}")
+    if config.guide is not None and config.guidance == 1:
+        run_dir.log("            --guide has no part in the run, because --guidance is 1")
     judged = config.metrics and config.ref not in (None, TEACHER)
     judge = f"; snapshots are judged against {config.ref}" if judged else ""
     if trainer.adversary is None:

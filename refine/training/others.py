@@ -6,27 +6,30 @@ import torch
 from tqdm import tqdm
 
 from refine.bridge import Bridge
+from refine.checkpoints.teachers import TeacherSource
 from refine.images import to_uint8
 from refine.metrics.bank import teacher_bank
 from refine.metrics.image_sets import ImageSet
 from refine.metrics.pipeline import rank_and_world
+from refine.metrics.sampling import sensible_batch
 from refine.training.adversary import Others
 
 MAX_BYTES = 4 << 30  # of images that are kept in memory, as the teacher takes them
 
 
-def images_of_teacher(teacher: Path, num: int, bridge: Bridge, device: torch.device) -> Others:
+def images_of_teacher(teacher: Path | TeacherSource, num: int, bridge: Bridge, device: torch.device) -> Others:
     """A bank of the teacher: the run stays free of data.
 
     Where it is too small to hold every class, the critic does not look at labels.
 
     Args:
-        teacher: The teacher's file.
+        teacher: The teacher, or its file.
         num: Number of images.
         bridge: Says which classes student and teacher have.
         device: Where images are drawn and kept.
     """
-    bank = teacher_bank(teacher, num, device=device, progress=True)
+    batch = sensible_batch(bridge.teacher[0])
+    bank = teacher_bank(teacher, num, batch=batch, device=device, progress=True)
     classes, labels = bridge.student[2], bank.classes
     if labels is not None and len(labels.unique()) < classes:
         labels = None
@@ -44,8 +47,11 @@ def images_of_data(images: ImageSet, bridge: Bridge, device: torch.device) -> Ot
         device: Where they are kept.
 
     Raises:
-        ValueError: Images of another size, or classes that the student does not have.
+        ValueError: Images of another size, classes that the student does not have, or a dataset.json that gives none
+            to a student with classes.
     """
+    if bridge.student[2] and images.no_classes:
+        raise ValueError(images.no_classes)
     (size, channels, classes), (t_size, t_channels, _) = bridge.student, bridge.teacher
     step = -(-len(images) * t_channels * t_size**2 // MAX_BYTES)
     chosen, read, known = range(0, len(images), step), [], ((size, channels), (t_size, t_channels))

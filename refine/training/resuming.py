@@ -23,7 +23,7 @@ from refine.metrics.named import detector_of
 from refine.training.state import FoundState, load_newest
 
 ONE_STEP = "one-step"  # of --gan: the teacher's own U-Net as the generator
-MOVABLE = ("gan", "teacher", "data")  # may be given beside --resume: the same files in another place
+MOVABLE = ("gan", "teacher", "guide", "data")  # may be given beside --resume: the same files in another place
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def resumed_config(state_paths: list[Path], given: Mapping[str, Any]) -> tuple[R
     except (TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{found.path} holds options that cannot be read: {error}") from None
     _check_unchanged(given, saved)
-    _check_reach(given, saved)
+    check_reach(given, saved, "the training state")
     _check_places(given, saved)
     changes = {name: value for name, value in given.items() if name in CHANGEABLE or name in MOVABLE}
     if changes.get("metrics") == ():
@@ -93,29 +93,41 @@ def _check_unchanged(given: Mapping[str, Any], saved: RefineConfig) -> None:
     if "data" in given and (given["data"] is None) != (saved.data is None):
         found, was = given["data"] or "none", saved.data or "none: the teacher's images"
         raise ValueError(f"--data is {found}, but the run was made with {was}; expected the same images")
-    if "gan" in given and _kind_of_gan(given["gan"]) != _kind_of_gan(saved.gan):
-        raise ValueError(f"--gan is {given['gan']}, but the run was made with {saved.gan}; expected the same")
+    for name in ("gan", "teacher", "guide"):
+        if name in given and _kind_of(given[name]) != _kind_of(getattr(saved, name)):
+            found, was = given[name] or "none", getattr(saved, name) or "none"
+            raise ValueError(f"{flag(name)} is {found}, but the run was made with {was}; expected the same")
 
 
-def _kind_of_gan(gan: str) -> str:
-    """What has to stay of --gan, beside the contents of its file."""
-    if reference := custom.parse(gan):
+def _kind_of(network: str | None) -> str | None:
+    """What has to stay of --gan, --teacher and --guide, beside the contents of their files."""
+    if network and (reference := custom.parse(network)):
         return f"{reference}{'@' if reference.file else ''}"
-    return ONE_STEP if gan == ONE_STEP else "a file"
+    return network if network in (ONE_STEP, None) else "a file"
 
 
-def _check_reach(given: Mapping[str, Any], saved: RefineConfig) -> None:
-    names = [("gan", saved.gan, False), ("teacher", saved.teacher, False), ("ref", saved.ref or "", False)]
+def check_reach(given: Mapping[str, Any], saved: RefineConfig, source: str) -> None:
+    """What options from a file would import, download or run has to be given on the command line.
+
+    Args:
+        given: Fields of RefineConfig that the command line holds.
+        saved: All options, as the file has them.
+        source: The file, for messages.
+
+    Raises:
+        ValueError: It is not.
+    """
+    names = [(name, getattr(saved, name) or "", False) for name in ("gan", "teacher", "guide", "ref")]
     names += [("metrics", detector_of(metric), True) for metric in saved.metrics]
     for name, text, is_detector in names:
         if name not in given and text not in (ONE_STEP, TEACHER) and (reach := reach_of(text, is_detector)):
             again = f"{flag(name)}={OPTIONS[name].kind.format(getattr(saved, name))}"
-            raise ValueError(f"the training state names {text}, {reach}; give {again} again if that is meant")
+            raise ValueError(f"{source} names {text}, {reach}; give {again} again if that is meant")
 
 
 def _check_places(given: Mapping[str, Any], saved: RefineConfig) -> None:
     """Names where files that were moved can be given."""
-    for name in ("gan", "teacher", "ref", "data"):
+    for name in ("gan", "teacher", "guide", "ref", "data"):
         text = getattr(saved, name)
         if reference := custom.parse(text or ""):
             text = reference.file

@@ -7,29 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from refine.checkpoints.export import members, write_like
 from refine.checkpoints.native import save_networks
 from refine.config import NOT_IN_SNAPSHOTS, RefineConfig
 from refine.diff_instruct import evaluating
-from refine.images import image_grid, save_png, to_uint8
+from refine.images import save_png
 from refine.metrics.metric import is_better
 from refine.metrics.named import NamedMetric
 from refine.metrics.pipeline import sharing
 from refine.metrics.registry import METRICS
-from refine.metrics.sampling import latents_of_seeds
 from refine.networks.bases import Generator
 from refine.torch_utils import distributed
 from refine.training.averages import average_name
 from refine.training.best import copy_best
+from refine.training.fakes import FakesGrid
 from refine.training.finding import snapshot_number
 from refine.training.monitor import Monitor
 from refine.training.run_dir import RunDir
 from refine.training.trainer import Trainer
-
-GRID = (8, 8)  # rows and columns of the fixed-latent pictures
 
 
 @dataclass(frozen=True)
@@ -91,8 +88,8 @@ class Snapshots:
         self.trainer, self.run_dir = trainer, run_dir
         self.metrics, self.provenance, self.container = metrics or [], provenance or {}, container
         self.standing = Standing()
-        self._grid_z, self._grid_c = self._fixed_latents()
-        self._init_grid = self._grid(trainer.G_ema)
+        self._fakes = FakesGrid(trainer.G, trainer.device)
+        self._init_grid = self._fakes.draw(trainer.G_ema)
 
     def begin(self, monitor: Monitor) -> None:
         """Pictures and metrics of the student as it came."""
@@ -134,7 +131,7 @@ class Snapshots:
         if self.container is not None:
             theirs = {key: networks[key] for key in members(self.container) if key in networks}
             write_like(self.container, (self.run_dir.path / name).with_suffix(".pkl"), theirs)
-        grid = self._grid(judged.network)
+        grid = self._fakes.draw(judged.network)
         picture = name.replace("network-snapshot-", "fakes")
         save_png((self.run_dir.path / picture).with_suffix(".png"), grid)
         gap = torch.full([grid.shape[0], grid.shape[1], 8], 255, dtype=torch.uint8)
@@ -233,27 +230,6 @@ class Snapshots:
             standing.since_best = 0
             standing.best = Best(metric.name, judged.value, snapshot, self._kimg)
             copy_best(self.run_dir.path, snapshot)
-
-    @torch.no_grad()
-    def _fixed_latents(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        rows, columns = GRID
-        G, device = self.trainer.G, self.trainer.device
-        z, _ = latents_of_seeds(range(rows * columns), [G.z_dim])
-        c = None
-        if G.c_dim > 0:  # a column per class, while there are columns
-            classes = torch.arange(columns).repeat(rows) % G.c_dim
-            c = F.one_hot(classes, G.c_dim).float().to(device)
-        return z.to(device), c
-
-    @torch.no_grad()
-    def _grid(self, G: Generator) -> torch.Tensor:
-        """uint8 (C, H, W) of the fixed latents with the stored noise."""
-        options = G.accepted(noise_mode="const")
-        images = torch.cat([
-            to_uint8(G(self._grid_z[i : i + 16], None if self._grid_c is None else self._grid_c[i : i + 16], **options))
-            for i in range(0, len(self._grid_z), 16)
-        ])  # fmt: skip
-        return image_grid(images, GRID[1])
 
 
 def _leading(metric: NamedMetric, results: Mapping[str, Any]) -> dict[str, float]:

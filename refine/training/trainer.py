@@ -2,13 +2,15 @@
 
 import copy
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from refine.config import RefineConfig
 from refine.diff_instruct import aux_loss
-from refine.guidance import Guided
+from refine.guidance import Autoguided, Guided
 from refine.images import clamp_images
 from refine.networks.bases import Denoiser, Generator
 from refine.noise import SigmaLaw, make_weighting
@@ -18,14 +20,17 @@ from refine.torch_utils.misc import RunningMeans
 from refine.training.adversary import LEARNING_RATE as CRITIC_LR
 from refine.training.adversary import PENALTY_EVERY, Adversary, Others
 from refine.training.averages import PowerAverages
-from refine.training.batches import Batches, Fakes
+from refine.training.batches import Batches, Fakes, MicroBatch
 from refine.training.diversity import distance_gradient
 from refine.training.ema import ema_beta, update_ema
 from refine.training.observe import Observer
 from refine.training.optimise import GuardedAdam
-from refine.training.precision import compile_networks, set_precision, training_format
+from refine.training.pace import Pace
+from refine.training.precision import compile_networks, inference_format, set_precision, training_format
 from refine.training.rates import learning_rates
 from refine.training.regularise import AUGMENT_DIM, Augmentation, set_dropout
+
+_Task = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]  # images, labels, σ, noise
 
 
 class Trainer:
@@ -37,6 +42,7 @@ class Trainer:
         teacher: Denoiser D(x, sigma, c); where its images or classes differ from the student's, `bridge` joins them.
         device: Where the networks run.
         others: Images that a critic compares the student's with; needed with --adversarial.
+        guide: What guides the teacher with config.guidance; without it, guidance is classifier-free.
 
     Attributes:
         G, aux, teacher: The student, the auxiliary network, the teacher.
@@ -44,6 +50,7 @@ class Trainer:
         averages: Power-function averages of the student, one per length; none with --average=ema.
         G_ema: The longest of them, or the exponential moving average.
         adversary: The critic of --adversarial, or None.
+        pace: How many auxiliary steps an iteration has.
         optimizers: Those of 'student' and 'aux', and of 'critic' where there is one.
         nimg: Images through the student step.
         rate_factor: What both learning rates are multiplied with; less than 1 after a run went back (`--rollback`).
@@ -61,6 +68,7 @@ class Trainer:
         teacher: Denoiser,
         device: torch.device | str = "cpu",
         others: Others | None = None,
+        guide: Denoiser | None = None,
     ):
         self.bridge = check_pair(student, teacher)
         self.config, self.device = config, torch.device(device)
@@ -71,18 +79,21 @@ class Trainer:
         if needed := self.objective.further_networks:
             raise ValueError(f"--objective={config.objective} needs {', '.join(needed)}; expected one without")
         prior = check_label_dist(config.label_dist, student, teacher)
+        prior = None if prior is None else prior.to(self.device)  # once: a copy in every draw would wait for a GPU
         self.lr, self.aux_lr = learning_rates(config, student, teacher)
 
         torch.manual_seed(config.seed)
-        self.teacher = _copied(teacher, self.device, torch.channels_last).eval().requires_grad_(False)
-        self.aux = _copied(teacher, self.device, training_format(teacher, self.device)).requires_grad_(True)
+        formats = [training_format(network, config.precision, self.device) for network in (student, teacher)]
+        seen_in = inference_format(config.precision, self.device)
+        self.teacher = _copied(teacher, self.device, seen_in).eval().requires_grad_(False)
+        self.aux = _copied(teacher, self.device, formats[1]).requires_grad_(True)
         self.aux.train(config.dropout or config.aux_dropout is not None)
         if config.aux_dropout is not None:
             set_dropout(self.aux, config.aux_dropout)
         self.augmentation = None
         if config.aux_augment:
             self.augmentation = Augmentation(config.aux_augment, self.aux.augment_dim == AUGMENT_DIM)
-        self.G = _copied(student, self.device, training_format(student, self.device)).train()
+        self.G = _copied(student, self.device, formats[0]).train()
         self.averages = PowerAverages(self.G, config.average_lengths if config.average == "power" else ())
         self.G_ema = self.averages.longest() or copy.deepcopy(self.G).eval().requires_grad_(False)
         # As it came; of the given weights also in a resumed run.
@@ -93,7 +104,11 @@ class Trainer:
             "aux": GuardedAdam(self.aux.parameters(), config.aux_betas, config.aux_clip, config.precision, self.device),
         }
 
-        computing = (self.G, self.aux, self.teacher)
+        computing = [self.G, self.aux, self.teacher]
+        guide = guide if config.guidance != 1 else None  # which would not be asked
+        if guide is not None:
+            guide = _copied(guide, self.device, torch.channels_last).eval().requires_grad_(False)
+            computing.append(guide)
         remark = set_precision(config.precision, computing, self.device)
         self.remarks = [remark] if remark else []
         if config.compile and (remark := compile_networks(computing, self.device)):
@@ -106,7 +121,9 @@ class Trainer:
             self.critic = self.adversary.critic
             self.optimizers["critic"] = self.adversary.optimizer
         self.null_label = self.teacher.has_null_label
-        if config.guidance != 1:
+        if guide is not None:
+            self.teacher = Autoguided(self.teacher, guide, config.guidance)
+        elif config.guidance != 1:
             self.teacher = Guided(self.teacher, config.guidance)
         size = config.batch_gpu or config.batch
         classes = self.bridge.teacher[2]
@@ -116,6 +133,7 @@ class Trainer:
         self.nimg = 0
         self.warmup_steps_done = 0
         self.rate_factor = 1.0
+        self.pace = Pace(config.aux_steps, self.device)
         self.means = RunningMeans(self.device)
         self._observe = Observer(self.means, self.device)
 
@@ -129,9 +147,13 @@ class Trainer:
 
     def step(self) -> None:
         """The steps of aux, critic and student in one iteration, and the moving average."""
-        for index in range(self.config.aux_steps):
-            keep = self.config.reuse_batch and index == self.config.aux_steps - 1
-            self.aux_step(self.rate_factor * self.aux_lr, keep)
+        iteration = self.nimg // self.config.batch
+        for _ in range(self.pace.steps - 1):
+            self.aux_step(self.rate_factor * self.aux_lr)
+        with self._measured_lag(self.pace.measures(iteration)):
+            self.aux_step(self.rate_factor * self.aux_lr, keep=self.config.reuse_batch)
+        self.means.add("Aux/steps", float(self.pace.steps))
+        self.pace.end(iteration)
         self.critic_step()
         self.student_step(self.rate_factor * self.lr * self.config.lr_factor(self.nimg))
         self._average(before=self.nimg, now=self.nimg + self.config.batch)
@@ -149,16 +171,36 @@ class Trainer:
         optimizer.zero_grad()
         for batch in self.batches.micro_batches():
             with batch.drawing:
-                with torch.set_grad_enabled(keep):
-                    x = self._images(self.G, batch.z, batch.c)
-                sigma = self.aux_sigma.sample(len(x), self.device)
-                labels = self.batches.teacher_labels(batch.c, len(x))
-                loss = self._aux_loss(x.detach(), labels, sigma, torch.randn_like(x))
+                x, task = self._auxiliary_task(batch, keep)
+                loss = self._aux_loss(*task)
             optimizer.scale.scale(loss.sum() / self.config.batch).backward()
             self.means.add("Loss/aux", loss)
             if keep:
                 self._kept.append(Fakes(x, batch.z, batch.c))
         self._optimise("aux", lr)
+
+    def _auxiliary_task(self, batch: MicroBatch, keep: bool = False) -> tuple[torch.Tensor, _Task]:
+        """Fresh images of the student, joined to it if `keep`; and what aux is to denoise."""
+        with torch.set_grad_enabled(keep):
+            x = self._images(self.G, batch.z, batch.c)
+        sigma = self.aux_sigma.sample(len(x), self.device)
+        labels = self.batches.teacher_labels(batch.c, len(x))
+        return x, (x.detach(), labels, sigma, torch.randn_like(x))
+
+    @contextmanager
+    def _measured_lag(self, measured: bool) -> Iterator[None]:
+        """Measures what the auxiliary step in the block gains, on images and noise that it does not see."""
+        tasks = []
+        for batch in self.batches.micro_batches() if measured else ():
+            with batch.drawing, torch.no_grad():
+                _, task = self._auxiliary_task(batch)
+                tasks.append((task, aux_loss(self.aux, *task)))
+        yield
+        for task, before in tasks:
+            with torch.no_grad():
+                after = aux_loss(self.aux, *task)
+            self.pace.add(before, after)
+            self.means.add("Aux/lag", (before - after) / before.mean())
 
     def critic_step(self) -> None:
         """With --adversarial, one step of the critic on fresh images of the student."""
@@ -262,6 +304,7 @@ class Trainer:
             "steps": {name: optimizer.steps for name, optimizer in self.optimizers.items()},
             "skips": {name: optimizer.skips.counts for name, optimizer in self.optimizers.items()},
             "means": self.means.state_dict(),
+            "pace": self.pace.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -284,6 +327,8 @@ class Trainer:
             optimizer.skips.counts.copy_(state["skips"][name])
             optimizer.steps = int(state.get("steps", {}).get(name, 0))
         self.means.load_state_dict(state["means"])
+        if "pace" in state:
+            self.pace.load_state_dict(state["pace"])
         self.nimg, self.warmup_steps_done = state["nimg"], state["warmup_steps_done"]
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None and self.device.type == "cuda":

@@ -103,7 +103,7 @@ def test_arguments_of_a_state_dict(capsys, tmp_path):
         assert code == 2 and err.startswith("Error: --gan-kwargs: found") and reason in err and err.count("\n") == 1
     images = [f"--outdir={tmp_path / 'images'}", "--seeds=0"]
     code, _, err = run(capsys, "generate", f"--network={tmp_path / 'G.pt'}", *images)
-    assert code == 0 and err.count("assumed: ") == 2
+    assert code == 0 and err.count("note: ") == 2
 
 
 def test_rgba(teacher, capsys, tmp_path):
@@ -113,7 +113,7 @@ def test_rgba(teacher, capsys, tmp_path):
         native.save_networks(tmp_path / f"{channels}.safetensors", {"G_ema": G}, provenance={})
     images = ["--seeds=0-3", f"--outdir={tmp_path / 'images'}"]
     assert run(capsys, "generate", f"--network={tmp_path / '4.safetensors'}", *images)[0] == 0
-    assert Image.open(tmp_path / "images/seed0003.png").mode == Image.open(tmp_path / "images/grid.png").mode == "RGBA"
+    assert Image.open(tmp_path / "images/seed0003.png").mode == Image.open(tmp_path / "images-grid.png").mode == "RGBA"
     code, _, err = run(
         capsys, "generate", f"--network={tmp_path / '5.safetensors'}", "--seeds=0", f"--outdir={tmp_path}/x"
     )

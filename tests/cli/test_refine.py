@@ -12,6 +12,7 @@ from refine import load_generator
 from refine.checkpoints import registry
 from refine.checkpoints.native import save_networks
 from refine.cli.main import run_command
+from refine.config import OPTIONS
 from refine.dnnlib import sha256_of_file
 from refine.networks import edm2
 from refine.networks.edm import EDMPrecond
@@ -184,7 +185,7 @@ def test_outdir_that_cannot_be_written(files, tmp_path, capsys, place):
 def test_dry_run_prints_the_options_and_writes_nothing(files, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("refine.metrics.references.teacher_bank", lambda *_, **__: pytest.fail("images are drawn"))
     pair = (f"--gan={files}/gan.safetensors", f"--teacher={files}/teacher.safetensors")
-    code, out, err = call(capsys, *pair, f"--outdir={tmp_path}/runs", "--batch=4", "-n")
+    code, out, err = call(capsys, *pair, f"--outdir={tmp_path}/runs", "--batch=4", "-n", "--json")
     assert code == 0 and err == ""
     options = json.loads(out)
     assert options["batch"] == 4 and options["run_dir"].endswith("00000-gan-teacher-batch4")
@@ -311,3 +312,39 @@ def test_help_needs_no_torch():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "--teacher" in result.stdout and "--gan" in result.stdout
+
+
+def test_options_of_a_file(files, tmp_path, capsys):
+    """A run's training_options.json makes the same run again; the command line takes precedence."""
+    pair = (f"--gan={files}/gan.safetensors", f"--teacher={files}/teacher.safetensors")
+    quick = ("--kimg=0.008", "--batch=4", "--tick=0.004", "--metrics=none", "--adversarial=0", "--sigma=karras:5")
+    assert call(capsys, *pair, *quick, f"--outdir={tmp_path / 'runs'}", "--lr=0.002")[0] == 0
+    saved = next(tmp_path.glob("runs/*/training_options.json"))
+    code, out, err = call(capsys, f"--config={saved}", "--batch=8", "--dry-run", "--json")
+    assert code == 0, err
+    first, again = json.loads(saved.read_text()), json.loads(out)
+    assert again.pop("batch") == 8 and again["run_dir"] != first["run_dir"]
+    for name in OPTIONS.keys() - {"batch", "device"}:
+        assert again[name] == first[name], name
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[1]", "is not an object in JSON"),
+        ("{", "is not an object in JSON"),
+        ("[" * 100_000, "is not an object in JSON"),
+        ('{"lr": 1, "leraning_rate": 2}', "leraning_rate, which is no option"),
+        ('{"gan": "g", "teacher": "t", "lr": "x"}', "--lr is x; expected"),
+        ('{"gan": "g", "teacher": "t", "sigma": {"P_men": 1}}', "--sigma is"),
+        ('{"gan": "g", "teacher": "t", "sigma": 3, "batch": "4"}', "is"),
+        ('{"gan": ["g"], "teacher": null, "label_dist": {}, "metrics": 3}', "is"),
+        ('{"gan": "payload:main", "teacher": "digits-teacher"}', "--config: the file names payload:main, code"),
+        ('{"gan": "digits-gan", "teacher": "http://127.0.0.1:9/x.pkl"}', "the file names http://127.0.0.1:9/x.pkl"),
+    ],
+)
+def test_a_file_of_options_that_cannot_be_used(tmp_path, capsys, text, words):
+    (tmp_path / "options.json").write_text(text)
+    code, out, err = call(capsys, f"--config={tmp_path / 'options.json'}", f"--outdir={tmp_path / 'runs'}")
+    assert code == 2 and out == "" and len(err.splitlines()) == 1 and words in err, err
+    assert not (tmp_path / "runs").exists()

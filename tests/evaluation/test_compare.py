@@ -46,6 +46,8 @@ def files(tmp_path_factory):
         "bad": bad,
         "small": small_generator(2, img_resolution=16),
         "plain": small_generator(3, c_dim=0),
+        "rgb": small_generator(4, img_channels=3),
+        "large": small_generator(5, img_resolution=64),
     }
     for name, G in networks.items():
         save_networks(folder / f"{name}.safetensors", {"G_ema": G}, provenance={})
@@ -83,7 +85,7 @@ def arguments(files, before="good", after="bad", **options):
 
 def run(capsys, **options):
     with pytest.raises(SystemExit) as caught:
-        run_command("compare", [f"--{key.replace('_', '-')}={value}" for key, value in options.items()])
+        run_command("compare", [f"--{key}={value}" for key, value in options.items()])
     return caught.value.code, *capsys.readouterr()
 
 
@@ -123,12 +125,15 @@ def test_labels_on_one_side_only(files, tmp_path):
 def test_teacher_is_sampled_and_compared(files):
     results = compare(**arguments(files, "good", "teacher"), num=4, progress=False)
     assert results["after"]["sampling"] == "18 Heun steps" and results["before"]["sampling"] == "psi 1, noise random"
+    assert "CIFAR-10" in results["after"]["sampling_reason"] and "sampling_reason" not in results["before"]
+    assert any("--after is sampled with 18 Heun steps" in note for note in results["notes"])
     assert results["after"]["fd_digits"]["mean"] > 0
 
 
 def test_files_of_a_comparison(files, tmp_path, capsys):
     code, out, err = run(capsys, **arguments(files), num=NUM, seeds="0,1,5", outdir=tmp_path / "a" / "b")
-    assert code == 0 and "img/s" in err, "progress belongs on stderr"
+    assert code == 0 and "img/s" in err, f"progress belongs on stderr: {err}"
+    assert "note: 20 images per seed range are few" in err
     header, *rows = out.splitlines()
     assert header.split() == ["before", "after", "difference"] and rows[0].startswith("fd_digits ")
     assert "not FID" in out and "FID" not in out.replace("not FID", "")
@@ -139,7 +144,7 @@ def test_files_of_a_comparison(files, tmp_path, capsys):
     results = json.loads((folder / "comparison.json").read_text())
     assert results["seeds"] == ["0-19", "20-39", "100-119"]
     page = (folder / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3 and "http" not in page and "<script" not in page
+    assert page.count("data:image/png;base64,") == 4 and str(files) not in page and str(tmp_path) not in page
     assert results["summary"] in page.replace("&gt;", ">") and "This is not FID" in page
     with Image.open(folder / "comparison.png") as picture:
         assert picture.width == 2 * 640 + 3 * 16
@@ -186,6 +191,9 @@ def test_a_run_folder_is_a_curve(files, tmp_path, capsys):
     assert first["difference"]["fd_digits"]["verdict"] == "not distinguishable"
     assert second["fd_digits"] == results["after"]["fd_digits"]
     assert (tmp_path / "out" / "curve.png").is_file() and "The run" in (tmp_path / "out" / "report.html").read_text()
+    alone = compare(**{**arguments(files, "bad"), "after": run_folder}, num=4, progress=False, curve=False)
+    assert "curve" not in alone and alone["summary"].endswith(judged)
+    assert alone["after"]["name"] == results["after"]["name"]
     (tmp_path / "nothing").mkdir()
     with pytest.raises(ValueError, match=r"--after: .*nothing holds no network-snapshot"):
         compare(**{**arguments(files), "after": tmp_path / "nothing"}, num=NUM, progress=False)
@@ -202,12 +210,46 @@ def test_reference_of_images_shows_the_nearest(files, tmp_path, monkeypatch):
     assert {"is_digits", "fdinf_digits", "recall"} <= set(results["difference"])
     assert "is_digits_std" in results["before"] and "is_digits_std" not in results["difference"]
     assert results["difference"]["spread"]["verdict"] in ("lower", "higher", "not distinguishable")
-    assert results["difference"]["fd_digits"]["method"] == "paired bootstrap"
+    assert results["difference"]["fd_digits"]["method"] == "the wider of both"
     assert results["difference"]["recall"]["method"] == "Student"
     assert results["reference"]["form"] == "folder of images" and results["reference"]["num"] == 12
     assert (tmp_path / "out" / "nearest.png").is_file()
     with pytest.raises(ValueError, match="--also: x is unknown"):
         compare(**{**options, "also": ["x"]}, num=NUM, progress=False)
+
+
+def test_the_reference_decides_the_detector_where_it_can(files, tmp_path, monkeypatch, capsys):
+    """Statistics name their detector; images, networks and other people's statistics do not."""
+    shipped = {"before": files / "good.safetensors", "after": files / "bad.safetensors", "ref": "digits-reference"}
+    results = compare(**shipped, num=4, progress=False)
+    assert results["detector"]["name"] == "digits" and results["detector"]["resize"].startswith("none: 32x32 grey")
+    for ref, why in (
+        ("good.safetensors", "is images or a network, which name none"),
+        ("teacher.safetensors", "is images or a network"),
+        ("other.npz", "does not say what it was made with"),
+        ("reference.npz", "was made with the detector digits, and none of that name fits .*4 features"),
+    ):
+        code, out, err = run(capsys, **{**shipped, "ref": files / ref}, num=4)
+        assert code == 2 and out == "" and len(err.splitlines()) == 1
+        assert re.search(f"--detector is missing.*{why}", err), err
+        assert "none of that name fits" in err or "one of the names digits, inception-2015-12-05" in err
+    reference = load_reference(files / "reference.npz")
+    for name in ("http://127.0.0.1:9/detector.pt", str(files / "detector.safetensors"), "../x", "\x1b[31m"):
+        np.savez(tmp_path / "theirs.npz", mu=reference.mu, sigma=reference.sigma, detector=np.str_(name))
+        code, out, err = run(capsys, **{**shipped, "ref": tmp_path / "theirs.npz"}, num=4)
+        assert code == 2 and "none of that name fits (it is a file's)" in err and "\x1b" not in err
+    code, _, err = run(capsys, **{**shipped, "ref": files / "text.txt"}, num=4)
+    assert code == 2 and "--ref: " in err
+
+
+def test_larger_images_are_reduced_and_that_is_said(files, tmp_path, capsys):
+    options = {**arguments(files, "large", "large"), "num": 4, "outdir": tmp_path / "out"}
+    code, _, err = run(capsys, **options)
+    said = "64x64 images are reduced to 32x32 (Lanczos)"
+    assert code == 0 and f"note: the detector digits: {said}" in err
+    results = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert said in results["detector"]["image_note"] and any(said in note for note in results["notes"])
+    assert said in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -225,6 +267,17 @@ def test_reference_of_images_shows_the_nearest(files, tmp_path, monkeypatch):
             r"--after: its images are \[1, 16, 16\], but those of --before are \[1, 32, 32\]",
         ),
         ({"before": "small.safetensors", "after": "small.safetensors"}, "--detector: .*expected uint8"),
+        (
+            {"before": "rgb.safetensors", "after": "rgb.safetensors"},
+            r"--detector: .*shape \[2, 3, 32, 32\].*grey digits",
+        ),
+        ({"teacher": "good.safetensors"}, "--teacher: .*expected a teacher"),
+        ({"teacher": "missing.safetensors"}, "--teacher: .*missing"),
+        ({"data": "text.txt"}, "--data: "),
+        ({"data": "missing"}, "--data: "),
+        ({"steps": "20"}, "--steps is for diffusion models, and there is none here"),
+        ({"teacher": "teacher.safetensors", "steps": "0"}, "--steps is 0; expected a whole number"),
+        ({"teacher": "teacher.safetensors", "S_churn": "-1"}, "--s-churn is -1; expected"),
         ({"num": "-3"}, "'--num'.*-3"),
         ({"num": "many"}, "'--num'"),
         ({"seeds": "0,1"}, "--seeds is 0,1; expected at least 3"),
@@ -240,7 +293,8 @@ def test_bad_input_is_one_line(files, capsys, change, message):
     before = sorted(files.iterdir())
     options = {**arguments(files), "num": NUM}
     for key, value in change.items():
-        in_folder = key in ("before", "after", "ref", "detector", "outdir") and value != "nosuch"
+        names = ("before", "after", "ref", "detector", "outdir", "teacher", "data")
+        in_folder = key in names and value != "nosuch"
         options[key] = files / value if in_folder else value
     code, out, err = run(capsys, **options)
     assert code == 2 and out == "" and len(err.splitlines()) == 1 and err.startswith("Error: ")

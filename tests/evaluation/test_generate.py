@@ -1,5 +1,6 @@
 """generate.py: the images that were asked for, and one line for what cannot be made."""
 
+import json
 import re
 
 import numpy as np
@@ -12,6 +13,7 @@ from refine.checkpoints.native import save_networks
 from refine.cli.main import run_command
 from refine.cli.options import parse_ints
 from refine.images import to_uint8
+from refine.metrics.image_sets import ImageSet
 from refine.metrics.sampling import latents_of_seeds
 from refine.networks.edm import EDMPrecond
 from refine.networks.stylegan2 import Generator
@@ -48,14 +50,14 @@ def test_images_are_those_of_the_seeds(files, tmp_path, capsys):
         capsys, f"--network={files}/labels.safetensors", "--seeds=0-2,40", f"--outdir={out}", "--class=3"
     )
     assert code == 0 and stdout.startswith("4 images")
-    names = ["grid.png", "seed0000.png", "seed0001.png", "seed0002.png", "seed0040.png"]
-    assert sorted(path.name for path in out.iterdir()) == names
+    names = ["seed0000.png", "seed0001.png", "seed0002.png", "seed0040.png"]
+    assert sorted(path.name for path in out.iterdir()) == names == ImageSet(out).names
     z, _ = latents_of_seeds([40], [8])
     with torch.no_grad():
         expected = load_generator(files / "labels.safetensors")(z, torch.eye(10)[[3]], noise_mode="const")
     difference = read(out / "seed0040.png").astype(int) - to_uint8(expected)[0, 0].numpy()
     assert abs(difference).max() <= 1  # another memory layout may round across a level
-    assert np.array_equal(read(out / "grid.png")[16:, 16:], read(out / "seed0040.png"))
+    assert np.array_equal(read(tmp_path / "out-grid.png")[16:, 16:], read(out / "seed0040.png"))
 
 
 def test_batch_size_does_not_matter_and_class_does(files, tmp_path, capsys):
@@ -64,7 +66,7 @@ def test_batch_size_does_not_matter_and_class_does(files, tmp_path, capsys):
             run(capsys, f"--network={files}/labels.safetensors", "--seeds=0-3", f"--outdir={tmp_path / name}", *more)[0]
             == 0
         )
-    images = {name: read(tmp_path / name / "grid.png").astype(int) for name in "abcd"}
+    images = {name: read(tmp_path / f"{name}-grid.png").astype(int) for name in "abcd"}
     assert abs(images["a"] - images["b"]).max() <= 1 and abs(images["c"] - images["d"]).max() > 1
 
 
@@ -113,3 +115,44 @@ def test_parse_ints():
     for text in ("", "a", "1-", "-1", "2-1", "1,,2", "1.5", "²"):
         with pytest.raises(ValueError, match="not a list of numbers"):
             parse_ints(text)
+
+
+def test_a_run_folder_gives_its_best_snapshot(files, tmp_path, capsys):
+    run_folder = tmp_path / "00000-run"
+    run_folder.mkdir()
+    for number, name in (("000001", "rgb"), ("000002", "labels"), ("best", "rgb")):
+        (run_folder / f"network-snapshot-{number}.safetensors").write_bytes(
+            (files / f"{name}.safetensors").read_bytes()
+        )
+    code, _, err = run(capsys, f"--network={run_folder}", "--seeds=7", f"--outdir={tmp_path / 'out'}")
+    assert code == 0 and "note: Taken from 00000-run: network-snapshot-000001.safetensors (1 kimg), the best" in err
+    assert read(tmp_path / "out" / "seed0007.png").shape == (16, 16, 3)
+    for command, args in (("inspect", [str(run_folder)]), ("export", [f"--network={run_folder}"])):
+        more = [f"--out={tmp_path / 'x.safetensors'}"] if command == "export" else ["--json"]
+        with pytest.raises(SystemExit) as caught:
+            run_command(command, [*args, *more])
+        out, err = capsys.readouterr()
+        assert caught.value.code == 0 and "note: Taken from 00000-run: network-snapshot-000001" in err
+        assert command == "export" or json.loads(out)["path"].endswith("network-snapshot-000001.safetensors")
+    assert load_generator(tmp_path / "x.safetensors").img_channels == 3
+    (tmp_path / "empty").mkdir()
+    code, out, err = run(capsys, f"--network={tmp_path / 'empty'}", "--seeds=7", f"--outdir={tmp_path / 'no'}")
+    assert code == 2 and "--network: " in err and "holds no network-snapshot" in err and len(err.splitlines()) == 1
+
+
+def test_the_sampler_of_a_diffusion_model(files, tmp_path, capsys):
+    network, images = f"--network={files}/teacher.safetensors", {}
+    spellings = {"usual": [], "steps": ["--steps=3"], "churn": ["--S_churn=30", "--steps=3", "--S_noise=1.1"]}
+    spellings["ours"] = ["--s-churn=30", "--steps=3", "--s-noise=1.1"]
+    spellings["range"] = ["--steps=3", "--sigma_max=20", "--sigma-min=0.01", "--rho=5"]
+    for name, given in spellings.items():
+        code, _, err = run(capsys, network, "--seeds=1", f"--outdir={tmp_path / name}", *given)
+        assert code == 0 and "note: teacher.safetensors is sampled with" in err
+        assert "18 Heun steps, as published" in err if not given else "as asked for, the rest as published" in err
+        images[name] = read(tmp_path / name / "seed0001.png").astype(int)
+    assert np.array_equal(images["churn"], images["ours"])
+    assert all(abs(images["steps"] - images[name]).max() > 1 for name in ("churn", "range"))
+    code, _, err = run(
+        capsys, f"--network={files}/rgb.safetensors", "--steps=3", "--seeds=1", f"--outdir={tmp_path / 'no'}"
+    )
+    assert code == 2 and "--steps is for diffusion models" in err and not (tmp_path / "no").exists()

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from refine.metrics.detectors import space_of
+from refine.metrics.dinov2 import Architecture
 from refine.metrics.registry import rows_in
 from refine.networks.bases import Generator
 
@@ -62,3 +63,12 @@ def score_name(detector) -> str:
 
 def _key(detector, name: str) -> str:
     return next(key for key, row in rows_in(space_of(detector)).items() if row.name == name)
+
+
+def dinov2_state(width: int = 64, depth: int = 1, registers: int = 0, gated: bool = False) -> dict[str, torch.Tensor]:
+    """Random weights of a small DINOv2 under the published names."""
+    shapes = Architecture(width, depth, width // 64, 37, registers, gated).shapes()
+    rng = torch.Generator().manual_seed(0)
+    state = {name: torch.randn(shape, generator=rng) * 0.1 for name, shape in shapes.items()}
+    scales = [name for name in state if name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "gamma"))]
+    return state | {name: 1 + state[name] for name in scales}

@@ -12,7 +12,7 @@ import torch
 def oracle(name: str):
     """The module of that name; skips the test, with the reason, where it cannot be imported."""
     try:
-        _import_torchvision()
+        import_torchvision()
         return importlib.import_module(name)
     except (ImportError, RuntimeError, AttributeError) as error:
         reason = str(error).splitlines()[0][:150]
@@ -22,7 +22,7 @@ def oracle(name: str):
 _declared = []  # a torch.library.Library takes its operators away when it is collected
 
 
-def _import_torchvision() -> None:
+def import_torchvision() -> None:
     """Imports torchvision also beside a build of torch that it was not compiled for, by declaring its operators."""
     missing = _missing_operator()
     while missing and len(_declared) < 50:

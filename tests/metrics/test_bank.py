@@ -1,5 +1,6 @@
 """Banks of a teacher's images: drawn once, kept, gone on with; and what is measured against them."""
 
+import json
 import os
 import socket
 
@@ -8,14 +9,17 @@ import pytest
 import torch
 
 from refine.checkpoints.native import save_networks
+from refine.checkpoints.teachers import TeacherSource
+from refine.dnnlib import sha256_of_file
 from refine.metrics import bank, named
-from refine.metrics.bank import BANK_SEED, NUM_STEPS, teacher_bank
+from refine.metrics.bank import BANK_SEED, teacher_bank
 from refine.metrics.detectors import INCEPTION_SPACE, load_detector, space_of_results
 from refine.metrics.named import NamedMetric
 from refine.metrics.pipeline import sharing
 from refine.metrics.references import REFERENCE_SEED, Looking, NotDrawn, load_reference
 from refine.metrics.sampling import sample_teacher
 from refine.networks.edm import EDMPrecond
+from refine.networks.sampler_settings import SamplerChoice, SamplerSettings
 from refine.torch_utils import distributed
 from tests.metrics.networks import PixelDetector, PlainGenerator
 from tests.training.test_trainer import make_teacher
@@ -46,8 +50,12 @@ def evaluations(monkeypatch):
     return calls
 
 
+def steps(count, **more):
+    return SamplerChoice({"steps": count, **more})
+
+
 def draw(path, num=20, **options):
-    return teacher_bank(path, num, **{"num_steps": 2, "batch": 4, **options})
+    return teacher_bank(path, num, **{"choice": steps(2), "batch": 4, **options})
 
 
 def equal(a, b):
@@ -57,7 +65,9 @@ def equal(a, b):
 def test_a_bank_is_what_the_sampler_draws_and_is_drawn_once(cache, teacher, evaluations):
     first = draw(teacher)
     assert first.images.dtype == torch.uint8 and first.images.shape == (20, 1, 8, 8) and first.classes.shape == (20,)
-    expected = list(sample_teacher(make_teacher(), range(BANK_SEED, BANK_SEED + 20), batch=4, num_steps=2))
+    expected = list(
+        sample_teacher(make_teacher(), range(BANK_SEED, BANK_SEED + 20), batch=4, settings=SamplerSettings(2))
+    )
     assert torch.equal(first.images, torch.cat([part.images for part in expected]))
     assert torch.equal(first.classes, torch.cat([part.classes for part in expected]))
     asked = len(evaluations)
@@ -70,7 +80,7 @@ def test_a_bank_is_what_the_sampler_draws_and_is_drawn_once(cache, teacher, eval
 def test_another_teacher_and_another_sampler_have_other_banks(cache, teacher, tmp_path):
     first = draw(teacher)
     save_networks(tmp_path / "other.safetensors", {"ema": make_teacher(seed=5)}, provenance={})
-    assert not equal(draw(tmp_path / "other.safetensors"), first) and not equal(draw(teacher, num_steps=3), first)
+    assert not equal(draw(tmp_path / "other.safetensors"), first) and not equal(draw(teacher, choice=steps(3)), first)
     assert len(list(cache.iterdir())) == 9
 
 
@@ -84,7 +94,7 @@ def test_a_larger_bank_begins_with_the_smaller_one(cache, teacher, evaluations):
 @pytest.mark.parametrize("fault", ["half", "other", "shape", "classes", "writable"])
 def test_a_broken_part_is_told_and_drawn_again(cache, teacher, capsys, evaluations, fault):
     whole = draw(teacher)
-    place = bank._place(bank.sha256_of_file(teacher), range(BANK_SEED, BANK_SEED + 8), 2)
+    place = bank._place(sha256_of_file(teacher), range(BANK_SEED, BANK_SEED + 8), SamplerSettings(2))
     arrays = {"images": whole.images[:8].numpy(), "classes": whole.classes[:8].numpy()}
     if fault == "half":
         place.write_bytes(place.read_bytes()[:200])
@@ -127,6 +137,27 @@ def test_a_cache_that_cannot_be_written_is_told_once(cache, teacher, capsys):
     assert capsys.readouterr().err.count("cannot be kept") == 1
 
 
+def test_every_setting_of_the_sampler_tells_banks_apart(cache, teacher):
+    source = TeacherSource.of(teacher)
+    usual = bank.describe_bank(source, 20, SamplerSettings())
+    changed = {"steps": 17, "rho": 6.0, "sigma_min": 0.003, "sigma_max": 70.0}
+    changed |= {"S_churn": 1.0, "S_min": 0.1, "S_max": 9.0, "S_noise": 1.1}
+    keys = {bank.describe_bank(source, 20, SamplerSettings(**{name: value})) for name, value in changed.items()}
+    assert len(keys | {usual}) == len(changed) + 1
+    # what was drawn before there were settings to choose is found again
+    assert usual == json.dumps([1, sha256_of_file(teacher), BANK_SEED, 20, 18])
+    noisy = draw(teacher, num=8, choice=steps(2, S_churn=1.4))
+    assert not torch.equal(noisy.images, draw(teacher, num=8).images)
+
+
+def test_a_smaller_bank_is_the_beginning_of_a_larger_one(cache, teacher, evaluations):
+    larger = draw(teacher, num=16)
+    asked = len(evaluations)
+    smaller = draw(teacher, num=11)
+    assert len(evaluations) == asked and torch.equal(smaller.images, larger.images[:11])
+    assert torch.equal(smaller.classes, larger.classes[:11])
+
+
 def test_the_bar_is_shown_where_it_is_wanted(cache, teacher, capsys):
     draw(teacher, progress=True)
     assert "images of teacher" in capsys.readouterr().err
@@ -149,7 +180,7 @@ def process(rank, port, cache, path, out):
         if rank == 1:
             bank.sample_teacher = lambda *_, **__: 1 / 0
         with pytest.raises(ZeroDivisionError if rank else ValueError, match="division by zero"):
-            draw(path, num_steps=3)
+            draw(path, choice=steps(3))
 
 
 def test_ranks_share_the_work_and_hold_the_same_bank(cache, teacher, tmp_path):
@@ -175,10 +206,8 @@ def test_ranks_share_the_work_and_hold_the_same_bank(cache, teacher, tmp_path):
 def test_a_teacher_as_a_reference(cache, teacher, evaluations):
     looking = Looking(batch=4, bank=20)
     reference = load_reference(teacher, PixelDetector(), looking)
-    assert (
-        reference.is_teacher and reference.num == 20 and reference.form == f"teacher, 20 images, {NUM_STEPS} Heun steps"
-    )
-    assert reference.sha256 == bank.sha256_of_file(teacher) and len(reference.classes) == 20
+    assert reference.is_teacher and reference.num == 20 and reference.form == "teacher, 20 images, 18 Heun steps"
+    assert reference.sha256 == sha256_of_file(teacher) and len(reference.classes) == 20
     asked = len(evaluations)
     again = load_reference(teacher, PixelDetector(), looking)
     assert torch.equal(again.mu, reference.mu) and torch.equal(again.classes, reference.classes)
@@ -220,7 +249,7 @@ def test_a_score_without_reference_draws_nothing(cache, teacher, monkeypatch, ev
 
 def test_the_teacher_as_the_detector(cache, teacher):
     detector = load_detector(teacher)
-    digest = bank.sha256_of_file(teacher)
+    digest = sha256_of_file(teacher)
     assert detector.space == f"teacher-{digest[:8]}" and detector.sha256 == digest and detector.fid_basis is None
     images = torch.randint(256, [3, 1, 8, 8], dtype=torch.uint8)
     features = detector(images)

@@ -144,10 +144,14 @@ def test_what_is_no_detector_is_told(tmp_path, root):
         load_detector("nosuchname")
 
 
-def test_digits_detector_sees_larger_and_coloured_images_reduced():
+def test_digits_detector_sees_larger_images_reduced_and_says_so():
     detector = load_detector("digits")
     small = torch.randint(0, 256, [3, 1, 32, 32], dtype=torch.uint8)
-    assert torch.allclose(detector(small.expand(-1, 3, -1, -1)), detector(small), atol=1e-4)
+    assert detector.image_note([1, 32, 32]) is None
+    assert detector.image_note([1, 64, 64]).startswith("64x64 images are reduced to 32x32")
+    for wrong in (small.expand(-1, 3, -1, -1), small[..., :16, :16], small[..., :16], small.float()):
+        with pytest.raises(ValueError, match="grey digits, or larger ones by a whole factor"):
+            detector(wrong)
     large = torch.randint(0, 256, [3, 1, 64, 64], dtype=torch.uint8)
     reduced = ((reduce_images(large / 127.5 - 1, 32).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     assert torch.allclose(detector(large), detector(reduced), atol=0.05)

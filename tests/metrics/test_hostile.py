@@ -12,10 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from refine.checkpoints import archives
 from refine.metrics import references
 from refine.metrics.detectors import load_detector
-from refine.metrics.image_sets import ImageSet
+from refine.metrics.image_sets import MAX_SORTED, ImageSet
 from refine.metrics.references import Looking, load_reference
 from tests.limits import outcome, zip_of
 from tests.metrics.networks import PixelDetector
@@ -23,6 +22,12 @@ from tests.metrics.networks import PixelDetector
 
 def read(path):
     return load_reference(path, PixelDetector(), Looking(cache=False, batch=4))
+
+
+def classes(path):
+    """Where classes are needed, labels that are of no use are refused."""
+    if reason := ImageSet(path).no_classes:
+        raise ValueError(reason)
 
 
 def npy(descr, shape, data=b""):
@@ -177,24 +182,34 @@ def test_members_of_many_megabytes(tmp_path):
     path = image_zip(tmp_path / "x.zip", a_png=3 << 26, b_png=3 << 26)
     assert "a.png has 201326592 bytes; expected at most" in outcome(read, path)
     path = image_zip(tmp_path / "y.zip", a_png=png(4, 4), b_png=png(4, 4), dataset_json=1 << 26)
-    assert "dataset.json is broken" in outcome(read, path)
+    assert "dataset.json has 67108864 bytes; expected at most" in outcome(classes, path)
+
+
+@pytest.mark.parametrize("count", [820_000, MAX_SORTED])
+def test_zips_of_as_many_files_as_there_can_be_images(count, tmp_path):
+    """At the limits on what takes a microsecond each, or two where it is sorted, whatever the archive says they are."""
+    order = np.random.RandomState(0).permutation(count).tolist()
+    sort = count == MAX_SORTED
+
+    def whole_set(path):
+        images = ImageSet(path)
+        assert len(images) == count and images.names[-1] == f"a{count - 1 if sort else order[-1]}b1c2.png"
+
+    path = zip_of(tmp_path / "a.zip", [b"a%db1c2.png" % index for index in order])
+    assert outcome(whole_set, path) == ""
 
 
 def test_zips_of_more_files_than_there_can_be_images(tmp_path):
-    """The limit on what takes 10 µs and a kilobyte of memory each, whatever the archive says that their number is."""
+    for names, filler in (([b"x.png"] * 830_000, 0), ([b"x.png"] * 890_000, 1 << 30), ([b"x" * 65_000] * 1600, 0)):
+        refusal = outcome(ImageSet, zip_of(tmp_path / "b.zip", names, filler=filler))  # the last: names of 100 MB
+        assert "entries" in refusal and "or a folder" in refusal
 
-    def whole_set(path):
-        assert len(ImageSet(path)) == 100_000
 
-    images = (b"%05d/img%08d.png" % (index // 1000, index) for index in range(100_000))
-    assert outcome(whole_set, zip_of(tmp_path / "a.zip", images)) == ""
-    for names in (
-        [b"x.png"] * 110_000,
-        [b"x.png"] * 1_000_000,
-        [b"x" * 65_000] * 1600,
-    ):  # the last 100 MB by their names
-        assert "entries in" in outcome(ImageSet, zip_of(tmp_path / "b.zip", names))
-    archives.check_images(zip_of(tmp_path / "c.zip", [b"x.png"] * 400_000, filler=1 << 30))  # of room for so many
+def test_labels_that_take_memory(tmp_path):
+    """A dataset.json that is much longer than labels are, and one of lists in lists."""
+    for text in (b'{"labels": [' + b"1.5," * (5 << 20), b'{"labels": [' + b"[[[[[[[[]]]]]]]]," * 100_000):
+        path = image_zip(tmp_path / "x.zip", a_png=png(4, 4), b_png=png(4, 4), dataset_json=text + b"0]}")
+        assert "dataset.json" in outcome(classes, path) and outcome(read, path) == ""
 
 
 def test_names_of_many_numbers(tmp_path):
@@ -223,7 +238,7 @@ def test_names_of_images(name, tmp_path):
 @pytest.mark.parametrize("labels", ["[" * 100_000, json.dumps({"labels": [["a.png", 1 << 30], ["b.png", 0]]})])
 def test_labels(labels, tmp_path):
     path = image_zip(tmp_path / "x.zip", a_png=png(4, 4), b_png=png(4, 4), dataset_json=labels.encode())
-    assert "dataset.json" in outcome(read, path)
+    assert "dataset.json" in outcome(classes, path) and outcome(read, path) == ""
 
 
 def test_other_programs_pictures_are_not_opened(tmp_path):

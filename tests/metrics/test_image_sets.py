@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import zipfile
 
 import numpy as np
@@ -89,18 +90,108 @@ def test_nvidias_data_set(tmp_path):
     assert ImageSet(data_set(tmp_path / "n.zip", pictures(2))).classes is None
 
 
+NAMES = ["00000/img00000000.png", "00000/img00000001.png", "00000/img00000002.png"]
+
+
+@pytest.mark.parametrize(
+    "labels, classes",
+    [
+        ([[name, 2] for name in NAMES], [2, 2, 2]),
+        ([[NAMES[1], 1.0], [NAMES[0], 0], [NAMES[2], 3.0], ["another.png", 1.5]], [0, 1, 3]),
+        ({name: index for index, name in enumerate(NAMES)}, [0, 1, 2]),
+        ([[name, text] for name, text in zip(NAMES, ["dog", "cat", "dog"], strict=True)], [1, 0, 1]),
+        ([[name, [0, 0, 1]] for name in NAMES], [2, 2, 2]),
+        ([[name, [1.0, 0.0]] for name in NAMES], [0, 0, 0]),
+        (None, None),
+        ([], None),
+    ],
+)
+def test_forms_of_labels(tmp_path, labels, classes, capsys):
+    images = ImageSet(data_set(tmp_path / "d.zip", pictures(3), labels or []))
+    assert images.no_classes is None
+    assert images.classes is None if classes is None else images.classes.tolist() == classes
+    said = capsys.readouterr().err
+    assert ("numbered by their names: 0 = cat, 1 = dog\n" in said) if "cat" in str(labels) else said == ""
+
+
 @pytest.mark.parametrize(
     "labels, message",
     [
-        ([["00000/img00000000.png", 1]], "no class for 00000/img00000001.png"),
-        ([["00000/img00000000.png", -1], ["00000/img00000001.png", 1]], "no class for 00000/img00000000.png"),
+        ([[NAMES[0], 1]], "has no class for 00000/img00000001.png; expected one for every image"),
+        ([[NAMES[0], -1], [NAMES[1], 1], [NAMES[2], 1]], "no class for 00000/img00000000.png, but -1; expected"),
+        (
+            [[name, 20230001] for name in NAMES],
+            "img00000000.png, but 20230001; expected a whole number .* below 1048576",
+        ),
+        ([[name, 0.5] for name in NAMES], "but 0.5"),
+        ([[name, float("nan")] for name in NAMES], "but nan"),
+        ([[name, True] for name in NAMES], "of several kinds"),
+        ([[NAMES[0], 1], [NAMES[1], "cat"], [NAMES[2], 1]], "of several kinds"),
+        ([[name, [0.5, 0.5]] for name in NAMES], "vectors"),
+        ([[name, [0, 1, 1]] for name in NAMES], "vectors"),
+        ([[name, []] for name in NAMES], "vectors"),
+        ([[NAMES[0], [0, 1]], [NAMES[1], [0, 1]], [NAMES[2], [1]]], "vectors"),
         ([1, 2], "not a list of"),
+        ([[[], 1]], "not a list of"),
         ("x", "not a list of"),
     ],
 )
-def test_labels_that_do_not_fit(tmp_path, labels, message):
-    with pytest.raises(ValueError, match=message):
-        ImageSet(data_set(tmp_path / "d.zip", pictures(2), labels))
+def test_labels_that_say_no_class_cost_no_number(tmp_path, labels, message, capsys):
+    images = ImageSet(data_set(tmp_path / "d.zip", pictures(3), labels))
+    assert re.search(f"d.zip: dataset.json .*{message}", images.no_classes) and images.classes is None
+    assert capsys.readouterr().err == f"no classes are used, because {images.no_classes}\n"
+    reference = load_reference(images.path, PixelDetector())
+    assert reference.num == 3 and reference.classes is None
+
+
+def test_hidden_files_are_no_images(tmp_path, capsys):
+    """A zip made on a Mac has a second file for each, and folders have what programs keep of them."""
+    path = data_set(tmp_path / "d.zip", pictures(3), [["img.png", 1]])
+    with zipfile.ZipFile(path, "a") as archive:
+        for name in ("__MACOSX/00000/._img00000000.png", "00000/._img00000001.png", ".thumbs/a.png", "a/Thumbs.db"):
+            archive.writestr(name, b"\0\5\x16\7" + bytes(90))
+        archive.writestr("./dots..and/b.c.png", png(pictures(1)[0]))
+    images = ImageSet(path)
+    assert images.names == [*NAMES, "./dots..and/b.c.png"]
+    err = capsys.readouterr().err
+    assert err == f"{path}: 3 hidden files are left out, of the names of images (__MACOSX/00000/._img00000000.png)\n"
+    assert [len(batch.images) for batch in images.batches(4)] == [4]
+    folder = tmp_path / ".set" / "f"
+    folder.mkdir(parents=True)
+    for name in ("a.png", ".a.png", ".DS_Store", "Thumbs.db"):
+        pictures(1)[0].save(folder / name, "png")
+    assert ImageSet(folder).names == ["a.png"] and "1 hidden files" in capsys.readouterr().err
+
+
+def test_what_people_should_know_of_their_images_is_told_once(tmp_path, capsys):
+    grey = PIXELS[..., 0].astype(np.uint16)
+    Image.fromarray(grey * 16).save(tmp_path / "12 bits.png")
+    Image.fromarray(grey * 16 + 1).save(tmp_path / "12 bits too.png")
+    images = ImageSet(tmp_path)
+    for _ in range(2):
+        list(images.batches(1))
+    err = capsys.readouterr().err
+    assert err.startswith(f"{tmp_path}: 2 images of 16 bits use at most 14") and err.count("\n") == 1
+    Image.fromarray(grey * 256).save(tmp_path / "16 bits.png")  # among which dark ones may be
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    first, second = Image.fromarray(PIXELS[:, :2]), Image.fromarray(PIXELS[:, 2:])
+    first.save(tmp_path / "turned.jpg", exif=turned, quality=100, subsampling=0)
+    first.save(tmp_path / "upright.jpg", exif=Image.Exif())
+    for name in ("a.png", "b.webp", "c.tiff"):
+        first.save(tmp_path / name, save_all=True, append_images=[second], lossless=True)
+    images = ImageSet(tmp_path)
+    shapes = {name: tuple(images.read(index).shape) for index, name in enumerate(images.names)}
+    assert shapes["turned.jpg"] == (3, 4, 2)  # not turned
+    for name in ("a.png", "b.webp", "c.tiff"):
+        assert torch.equal(
+            images.read(images.names.index(name)), torch.from_numpy(PIXELS[:, :2].transpose(2, 0, 1).copy())
+        )
+    list(images.batches(5))
+    assert capsys.readouterr().err.splitlines() == [
+        f"{tmp_path}: 1 images say in their EXIF data that they are to be turned; they are taken as they are stored",
+        f"{tmp_path}: 3 images hold several pictures; the first is taken",
+    ]
 
 
 def test_the_bad_image_of_a_zip_is_named(tmp_path):

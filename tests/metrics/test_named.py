@@ -1,14 +1,18 @@
 """Metrics by name: what names mean, what they lead with, which are refused."""
 
+import types
+
 import numpy as np
 import pytest
 import torch
 
+from refine.config import RefineConfig
 from refine.metrics import named
 from refine.metrics.detectors import INCEPTION_SPACE
 from refine.metrics.named import NamedMetric
 from refine.metrics.references import save_reference
 from refine.metrics.statistics import FeatureStatistics
+from refine.training import assemble
 from tests.metrics.networks import PixelDetector, PlainGenerator
 
 
@@ -45,6 +49,12 @@ def space(monkeypatch, tmp_path):
         ("pr5k3-digits", 5000, "precision", "higher", "digits"),
         ("is5k-digits", 5000, "is_pixels", "higher", "digits"),
         ("fdinf5k-digits", 5000, "fdinf_pixels", "lower", "digits"),
+        ("dc50k5_full", 50_000, "density", "higher", INCEPTION_SPACE),
+        ("kidsub50k_full", 50_000, "kidsub", "lower", INCEPTION_SPACE),
+        ("kidsub5k-digits", 5000, "kidsub_pixels", "lower", "digits"),
+        ("mmd50k_full", 50_000, "mmd", "lower", INCEPTION_SPACE),
+        ("mmd5k-digits", 5000, "mmd_pixels", "lower", "digits"),
+        ("sliced5k-digits", 5000, "sliced_pixels", "lower", "digits"),
         ("fd5k-/a/b/my-net.pt", 5000, "fd_pixels", "lower", "/a/b/my-net.pt"),
     ],
 )
@@ -55,7 +65,11 @@ def test_names(space, name, num, key, direction, detector):
 
 
 @pytest.mark.parametrize(
-    "name", ["fid40-digits", "fd40-digits", "kid40-digits", "pr40-digits", "is40-digits", "fdinf40-x"]
+    "name",
+    [
+        *("fid40-digits", "fd40-digits", "kid40-digits", "pr40-digits", "is40-digits", "fdinf40-x"),
+        *("dc40-digits", "kidsub40-digits", "mmd40-digits", "sliced40-x"),
+    ],
 )
 def test_measured_under_its_key(space, name):
     if name.startswith("fid"):
@@ -86,3 +100,42 @@ def test_references_that_are_not_enough(space, tmp_path):
     with pytest.raises(ValueError, match="needs a reference"):
         NamedMetric("fd5k-digits", None)
     assert NamedMetric("is40-digits", None).measure(PlainGenerator(), "cpu")["is_pixels"] >= 1
+
+
+def test_products_are_exact_while_measuring(space):
+    """Whatever a run computes in: its numbers are those that compare_fid.py would find."""
+    seen = []
+
+    class Noting(PlainGenerator):
+        def forward(self, *args, **kwargs):
+            seen.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+            return super().forward(*args, **kwargs)
+
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    try:
+        NamedMetric("is40-digits", space[0], batch=16).measure(Noting(c_dim=4), "cpu")
+        assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (True, True)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    assert seen == [(False, False)] * 3
+
+
+@pytest.mark.parametrize(
+    ("asked", "resolutions", "expected"),
+    [
+        (None, (32, 32), 100),
+        (None, (256, 256), 100),
+        (None, (512, 64), 25),
+        (None, (1024, 1024), 6),
+        (7, (1024, 64), 7),
+    ],
+)
+def test_as_many_images_at_once_as_are_asked_for_or_fit(monkeypatch, asked, resolutions, expected):
+    seen = []
+    monkeypatch.setattr(assemble, "NamedMetric", lambda name, ref, **options: seen.append(options["batch"]))
+    student, teacher = (types.SimpleNamespace(img_resolution=resolution) for resolution in resolutions)
+    pair = types.SimpleNamespace(student=student, teacher=teacher, teacher_path=None)
+    config = RefineConfig("g", "t", metrics=("fd2k-digits",), metrics_batch=asked)
+    assemble._load_metrics(config, pair, torch.device("cpu"), dry_run=True)
+    assert seen == [expected]

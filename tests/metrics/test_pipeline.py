@@ -12,6 +12,7 @@ import torch.multiprocessing
 from refine.metrics.evaluate import measure
 from refine.metrics.pipeline import my_share, prefetched, sharing
 from refine.metrics.references import load_reference, save_reference
+from refine.metrics.registry import METRICS
 from refine.metrics.sampling import sample_images
 from refine.metrics.statistics import FeatureStatistics
 from refine.torch_utils import distributed
@@ -51,7 +52,7 @@ def test_shares_cover_everything_in_whole_batches(monkeypatch):
         assert all(part.start % 10 == 0 for part in parts if len(part))
 
 
-KINDS = ("fd", "kid", "pr", "is", "classes", "spread", "per_class")
+KINDS = tuple(metric.name for metric in METRICS)
 
 
 def numbers(path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from refine.evaluation.comparison import compared, differences
-from refine.evaluation.report import text_table
+from refine.evaluation.tables import text_table
 from refine.metrics import evaluate as evaluate_module
 from refine.metrics.detectors import FeatureSpace, space_of
 from refine.metrics.evaluate import evaluate, measure

@@ -8,6 +8,7 @@ from refine.images import to_uint8
 from refine.metrics.sampling import latents_of_seeds, sample_images, sample_teacher
 from refine.networks.edm import EDMPrecond
 from refine.networks.sampler import heun_sampler
+from refine.networks.sampler_settings import SamplerSettings
 from refine.networks.stylegan2 import Generator
 from tests.metrics.networks import PlainGenerator
 
@@ -87,12 +88,23 @@ def test_teacher_is_sampled_by_heun():
     teacher = EDMPrecond(
         8, 1, label_dim=3, model_type="SongUNet", model_channels=16, channel_mult=[1], num_blocks=1
     ).eval()
-    images, classes = gather(sample_teacher(teacher, range(3), batch=2, num_steps=3))
+    images, classes = gather(sample_teacher(teacher, range(3), batch=2, settings=SamplerSettings(3)))
     noise, drawn = latents_of_seeds(range(3), [1, 8, 8], 3)
     with torch.no_grad():
         expected = heun_sampler(teacher, noise, torch.nn.functional.one_hot(drawn, 3).float(), num_steps=3)
     assert torch.equal(classes, drawn)
     assert (images.int() - to_uint8(expected).int()).abs().max() <= 1  # rounding of float32 may cross a level
+
+
+def test_fresh_noise_belongs_to_the_seed():
+    teacher = EDMPrecond(8, 1, model_type="SongUNet", model_channels=16, channel_mult=[1], num_blocks=1).eval()
+    settings = SamplerSettings(4, S_churn=40, S_noise=1.003)
+    images = [gather(sample_teacher(teacher, [5, 6, 7], batch=batch, settings=settings))[0].int() for batch in (1, 3)]
+    still = gather(sample_teacher(teacher, [5, 6, 7], settings=SamplerSettings(4)))[0].int()
+    assert (images[0] - images[1]).abs().max() <= 1 < (images[0] - still).abs().max()
+    state = torch.get_rng_state()
+    again = gather(sample_teacher(teacher, [7], settings=settings))[0].int()
+    assert (again[0] - images[0][2]).abs().max() <= 1 and torch.equal(torch.get_rng_state(), state)
 
 
 def test_nan_images_are_told_with_their_seed():

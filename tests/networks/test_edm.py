@@ -1,6 +1,7 @@
 """EDM's denoisers, sampler and losses beyond the golden numbers: contracts, errors, modes, analytic cases."""
 
 import copy
+import itertools
 import json
 import math
 
@@ -219,6 +220,41 @@ def test_churned_samples_keep_the_distribution():
     assert images.std().item() == pytest.approx(0.5, rel=0.05)
     correlation = torch.corrcoef(torch.stack([images.flatten(), latents.flatten().double()]))[0, 1]
     assert correlation.abs() < 0.5  # fresh noise has replaced much of the latents
+
+
+def test_every_noise_of_the_stochastic_sampler_arrives_in_closed_form():
+    """A Gaussian's denoiser is linear: latents and the noise of each step reach the image times known factors.
+
+    With g(σ) = σ / (s² + σ²), the slope at x is g·x, and Heun's step from a to b multiplies x with
+    1 + (b − a) / 2 · (g(a) + g(b) · (1 + (b − a) g(a))). Step i adds S_noise · √(a² − t²) · ε, a = (1 + γ) t, where t
+    lies between S_min and S_max (Karras et al. 2022, algorithm 2).
+    """
+    s, steps, churn = 0.5, 7, {"S_churn": 2.1, "S_min": 0.05, "S_max": 50.0, "S_noise": 1.003}
+    levels = [*karras_sigmas(steps).tolist(), 0.0]
+    sources = torch.eye(steps + 1, dtype=torch.float64)  # the latent, and the noise of each step
+    order = iter(sources[1:])
+    images = heun_sampler(
+        GaussianDenoiser(s),
+        sources[0].reshape(-1, 1, 1, 1),
+        num_steps=steps,
+        randn_like=lambda _: next(order).reshape(-1, 1, 1, 1),
+        **churn,
+    )
+    found = images.flatten()
+    slope = lambda level: level / (s**2 + level**2)  # noqa: E731
+    expected, added = torch.zeros(steps + 1, dtype=torch.float64), 0
+    expected[0] = levels[0]
+    for index, (t, b) in enumerate(itertools.pairwise(levels)):
+        gamma = min(churn["S_churn"] / steps, math.sqrt(2) - 1) if churn["S_min"] <= t <= churn["S_max"] else 0.0
+        a = (1 + gamma) * t
+        expected[index + 1] = churn["S_noise"] * math.sqrt(a**2 - t**2)
+        added += gamma > 0
+        factor = 1 + (b - a) * slope(a)
+        if b > 0:
+            factor = 1 + (b - a) / 2 * (slope(a) + slope(b) * factor)
+        expected *= factor
+    assert 0 < added < steps and next(order, None) is None
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_sampler_without_churn_leaves_the_random_numbers_alone():

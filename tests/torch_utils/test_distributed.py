@@ -135,10 +135,12 @@ def test_two_ranks_generate_what_one_does(pair, tmp_path):
         args = [network, "--seeds=0-10,40", "--batch=3", "--device=cpu", f"--outdir={tmp_path}/out{count}"]
         processes, logs = launch_ranks(args, tmp_path / str(count), count, command="generate")
         assert wait(processes) == [0] * count, texts(logs)
-        assert logs[0].read_text().endswith(f"12 images and grid.png in {tmp_path}/out{count}\n")
+        out = f"{tmp_path}/out{count}"
+        assert logs[0].read_text().endswith(f"12 images in {out}, a grid of them in {out}-grid.png\n")
     assert logs[1].read_text() == ""
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / f"out{count}").iterdir()} for count in (1, 2))
-    assert one == two and len(one) == 13
+    assert one == two and len(one) == 12
+    assert (tmp_path / "out1-grid.png").read_bytes() == (tmp_path / "out2-grid.png").read_bytes()
 
 
 def test_what_one_rank_cannot_generate_ends_all_with_its_message(tmp_path):
@@ -309,3 +311,26 @@ def test_gpus_are_given_out_by_local_rank(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match="process 1 of this machine finds 1 GPUs"):
         distributed.local_device("cuda")
+
+
+def test_gpus_are_named_to_nccl_and_its_communicators_aborted_after_an_error(monkeypatch):
+    """What NCCL is asked for; no GPU is at hand to see what it does."""
+    calls = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed, "_reached", lambda: distributed.dist.HashStore())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    for name in ("init_process_group", "new_group", "destroy_process_group"):
+        note = functools.partial(lambda name, *args, **kwargs: calls.append((name, *args, kwargs)), name)
+        monkeypatch.setattr(distributed.dist, name, note)
+    monkeypatch.setattr(distributed.dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(distributed.dist.distributed_c10d, "_abort_process_group", lambda: calls.append(("abort", {})))
+    monkeypatch.setattr(distributed, "_part", lambda: None)
+    with distributed.session(cuda=True):
+        name, backend, options = calls[0]
+        assert (name, backend, options["device_id"]) == ("init_process_group", "nccl", torch.device("cuda", 1))
+        assert 10 <= options["timeout"].total_seconds() / 60 <= 30  # `pulse` is faster
+        assert all(call[-1]["timeout"] != options["timeout"] for call in calls[1:])
+    assert calls[-1][0] == "destroy_process_group"
+    with pytest.raises(ValueError, match="broken"), distributed.session(cuda=True):
+        raise ValueError("broken")
+    assert calls[-1][0] == "abort"

@@ -106,7 +106,12 @@ def test_a_folder_serves_from_anywhere(tmp_path, monkeypatch, pair):
 @pytest.mark.parametrize("dry_run", [False, True])
 @pytest.mark.parametrize(
     ("size", "labels", "message"),
-    [(9, None, "9×9×1"), (8, [0, 1, 7], "expected 3 classes"), (8, [0, 1, 1], "no image of class 2")],
+    [
+        (9, None, "9×9×1"),
+        (8, [0, 1, 7], "expected 3 classes"),
+        (8, [0, 1, 1], "no image of class 2"),
+        (8, [0, 1, 2.5], "no class for 2.png"),
+    ],
 )
 def test_images_that_are_of_no_use_are_told_before_anything_is_written(tmp_path, pair, size, labels, message, dry_run):
     data = zip_of(tmp_path / "data.zip", size, 1, count=3, labels=labels).path

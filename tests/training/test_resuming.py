@@ -184,7 +184,7 @@ def test_extending_a_short_run_keeps_what_tensorboard_shows(begun, tmp_path, cap
 
 
 def test_a_dry_run_shows_the_folder_that_it_would_go_on_in(begun, tmp_path, capsys):
-    code, out, err = call(capsys, "--resume=latest", begun[-1], "--dry-run")
+    code, out, err = call(capsys, "--resume=latest", begun[-1], "--dry-run", "--json")
     assert code == 0 and json.loads(out)["run_dir"] == str(tmp_path / "out" / "00000-x"), err
 
 

@@ -147,12 +147,16 @@ def test_equal_seeds_give_equal_snapshots(tmp_path):
     assert files[0] == files[1] != files[2]
 
 
-@pytest.mark.parametrize("batch_gpu", [1, 2, 4])
-def test_micro_batches_give_the_same_gradients(tmp_path, batch_gpu):
-    """Also with the noise inputs of the student, the dropout of aux, and the running mean of w."""
+@pytest.mark.parametrize(
+    ("batch_gpu", "c_dim", "prior"), [(1, 3, None), (2, 3, None), (4, 3, None), (4, 0, None), (2, 0, (1.0, 2.0, 3.0))]
+)
+def test_micro_batches_give_the_same_gradients(tmp_path, batch_gpu, c_dim, prior):
+    """Also with the noise inputs of the student, the dropout of aux, the running mean of w, and labels that are drawn
+    for a teacher that knows no missing one."""
     seen = []
     for index, size in enumerate((None, batch_gpu)):
-        trainer = make_run(tmp_path / str(index), batch=6, batch_gpu=size, dropout=True).trainer
+        options = {"batch_gpu": size, "dropout": True, "label_dist": prior}
+        trainer = make_run(tmp_path / str(index), make_student(c_dim), batch=6, **options).trainer
         with torch.no_grad():
             for name, p in trainer.G.named_parameters():
                 if name.endswith("noise_strength"):
@@ -192,7 +196,7 @@ def test_states_hold_what_they_always_held(tmp_path):
     training = make_run(tmp_path, average="ema")
     run(training)
     state = load_training_state(tmp_path / "training-state-000000.024.pt")
-    later = {"start_recall", "recall_lost", "rollbacks", "files", "averages", "steps"}
+    later = {"start_recall", "recall_lost", "rollbacks", "files", "averages", "steps", "pace"}
     assert set(state) == later | {
         *("networks", "student_optimizer", "aux_optimizer", "rng", "cuda_rng", "nimg", "warmup_steps_done"),
         *("loss_scales", "skips", "means", "config", "elapsed", "begun", "tick_start", "best", "since_best"),

@@ -1,8 +1,8 @@
 """Checkpoints of other programs, opened: which networks are in them, and the way in and out of each.
 
-`opening.open_container` recognises the format; the readers (`nvidia`, `tensorflow`, `rosinality`, `state_dicts`) say
-which of the file's tensors is which of ours. A `FileNetwork` is such a table; the numbers stay in the file until the
-network is built, or are replaced there when a refined one is given back.
+`opening.open_container` recognises the format; the readers (`nvidia`, `tensorflow`, `rosinality`, `adm`, `state_dicts`)
+say which of the file's tensors is which of ours. A `FileNetwork` is such a table; the numbers stay in the file until
+the network is built, or are replaced there when a refined one is given back.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ class FileNetwork:
         network.notes = tuple(self.notes)
         if self.finish is not None:
             self.finish(network)
+        network.notes = tuple(self.notes)
         return network
 
     def _check(self, expected: Mapping[str, torch.Tensor], limit: int) -> None:
@@ -110,6 +111,7 @@ class Container:
         members: Name → kind ('generator', 'discriminator', 'teacher') of the networks that can be asked for.
         resizable: Whether bytes written as text (protocol 2) can change their length.
         writable: Whether networks can be put back into the file's own structure.
+        takes_kwargs: Whether it leaves open how its networks are built, so that `open_container` may be told.
         nbytes: Size of its contents, where they are compressed.
     """
 
@@ -122,10 +124,11 @@ class Container:
         resizable: bool = False,
         writable: bool = False,
         nbytes: int = 0,
+        takes_kwargs: bool = False,
     ):
         self.path, self.stream, self.family = Path(path), stream, family
         self.members = {name: kind for name, (kind, _) in members.items()}
-        self.resizable, self.writable = resizable, writable
+        self.resizable, self.writable, self.takes_kwargs = resizable, writable, takes_kwargs
         self._describe = {name: describe for name, (_, describe) in members.items()}
         self._networks: dict[str, FileNetwork] = {}
         self.size = os.fstat(stream.fileno()).st_size

@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from refine.checkpoints.foreign import edm_names, nvidia, r3gan, rosinality, stylegan2_names, tensorflow
+from refine.checkpoints.foreign import adm, edm_names, nvidia, r3gan, rosinality, stylegan2_names, stylegan3, tensorflow
 from refine.checkpoints.foreign.container import Members
 from refine.checkpoints.foreign.flat import flattened
-from refine.checkpoints.pickles.inert import Refused
+
+# Families that are state dicts; few programs write those as plain pickles, so none is written back into one.
+STATE_DICTS = {adm.FAMILY, adm.CM_FAMILY, edm_names.FAMILY, rosinality.FAMILY, stylegan2_names.FAMILY}
 
 
-def find(value: Any, given: Mapping[str, Any] | None = None) -> tuple[str, Members] | None:
-    """(family, members) of a file's value; None where no family knows it.
+def find(value: Any, path: Path, kwargs: Mapping[str, Any] | None = None) -> tuple[str, Members, bool] | None:
+    """(family, members, whether they take arguments) of a file's value; None where no family knows it.
 
     Args:
         value: What the pickle or table holds.
-        given: Constructor arguments for a state dict; None = what shapes tell.
+        path: The file, whose name may tell, and beside which arguments may lie.
+        kwargs: Arguments for networks that take them; None = what names and shapes tell.
 
     Raises:
-        Refused: it is a file of a family, but an impossible one, or one that takes no arguments.
+        Refused: it is a file of a family, but an impossible one.
     """
-    known = nvidia.members(value) or tensorflow.members(value)
+    known = stylegan3.members(value) or nvidia.members(value) or tensorflow.members(value)
     if known is not None:
-        if given:
-            raise Refused(
-                "it says itself how its networks are built; expected no --gan-kwargs, which are for state dicts"
-            )
-        return known
+        return *known, False
+    diffusion = adm.members(value, path, kwargs)
+    if diffusion is not None:
+        return *diffusion, True
     flat = flattened(value)
     for family in (stylegan2_names, r3gan, rosinality, edm_names):
-        if (found := family.members(flat, given)) is not None:
-            return family.FAMILY, found
+        if (found := family.members(flat, kwargs)) is not None:
+            return family.FAMILY, found, True
     return None

@@ -70,7 +70,7 @@ def describe_denoiser(tensors: Mapping[str, TensorRef], given: Mapping[str, Any]
         kwargs |= _of_song(tensors, sizes, embedded[1] // channels)
     cls = given.pop("class", "EDMPrecond")
     if cls not in CLASSES:
-        raise Refused(f"--gan-kwargs name the class {str(cls)[:40]!r}; expected one of {', '.join(CLASSES)}")
+        raise Refused(f"--teacher-kwargs name the class {str(cls)[:40]!r}; expected one of {', '.join(CLASSES)}")
     notes = [f"its scalings are taken as those of {cls}, which no state dict tells"]
     prefixed = {f"model.{name}": ref for name, ref in tensors.items()}
     return FileNetwork(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container
 from typing import Any
 
 from refine.checkpoints.foreign.container import FileNetwork, Members, plain
@@ -133,14 +133,12 @@ def _later(describe: Callable[[Persistent], FileNetwork], item: Persistent) -> C
     return lambda: describe(item)
 
 
-def family(value: Any, seen: list[str], named: Iterable[str] = ()) -> str | None:
-    """What a file of NVIDIA's is that cannot be read, as far as the classes and globals it names tell."""
+def family(value: Any, seen: list[str]) -> str | None:
+    """What a file of NVIDIA's is that cannot be read, as far as the classes it names tell."""
     names = set(seen)
     table = value if isinstance(value, dict) else {}
-    if "SynthesisInput" in names:
-        xl = not names.isdisjoint({"SuperresGenerator", "ProjectedDiscriminator"})
-        xl = xl or any(name.startswith(_XL_MODULES) for name in named)
-        return "a StyleGAN-XL generator" if xl else "a StyleGAN3 generator"
+    if "SynthesisInput" in names and value is not None:
+        return "a StyleGAN3 or StyleGAN-XL pickle without a generator that is known here"
     if {"ProjectedDiscriminator", "FastganSynthesis"} & names:
         return "a Projected GAN or StyleGAN-XL checkpoint"
     if {"MPConv", "MPFourier", "EDM2Loss"} & names or ("Precond" in names and not names & set(_PRECONDS)):
@@ -164,7 +162,6 @@ def family(value: Any, seen: list[str], named: Iterable[str] = ()) -> str | None
 
 
 _PIXELS = "StandardRGBEncoder"  # of EDM2's networks whose images are images
-_XL_MODULES = ("timm.", "pg_modules.", "feature_networks.")  # of the pretrained features of its discriminator
 
 
 # StyleGAN2.

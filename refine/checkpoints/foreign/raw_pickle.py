@@ -3,48 +3,58 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from refine.checkpoints.foreign import contents, edm_names, nvidia, rosinality, stylegan2_names, tensorflow, torch_save
+from refine.checkpoints.foreign import contents, nvidia, stylegan3, tensorflow, torch_save
 from refine.checkpoints.foreign.container import Container, saying
 from refine.checkpoints.pickles.inert import Refused
 from refine.checkpoints.pickles.machine import Machine
 
 _LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a pickle of torch.save's old magic number
 
-# Pickles of state dicts, which few programs write.
-_NOT_WRITTEN_BACK = {edm_names.FAMILY, rosinality.FAMILY, stylegan2_names.FAMILY}
 
-
-def open_pickle(path: Path, stream: BinaryIO, expected: str, **given: Any) -> Container:
-    """The networks of a raw pickle.
+def open_pickle(path: Path, stream: BinaryIO, expected: str, kwargs: Mapping[str, Any] | None = None) -> Container:
+    """The networks of a raw pickle; for `kwargs` see `opening.open_container`.
 
     Raises:
         ValueError: it is broken, holds what is not allowed, or is of another family.
     """
     if is_legacy_torch(stream):
-        return torch_save.open_legacy(path, stream, expected, **given)
-    seen: list[str] = []
+        return torch_save.open_legacy(path, stream, expected, kwargs)
+    size, seen = os.fstat(stream.fileno()).st_size, list[str]()
     rules = nvidia.rules(seen) | tensorflow.RULES
-    machine = Machine(stream, os.fstat(stream.fileno()).st_size, rules, lenient=True)
+    machine = Machine(stream, size, rules | {stylegan3.EMBEDDING.name: stylegan3.EMBEDDING}, lenient=True)
     try:
         value = machine.load()
     except Refused as error:
+        if stylegan3.is_of_xl(machine.globals):
+            stream.seek(0)
+            machine = Machine(stream, size, rules | stylegan3.RULES, lenient=True, harmless=stylegan3.harmless)
+            with saying(str(path)):
+                of_xl = stylegan3.members(machine.load())
+            if of_xl is None:
+                raise ValueError(f"{path} is {stylegan3.XL} without a generator; expected {expected}") from None
+            return _container(path, stream, machine, (*of_xl, False))
         # Files of other families often hold globals of their own: then the family is the more helpful answer.
-        named = nvidia.family(None, seen, machine.globals)
+        named = nvidia.family(None, seen)
         if named is not None and "has no place" in str(error):
             raise ValueError(f"{path} is {named}; expected {expected}") from None
         raise ValueError(f"{path}: {error}") from None
     with saying(str(path)):
-        found = contents.find(value, given.get("init_kwargs"))
+        found = contents.find(value, path, kwargs)
     if found is None:
-        named = tensorflow.family(value) or nvidia.family(value, seen, machine.globals) or _plainly(value)
+        named = tensorflow.family(value) or nvidia.family(value, seen) or _plainly(value)
         raise ValueError(f"{path} is {named}; expected {expected}")
-    family, members = found
+    return _container(path, stream, machine, found)
+
+
+def _container(path: Path, stream: BinaryIO, machine: Machine, found: Any) -> Container:
     resizable = machine.protocol == 2 and not machine.framed
-    writable = family not in _NOT_WRITTEN_BACK
-    return Container(path, stream, family, members, resizable=resizable, writable=writable)
+    family, members, takes_kwargs = found
+    more = {"resizable": resizable, "writable": family not in contents.STATE_DICTS, "takes_kwargs": takes_kwargs}
+    return Container(path, stream, family, members, **more)
 
 
 def is_legacy_torch(stream: BinaryIO) -> bool:

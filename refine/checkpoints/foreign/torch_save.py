@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import torch
 
 from refine.checkpoints import archives
-from refine.checkpoints.foreign import contents, nvidia
+from refine.checkpoints.foreign import adm, contents, nvidia
 from refine.checkpoints.foreign.container import Container, saying
 from refine.checkpoints.pickles.inert import Blob, Buildable, Refused, Stub, Text, shown
 from refine.checkpoints.pickles.machine import Machine
@@ -43,13 +43,17 @@ def _rules(seen: list[str]) -> dict[str, Stub]:
 # The two containers of torch.save.
 
 
-def open_zip(path: Path, stream: BinaryIO, expected: str, **given: Any) -> Container:
+def open_zip(path: Path, stream: BinaryIO, expected: str, kwargs: Mapping[str, Any] | None = None) -> Container:
     """The networks of a `.pt` in torch.save's zip format.
+
+    Args:
+        path, stream, expected: As for `read_zip`.
+        kwargs: See `opening.open_container`.
 
     Raises:
         ValueError: it is broken, holds what is not allowed, or is of another family.
     """
-    return _container(path, stream, *read_zip(path, stream, expected, lenient=True), expected, **given)
+    return _container(path, stream, *read_zip(path, stream, expected, lenient=True), expected, kwargs)
 
 
 def read_zip(
@@ -188,13 +192,13 @@ def _zip_entry(stream: BinaryIO, info: zipfile.ZipInfo, size: int, unpacked: _Un
     return Blob(stream, start, info.file_size)
 
 
-def open_legacy(path: Path, stream: BinaryIO, expected: str, **given: Any) -> Container:
-    """The networks of a `.pt` in the stream format of torch.save before torch 1.6.
+def open_legacy(path: Path, stream: BinaryIO, expected: str, kwargs: Mapping[str, Any] | None = None) -> Container:
+    """The networks of a `.pt` in the stream format of torch.save before torch 1.6; arguments as for `open_zip`.
 
     Raises:
         ValueError: it is broken, holds what is not allowed, or is of another family.
     """
-    return _container(path, stream, *read_legacy(path, stream, expected, lenient=True), expected, **given)
+    return _container(path, stream, *read_legacy(path, stream, expected, lenient=True), expected, kwargs)
 
 
 def read_legacy(path: Path, stream: BinaryIO, expected: str, lenient: bool = False) -> tuple[Any, list[str]]:
@@ -264,19 +268,16 @@ def _unpickle(path: Path, machine: Machine, seen: list[str], expected: str) -> A
 
 
 def _container(
-    path: Path,
-    stream: BinaryIO,
-    value: Any,
-    seen: list[str],
-    expected: str,
-    init_kwargs: Mapping[str, Any] | None = None,
+    path: Path, stream: BinaryIO, value: Any, seen: list[str], expected: str, kwargs: Mapping[str, Any] | None
 ) -> Container:
     with saying(str(path)):
-        found = contents.find(value, init_kwargs)
+        found = contents.find(value, path, kwargs)
     if found is None:
-        raise ValueError(f"{path} is {_family(value, seen)}; expected {expected}")
+        named = adm.family(value, path) or _family(value, seen)
+        raise ValueError(f"{path} is {named}; expected {expected}")
+    family, members, takes_kwargs = found
     size = os.fstat(stream.fileno()).st_size
-    return Container(path, stream, *found, nbytes=archives.MAX_INFLATION * size)
+    return Container(path, stream, family, members, nbytes=archives.MAX_INFLATION * size, takes_kwargs=takes_kwargs)
 
 
 def _family(value: Any, seen: list[str]) -> str:

@@ -53,6 +53,7 @@ class Machine:
         budget: Opcodes that may be run. None = `MAX_OPCODES`.
         lenient: Read past what is not needed: objects of other programs become `Unknown`, and what is kept under other
             keys than text and whole numbers is dropped.
+        harmless: Which names, by module and name, those may have.
 
     Attributes:
         protocol: As declared by the file.
@@ -71,9 +72,10 @@ class Machine:
         persistent_load: Callable[[Any], Any] | None = None,
         budget: int | None = None,
         lenient: bool = False,
+        harmless: Callable[[str, str], bool] = is_harmless,
     ):
         self.stream, self.size, self.rules, self.persistent_load = stream, size, rules, persistent_load
-        self.lenient, self.unknown = lenient, dict[str, Stub]()
+        self.lenient, self.harmless, self.unknown = lenient, harmless, dict[str, Stub]()
         self.budget = MAX_OPCODES if budget is None else budget
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
@@ -154,7 +156,7 @@ class Machine:
         self.globals[full] = None
         stub = self.rules.get(full) or self.unknown.get(full)
         if stub is None:
-            if not (self.lenient and is_harmless(module, name)):
+            if not (self.lenient and self.harmless(module, name)):
                 raise Refused(f"it names {shown(full)}, which has no place in such a file; nothing of it was run")
             stub = self.unknown[full] = unknown_stub(full)
         self.stack.append(stub)

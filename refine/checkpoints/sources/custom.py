@@ -1,12 +1,14 @@
-"""Generators of the user's own: `package.module:function`, or `package.module:function@FILE` for one that was saved.
+"""Networks of the user's own: `package.module:function`, or `package.module:function@FILE` for one that was saved.
 
-The function takes no arguments and gives a module that fulfils the Generator protocol (docs/generators.md). It is code
-that the user names and that Python imports like any other. A file can never do that: what is written of such a network
-are its tensors and, for people, its reference; reading it takes the reference from the user again.
+The function takes no arguments and gives a module: a generator (docs/generators.md), or a diffusion model
+(docs/teachers.md), which is not saved and has no FILE. It is code that the user names and that Python imports like any
+other. A file can never do that: what is written of such a network are its tensors and, for people, its reference;
+reading it takes the reference from the user again.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import os
@@ -20,6 +22,7 @@ import torch
 
 from refine.checkpoints import native
 from refine.networks.own import OwnGenerator
+from refine.networks.own_teacher import DENOISED, OwnTeacher
 
 _REFERENCE = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)(?:@(.+))?")
 _SIZES = ("z_dim", "c_dim", "img_resolution", "img_channels")
@@ -57,6 +60,44 @@ def load_custom(reference: Reference) -> OwnGenerator:
     if reference.file is not None:
         _load_weights(G, reference, reference.file)
     return G.cpu().float().eval().requires_grad_(False)
+
+
+def load_custom_teacher(reference: Reference) -> OwnTeacher:
+    """The diffusion model that the user's function makes.
+
+    Returns:
+        As `load_teacher`; what the function made is in its attribute `network`.
+
+    Raises:
+        ValueError: The function cannot be found or fails, or its result is not a diffusion model.
+    """
+    if reference.file is not None:
+        raise ValueError(f"{reference}@{reference.file}: a teacher of your own code has no file; expected {reference}")
+    network = _call(reference)
+    if not isinstance(network, torch.nn.Module):
+        raise ValueError(f"{reference}() gave {type(network).__name__}; expected a torch.nn.Module")
+    for name, least in (("img_resolution", 1), ("img_channels", 1), ("label_dim", 0)):
+        value = getattr(network, name, 0 if name == "label_dim" else None)
+        if type(value) is not int or value < least:
+            raise ValueError(f"{reference}() gave a teacher whose {name} is {value!r}; expected a whole number")
+    if getattr(network, "predicts", DENOISED) != DENOISED and not hasattr(network, "alphas_cumprod"):
+        raise ValueError(f"{reference}() gave a teacher that predicts {network.predicts!r} without alphas_cumprod")
+    network.cpu().float().eval().requires_grad_(True)
+    try:
+        teacher = copy.deepcopy(OwnTeacher(network, str(reference))).eval()  # as the auxiliary network will be
+    except Exception as error:  # of impossible attributes, or of what cannot be copied
+        raise ValueError(f"{reference}() gave a teacher that cannot be used: {_line(error)}") from error
+    shape = (2, teacher.img_channels, teacher.img_resolution, teacher.img_resolution)
+    sigma = min(max(1.0, teacher.sigma_min), teacher.sigma_max)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            c = torch.eye(teacher.label_dim)[:1].repeat(2, 1) if teacher.label_dim else None
+            images = teacher(torch.randn(shape), torch.full([2], sigma), c)
+    except Exception as error:  # whatever the user's network does
+        asked = "D(x, sigma, class_labels)" if teacher.predicts == DENOISED else "network(x, t, class_labels)"
+        raise ValueError(f"{reference}() gave a teacher that fails at {asked}: {_line(error)}") from error
+    _check_images(images, shape, reference, "teacher", "images")
+    return teacher.requires_grad_(False)
 
 
 def source_of(reference: Reference) -> Path:
@@ -104,7 +145,7 @@ def _wrapped(network: Any, reference: Reference) -> OwnGenerator:
             images = network(z, c, **options)
     except Exception as error:  # whatever the user's network does
         raise ValueError(f"{reference}() gave a generator that fails at G(z, c): {_line(error)}") from error
-    _check_images(images, (2, sizes["img_channels"], *[sizes["img_resolution"]] * 2), reference)
+    _check_images(images, (2, sizes["img_channels"], *[sizes["img_resolution"]] * 2), reference, "generator", "latents")
     return OwnGenerator(network, str(reference), options)
 
 
@@ -124,15 +165,15 @@ def _accepted_options(network: torch.nn.Module, z: torch.Tensor, c: torch.Tensor
     return named
 
 
-def _check_images(images: Any, expected: tuple[int, ...], reference: Reference) -> None:
-    """Raises ValueError unless these are finite floats of that shape with a gradient."""
+def _check_images(images: Any, expected: tuple[int, ...], reference: Reference, kind: str, given: str) -> None:
+    """Raises ValueError unless what a network gave for two inputs is finite floats of that shape with a gradient."""
     if not isinstance(images, torch.Tensor) or tuple(images.shape) != expected or not images.is_floating_point():
         found = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, torch.Tensor) else type(images).__name__
-        raise ValueError(f"{reference}() gave a generator of {found} for two latents; expected floats {expected}")
+        raise ValueError(f"{reference}() gave a {kind} of {found} for two {given}; expected floats {expected}")
     if not images.isfinite().all():
-        raise ValueError(f"{reference}() gave a generator whose images hold NaN or infinity")
+        raise ValueError(f"{reference}() gave a {kind} whose images hold NaN or infinity")
     if not images.requires_grad:
-        raise ValueError(f"{reference}() gave a generator whose images do not depend differentiably on its parameters")
+        raise ValueError(f"{reference}() gave a {kind} whose images do not depend differentiably on its parameters")
 
 
 def _load_weights(G: OwnGenerator, reference: Reference, path: str) -> None:

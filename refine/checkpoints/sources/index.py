@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 from refine import dnnlib
 from refine.checkpoints.foreign.diffusers_folder import find_weights
 from refine.checkpoints.sniff import check_readable_file
-from refine.checkpoints.sources.fetch import fetch, is_url
+from refine.checkpoints.sources.fetch import cache_path, fetch, is_url
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -53,22 +53,40 @@ class RemoteEntry:
     Attributes:
         name: The short name that command lines and `load_*` take.
         kind: One of `KINDS`.
-        url: Where it is.
+        url: Where it is; '' where nobody knows an address that stays.
         resolution: Side of its images, in pixels.
         licence: Licence of the file, as far as its publisher says.
         classes: Number of classes, 0 for an unconditional network; None for statistics.
         fid: Published Fréchet inception distance of 50,000 images, None where none is known.
         sha256: Its checksum, None where none is known: then that of the first download is recorded.
+        fid_with: What else that number was measured with, such as 'classifier guidance'.
+        where: Where a user can get it, if there is no url.
+        guide, guidance: Of a teacher that was published with another network that guides it: that one's name, and the
+            strength.
     """
 
     name: str
     kind: str
-    url: str
     resolution: int
     licence: str
+    url: str = ""
     classes: int | None = None
     fid: float | None = None
     sha256: str | None = None
+    fid_with: str | None = None
+    where: str | None = None
+    guide: str | None = None
+    guidance: float | None = None
+
+    @property
+    def published(self) -> str:
+        """The FID, with what else it was measured with; '' where none is known."""
+        number = "" if self.fid is None else f"{self.fid:.2f}"
+        return f"{number} ({self.fid_with})" if self.fid_with else number
+
+    @property
+    def is_cached(self) -> bool:
+        return bool(self.url) and cache_path(self.url).is_file()
 
 
 def pretrained_dir() -> Path | None:
@@ -134,7 +152,11 @@ def resolve(path_or_name: str | os.PathLike, kind: str | None = None) -> Path:
     entry = index[text]
     if kind is not None and entry.kind != kind:
         raise ValueError(f"{text} is a {entry.kind}; expected a {kind}")
-    return fetch(entry.url, entry.sha256) if isinstance(entry, RemoteEntry) else _verified(folder, entry)
+    if isinstance(entry, IndexEntry):
+        return _verified(folder, entry)
+    if not entry.url:
+        raise ValueError(f"{text} has to be fetched by hand: {entry.where}; then give the file in its place")
+    return fetch(entry.url, entry.sha256)
 
 
 def _known(text: str, index: dict[str, IndexEntry | RemoteEntry]) -> str:
@@ -167,7 +189,7 @@ def _verified(folder: Path, entry: IndexEntry) -> Path:
 def _entry(name: str, table: Any, path: Path) -> IndexEntry | RemoteEntry:
     if not isinstance(table, dict):
         raise ValueError(f"{path}: {name!r} is not a table")
-    remote = "url" in table
+    remote = "url" in table or "where" in table
     made_of = RemoteEntry if remote else IndexEntry
     known = {field.name: field for field in fields(made_of) if field.name != "name"}
     for key, hint in get_type_hints(made_of).items():

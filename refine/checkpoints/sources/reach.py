@@ -4,7 +4,7 @@ import os
 import re
 
 from refine.checkpoints.sniff import sniff
-from refine.checkpoints.sources.fetch import cache_path, is_url
+from refine.checkpoints.sources.fetch import is_url
 from refine.checkpoints.sources.index import RemoteEntry, read_index
 
 _CODE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*(@.*)?", re.DOTALL)
@@ -25,6 +25,6 @@ def reach_of(text: str, detector: bool = False) -> str | None:
     if _CODE.fullmatch(text):
         return "code to be imported"
     entry = read_index().get(text)
-    if isinstance(entry, RemoteEntry) and not cache_path(entry.url).exists():
+    if isinstance(entry, RemoteEntry) and not entry.is_cached:
         return "a download"
     return None

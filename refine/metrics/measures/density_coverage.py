@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from refine.metrics.measures.precision_recall import BLOCK_ELEMENTS, kth_neighbour_distances
+from refine.metrics.blocks import check_pair, pairs, squared_distances, squared_radii
 from refine.metrics.metric import Metric, Numbers, Row, Sample
 
 NEIGHBOURS = 5
@@ -22,7 +22,7 @@ def density_coverage(real: torch.Tensor, fake: torch.Tensor, k: int = NEIGHBOURS
 
     Args:
         real: [N, D], N > k.
-        fake: [M, D].
+        fake: [M, D], on the same device.
         k: The neighbour that a ball reaches to.
 
     Returns:
@@ -32,27 +32,22 @@ def density_coverage(real: torch.Tensor, fake: torch.Tensor, k: int = NEIGHBOURS
     Raises:
         ValueError: If there is no k-th neighbour, or dimensions differ.
     """
-    if len(real) <= k or len(fake) < 1 or real.shape[1] != fake.shape[1]:
-        raise ValueError(
-            f"features have shapes {list(real.shape)} and {list(fake.shape)}, "
-            f"expected [N, D] and [M, D] with N at least {k + 1}"
-        )
-    centre = real.to(torch.float64).mean(dim=0)  # near the origin |x|² + |y|² − 2x·y loses least
-    real, fake = real.to(torch.float64) - centre, fake.to(torch.float64) - centre
-    norms = real.square().sum(dim=1)
-    radii = kth_neighbour_distances(real, k) + 1e-12 * norms.max()  # rounding: a point on the sphere is in the ball
-    counts, held = [], torch.zeros(len(real), dtype=torch.bool, device=real.device)
-    for block in fake.split(max(BLOCK_ELEMENTS // len(real), 1)):
-        inside = torch.addmm(norms - radii, block, real.T, alpha=-2) <= -block.square().sum(dim=1, keepdim=True)
-        counts.append(inside.sum(dim=1))
-        held |= inside.any(dim=0)
-    return torch.cat(counts).double() / k, held
+    check_pair(real, fake, (k + 1, 1))
+    centre = real.mean(dim=0).to(torch.float64)
+    radii = squared_radii(real, k, centre)
+    counts = torch.zeros(len(fake), dtype=torch.float64, device=fake.device)
+    held = torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    for rows, columns, x, y in pairs(fake, real, centre):
+        inside = squared_distances(x, y) <= radii[columns]
+        counts[rows] += inside.sum(dim=1)
+        held[columns] |= inside.any(dim=0)
+    return counts / k, held
 
 
 def _compute(sample: Sample) -> Numbers:
     if len(sample.real_features) <= NEIGHBOURS:
         return Numbers({})
-    densities, held = density_coverage(sample.real_features, sample.features)
+    densities, held = (part.cpu() for part in density_coverage(*sample.both_features))
     values = {"density": densities.mean().item(), "coverage": held.double().mean().item()}
     return Numbers(values, {"density": densities})
 

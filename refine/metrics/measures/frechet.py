@@ -9,6 +9,8 @@ import torch
 
 from refine.metrics.metric import Metric, Numbers, Row, Sample
 
+_NEGLIGIBLE = 1e-9  # most that the trace of a root may be off by, relative; what it is off by is far less
+
 
 def frechet_distance(mu1: torch.Tensor, sigma1: torch.Tensor, mu2: torch.Tensor, sigma2: torch.Tensor) -> float:
     """|mu1 − mu2|² + tr(sigma1 + sigma2 − 2·(sigma1·sigma2)^½), a squared distance.
@@ -31,8 +33,16 @@ def trace_of_sqrt(sigma1: torch.Tensor, sigma2: torch.Tensor) -> torch.Tensor:
     With sigma_i = F_i·F_iᵀ the eigenvalues of the product are the squared singular values of F_1ᵀ·F_2, so the
     trace is their plain sum. Nothing is squared and then rooted: rounding stays at the level of float64 also where a
     covariance is singular, e.g. from fewer images than features. (The square root of an eigenvalue that should be 0
-    would lift noise of 1e-16 to 1e-8.)
+    would lift noise of 1e-16 to 1e-8.) Where no eigenvalue is near 0, they are taken from F_1ᵀ·sigma2·F_1 with
+    Cholesky's F_1, which takes a fifth of the time.
     """
+    lower, failed = torch.linalg.cholesky_ex(sigma1)
+    if not failed:
+        roots = torch.linalg.eigvalsh(lower.T @ sigma2 @ lower).clamp(min=0).sqrt()
+        # an eigenvalue may be off by D times the rounding of the largest, and its root by that over twice the root
+        error = len(roots) * torch.finfo(roots.dtype).eps * roots[-1].square() * (0.5 / roots).sum()
+        if error < _NEGLIGIBLE * roots.sum():
+            return roots.sum()
     return torch.linalg.svdvals(_factor(sigma1).T @ _factor(sigma2)).sum()
 
 

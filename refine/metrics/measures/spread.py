@@ -27,16 +27,24 @@ class ClassSpread:
         if classes is None and batch.judgement is not None:
             classes = batch.judgement.argmax(dim=1)
         classes = torch.zeros(len(pixels), dtype=torch.int64) if classes is None else classes.cpu()
-        for index in classes.unique().tolist():
-            mine = pixels[(classes == index).to(pixels.device)]
-            num, total, squares = self._sums.get(index, (0, 0, 0))
-            self._sums[index] = (num + len(mine), total + mine.sum(dim=0), squares + mine.square().sum(dim=0))
+        found, row, counts = classes.unique(return_inverse=True, return_counts=True)
+        row = row.to(pixels.device)
+        totals = pixels.new_zeros(len(found), pixels.shape[1]).index_add_(0, row, pixels)
+        squares = torch.zeros_like(totals).index_add_(0, row, pixels.square_())
+        for index, num, *sums in zip(found.tolist(), counts.tolist(), totals, squares, strict=True):
+            self._add(index, num, *(one.clone() for one in sums))  # a view would keep those of all classes
 
     def merge(self, other: ClassSpread) -> None:
-        """Adds what another process has seen."""
-        for index, (num, total, squares) in other._sums.items():
-            mine = self._sums.get(index, (0, 0, 0))
-            self._sums[index] = (mine[0] + num, mine[1] + total, mine[2] + squares)
+        """Adds what another process has seen, perhaps on another device."""
+        for index, sums in other._sums.items():
+            self._add(index, *sums)
+
+    def _add(self, index: int, num: int, total: torch.Tensor, squares: torch.Tensor) -> None:
+        if index in self._sums:
+            before, *mine = self._sums[index]
+            total, squares = (a + b.to(a.device) for a, b in zip(mine, (total, squares), strict=True))
+            num += before
+        self._sums[index] = (num, total, squares)
 
     def result(self) -> float:
         """The spread; 0 if no class has two images."""

@@ -370,14 +370,14 @@ def test_what_no_tensor_tells_can_be_given(tmp_path):
     made = {key: {**SMALL[key], **told[key]} for key in told}
     G = Generator(**kwargs, **made).eval().requires_grad_(False)
     torch.save(G.state_dict(), tmp_path / "x.pt")
-    loaded = load_generator(tmp_path / "x.pt", init_kwargs=told)
+    loaded = load_generator(tmp_path / "x.pt", kwargs=told)
     assert_images(loaded, G)
     assert loaded.notes == ()
     z = torch.randn(2, 6)
     without = load_generator(tmp_path / "x.pt")(z, noise_mode="const")
     assert max_error(without, G(z, noise_mode="const")) > 1e-3
-    with pytest.raises(ValueError, match="says itself how its networks are built"):
-        load_generator(PICKLES / "plain_t213_p4.pkl", init_kwargs=told)
+    with pytest.raises(ValueError, match="tells how its networks are built; expected no --gan-kwargs"):
+        load_generator(PICKLES / "plain_t213_p4.pkl", kwargs=told)
 
 
 def test_several_generators_without_an_average(G, tmp_path):

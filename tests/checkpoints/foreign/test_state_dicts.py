@@ -38,7 +38,7 @@ def test_generator(where, suffix, tmp_path):
     G.requires_grad_(False)
     path = write(tmp_path / f"x{suffix}", G, G.init_kwargs if where == "in the file" else None)
     if where == "in the call":
-        with open_container(path, init_kwargs=G.init_kwargs, class_name="stylegan2.Generator") as container:
+        with open_container(path, kwargs=G.init_kwargs, class_name="stylegan2.Generator") as container:
             loaded = container.load("G_ema").eval()
     else:
         if where == "beside it":

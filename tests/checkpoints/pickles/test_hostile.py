@@ -68,7 +68,7 @@ def attempt(path, data, expected=None, load=load_generator):
         network = load(path)
     except ValueError as error:
         refusal = str(error)
-        assert refusal.startswith(str(path)) and "\n" not in refusal and 20 < len(refusal) - len(str(path)) < 500, (
+        assert refusal.startswith(str(path)) and "\n" not in refusal and 12 < len(refusal) - len(str(path)) < 500, (
             refusal
         )
     assert TRAP not in os.environ, "something in the file was run"
@@ -436,7 +436,7 @@ def test_a_zip_of_millions_of_entries(tmp_path):
         size = file.tell() - 30
         file.write(b"PK\x05\x06" + struct.pack("<4H2LH", 0, 0, 0, 0, size, 30, 0))
     assert "a zip archive of very many files" in outcome(load_generator, tmp_path / "x.zip")
-    assert "entries in" in outcome(ImageSet, tmp_path / "x.zip")
+    assert "a list of entries of 110 MiB" in outcome(ImageSet, tmp_path / "x.zip")
 
 
 def test_a_zip_of_more_entries_than_a_network(tmp_path):

@@ -154,7 +154,7 @@ ARGUMENTS = [
 
 @pytest.mark.parametrize("given", ARGUMENTS)
 def test_arguments_that_are_given(given, G, tmp_path):
-    assert saved(tmp_path / "x.pt", G.state_dict(), init_kwargs=given) is not None
+    assert saved(tmp_path / "x.pt", G.state_dict(), kwargs=given) is not None
 
 
 ROSINALITY = {

@@ -528,7 +528,7 @@ def test_refine_from_urls(url, server, tmp_path, capfd):
         save_networks(tmp_path / name, networks, provenance={})
         server.bodies[name] = (tmp_path / name).read_bytes()
     gan, teacher = (url(name).replace("//", "//bob:hunter2@") for name in ("student", "teacher"))
-    options = [f"--gan={gan}", f"--teacher={teacher}", f"--outdir={tmp_path / 'runs'}", "--dry-run"]
+    options = [f"--gan={gan}", f"--teacher={teacher}", f"--outdir={tmp_path / 'runs'}", "--dry-run", "--json"]
     with pytest.raises(SystemExit) as stop:
         run_command("refine", options)
     captured = capfd.readouterr()
@@ -561,14 +561,16 @@ def test_the_published_files(root):
     entries = [entry for entry in index_of.values() if isinstance(entry, index.RemoteEntry)]
     detector = index_of["inception-2015-12-05"]
     assert detector.kind == "classifier" and cache_path(detector.url).name == "pt_inception-2015-12-05-6726825d.pth"
-    entries.remove(detector)
+    entries = [entry for entry in entries if entry.kind != "classifier"]
     assert {"stylegan2-ada-cifar10-cond", "stylegan2-ada-cifar10-uncond", "edm-cifar10-cond-vp"} <= index_of.keys()
-    assert len({entry.url for entry in entries}) == len(entries) > 50
+    assert all(entry.url or entry.where for entry in entries), "where to get it"
+    entries = [entry for entry in entries if entry.url]
+    assert len({entry.url for entry in entries}) == len(entries) > 100
     for entry in entries:
-        assert entry.url.startswith("https://") and cache_path(entry.url).suffix in (".pkl", ".npz"), entry
-        assert entry.resolution in (32, 64, 256, 512, 1024) and entry.licence, entry
+        assert entry.url.startswith("https://") and cache_path(entry.url).suffix in (".pkl", ".npz", ".pt"), entry
+        assert entry.resolution in (16, 32, 64, 128, 256, 512, 1024) and entry.licence, entry
         assert entry.classes in ((None,) if entry.kind == "reference" else (0, 10, 1000)), entry
-        assert (entry.classes == 0) == ("uncond" in entry.name) or entry.kind != "teacher", entry
-        assert entry.fid is None or 1 < entry.fid < 30, entry
+        assert (entry.classes == 0) == ("uncond" in entry.name) or not entry.name.startswith("edm-"), entry
+        assert entry.fid is None or 0.5 < entry.fid < 30, entry
     assert "near to it: edm-cifar10-cond-vp" in refusal(lambda: index.resolve("edm-cifar10-cond-vq"))
     assert "shipped are digits-gan" in refusal(lambda: index.resolve("xyz"))

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from refine.metrics import blocks
 from refine.metrics.evaluate import measure
-from refine.metrics.measures import density_coverage as module
 from refine.metrics.measures.density_coverage import NEIGHBOURS, density_coverage
 from refine.metrics.references import load_reference, save_reference
 from refine.metrics.sampling import sample_images
@@ -29,7 +29,7 @@ def normal(seed, *shape):
 
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_equals_brute_force(monkeypatch, k):
-    monkeypatch.setattr(module, "BLOCK_ELEMENTS", 100)  # several blocks
+    monkeypatch.setattr(blocks, "SIDE", 7)  # several blocks
     real, fake = normal(0, 40, 3), 0.7 * normal(1, 30, 3) + 0.4
     densities, held = density_coverage(real, fake, k)
     expected = brute_force(real.tolist(), fake.tolist(), k)

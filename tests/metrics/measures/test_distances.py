@@ -7,8 +7,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from refine.metrics.measures import kernel as kernel_module
-from refine.metrics.measures import precision_recall as precision_recall_module
+from refine.metrics import blocks
 from refine.metrics.measures.frechet import frechet_distance, trace_of_sqrt
 from refine.metrics.measures.kernel import kernel_distance
 from refine.metrics.measures.precision_recall import precision_recall
@@ -40,6 +39,16 @@ def test_trace_of_sqrt_equals_the_matrix_square_root():
     a, b = covariance(rng, 40), covariance(rng, 40)
     root = scipy.linalg.sqrtm((a @ b).numpy())
     assert trace_of_sqrt(a, b).item() == pytest.approx(np.trace(root).real, rel=1e-10)
+
+
+@pytest.mark.parametrize("smallest", [1.0, 1e-3, 1e-6, 1e-12, 0.0])
+@pytest.mark.parametrize("flat_first", [True, False])
+def test_trace_of_sqrt_is_exact_however_small_the_eigenvalues(smallest, flat_first):
+    basis = torch.from_numpy(np.linalg.qr(np.random.RandomState(4).randn(60, 60))[0])
+    values = torch.linspace(1, 0, 60).double() + smallest * torch.linspace(0, 1, 60).double()
+    steep, flat = basis @ values.diag() @ basis.T, 3 * torch.eye(60, dtype=torch.float64)
+    got = trace_of_sqrt(flat, steep) if flat_first else trace_of_sqrt(steep, flat)
+    assert got.item() == pytest.approx((3 * values).sqrt().sum().item(), rel=1e-8 if smallest == 1e-12 else 1e-11)
 
 
 def test_fewer_images_than_features_equals_the_sample_form():
@@ -74,22 +83,22 @@ def brute_force_kernel_distance(x, y):
     return xx + yy - 2 * sum(k(a, b) for a in x for b in y) / (n * m)
 
 
-@pytest.mark.parametrize("block", [1, 50, 1 << 20])
-def test_kernel_distance_equals_brute_force(monkeypatch, block):
-    monkeypatch.setattr(kernel_module, "BLOCK_ELEMENTS", block)
+@pytest.mark.parametrize("side", [1, 7, 1024])
+def test_kernel_distance_equals_brute_force(monkeypatch, side):
+    monkeypatch.setattr(blocks, "SIDE", side)
     rng = np.random.RandomState(0)
     x, y = rng.randn(13, 4), rng.randn(17, 4) + 0.3
-    got = kernel_distance(torch.from_numpy(x), torch.from_numpy(y))
+    got, _ = kernel_distance(torch.from_numpy(x), torch.from_numpy(y))
     assert got == pytest.approx(brute_force_kernel_distance(x, y), rel=1e-12)
 
 
 def test_kernel_distance_is_unbiased():
     # Of one distribution it scatters about 0 on both sides; the biased estimate would be positive every time.
     rng = np.random.RandomState(0)
-    values = [kernel_distance(*torch.from_numpy(rng.randn(2, 100, 8))) for _ in range(60)]
+    values = [kernel_distance(*torch.from_numpy(rng.randn(2, 100, 8)))[0] for _ in range(60)]
     assert abs(np.mean(values)) < 3 * np.std(values) / math.sqrt(60)
     assert 10 < sum(value < 0 for value in values) < 50
-    shifted = kernel_distance(torch.from_numpy(rng.randn(100, 8)), torch.from_numpy(rng.randn(100, 8) + 1))
+    shifted, _ = kernel_distance(torch.from_numpy(rng.randn(100, 8)), torch.from_numpy(rng.randn(100, 8) + 1))
     assert shifted > 10 * np.std(values)
 
 
@@ -117,7 +126,7 @@ def test_precision_recall_of_known_layouts():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_precision_recall_equals_brute_force(seed, monkeypatch):
-    monkeypatch.setattr(precision_recall_module, "BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr(blocks, "SIDE", 7)  # several blocks, the last one smaller
     rng = np.random.RandomState(seed)
     real, fake = rng.randn(40, 3), rng.randn(30, 3) * 0.7 + 0.5
 

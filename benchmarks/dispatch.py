@@ -1,0 +1,116 @@
+"""What one iteration asks of a GPU before any arithmetic: operators, clones, copies between host and device, waits.
+
+    python benchmarks/dispatch.py [--precisions=fp32,bf16] [--batch=64] [--top=0]
+
+At CIFAR-10's official sizes (`iteration.cifar10_pair`), on tensors that have shapes and no memory (torch's device
+meta, which takes the path of a GPU), so that no GPU is needed and seconds are enough. A compiled op counts as one
+operator, and so does attention, which is fused on a GPU; views are counted apart. Every operator costs the processor
+some microseconds, in which a GPU is not fed. Prints Markdown. tests/cuda looks for waits and copies with values.
+"""
+
+import ctypes
+import sys
+from collections import Counter
+from pathlib import Path
+
+import click
+import torch
+import torch.nn.functional as F
+from torch.optim import optimizer
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.iteration import cifar10_pair
+from refine.config import PRECISIONS, RefineConfig
+from refine.torch_utils.build import custom_ops
+from refine.training.trainer import Trainer
+
+VIEWS = {
+    *("view", "_unsafe_view", "_reshape_alias", "expand", "permute", "transpose", "t", "slice", "select", "unbind"),
+    *("unsqueeze", "squeeze", "detach", "alias", "as_strided", "split", "split_with_sizes", "narrow", "chunk"),
+}
+WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "bincount"}
+
+
+class Counting(TorchDispatchMode):
+    """Counts operators by name, and what they make the processor wait for or the bus carry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: Counter[str] = Counter()
+        self.copies = self.waits = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        self.operators[name] += 1
+        if name in WAITS:
+            self.waits += 1
+            if name == "_local_scalar_dense":
+                return 1.0
+        if name == "_fused_adam_":  # knows real devices only
+            return None
+        out = func(*args, **kwargs)
+        if name in ("_to_copy", "copy_"):
+            source = args[1] if name == "copy_" else args[0]
+            self.copies += source.device.type != out.device.type
+        return out
+
+    def row(self) -> dict[str, int]:
+        views = sum(count for name, count in self.operators.items() if name in VIEWS)
+        return {
+            "operators": self.operators.total(),
+            "of these views": views,
+            "clones": self.operators["clone"],
+            "casts and copies": self.operators["_to_copy"] + self.operators["copy_"],
+            "host copies": self.copies,
+            "waits": self.waits,
+        }
+
+
+class FusedAttention(TorchFunctionMode):
+    """The kernel that a GPU has, under the conditions under which it is used."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention and all(x.stride(-1) == 1 for x in args):
+            return torch.ops.aten._scaled_dot_product_efficient_attention(*args, None, True)[0]
+        return func(*args, **(kwargs or {}))
+
+
+def count(precision: str, batch: int, iterations: int = 2) -> Counting:
+    """The last of some iterations: the first makes Adam's state."""
+    custom_ops.OPS["meta"] = custom_ops.OPS["cuda"]
+    custom_ops._ready["meta"] = ctypes.CDLL(None)  # nobody calls it: the ops know shapes
+    optimizer.__dict__["_get_fused_kernels_supported_devices"] = lambda: ["meta"]
+    config = RefineConfig("student", "teacher", batch=batch, adversarial=0.0, precision=precision)
+    trainer = Trainer(config, *cifar10_pair(), device="meta")
+    for _ in range(iterations):
+        with FusedAttention(), Counting() as counting:
+            trainer.step()
+    return counting
+
+
+@click.command(help=__doc__.split("\n\n")[0], context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--precisions", default="fp32,bf16", show_default=True, help="Which, comma-separated.")
+@click.option("--batch", type=click.IntRange(min=2), default=64, show_default=True)
+@click.option("--top", type=click.IntRange(min=0), default=0, show_default=True, help="The commonest operators, too.")
+def main(precisions: str, batch: int, top: int) -> None:
+    chosen = precisions.split(",")
+    if unknown := set(chosen) - set(PRECISIONS):
+        raise click.BadParameter(f"found {', '.join(sorted(unknown))}; expected {', '.join(PRECISIONS)}")
+    counted = {precision: count(precision, batch) for precision in chosen}
+    heads = list(next(iter(counted.values())).row())
+    print(f"| one iteration, batch {batch} | {' | '.join(heads)} |")
+    print("|---" * (len(heads) + 1) + "|")
+    for precision, counting in counted.items():
+        print(f"| {precision} | {' | '.join(map(str, counting.row().values()))} |")
+    if top:
+        for precision, counting in counted.items():
+            names = ", ".join(f"{name} {number}" for name, number in counting.operators.most_common(top))
+            print(f"\n{precision}: {names}")
+
+
+if __name__ == "__main__":
+    main()

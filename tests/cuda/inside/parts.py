@@ -1,0 +1,170 @@
+"""Parts of the project on the device that is not there: the CUDA kernels, thread by thread, against the reference;
+samplers; what is sent to other processes. And how strict the device is. Prints JSON."""
+
+import contextlib
+import functools
+import json
+import os
+import pickle
+
+from tests.cuda import fake_device
+
+DEVICE = fake_device.install()
+
+import torch
+
+from refine.metrics.measures.spread import ClassSpread
+from refine.metrics.metric import Observed
+from refine.metrics.sampling import sample_teacher
+from refine.metrics.statistics import FeatureStatistics
+from refine.networks.edm import EDMPrecond, iDDPMPrecond
+from refine.networks.sampler import heun_sampler
+from refine.torch_utils.distributed import packed
+from refine.torch_utils.ops.bias_act import bias_act
+from refine.torch_utils.ops.upfirdn2d import setup_filter, upfirdn2d
+
+SHAPES = [(1, 1, 1, 1), (2, 3, 5, 7), (1, 33, 9, 8), (2, 5, 33, 35), (0, 3, 4, 4)]
+KINDS = ("native", "ref")
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+def error(mine, reference):
+    pairs = [(a, b) for a, b in zip(mine, reference, strict=True) if a.numel()]
+    return max((((a - b).abs().max() / b.abs().max().clamp_min(1)).item() for a, b in pairs), default=0.0)
+
+
+def both_orders(function, inputs):
+    """Result, gradients, and the gradients of a gradient."""
+    y = function(*inputs)
+    first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs, allow_unused=True)
+    return [y, *first, *(torch.zeros([]) if g is None else g for g in second)]
+
+
+def bias_act_error(dtype):
+    worst = 0.0
+    for shape in SHAPES:
+        for layout in LAYOUTS:
+            x = torch.randn(shape, device=DEVICE, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
+            b = torch.randn(shape[1], device=DEVICE, dtype=dtype, requires_grad=True)
+            kinds = [("lrelu", None), ("swish", None)]  # rounded to 11 bits, a number may be on either side of a clamp
+            for act, clamp in kinds if dtype == torch.float16 else [*kinds, ("lrelu", 0.5)]:
+                options = {"act": act, "clamp": clamp}
+                found = [both_orders(functools.partial(bias_act, impl=impl, **options), [x, b]) for impl in KINDS]
+                worst = max(worst, error(*found))
+    return worst
+
+
+def upfirdn2d_error(dtype):
+    worst = 0.0
+    filters = [setup_filter(taps, device=DEVICE) for taps in ([1, 3, 3, 1], [1, 2, 3, 4, 3, 2, 1])]
+    filters.append(setup_filter([1, 3, 3, 1], device=DEVICE, separable=True))
+    for shape in SHAPES:
+        for layout in LAYOUTS:
+            x = torch.randn(shape, device=DEVICE, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
+            for f in filters:
+                for up, down in ((1, 1), (2, 1), (1, 2)):
+                    found = []
+                    for impl in KINDS:
+                        y = upfirdn2d(x, f, up, down, 4, impl=impl)
+                        found.append([y, *torch.autograd.grad(y.square().sum(), x)])
+                    worst = max(worst, error(*found))
+    return worst
+
+
+def refused():
+    """What a GPU would refuse as well."""
+    mine, theirs, found = torch.ones(3, device=DEVICE), torch.ones(3), []
+    for wrong in (lambda: mine + theirs, lambda: theirs @ mine):
+        with contextlib.suppress(RuntimeError), noting(found):
+            wrong()
+    return found
+
+
+@contextlib.contextmanager
+def noting(found):
+    try:
+        yield
+    except RuntimeError as caught:
+        found.append(str(caught))
+        raise
+
+
+def noticed():
+    """That waits and copies are noted at all; and that what is no wait is not."""
+    x = torch.ones(3, device=DEVICE)
+    actions = {
+        "item": lambda: x.sum().item(),
+        "if": lambda: bool((x > 0).all()),
+        "mask": lambda: x[x > 0],
+        "index": lambda: x[torch.tensor([0])],
+        "cpu": lambda: x.cpu(),
+        "to": lambda: torch.ones(3).to(DEVICE),
+        "tensor": lambda: torch.tensor([1.0], device=DEVICE),
+        "arithmetic": lambda: (x * 2 + torch.rand(3, device=DEVICE)).relu_().sum(),
+    }
+    found = {}
+    for name, action in actions.items():
+        with fake_device.watched() as events:
+            action()
+        found[name] = len(events)
+    return found
+
+
+# As they are launched; loops over the grid, and threads in any order.
+WAYS = {"launched": ("", ""), "shuffled": ("3", "shuffled"), "backwards": ("1", "backwards")}
+
+
+def errors():
+    found = {}
+    for way, (grid, order) in WAYS.items():
+        os.environ |= {"FAKE_GRID": grid, "FAKE_ORDER": order}
+        found[way] = {
+            f"{op} {str(dtype).removeprefix('torch.')}": function(dtype)
+            for op, function in (("bias_act", bias_act_error), ("upfirdn2d", upfirdn2d_error))
+            for dtype in (torch.float32, torch.float16)
+        }
+    return found
+
+
+def sampled():
+    """Waits and copies of the samplers, {name: events}; of `sample_teacher` for each batch of images."""
+    kwargs = {
+        "model_type": "SongUNet",
+        "model_channels": 8,
+        "channel_mult": [1],
+        "num_blocks": 1,
+        "attn_resolutions": [],
+    }
+    found = {}
+    for family in (EDMPrecond, iDDPMPrecond):
+        net = family(8, 1, 3, **kwargs).to(DEVICE).eval()
+        noise, labels = torch.randn(2, 1, 8, 8, device=DEVICE), torch.eye(3, device=DEVICE)[:2]
+        for churn in (0, 5):
+            with fake_device.watched() as events:
+                heun_sampler(net, noise, labels, num_steps=3, S_churn=churn, S_min=0.1, S_max=50)
+            found[f"{family.__name__} S_churn {churn}"] = list(events)
+    with fake_device.watched() as events:
+        list(sample_teacher(net, range(4), batch=2, device=DEVICE, num_steps=3))
+    return {**found, "sample_teacher": list(events)}
+
+
+def sent():
+    """Devices of what processes send each other, after it has arrived."""
+    images = torch.randint(256, [5, 1, 4, 4], dtype=torch.uint8, device=DEVICE)
+    spread, statistics = ClassSpread(), FeatureStatistics()
+    spread.update(Observed(images, torch.tensor([0, 1, 1, 2, 2]), None))
+    statistics.update(images.flatten(1).float())
+    for other in (spread, statistics):  # what has been received is merged into what is on the device, too
+        other.merge(pickle.loads(packed(other)))
+    arrived = pickle.loads(packed({"spread": spread, "statistics": [statistics], "images": images}))
+    tensors = [x for _, *sums in arrived["spread"]._sums.values() for x in sums]
+    tensors += [arrived["statistics"][0]._mean, arrived["statistics"][0]._scatter, arrived["images"]]
+    same = torch.equal(arrived["images"], images.cpu()) and arrived["spread"].result() == spread.result()
+    return {"devices": sorted({x.device.type for x in tensors}), "same": same, "num": arrived["statistics"][0].num}
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    found = {"errors": errors(), "refused": refused(), "noticed": noticed(), "sampled": sampled(), "sent": sent()}
+    print(json.dumps(found))
