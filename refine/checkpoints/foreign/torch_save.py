@@ -53,7 +53,10 @@ def open_zip(path: Path, stream: BinaryIO, expected: str, kwargs: Mapping[str, A
     Raises:
         ValueError: it is broken, holds what is not allowed, or is of another family.
     """
-    return _container(path, stream, *read_zip(path, stream, expected, lenient=True), expected, kwargs)
+    value, seen = read_zip(path, stream, expected, lenient=True)
+    with archives.opened(stream) as archive:
+        inflated = sum(info.file_size for info in archive.infolist())
+    return _container(path, stream, value, seen, expected, kwargs, inflated)
 
 
 def read_zip(
@@ -268,7 +271,13 @@ def _unpickle(path: Path, machine: Machine, seen: list[str], expected: str) -> A
 
 
 def _container(
-    path: Path, stream: BinaryIO, value: Any, seen: list[str], expected: str, kwargs: Mapping[str, Any] | None
+    path: Path,
+    stream: BinaryIO,
+    value: Any,
+    seen: list[str],
+    expected: str,
+    kwargs: Mapping[str, Any] | None,
+    nbytes: int = 0,
 ) -> Container:
     with saying(str(path)):
         found = contents.find(value, path, kwargs)
@@ -276,8 +285,7 @@ def _container(
         named = adm.family(value, path) or _family(value, seen)
         raise ValueError(f"{path} is {named}; expected {expected}")
     family, members, takes_kwargs = found
-    size = os.fstat(stream.fileno()).st_size
-    return Container(path, stream, family, members, nbytes=archives.MAX_INFLATION * size, takes_kwargs=takes_kwargs)
+    return Container(path, stream, family, members, nbytes=nbytes, takes_kwargs=takes_kwargs)
 
 
 def _family(value: Any, seen: list[str]) -> str:
