@@ -15,6 +15,8 @@ from refine.dnnlib import replaced_atomically
 #: How `to_uint8` quantises, in words; printed beside every number that was measured on quantised images.
 QUANTISATION = "uint8: x*127.5+128, clamped to [0, 255], truncated"
 
+PICTURE_CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
+
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
     """Quantises images as NVIDIA's tools do. Files and metrics both go through here, so their numbers agree.
@@ -85,9 +87,9 @@ def image_grid(images: torch.Tensor, columns: int | None = None) -> torch.Tensor
 
 
 def to_pil(image: torch.Tensor) -> Image.Image:
-    """PIL picture ('L' or 'RGB') of one image [C, H, W], C 1 or 3, floats in [-1, 1] or uint8."""
-    if image.ndim != 3 or image.shape[0] not in (1, 3):
-        raise ValueError(f"image has shape {tuple(image.shape)}, expected [1, H, W] or [3, H, W]")
+    """PIL picture ('L', 'RGB' or 'RGBA') of one image [C, H, W], C 1, 3 or 4, floats in [-1, 1] or uint8."""
+    if image.ndim != 3 or image.shape[0] not in PICTURE_CHANNELS:
+        raise ValueError(f"image has shape {tuple(image.shape)}, expected [1, H, W], [3, H, W] or [4, H, W]")
     pixels = to_uint8(image.detach()).cpu().numpy()
     return Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
 

@@ -6,11 +6,16 @@
     describe.py   what is in a file, for `python -m refine inspect`
     export.py     gives networks back in the formats they came in
 
+    deploy.py     generators as graphs for other runtimes, ONNX and torch.export
+
     sources/      where files come from: index.py, short names of shipped and of published files and their checksums;
+                  one_step.py, denoisers of files that are used once;
                   fetch.py, a URL to a file in the cache; custom.py, generators that a function of the user's own makes
     foreign/      files of other programs: opening.py finds the reader, container.py is what all of them give;
-                  nvidia.py (StyleGAN2-ADA, EDM, EDM2), stylegan3.py, tensorflow.py, torch_save.py, rosinality.py,
-                  adm.py (guided-diffusion, consistency_models), state_dicts.py, diffusers_folder.py
+                  contents.py asks each family for its networks: nvidia.py (StyleGAN2-ADA, EDM, EDM2), stylegan3.py,
+                  tensorflow.py, adm.py (guided-diffusion, consistency_models), r3gan.py, and by the names of tensors
+                  (flat.py) stylegan2_names.py, rosinality.py and edm_names.py;
+                  torch_save.py, raw_pickle.py, state_dicts.py and diffusers_folder.py are the forms of files
     pickles/      machine.py reads a pickle without running it; inert.py and tensors.py are what it reads
 
 Importing this package does not import torch.
@@ -19,12 +24,14 @@ Importing this package does not import torch.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refine.checkpoints.sniff import sniff
+from refine.checkpoints.sources import one_step
 from refine.checkpoints.sources.index import resolve
 
 if TYPE_CHECKING:
@@ -61,12 +68,17 @@ class NetworkInfo:
         return self.classes
 
 
-def load_generator(path_or_name: str | os.PathLike) -> Generator:
+def load_generator(
+    path_or_name: str | os.PathLike, kwargs: Mapping[str, Any] | None = None, sigma_init: float | None = None
+) -> Generator:
     """The generator of a file: `G_ema` where there is one, otherwise the only generator in it.
 
     Args:
         path_or_name: A file, a URL, a name of `pretrained/index.toml`, or `package.module:function` of the user's own
-            (docs/generators.md), which is then imported and called.
+            (docs/generators.md), which is then imported and called. `one-step:` before it means the denoiser of the
+            file, used once (docs/generators.md).
+        kwargs: Constructor arguments of a state dict that are not in it (docs/files.md).
+        sigma_init: Noise level of a `one-step:`; None = 2.5.
 
     Returns:
         Module in eval mode, float32, on the CPU, without gradients: `G(z, c)` → images, see
@@ -80,8 +92,31 @@ def load_generator(path_or_name: str | os.PathLike) -> Generator:
     if reference := _reference(path_or_name):
         from refine.checkpoints.sources import custom
 
+        if kwargs is not None:
+            raise ValueError(f"{reference} is code of your own, which builds its network; expected no --gan-kwargs")
         return custom.load_custom(reference)
-    return _load(path_or_name, "generator")
+    if (file := one_step.file_of(path_or_name)) is not None:
+        return _one_step(file, kwargs, one_step.SIGMA_INIT if sigma_init is None else sigma_init)
+    return _load(path_or_name, "generator", kwargs)
+
+
+def _one_step(file: str, kwargs: Mapping[str, Any] | None, sigma_init: float) -> Generator:
+    from refine.networks.one_step import OneStepGenerator
+
+    with _as_generator():
+        teacher = load_teacher(file, kwargs)
+    G = OneStepGenerator.from_teacher(teacher, sigma_init).eval().requires_grad_(False)
+    G.notes = teacher.notes
+    return G
+
+
+@contextmanager
+def _as_generator() -> Iterator[None]:
+    """Refusals of a denoiser that was asked for as a generator name the options that are given for one."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace("--teacher-kwargs", "--gan-kwargs")) from None
 
 
 def load_teacher(path_or_name: str | os.PathLike, kwargs: Mapping[str, Any] | None = None) -> Denoiser:
@@ -120,9 +155,12 @@ def peek(path_or_name: str | os.PathLike, kind: str, kwargs: Mapping[str, Any] |
         ValueError: as `load_generator` and `load_teacher`, except for faults that only show once weights are read.
     """
     if _reference(path_or_name):  # only calling it can tell
-        G: Any = load_generator(path_or_name) if kind == "generator" else load_teacher(path_or_name, kwargs)
+        G: Any = load_generator(path_or_name, kwargs) if kind == "generator" else load_teacher(path_or_name, kwargs)
         classes = G.c_dim if kind == "generator" else G.label_dim
         return NetworkInfo(kind, G.img_resolution, G.img_channels, classes)
+    if kind == "generator" and (file := one_step.file_of(path_or_name)) is not None:
+        with _as_generator():
+            return replace(peek(file, "teacher", kwargs), kind="generator")
     path = resolve(path_or_name, kind)
     class_name, init_kwargs = _reader(path, kind)(path, kind, kwargs, build=False)
     size: dict[str, Any] = {name: init_kwargs.get(name) for name in ("img_resolution", "img_channels")}
@@ -139,11 +177,13 @@ def source_file(path_or_name: str | os.PathLike, kind: str | None = None) -> Pat
         from refine.checkpoints.sources import custom
 
         return custom.source_of(reference)
+    if (file := one_step.file_of(path_or_name)) is not None:
+        return resolve(file, "teacher" if kind == "generator" else kind)
     return resolve(path_or_name, kind)
 
 
 def _reference(path_or_name: str | os.PathLike) -> Reference | None:
-    if ":" not in str(path_or_name):  # the usual case, without importing torch
+    if ":" not in str(path_or_name) or one_step.file_of(path_or_name) is not None:  # without importing torch
         return None
     from refine.checkpoints.sources import custom
 
@@ -169,10 +209,11 @@ def _reader(path: Path, kind: str) -> Any:
 
 def _read_native(path: Path, kind: str, kwargs: Mapping[str, Any] | None, build: bool) -> Any:
     from refine.checkpoints import describe, native, registry
-    from refine.checkpoints.foreign.opening import NO_KWARGS
+    from refine.checkpoints.foreign.opening import kwargs_option
 
     if kwargs is not None:
-        raise ValueError(f"{path} is a native file, which tells how its networks are built; {NO_KWARGS}")
+        option = kwargs_option(kind)
+        raise ValueError(f"{path} is a native file, which tells how its networks are built; expected no {option}")
     metadata = native.read_metadata(path)
     if metadata["kind"] != "networks":
         raise ValueError(f"{path} is a native file of {metadata['kind']}; expected a {kind}")
@@ -196,7 +237,8 @@ def _read_container(path: Path, kind: str, kwargs: Mapping[str, Any] | None, bui
     with open_container(path, _EXPECTED[kind], kwargs) as container:
         of_kind = [name for name, found in container.members.items() if found == kind]
         if not of_kind:
-            raise ValueError(f"{path} is {container.family}; expected {_EXPECTED[kind]}")
+            hint = "; a denoiser that is used once is one-step:FILE" if "teacher" in container.members.values() else ""
+            raise ValueError(f"{path} is {container.family}; expected {_EXPECTED[kind]}{hint}")
         name = _PREFERRED[kind] if _PREFERRED[kind] in of_kind else of_kind[0]
         if build:
             return container.load(name)
@@ -206,8 +248,8 @@ def _read_container(path: Path, kind: str, kwargs: Mapping[str, Any] | None, bui
 
 _PREFERRED = {"generator": "G_ema", "teacher": "ema"}
 _EXPECTED = {
-    "generator": "a generator: a StyleGAN2 pickle (PyTorch or TensorFlow), a StyleGAN3 or StyleGAN-XL pickle, "
-    "a rosinality .pt, or a file of this toolkit",
-    "teacher": "a teacher: an EDM or EDM2 pickle, a .pt of guided-diffusion or consistency_models, a UNet2DModel of "
-    "diffusers, or a file of this toolkit",
+    "generator": "a generator: a StyleGAN2 pickle (PyTorch or TensorFlow) or state dict, a StyleGAN3 or StyleGAN-XL "
+    "pickle, an R3GAN file, a rosinality .pt, or a file of this toolkit",
+    "teacher": "a teacher: an EDM or EDM2 pickle, an EDM state dict, a .pt of guided-diffusion or consistency_models, "
+    "a UNet2DModel of diffusers, or a file of this toolkit",
 }

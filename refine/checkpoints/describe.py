@@ -26,8 +26,12 @@ def contents(networks: Mapping[str, Mapping[str, Any]]) -> str:
     return " and ".join(words)
 
 
-def inspect_file(path: str | os.PathLike) -> dict[str, Any]:
+def inspect_file(path: str | os.PathLike, kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Everything that can be told about a file; files of networks are read in full, so they are known to load.
+
+    Args:
+        path: The file.
+        kwargs: How its networks are built, where the file does not tell it all.
 
     Returns:
         JSON-able: 'path', 'bytes', 'sha256', 'kind' and 'description' (what the file is), and for native files
@@ -46,7 +50,7 @@ def inspect_file(path: str | os.PathLike) -> dict[str, Any]:
         "description": found.description,
     }
     if found.kind in _CONTAINERS:
-        return report | _inspect_container(path)
+        return report | _inspect_container(path, kwargs)
     if found.kind != "native":
         return report
     metadata = native.read_metadata(path)
@@ -65,9 +69,9 @@ def _inspect_native(path: str | os.PathLike, name: str, entry: Mapping[str, Any]
 _CONTAINERS = ("pickle", "torch", "npz", "safetensors")
 
 
-def _inspect_container(path: str | os.PathLike) -> dict[str, Any]:
+def _inspect_container(path: str | os.PathLike, kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     try:
-        with open_container(path) as container:
+        with open_container(path, kwargs=kwargs) as container:
             table = {name: _inspect_member(container, name) for name in container.members}
             return {"description": container.family, "written_back": container.writable, "networks": table}
     except ValueError as error:

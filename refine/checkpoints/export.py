@@ -44,7 +44,10 @@ def members(source_path: str | os.PathLike) -> list[str]:
 
 
 def write_like(
-    source_path: str | os.PathLike, out_path: str | os.PathLike, networks: Mapping[str, torch.nn.Module]
+    source_path: str | os.PathLike,
+    out_path: str | os.PathLike,
+    networks: Mapping[str, torch.nn.Module],
+    notes: list[str] | None = None,
 ) -> list[str]:
     """Writes the pickle `source_path` again, with `networks` in place of those of the same names.
 
@@ -52,9 +55,10 @@ def write_like(
     networks and everything else are the original's bytes. So whatever loads the original loads the result.
 
     Args:
-        source_path: A StyleGAN2, EDM or legacy TensorFlow pickle.
+        source_path: A StyleGAN2, R3GAN, EDM or legacy TensorFlow pickle.
         out_path: The file to write or replace, whole or not at all.
-        networks: `G_ema`, `G`, `D` or `ema` → network with the same constructor arguments as the original's.
+        networks: `G_ema`, `G`, `D` or `ema` → network that computes the same as the original's with equal weights.
+        notes: Gets a line for what a person should know about the result.
 
     Returns:
         Names of the networks of the file that were left as they were.
@@ -67,7 +71,9 @@ def write_like(
     if reason:
         raise ValueError(reason)
     with open_container(source_path) as container:
-        write_back(container, out_path, networks)
+        said = write_back(container, out_path, networks)
+        if notes is not None:
+            notes += said
         return [name for name in container.members if name not in networks]
 
 
@@ -108,6 +114,7 @@ def write_rosinality(out_path: str | os.PathLike, networks: Mapping[str, torch.n
             table[theirs], w_avg = rosinality.generator_state(networks[ours])
             table.setdefault("latent_avg", w_avg)  # of G_ema where there is one
             generator: Any = networks[ours]
+            notes += [f"{ours}: {text}" for text in rosinality.peculiarities(generator)]
             clamp = generator.init_kwargs["synthesis_kwargs"].get("conv_clamp")
             if clamp is not None:
                 notes.append(f"{ours} clamps activations at {clamp}, theirs does not: the same unless that is reached")
@@ -124,8 +131,12 @@ def write_rosinality(out_path: str | os.PathLike, networks: Mapping[str, torch.n
     return notes
 
 
-def load_all(path: str | os.PathLike) -> Mapping[str, torch.nn.Module]:
+def load_all(path: str | os.PathLike, kwargs: Mapping[str, Any] | None = None) -> Mapping[str, torch.nn.Module]:
     """Every generator, discriminator and teacher of a file that can be read, by name; not the aux network of a run.
+
+    Args:
+        path: The file.
+        kwargs: How its networks are built, where the file does not tell it all.
 
     Raises:
         ValueError: there is none.
@@ -138,7 +149,7 @@ def load_all(path: str | os.PathLike) -> Mapping[str, torch.nn.Module]:
             raise ValueError(f"{path} is a native file without a generator or teacher; expected one with")
         return native.load_networks(path, names)
     networks: dict[str, torch.nn.Module] = {}
-    with open_container(path) as container:
+    with open_container(path, kwargs=kwargs) as container:
         for name, kind in container.members.items():
             if kind != "discriminator":
                 networks[name] = container.load(name)

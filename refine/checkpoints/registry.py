@@ -39,6 +39,7 @@ class NetworkClass:
 NETWORK_CLASSES: dict[str, NetworkClass] = {
     "stylegan2.Generator": NetworkClass("refine.networks.stylegan2", "Generator", "generator"),
     "stylegan2.Discriminator": NetworkClass("refine.networks.stylegan2", "Discriminator", "discriminator"),
+    "r3gan.Generator": NetworkClass("refine.networks.r3gan", "Generator", "generator"),
     "stylegan3.Generator": NetworkClass("refine.networks.stylegan3", "Generator", "generator"),
     "stylegan_xl.Generator": NetworkClass("refine.networks.stylegan_xl", "Generator", "generator"),
     "one_step.OneStepGenerator": NetworkClass("refine.networks.one_step", "OneStepGenerator", "generator"),

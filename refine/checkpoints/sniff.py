@@ -40,10 +40,10 @@ _SAFETENSORS_BITS = {
 _MAGIC = (  # first bytes, kind, what to call it
     (b"\x89PNG\r\n\x1a\n", "image", "a PNG image"),
     (b"\xff\xd8\xff", "image", "a JPEG image"),
-    (b"\x1f\x8b", "gzip", "a gzip archive"),
-    (b"BZh", "bzip2", "a bzip2 archive"),
-    (b"\xfd7zXZ\x00", "xz", "an xz archive"),
-    (b"(\xb5/\xfd", "zstd", "a Zstandard archive"),
+    (b"\x1f\x8b", "gzip", "a gzip archive, to be unpacked first"),
+    (b"BZh", "bzip2", "a bzip2 archive, to be unpacked first"),
+    (b"\xfd7zXZ\x00", "xz", "an xz archive, to be unpacked first"),
+    (b"(\xb5/\xfd", "zstd", "a Zstandard archive, to be unpacked first"),
     (b"7z\xbc\xaf'\x1c", "7z", "a 7z archive"),
     (b"Rar!\x1a\x07", "rar", "a RAR archive"),
     (b"\x89HDF\r\n\x1a\n", "hdf5", "an HDF5 file"),
@@ -133,6 +133,8 @@ def sniff(path: str | os.PathLike) -> Sniffed:
         return _sniff_safetensors(path)
     if head[0] == 0x80 and len(head) > 1 and head[1] in (2, 3, 4, 5):
         return Sniffed("pickle", f"a Python pickle (protocol {head[1]})")
+    if head.startswith((b"(dp", b"(lp", b"ccopy_reg\n", b"ccopyreg\n", b"}q\x00", b"]q\x00", b"(ctorch")):
+        return Sniffed("old-pickle", "a Python pickle of protocol 0 or 1, which nobody writes networks with")
     return _sniff_text(head)
 
 
@@ -266,6 +268,8 @@ def _sniff_zip(path: str | os.PathLike) -> Sniffed:
         return Sniffed("npz", "a NumPy archive (.npz)")
     if "dataset.json" in inner:
         return Sniffed("zip", "a zip archive with a dataset.json, that is, a data set")
+    if len(names) == 1 and names[0].endswith((".pkl", ".pt", ".pth", ".ckpt", ".safetensors")):
+        return Sniffed("zip", "a zip archive with a checkpoint in it, to be unpacked first")
     return Sniffed("zip", "a zip archive")
 
 

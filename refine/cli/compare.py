@@ -8,7 +8,14 @@ from typing import Any
 
 import click
 
-from refine.cli.options import parse_ints, sampler_options, taken_sampler, teacher_options
+from refine.cli.options import (
+    kwargs_option,
+    parse_ints,
+    sampler_options,
+    sigma_init_option,
+    taken_sampler,
+    teacher_options,
+)
 from refine.config import OPS_HELP, OPS_MODES
 from refine.device import prepare_device
 from refine.errors import option
@@ -26,6 +33,8 @@ def _parse_ranges(_ctx: click.Context, _param: click.Parameter, value: str) -> l
 @click.option(
     "--before", required=True, metavar="FILE|NAME|RUN", help="Network to start from: a generator or a diffusion model."
 )
+@kwargs_option("--gan-kwargs", "--before")
+@sigma_init_option()
 @click.option(
     "--after",
     required=True,

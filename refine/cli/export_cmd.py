@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from refine.cli.options import network_file
+from refine.cli.options import kwargs_option, network_file, sigma_init_option
 from refine.errors import option
 
 
@@ -17,34 +17,44 @@ from refine.errors import option
     metavar="FILE|RUN",
     help="Networks to export: any file that this toolkit reads; of a run folder the best snapshot.",
 )
+@kwargs_option("--gan-kwargs", "--network", "--teacher-kwargs")
+@sigma_init_option()
 @click.option("--like", metavar="FILE", help="Write this pickle again, with the networks in place of its own.")
 @click.option("--out", required=True, metavar="FILE", help="The file to write.")
 @click.option(
     "--format",
     "format_name",
     type=click.Choice(["native", "plain", "rosinality"]),
-    help="Without --like. Default: rosinality for .pt, native for .safetensors; plain is safetensors with the "
-    "network's own tensor names.",
+    help="Without --like. Default: rosinality for .pt, native for .safetensors, a graph for .onnx and .pt2; plain is "
+    "safetensors with the network's own tensor names.",
 )
-def export(network: str, like: str | None, out: str, format_name: str | None) -> None:
+def export(
+    network: str,
+    like: str | None,
+    out: str,
+    format_name: str | None,
+    gan_kwargs: dict[str, Any] | None,
+    sigma_init: float,
+) -> None:
     """Writes networks for other tools.
 
     With --like=original.pkl the result is that pickle with the refined weights in it: whatever loads the original
-    loads it.
+    loads it. With --out=x.onnx or x.pt2 (torch.export) it is a graph from latents to images for other runtimes.
     """
-    from refine.checkpoints import resolve
+    from refine.checkpoints import resolve, source_file
 
     suffix = out.rpartition(".")[2].lower()
-    defaults = {"pt": "rosinality", "safetensors": "native"}
+    defaults = {"pt": "rosinality", "safetensors": "native", "onnx": "graph", "pt2": "graph"}
     if like is not None and format_name is not None:
         raise ValueError(f"--format={format_name} goes without --like, which already says the format")
     if like is None and format_name is None and suffix not in defaults:
         hint = "give the pickle that the student came from as --like" if suffix == "pkl" else "or give --format"
-        raise ValueError(f"--out: found {out}; expected .pt or .safetensors, {hint}")
+        raise ValueError(f"--out: found {out}; expected .pt, .safetensors, .onnx or .pt2, {hint}")
     if not Path(out).absolute().parent.is_dir():
         raise ValueError(f"--out: {Path(out).parent} is not a folder")
     with option("--network"):
-        source = resolve(network_file(network, "--network"))
+        network = network_file(network, "--network")
+        source = source_file(network)
     with option("--like"):
         original = None if like is None else resolve(like)
 
@@ -55,11 +65,14 @@ def export(network: str, like: str | None, out: str, format_name: str | None) ->
             reason = formats.can_write_like(original)
             if reason:
                 raise ValueError(reason)
+    if like is None and (format_name or defaults[suffix]) == "graph":
+        _write_graph(network, out, suffix, gan_kwargs, sigma_init)
+        return
     with option("--network"):
-        networks = formats.load_all(source)
-    notes = []
+        networks = _load(network, source, gan_kwargs, sigma_init)
+    notes: list[str] = [note for net in networks.values() for note in getattr(net, "notes", ())]
     if original is not None:
-        kept = _write_like(original, out, networks)
+        kept = _write_like(original, out, networks, notes)
         notes += [f"{name} is the original's" for name in kept]
     elif (format_name or defaults[suffix]) == "rosinality":
         with option("--network"):
@@ -71,14 +84,38 @@ def export(network: str, like: str | None, out: str, format_name: str | None) ->
     click.echo(f"Wrote {out}" + "".join(f"\n  {note}" for note in notes))
 
 
-def _write_like(original: Path, out: str, networks: Mapping[str, Any]) -> list[str]:
+def _load(network: str, source: Path, gan_kwargs: Mapping[str, Any] | None, sigma_init: float) -> Mapping[str, Any]:
+    from refine.checkpoints import load_generator
+    from refine.checkpoints.export import load_all
+    from refine.checkpoints.sources.one_step import file_of
+
+    if file_of(network) is not None:
+        return {"G_ema": load_generator(network, gan_kwargs, sigma_init)}
+    return load_all(source, gan_kwargs)
+
+
+def _write_graph(network: str, out: str, suffix: str, gan_kwargs: Mapping[str, Any] | None, sigma_init: float) -> None:
+    from refine.checkpoints import deploy, load_generator
+
+    with option("--out"):
+        deploy.check_installed(suffix)
+    with option("--network"):
+        G = load_generator(network, gan_kwargs, sigma_init)
+        said = deploy.write_graph(out, G)
+    click.echo(f"Wrote {out}\n  {said}" + "".join(f"\n  {note}" for note in G.notes))
+
+
+def _write_like(original: Path, out: str, networks: Mapping[str, Any], notes: list[str]) -> list[str]:
     """Puts those networks into the container that it has names for."""
     from refine.checkpoints.export import members, write_like
+    from refine.networks.one_step import OneStepGenerator
 
     with option("--like"):
         held = members(original)
+        if "ema" in held and "ema" not in networks and isinstance(networks.get("G_ema"), OneStepGenerator):
+            networks = {"ema": networks["G_ema"].denoiser}  # a one-step generator's file holds the denoiser
         wanted = {name: network for name, network in networks.items() if name in held}
         if not wanted:
             found = ", ".join(networks)
             raise ValueError(f"{original} holds {', '.join(held)}; --network holds {found}, none of these")
-        return write_like(original, out, wanted)
+        return write_like(original, out, wanted, notes)

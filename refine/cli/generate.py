@@ -6,7 +6,15 @@ from typing import Any
 
 import click
 
-from refine.cli.options import network_file, parse_ints, sampler_options, taken_sampler, teacher_options
+from refine.cli.options import (
+    kwargs_option,
+    network_file,
+    parse_ints,
+    sampler_options,
+    sigma_init_option,
+    taken_sampler,
+    teacher_options,
+)
 from refine.config import OPS_HELP, OPS_MODES
 from refine.device import prepare_device
 from refine.errors import option
@@ -23,8 +31,11 @@ def _parse_seeds(_ctx: click.Context, _param: click.Parameter, value: str) -> li
     "--network",
     required=True,
     metavar="FILE|NAME|RUN",
-    help="A generator, a diffusion model, or a run folder, of which the best snapshot is taken.",
+    help="A generator, a diffusion model, one-step:FILE (a diffusion model used once), or a run folder, of which the "
+    "best snapshot is taken.",
 )
+@kwargs_option("--gan-kwargs", "--network")
+@sigma_init_option()
 @click.option("--seeds", required=True, callback=_parse_seeds, metavar="LIST", help="One image each, e.g. 0-35,40.")
 @click.option("--outdir", required=True, metavar="DIR", help="Where seed0000.png … go; a grid of them is DIR-grid.png.")
 @click.option(

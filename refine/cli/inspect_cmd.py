@@ -2,17 +2,19 @@
 
 import json
 import os
+from typing import Any
 
 import click
 
 from refine.cli.models_cmd import describe_entry, entry_lines
-from refine.cli.options import network_file
+from refine.cli.options import kwargs_option, network_file
 
 
 @click.command()
 @click.argument("file")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
-def inspect(file: str, as_json: bool) -> None:
+@kwargs_option("--gan-kwargs", "FILE", "--teacher-kwargs")
+def inspect(file: str, as_json: bool, gan_kwargs: dict[str, Any] | None) -> None:
     """Says what FILE is, and which networks it holds. FILE is a path, or a name of pretrained/index.toml.
 
     Of a run folder it is the best snapshot. Of a name whose file is not here yet, it says what the index knows, and
@@ -28,7 +30,7 @@ def inspect(file: str, as_json: bool) -> None:
     path = resolve(network_file(file, "FILE"))
     from refine.checkpoints import describe  # imports torch
 
-    report = describe.inspect_file(path)
+    report = describe.inspect_file(path, gan_kwargs)
     if known is not None:
         report["index"] = known
     click.echo(describe.as_json(report) if as_json else describe.as_text(report))

@@ -1,4 +1,4 @@
-"""What several commands share: lists of numbers, how a diffusion model is asked and sampled, run folders."""
+"""What several commands share: lists of numbers, how files are read and diffusion models asked, run folders."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -77,6 +77,27 @@ def parse_ints(text: str, limit: int = 1_000_000) -> list[int]:
     return list(numbers)
 
 
+def kwargs_option(name: str, of: str, *others: str) -> Callable[[F], F]:
+    """An option of constructor arguments, such as '--gan-kwargs'.
+
+    Args:
+        name: The option.
+        of: The option of the file that they belong to.
+        others: Further spellings.
+    """
+    text = f"How the network of {of} is built, where its file does not tell it all."
+    parameter = name.removeprefix("--").replace("-", "_")
+    return click.option(name, *others, parameter, metavar=JSON_TABLE.metavar, callback=_read_table, help=text)
+
+
+def sigma_init_option() -> Callable[[F], F]:
+    """--sigma-init, for one-step:FILE."""
+    kind = click.FloatRange(min=0, min_open=True)
+    return click.option(
+        "--sigma-init", type=kind, default=2.5, show_default=True, help="Noise level of a one-step:FILE."
+    )
+
+
 def teacher_options(command: F) -> F:
     """Decorates a command with the options of `refine.evaluation.teachers.TeacherOptions`."""
     for add in (
@@ -88,17 +109,12 @@ def teacher_options(command: F) -> F:
             show_default=True,
             help="Strength of a diffusion model's guidance, by --guide or classifier-free; 1 = none.",
         ),
-        click.option(
-            "--teacher-kwargs",
-            metavar=JSON_TABLE.metavar,
-            callback=_read_table,
-            help="How a diffusion model is built whose file does not tell it all.",
-        ),
+        kwargs_option("--teacher-kwargs", "a diffusion model"),
     ):
         command = add(command)
     return command
 
 
-def _read_table(_ctx: click.Context, _param: click.Parameter, value: str | None) -> dict[str, Any] | None:
-    with option("--teacher-kwargs"):
+def _read_table(_ctx: click.Context, param: click.Parameter, value: str | None) -> dict[str, Any] | None:
+    with option(param.opts[0]):
         return None if value is None else JSON_TABLE.parse(value)

@@ -73,14 +73,20 @@ class RefineConfig:
     # An argument a line would be three pages.
     # fmt: off
     gan: str = option(
-        text("FILE|URL|NAME|one-step|MODULE:FUNCTION", f"the generator to refine, {_KNOWN}"), ..., _FILES,
-        "Generator to refine (the student): a file, one-step = the teacher's own U-Net, or one of your own code.",
+        text("FILE|URL|NAME|one-step[:FILE]|MODULE:FUNCTION", f"the generator to refine, {_KNOWN}"), ..., _FILES,
+        "Generator to refine (the student): a file, one-step = the teacher's own U-Net, one-step:FILE = one that was "
+        "distilled before, or one of your own code.",
         in_snapshots=False, aliases=("generator", "student", "network"),
     )
     teacher: str = option(
         text("FILE|URL|NAME|MODULE:FUNCTION", f"the diffusion model to learn from, {_KNOWN}"), ..., _FILES,
         "Diffusion model of the same data (the teacher): a file, or one of your own code.",
         in_snapshots=False, aliases=("diffusion", "edm", "denoiser"),
+    )
+    gan_kwargs: dict[str, Any] | None = option(
+        optional(JSON_TABLE, "what names and shapes of its tensors tell"), None, _FILES,
+        "Constructor arguments of --gan that its state dict does not tell.",
+        in_snapshots=False, aliases=("g-kwargs", "generator-kwargs"),
     )
     outdir: str = option(
         text("DIR"), "runs", _FILES, "Where run folders are made.",
@@ -185,7 +191,9 @@ class RefineConfig:
         SHARE, 0.0, _COVERAGE,
         "Stop, and keep no snapshot as the best, below this share of the recall at the start; 0 = never.",
     )
-    sigma_init: float = option(POSITIVE, 2.5, _NOISE, "Noise level at which --gan=one-step uses the teacher's U-Net.")
+    sigma_init: float = option(
+        POSITIVE, 2.5, _NOISE, "Noise level at which --gan=one-step or one-step:FILE uses its U-Net."
+    )
     aux_steps: int | str = option(
         count_or("auto", 1), 2, _LENGTH,
         "Auxiliary steps per student step; auto = more where aux lags, fewer where not.", aliases=("critic-steps",),

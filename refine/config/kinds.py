@@ -219,14 +219,23 @@ NAMES = Kind(
 )
 
 
+_MAX_JSON_BYTES = 1 << 20
+
+
 def _read_table(text: str) -> dict[str, Any]:
     """A JSON object, or the path of a file with one."""
     try:
-        table = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
+        if not (written := text.lstrip()).startswith("{"):
+            if os.path.getsize(text) > _MAX_JSON_BYTES:
+                raise Unreadable(f"a JSON object; the file is longer than {_MAX_JSON_BYTES} bytes")
+            written = Path(text).read_text(encoding="utf-8")
+        table = json.loads(written)
+    except Unreadable:
+        raise
     except (OSError, ValueError, RecursionError) as error:
-        raise Unreadable(f"a JSON object, or a file with one ({error})") from None
+        raise Unreadable(f"a JSON object or a file with one ({' '.join(str(error).split())[:100]})") from None
     if not isinstance(table, dict):
-        raise Unreadable("a JSON object, or a file with one")
+        raise Unreadable('a JSON object such as {"synthesis_kwargs": {"conv_clamp": 256}}')
     return table
 
 

@@ -51,6 +51,8 @@ def compare(
     device: str = "cpu",
     noise_mode: str = "random",
     truncation_psi: float = 1.0,
+    gan_kwargs: Mapping[str, Any] | None = None,
+    sigma_init: float | None = None,
     also: Sequence[str] = (),
     ref_num: int = 50_000,
     cache: bool = True,
@@ -78,6 +80,8 @@ def compare(
         device: Where networks and detector run.
         noise_mode: Noise of a StyleGAN2, for the numbers; the pictures always use its constant noise.
         truncation_psi: Truncation of a StyleGAN2.
+        gan_kwargs: Of `before`, see `refine.load_generator`.
+        sigma_init: Noise level of a `one-step:FILE`.
         also: Further metrics that take longer, of `refine.metrics.registry.ON_REQUEST`, such as 'fdinf' (FID∞).
         ref_num: Images drawn from a generator that serves as the reference. Of a teacher there are `num`.
         cache: Keep what was measured of a reference that is images, and images drawn of a teacher.
@@ -100,8 +104,8 @@ def compare(
     start = time.monotonic()
     check_numbers(num, seed_ranges, batch)
     teachers = teachers or TeacherOptions()
-    sampling = (device, batch, noise_mode, truncation_psi, teachers, sampler)
-    runs, sides = _opened({"before": before, "after": after}, sampling)
+    sampling = (device, batch, noise_mode, truncation_psi, teachers, sampler, sigma_init)
+    runs, sides = _opened({"before": before, "after": after}, sampling, gan_kwargs)
     drawn = [side for side in sides.values() if side.is_teacher]
     teachers.check_used([bool(drawn), teacher is not None])
     with option("--outdir"):
@@ -142,7 +146,7 @@ def is_first_process() -> bool:
 
 
 def _opened(
-    paths: Mapping[str, str | os.PathLike], sampling: tuple
+    paths: Mapping[str, str | os.PathLike], sampling: tuple, gan_kwargs: Mapping[str, Any] | None
 ) -> tuple[dict[str, RunFolder | None], dict[str, Side]]:
     """The run folders that are given, and the networks, by the names of their options."""
     runs, sides = {}, {}
@@ -150,7 +154,8 @@ def _opened(
         with option(f"--{name}"):
             runs[name] = read_run_folder(path)
     for name, run in runs.items():
-        sides[name] = load_side(name, paths[name] if run is None else run.judged.path, *sampling)
+        kwargs = gan_kwargs if name == "before" else None
+        sides[name] = load_side(name, paths[name] if run is None else run.judged.path, *sampling, kwargs)
     check_same_images(sides["before"], sides["after"])
     return runs, sides
 

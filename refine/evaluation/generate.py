@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -15,7 +16,7 @@ from refine.dnnlib import check_outdir
 from refine.errors import option
 from refine.evaluation.sides import Side, check_choice
 from refine.evaluation.teachers import TeacherOptions
-from refine.images import save_image_grid, save_png
+from refine.images import PICTURE_CHANNELS, save_image_grid, save_png
 from refine.metrics.pipeline import gathered, my_share, prefetched, rank_and_world
 from refine.metrics.sampling import latents_of_seeds
 from refine.networks.sampler_settings import SamplerChoice
@@ -33,6 +34,8 @@ def generate(
     class_index: int | None = None,
     truncation_psi: float = 1.0,
     noise_mode: str = "const",
+    gan_kwargs: Mapping[str, Any] | None = None,
+    sigma_init: float | None = None,
     sampler: SamplerChoice = SamplerChoice(),  # noqa: B008 - frozen
     batch: int = 16,
     device: str = "cpu",
@@ -42,11 +45,12 @@ def generate(
     """Writes seed0000.png … into a folder, and a grid of them beside it, where it is not taken for one more image.
 
     Args:
-        network: File or name of a generator or a diffusion model.
+        network: File or name of a generator or a diffusion model; `one-step:FILE` is a diffusion model used once.
         seeds: One per image, see `refine.metrics.sampling.latents_of_seeds`.
         outdir: Folder of the images; made if it does not exist.
         class_index: Class of all images; None = drawn per seed, where there are classes.
         truncation_psi, noise_mode: Truncation and noise of a StyleGAN2.
+        gan_kwargs, sigma_init: See `refine.load_generator`.
         sampler: How a diffusion model is sampled; what is not said there is what suits it, and told on stderr.
         batch: Images per batch.
         device: Where the network runs.
@@ -65,7 +69,9 @@ def generate(
         if max(seeds) > MAX_SEED:
             raise ValueError(f"{max(seeds)} is too large; expected seeds up to {MAX_SEED}")
     with option("--network"):
-        side = Side(network, device, batch, noise_mode, truncation_psi, teachers, sampler)
+        side = Side(network, device, batch, noise_mode, truncation_psi, teachers, sampler, sigma_init, gan_kwargs)
+        if (channels := side.image_shape[0]) not in PICTURE_CHANNELS:
+            raise ValueError(f"its images have {channels} channels; expected 1 (grey), 3 (RGB) or 4 (RGBA)")
     (teachers or TeacherOptions()).check_used([side.is_teacher])
     check_choice(sampler, side.is_teacher)
     with option("--class"):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from refine.checkpoints import load_generator, source_file
 from refine.checkpoints.native import read_metadata
 from refine.checkpoints.sniff import sniff
-from refine.checkpoints.sources import custom
+from refine.checkpoints.sources import custom, one_step
 from refine.checkpoints.teachers import TeacherSource
 from refine.dnnlib import sha256_of_file
 from refine.errors import option
@@ -20,6 +21,7 @@ from refine.evaluation.teachers import TeacherOptions
 from refine.metrics.sampling import Batch, sample_images, sample_teacher
 from refine.networks.bases import Generator
 from refine.networks.sampler_settings import SamplerChoice, flag
+from refine.processes import is_first
 
 
 class Side:
@@ -32,6 +34,8 @@ class Side:
         noise_mode, truncation_psi: Of a StyleGAN2.
         teachers: How a diffusion model is built and guided.
         choice: How a diffusion model is sampled; what is not said there is what suits it.
+        sigma_init: Noise level of a `one-step:FILE`.
+        gan_kwargs: How a generator is built, where its file does not tell it all.
 
     Attributes:
         sampling: How images are drawn, in words.
@@ -48,8 +52,12 @@ class Side:
         truncation_psi: float,
         teachers: TeacherOptions | None = None,
         choice: SamplerChoice = SamplerChoice(),  # noqa: B008 - frozen
+        sigma_init: float | None = None,
+        gan_kwargs: Mapping[str, Any] | None = None,
     ):
-        self.network, self._source = _load_any(path, device, teachers or TeacherOptions())
+        self.network, self._source = _load_any(path, device, teachers or TeacherOptions(), gan_kwargs, sigma_init)
+        for note in self.network.notes if is_first() else ():
+            print(f"note: {note}", file=sys.stderr)
         self.is_teacher = self._source is not None
         self.file = source_file(path)
         self.path, self.name, self.sha256 = str(self.file), self.file.name, sha256_of_file(self.file)
@@ -131,13 +139,21 @@ def _sampling(G: Generator, truncation_psi: float, noise_mode: str) -> str:
     return ", ".join(words) or "G(z, c)"
 
 
-def _load_any(path: str | os.PathLike, device: str, teachers: TeacherOptions) -> tuple[Any, TeacherSource | None]:
+def _load_any(
+    path: str | os.PathLike,
+    device: str,
+    teachers: TeacherOptions,
+    gan_kwargs: Mapping[str, Any] | None,
+    sigma_init: float | None,
+) -> tuple[Any, TeacherSource | None]:
     """(generator, None), or a diffusion model and its source. Raises ValueError if it is neither."""
     try:
         # channels_last halves a generator's time on a CPU: no page faults for copies between layouts
-        G: Any = load_generator(path)
+        G: Any = load_generator(path, gan_kwargs, sigma_init)
         return G.to(device, memory_format=torch.channels_last), None
     except ValueError as error:
+        if gan_kwargs is not None or one_step.file_of(path) is not None:  # asked for as a generator
+            raise
         try:
             source = teachers.source(path)
             return source.load().to(device), source

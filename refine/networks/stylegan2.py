@@ -44,6 +44,7 @@ class FullyConnectedLayer(nn.Module):
         bias_init: float = 0.0,
     ):
         super().__init__()
+        bases.check_choice("activation", activation, tuple(ACTIVATIONS))
         self.activation = activation
         self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_multiplier)
         self.bias = nn.Parameter(torch.full([out_features], float(bias_init))) if bias else None
@@ -382,10 +383,12 @@ class SynthesisNetwork(nn.Module):
         channel_base: Channels at resolution r are channel_base / r …
         channel_max: … at most this many.
         num_fp16_res: How many of the highest resolutions compute in float16 (not below 8×8).
+        channels: Channels at 4×4, 8×8, …, where they follow no such rule. None = by channel_base and channel_max.
         block_kwargs: Arguments of `SynthesisBlock` and `SynthesisLayer`.
 
     Raises:
-        ValueError: The resolution is not a power of two ≥ 4, or the architecture is unknown.
+        ValueError: The resolution is not a power of two ≥ 4, the architecture is unknown, or there are other numbers of
+            channels than resolutions.
     """
 
     def __init__(
@@ -396,17 +399,21 @@ class SynthesisNetwork(nn.Module):
         channel_base: int = 32768,
         channel_max: int = 512,
         num_fp16_res: int = 0,
+        channels: Sequence[int] | None = None,
         **block_kwargs,
     ):
         super().__init__()
         _check_geometry(img_resolution, block_kwargs.get("architecture", "skip"))
         self.w_dim, self.img_resolution, self.img_channels = w_dim, img_resolution, img_channels
         self.block_resolutions = _resolutions(img_resolution)
+        if channels is None:
+            channels = [min(channel_base // res, channel_max) for res in self.block_resolutions]
+        if len(channels) != len(self.block_resolutions):
+            raise ValueError(f"channels has {len(channels)} numbers; expected {len(self.block_resolutions)}")
         fp16_from = _fp16_resolution(img_resolution, num_fp16_res)
         self.num_ws = 0
         in_channels = 0
-        for res in self.block_resolutions:
-            out_channels = min(channel_base // res, channel_max)
+        for res, out_channels in zip(self.block_resolutions, channels, strict=True):
             block = SynthesisBlock(
                 in_channels,
                 out_channels,

@@ -16,6 +16,7 @@ from refine.checkpoints import load_generator, peek, source_file
 from refine.checkpoints.export import can_write_like
 from refine.checkpoints.sources import custom
 from refine.checkpoints.sources.fetch import is_url
+from refine.checkpoints.sources.one_step import file_of
 from refine.checkpoints.teachers import TeacherSource
 from refine.config import CHANGEABLE, OPTIONS, TEACHER, RefineConfig
 from refine.config.option import flag
@@ -225,7 +226,7 @@ def _load_pair(config: RefineConfig) -> _Pair:
     _check_laws(config)
     with option("--gan"):
         student_path = None if one_step else source_file(config.gan, "generator")
-        student_info = None if one_step else peek(config.gan, "generator")
+        student_info = None if one_step else peek(config.gan, "generator", config.gan_kwargs)
     with option("--teacher"):
         source = TeacherSource.of(config.teacher, config.teacher_kwargs)
         teacher_info = source.info()
@@ -239,7 +240,7 @@ def _load_pair(config: RefineConfig) -> _Pair:
     with option("--gan"):
         if one_step and source.own:
             raise ValueError(f"one-step needs a teacher of a file, which can be built again; found {source.own}")
-        student = None if one_step else load_generator(config.gan)
+        student = None if one_step else load_generator(config.gan, config.gan_kwargs, config.sigma_init)
     with option("--teacher"):
         teacher = source.load_alone()
     with option("--guide"):
@@ -341,6 +342,8 @@ def _no_container(gan: str, pair: _Pair) -> str | None:
     """Why snapshots are not written into copies of the file that the GAN came in; None = they are."""
     if gan == ONE_STEP:
         return "the one-step generator is made here, from the teacher"
+    if file_of(gan) is not None:
+        return "refine export --like=FILE puts a one-step generator back into the pickle it came from"
     if reference := custom.parse(gan):
         return f"use them as {reference}@FILE"
     return can_write_like(pair.student_path)
@@ -379,6 +382,8 @@ def _log_networks(run_dir: RunDir, trainer: Trainer, pair: _Pair) -> None:
         sum(p.numel() for p in parameters) for parameters in (trainer.student_parameters, pair.teacher.parameters())
     )
     run_dir.log(f"student     {config.gan}, {student:,} parameters to train, on {device}")
+    for note in trainer.G.notes:
+        run_dir.log(f"            {note}")
     run_dir.log(f"teacher     {config.teacher}, {teacher:,} parameters{pair.source.guided_words}")
     for note in pair.teacher.notes:
         run_dir.log(f"            {note}")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refine.checkpoints.sources import custom
+from refine.checkpoints.sources import custom, one_step
 from refine.checkpoints.sources.fetch import is_url
 from refine.checkpoints.sources.index import resolve
 from refine.checkpoints.sources.reach import reach_of
@@ -139,6 +139,8 @@ def absolute_place(text: str) -> str:
     """The path that an option means; names stay names. A URL, which may hold a password, becomes its file."""
     if (reference := custom.parse(text)) and reference.file:
         return f"{reference}@{os.path.abspath(reference.file)}"
+    if (file := one_step.file_of(text)) is not None:
+        return one_step.PREFIX + absolute_place(file)
     if is_url(text):
         return os.path.abspath(resolve(text))
     return os.path.abspath(text) if os.path.exists(text) else text  # folders of images, too

@@ -6,6 +6,7 @@ state. So a test can write any pickle, also hostile ones, without the modules it
 
 import io
 import pickle
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import ClassVar
@@ -172,6 +173,49 @@ class Format:
                 state[key] = self.scalar(value) if key.endswith(("_gain", "_scale")) else value
         state |= {"_init_args": tuple(init_args), "_init_kwargs": self.easy(init_kwargs or {}), **(attributes or {})}
         return self.persistent(type(module).__name__, state)
+
+
+class ZipFormat(Format):
+    """torch.save's zip: storages are entries of their own, and the pickle has protocol 2."""
+
+    KINDS: ClassVar = {
+        torch.float32: "FloatStorage",
+        torch.float16: "HalfStorage",
+        torch.float64: "DoubleStorage",
+        torch.int64: "LongStorage",
+    }
+
+    def __init__(self, numpy=2):
+        super().__init__(protocol=2, numpy=numpy)
+        self.storages = []
+
+    def tensor(self, tensor):
+        tensor = tensor.detach()
+        flat = tensor.contiguous().flatten()
+        key = str(len(self.storages))
+        self.storages.append(flat.numpy().tobytes())
+        kind = self.name("torch", self.KINDS[tensor.dtype])
+        storage = PersistentId(("storage", kind, key, "cuda:0", flat.numel()))
+        stride = tensor.contiguous().stride()
+        rebuild = self.name("torch._utils", "_rebuild_tensor_v2")
+        return Call(rebuild, storage, 0, tuple(tensor.shape), tuple(stride), False, OrderedDict())
+
+    def dumps(self, value, method=zipfile.ZIP_STORED):
+        data, file = dumps(value, 2), io.BytesIO()
+        with zipfile.ZipFile(file, "w", method) as archive:
+            archive.writestr("x/data.pkl", data)
+            archive.writestr("x/byteorder", b"little")
+            for key, storage in enumerate(self.storages):
+                archive.writestr(f"x/data/{key}", storage)
+            archive.writestr("x/version", b"3\n")
+        return file.getvalue()
+
+
+def plain_module(form, name, tensors, children=None, **attributes):
+    """A `torch.nn.Module` that was pickled as it is, by the name of its class."""
+    module, _, cls = name.rpartition(".")
+    state = {"training": False, "_parameters": {k: form.parameter(v) for k, v in tensors.items()}, "_buffers": {}}
+    return New(form.name(module, cls), {**state, "_modules": children or {}, **attributes})
 
 
 def stylegan2_kwargs(kwargs, style, form):

@@ -88,7 +88,7 @@ def bias_act(
     if b is None and act == "linear" and gain == 1 and clamp < 0:
         return x
     dim = dim % x.ndim if x.ndim else 0
-    if impl is None and x.device.type == "cpu" and x.numel() < _WORTH_A_CALL:
+    if impl is None and x.device.type == "cpu" and native.is_small(x, _WORTH_A_CALL):
         impl = "torch"
     if native.choose("bias_act", x, impl) == "native":
         return _native(x, b, dim, act, alpha, gain, clamp)

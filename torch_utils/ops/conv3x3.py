@@ -28,7 +28,7 @@ def conv2d(
     groups: int = 1,
 ) -> torch.Tensor:
     """`torch.nn.functional.conv2d`, by `conv3x3` where that is possible and faster."""
-    if padding in (1, (1, 1)) and stride == 1 and groups == 1 and _pays(x, w, b):
+    if padding in (1, (1, 1)) and stride == 1 and groups == 1 and not native.exporting() and _pays(x, w, b):
         return conv3x3(x, w, b)
     return F.conv2d(x, w, b, stride=stride, padding=padding, groups=groups)
 

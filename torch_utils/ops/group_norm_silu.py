@@ -55,7 +55,7 @@ def group_norm_silu(
     weight, bias = _checked(weight, x, (c,)), _checked(bias, x, (c,))
     before, scale, shift = (None if t is None else _checked(t, x, (n, c), (1, c)) for t in (before, scale, shift))
     served = x.dtype == torch.float32 and x.device.type == "cpu"
-    if impl is None and not (served and x.numel() >= _WORTH_A_CALL):
+    if impl is None and (not served or native.is_small(x, _WORTH_A_CALL)):
         impl = "torch"
     if impl == "native" and not served:
         raise RuntimeError(f"group_norm_silu has no compiled kernel for {x.dtype} on {x.device.type}")

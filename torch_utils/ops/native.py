@@ -42,6 +42,16 @@ def choose(op: str, x: torch.Tensor, impl: str | None) -> str:
     return "torch"
 
 
+def exporting() -> bool:
+    """Whether a graph is being made that is to hold for every batch, so that no choice may depend on sizes."""
+    return getattr(torch.compiler, "is_exporting", bool)()  # since torch 2.7
+
+
+def is_small(x: torch.Tensor, least: int) -> bool:
+    """Whether a call on so few numbers costs more than it saves."""
+    return not exporting() and x.numel() < least
+
+
 @torch.compiler.assume_constant_result  # a compiled graph keeps the choice it was traced with
 def _available(op: str, device_type: str) -> bool:
     return op in custom_ops.OPS.get(device_type, ()) and custom_ops.load(device_type) is not None

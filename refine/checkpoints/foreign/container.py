@@ -8,22 +8,23 @@ the network is built, or are replaced there when a refined one is given back.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 import torch
 
 from refine import dnnlib
 from refine.checkpoints import registry
+from refine.checkpoints.foreign.alike import difference
 from refine.checkpoints.pickles.inert import Refused
 from refine.checkpoints.pickles.tensors import TensorRef, total_bytes
 
+Members: TypeAlias = "dict[str, tuple[str, Callable[[], FileNetwork]]]"  # name → kind, and how to describe the network
 MAX_VALUES = 4000  # numbers, texts and tables in the arguments of one network
 _SPARE_BYTES = 1 << 20  # tensors of a network may take so much more memory than the file is long
 
@@ -73,6 +74,7 @@ class FileNetwork:
         network.load_state_dict(state, strict=True, assign=True)
         for name, value in self.attributes.items():
             setattr(network, name, value)
+        network.notes = tuple(self.notes)
         if self.finish is not None:
             self.finish(network)
         network.notes = tuple(self.notes)
@@ -203,9 +205,19 @@ def plain(value: Any, what: str = "init kwargs") -> Any:
     return convert(value, 0)
 
 
-def same_kwargs(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether two sets of arguments are the same once written as JSON."""
-    return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
+def merged(inferred: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with others laid over them, tables inside them entry by entry.
+
+    Raises:
+        Refused: something else is given where a table is expected.
+    """
+    result = dict(inferred)
+    for name, value in given.items():
+        table = isinstance(result.get(name), Mapping)
+        if table and not isinstance(value, Mapping):
+            raise Refused(f"the argument {name} that is given for it is not a table")
+        result[name] = merged(result[name], value) if table else value
+    return result
 
 
 @dataclass(frozen=True)
@@ -215,10 +227,13 @@ class _Patch:
     data: bytes
 
 
-def write_back(container: Container, out: str | os.PathLike, networks: Mapping[str, torch.nn.Module]) -> None:
+def write_back(container: Container, out: str | os.PathLike, networks: Mapping[str, torch.nn.Module]) -> list[str]:
     """Writes the container again, with the weights of `networks` in place of its own; every other byte stays.
 
     Globals, protocol, layout, embedded source text and all that is not one of these networks are those of the file.
+
+    Returns:
+        What a person should know about the result.
 
     Raises:
         ValueError: the file cannot take them; says why.
@@ -227,10 +242,11 @@ def write_back(container: Container, out: str | os.PathLike, networks: Mapping[s
     if not container.writable:
         raise ValueError(f"{container.path} is {container.family}, into which networks cannot be put back")
     patches: dict[int, _Patch] = {}
+    notes: list[str] = []
     for name, network in networks.items():
         described = container.network(name)
         with saying(f"{container.path}: {name}"):
-            for patch in _patches(described, network, container.resizable):
+            for patch in _patches(described, network, container.resizable, notes):
                 if patches.setdefault(patch.offset, patch) != patch:
                     raise Refused("two networks of the file share their numbers, so only equal ones can be written")
     ordered = sorted(patches.values(), key=lambda patch: patch.offset)
@@ -244,18 +260,24 @@ def write_back(container: Container, out: str | os.PathLike, networks: Mapping[s
             target.write(patch.data)
             position = patch.offset + patch.length
         _copy(container.stream, target, position, container.size)
+    return list(dict.fromkeys(notes))
 
 
-def _patches(described: FileNetwork, network: Any, resizable: bool) -> Iterator[_Patch]:
+def _patches(described: FileNetwork, network: Any, resizable: bool, notes: list[str]) -> Iterator[_Patch]:
     if registry.registry_name(network) != described.class_name:
         raise Refused(f"it is a {described.class_name}; got a {registry.registry_name(network)}")
     fresh: Any = registry.build_empty(described.class_name, described.init_kwargs)
-    if not same_kwargs(fresh.init_kwargs, network.init_kwargs):
-        raise Refused("its constructor arguments are not those of the network to be written")
+    for name, value in described.attributes.items():
+        setattr(fresh, name, value)
+    _check_alike(fresh, network, notes)
     state = network.state_dict()
     described._check(state, limit=1 << 62)
     for name, value in fresh.state_dict().items():
-        if name not in described.tensors and not torch.equal(value, state[name].detach().cpu()):
+        if name in described.tensors:
+            continue
+        if name.endswith(("w_avg", "noise_const")):
+            notes.append(f"{name.rpartition('.')[2]} has no place in the file and is not written")
+        elif not torch.equal(value, state[name].detach().cpu()):
             raise Refused(f"{name} is another than the constructor makes, and has no place in the file")
     for name, ref in described.tensors.items():
         (blob, start), data = ref.place(), ref.encoded(state[name])
@@ -263,6 +285,26 @@ def _patches(described: FileNetwork, network: Any, resizable: bool) -> Iterator[
             yield _Patch(blob.offset + start, len(data), data)
         elif data != blob.read(start, len(data)):
             yield _text_patch(blob, start, data, resizable)
+
+
+def _check_alike(fresh: torch.nn.Module, network: torch.nn.Module, notes: list[str]) -> None:
+    """Raises Refused unless the file's network computes the same as the one to be written; a clamp is only noted."""
+    clamps: list[tuple[torch.nn.Module, Any]] = []
+    try:
+        while (found := difference(fresh, network)) is not None:
+            name, theirs, ours = found
+            path, _, leaf = name.rpartition(".")
+            if leaf != "conv_clamp":
+                text = f"its {name} is {theirs}, that of the network to be written {ours}"
+                raise Refused(f"the arguments are not those of the network to be written: {text}"[:300])
+            module = fresh.get_submodule(path)
+            clamps.append((module, theirs))
+            module.conv_clamp = ours
+    finally:
+        for module, value in clamps:
+            module.conv_clamp = value
+    if clamps:
+        notes.append("it clamps activations at another value than the network: the same unless that is reached")
 
 
 def _text_patch(blob: Any, start: int, data: bytes, resizable: bool) -> _Patch:

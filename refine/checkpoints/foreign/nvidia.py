@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container
 from typing import Any
 
-from refine.checkpoints.foreign.container import FileNetwork, plain
-from refine.checkpoints.pickles.inert import Buildable, Refused, Stub, shown
+from refine.checkpoints.foreign.container import FileNetwork, Members, plain
+from refine.checkpoints.foreign.flat import without_strangers
+from refine.checkpoints.foreign.rosinality import MEAN_OF, estimate_w_avg
+from refine.checkpoints.pickles.inert import Buildable, Refused, Stub, Unknown, shown
 from refine.checkpoints.pickles.machine import COMMON_RULES
 from refine.checkpoints.pickles.tensors import NUMPY_RULES, TENSOR_RULES, VALUE_RULES, TensorRef
-from refine.networks import edm, edm2, stylegan2
+from refine.networks import edm, edm2, edm_unets, stylegan2
 
 PERSISTENCE_VERSION = 6  # of every public file
 _MAX_DEPTH, _MAX_TENSORS = 12, 20_000
@@ -70,11 +72,11 @@ def rules(seen: list[str]) -> dict[str, Stub]:
     return {**COMMON_RULES, **TENSOR_RULES, **NUMPY_RULES, **VALUE_RULES, **{stub.name: stub for stub in stubs}}
 
 
-def members(value: Mapping[Any, Any]) -> tuple[str, dict[str, tuple[str, Callable[[], FileNetwork]]]] | None:
-    """What a snapshot's table holds: (family, name → (kind, how to describe the network)); None = no such table."""
-    found = {str(key): item for key, item in value.items() if isinstance(item, Persistent)}
+def members(value: Any) -> tuple[str, Members] | None:
+    """What a snapshot holds, in a table, a tuple or by itself: (family, members); None = no network of these."""
+    found = _named(value)
     ema = found.get("ema")
-    if ema is not None and ema.class_name in _PRECONDS:
+    if ema is not None and _precond_of(ema) is not None:
         return "an EDM pickle", {"ema": ("teacher", _later(describe_teacher, ema))}
     encoder = found.get("encoder")
     if ema is not None and _is_edm2(ema) and (encoder is None or encoder.class_name == _PIXELS):
@@ -82,12 +84,49 @@ def members(value: Mapping[Any, Any]) -> tuple[str, dict[str, tuple[str, Callabl
     generators = {name: found[name] for name in ("G_ema", "G") if name in found}
     if not generators or not all(_is_stylegan2(item) for item in generators.values()):
         return None
-    result: dict[str, tuple[str, Callable[[], FileNetwork]]] = {}
+    result: Members = {}
     for name, item in generators.items():
         result[name] = ("generator", _later(describe_generator, item))
     if "D" in found:
         result["D"] = ("discriminator", _later(describe_discriminator, found["D"]))
     return "a StyleGAN2 pickle", result
+
+
+_OTHER_NAMES = {"g_ema": "G_ema", "gs": "G_ema", "generator": "G_ema", "g": "G", "d": "D", "discriminator": "D"}
+
+
+def _named(value: Any) -> dict[str, Persistent]:
+    """The objects of a file by the names that NVIDIA's programs give them."""
+    value = _unwrapped(value)
+    if isinstance(value, Persistent):
+        value = {"ema" if _is_teacher(value) else "G_ema": value}
+    if isinstance(value, list | tuple) and len(value) == 3:
+        value = dict(zip(("G", "D", "G_ema"), value, strict=True))
+    found: dict[str, Persistent] = {}
+    for key, item in value.items() if isinstance(value, dict) else ():
+        item = _unwrapped(item)
+        if isinstance(item, Persistent):
+            name = _OTHER_NAMES.get(str(key).lower(), str(key))
+            found.setdefault(name, item)
+    if "ema" not in found and not isinstance(value.get("optimizer_state") if isinstance(value, dict) else None, dict):
+        teachers = [
+            found[name] for name in ("G_ema", "G", "net", "model") if name in found and _is_teacher(found[name])
+        ]
+        found |= dict(zip(("ema",), teachers, strict=False))
+    return found
+
+
+def _unwrapped(item: Any) -> Any:
+    """An object without the module around it that DataParallel is."""
+    for _ in range(_MAX_DEPTH):  # a file can make a module its own child
+        if not (isinstance(item, Unknown) and item.state is not None and list(_modules(item)) == ["module"]):
+            break
+        item = _modules(item)["module"]
+    return item
+
+
+def _is_teacher(item: Persistent) -> bool:
+    return _precond_of(item) is not None or _is_edm2(item)
 
 
 def _later(describe: Callable[[Persistent], FileNetwork], item: Persistent) -> Callable[[], FileNetwork]:
@@ -106,6 +145,8 @@ def family(value: Any, seen: list[str]) -> str | None:
         latent = bool(names & {"StabilityVAEEncoder"})
         return f"an EDM2 diffusion model{' of latents, not of pixels' if latent else ''}"
     if names & set(_PRECONDS):
+        if isinstance(table.get("ema"), list | tuple | dict):
+            return "an EDM file with several networks under 'ema'"
         return "an EDM file without 'ema', perhaps a training state"
     if {"TriPlaneGenerator", "OSGDecoder"} & names:
         return "an EG3D generator"
@@ -127,7 +168,7 @@ _PIXELS = "StandardRGBEncoder"  # of EDM2's networks whose images are images
 
 
 def _is_stylegan2(item: Persistent) -> bool:
-    return item.class_name == "Generator" and _child(item, "synthesis", "b4") is not None
+    return _child(item, "synthesis", "b4") is not None and _child(item, "mapping") is not None
 
 
 def describe_generator(item: Persistent) -> FileNetwork:
@@ -139,7 +180,10 @@ def describe_generator(item: Persistent) -> FileNetwork:
     last = f"b{kwargs.get('img_resolution')}"
     flattened = synthesis is None and bool(options or _attribute(item, ("synthesis", last), "use_fp16"))
     options.pop("fused_modconv_default", None)
-    synthesis = {**_table(synthesis), **options}
+    notes = [] if item.class_name == "Generator" else [f"its class is called {shown(item.class_name)}, not Generator"]
+    mapping = _known_only(mapping, _arguments_of(stylegan2.MappingNetwork), "its mapping network", notes)
+    known = _arguments_of(stylegan2.SynthesisNetwork, stylegan2.SynthesisBlock, stylegan2.SynthesisLayer)
+    synthesis = _known_only({**_table(synthesis), **options}, known, "it", notes)
     if flattened:
         synthesis = {"num_fp16_res": 4, "conv_clamp": 256, **synthesis}
     for path, name, table in (
@@ -150,7 +194,48 @@ def describe_generator(item: Persistent) -> FileNetwork:
         if live is not _MISSING and (name in table or live != _DEFAULTS[name]):
             table[name] = live
     kwargs.update(mapping_kwargs=mapping, synthesis_kwargs=synthesis)
-    return FileNetwork("stylegan2.Generator", kwargs, collect(item))
+    return _with_what_is_there(FileNetwork("stylegan2.Generator", kwargs, collect(item), notes=notes))
+
+
+def _with_what_is_there(network: FileNetwork) -> FileNetwork:
+    """A generator without tensors of others, and with a substitute for the buffers that a fork left out."""
+    network.tensors = without_strangers(network.tensors, network.notes)
+    if (
+        "mapping.w_avg" not in network.tensors
+        and network.init_kwargs["mapping_kwargs"].get("w_avg_beta", 1) is not None
+    ):
+        network.finish = estimate_w_avg
+        network.notes.append(f"no mean of w is stored: it is estimated from {MEAN_OF:,} draws")
+    noise = any(name.endswith(".noise_const") for name in network.tensors)
+    if not noise and any(name.endswith(".noise_strength") for name in network.tensors):
+        network.notes.append("no constant noise is stored: it is drawn with a fixed seed")
+    network.computed = lambda name: (
+        (name == "mapping.w_avg" and network.finish is not None) or (name.endswith(".noise_const") and not noise)
+    )
+    return network
+
+
+# Arguments of forks that shapes check (an image that is not square has other tensors), or that are for calls.
+_OF_FORKS = {"class_name", "square", "force_fp32", "init_res"}
+
+
+def _known_only(given: dict[str, Any], known: Container[str], whose: str, notes: list[str]) -> dict[str, Any]:
+    """Arguments without those that our classes do not have and that are switched off."""
+    for name in [name for name in given if name not in known]:
+        value = given[name]
+        if name not in _OF_FORKS and value is not None and value is not False:
+            what = f"{shown(name)}={shown(str(value))}"
+            raise Refused(
+                f"{whose} was made with the argument {what}, which changes it in a way that is not known here"
+            )
+        notes.append(f"the argument {shown(name)}={shown(str(value))} of a fork is left out")
+    return {name: value for name, value in given.items() if name in known}
+
+
+def _arguments_of(*classes: type) -> set[str]:
+    """Names that the constructors take from a file, in any of these classes."""
+    parameters = [p for cls in classes for p in inspect.signature(cls).parameters.values()]
+    return {p.name for p in parameters if p.default is not p.empty}
 
 
 _MISSING = object()
@@ -177,15 +262,30 @@ _NUMBERS = {"dropout", "label_dropout", "sigma_min", "sigma_max", "sigma_data", 
 _NUMBERS |= {"label_balance", "concat_balance", "res_balance", "attn_balance", "clip_act"}
 
 
+def _precond_of(item: Persistent) -> type | None:
+    """The preconditioning that an object is, also under a name that a fork gave it, as far as its attributes tell."""
+    if item.class_name in _PRECONDS:
+        return _PRECONDS[item.class_name]
+    fits = item.state.keys() >= {"sigma_min", "sigma_max", "sigma_data"} and _child(item, "model", "enc") is not None
+    return edm.EDMPrecond if fits else None
+
+
 def _is_edm2(item: Persistent) -> bool:
     return item.class_name == "Precond" and _child(item, "unet", "enc") is not None
 
 
 def describe_teacher(item: Persistent) -> FileNetwork:
     """Arguments and tensors of a preconditioned denoiser; attributes win over the arguments that once set them."""
-    cls = edm2.Precond if _is_edm2(item) else _PRECONDS[item.class_name]
+    cls: Any = edm2.Precond if _is_edm2(item) else _precond_of(item)
     names = [name for name, p in inspect.signature(cls).parameters.items() if p.kind is not p.VAR_KEYWORD]
     kwargs = _init_kwargs(item, tuple(names))
+    notes: list[str] = []
+    if cls is not edm2.Precond:
+        if item.class_name not in _PRECONDS:
+            notes.append(
+                f"its class is called {shown(item.class_name)}; it is read as {cls.__name__}, whose form it has"
+            )
+        kwargs = _known_only(kwargs, {*names, *_arguments_of(*edm_unets.UNETS.values())}, "it", notes)
     for name in names:
         live = item.state.get(name)
         if name != "model_type" and isinstance(live, bool | int | float | TensorRef):
@@ -203,8 +303,8 @@ def describe_teacher(item: Persistent) -> FileNetwork:
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
                 raise Refused(f"its {name} is not a positive number")
             attributes[name] = float(value)
-    class_name = "edm2.Precond" if cls is edm2.Precond else f"edm.{item.class_name}"
-    return FileNetwork(class_name, kwargs, collect(item), attributes=attributes)
+    class_name = "edm2.Precond" if cls is edm2.Precond else f"edm.{cls.__name__}"
+    return FileNetwork(class_name, kwargs, collect(item), attributes=attributes, notes=notes)
 
 
 # The tree of modules.
@@ -230,39 +330,47 @@ def collect(item: Any) -> dict[str, TensorRef]:
                 if value is None or (kind == "_buffers" and isinstance(transient, set) and name in transient):
                     continue
                 if not isinstance(value, TensorRef) or prefix + name in tensors or len(tensors) >= _MAX_TENSORS:
-                    raise Refused(f"{shown(prefix + name)} is not a tensor, or there are too many")
+                    raise Refused(f"{shown(prefix + name)} is not a tensor{_named_by(value)}, or there are too many")
                 tensors[prefix + name] = value
         for name, child in _entries(module, "_modules"):
             if child is not None:
-                if not isinstance(child, Persistent | ModuleDict):
-                    raise Refused(f"{shown(prefix + name)} is not a module")
+                if not _is_module(child):
+                    raise Refused(f"{shown(prefix + name)} is not a module{_named_by(child)}")
                 walk(child, f"{prefix}{name}.", depth + 1)
 
     walk(item, "", 0)
     return tensors
 
 
-def _entries(module: Persistent | ModuleDict, kind: str) -> list[tuple[str, Any]]:
+def _is_module(item: Any) -> bool:
+    return isinstance(item, Persistent | ModuleDict) or (isinstance(item, Unknown) and item.state is not None)
+
+
+def _named_by(item: Any) -> str:
+    return f" but an object of {shown(item.name)}" if isinstance(item, Unknown) else ""
+
+
+def _entries(module: Any, kind: str) -> list[tuple[str, Any]]:
     table = module.state.get(kind, {})
     if not isinstance(table, dict) or not all(isinstance(name, str) for name in table):
         raise Refused(f"a module's {kind} is not a table")
     return [(str(name), value) for name, value in table.items()]
 
 
-def _modules(item: Persistent | ModuleDict) -> dict[str, Any]:
+def _modules(item: Any) -> dict[str, Any]:
     return dict(_entries(item, "_modules"))
 
 
-def _child(item: Persistent | ModuleDict, *path: str) -> Persistent | ModuleDict | None:
+def _child(item: Any, *path: str) -> Any | None:
     for name in path:
         child = _modules(item).get(name)
-        if not isinstance(child, Persistent | ModuleDict):
+        if not _is_module(child):
             return None
         item = child
     return item
 
 
-def _attribute(item: Persistent | ModuleDict, path: tuple[str, ...], name: str, missing: Any = None) -> Any:
+def _attribute(item: Any, path: tuple[str, ...], name: str, missing: Any = None) -> Any:
     """A plain attribute of a module below, or `missing`."""
     child = _child(item, *path)
     return plain(child.state[name], name) if child is not None and name in child.state else missing

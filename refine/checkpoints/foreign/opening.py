@@ -15,16 +15,19 @@ from refine.checkpoints.sniff import sniff
 
 @contextmanager
 def open_container(
-    path: str | os.PathLike, expected: str | None = None, kwargs: Mapping[str, Any] | None = None, **options: Any
+    path: str | os.PathLike,
+    expected: str | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    class_name: str | None = None,
 ) -> Iterator[Container]:
     """Opens a pickle, a `.pt`, `.npz` or safetensors file of another program, for as long as the block lasts.
 
     Args:
         path: The file.
         expected: What a refusal says was expected instead. None = every kind of file that can be read.
-        kwargs: How its networks are built, for files that do not tell it all: init kwargs of a plain state dict (see
-            `state_dicts`), or the options of the program that a `.pt` comes from (see `adm`).
-        **options: `init_kwargs` and `class_name` of a plain state dict, see `state_dicts`.
+        kwargs: How its networks are built, for files that do not tell it all: arguments of a state dict, laid over what
+            names and shapes tell, or the options of the program that a `.pt` comes from (see `adm`).
+        class_name: Of a network in safetensors or `.npz`, see `state_dicts`.
 
     Raises:
         ValueError: the file is broken or none of those; one sentence says what it is and what was expected.
@@ -38,22 +41,24 @@ def open_container(
     }
     if found.kind not in openers:
         raise ValueError(f"{path} is {found.description}; expected {expected}")
+    options = {"class_name": class_name} if found.kind in ("npz", "safetensors") else {}
     with open(path, "rb") as stream:
-        if found.kind in ("npz", "safetensors"):
-            yield openers[found.kind](Path(path), stream, expected, **options, **_init_kwargs(kwargs))
-            return
-        container = openers[found.kind](Path(path), stream, expected, kwargs)
+        container = openers[found.kind](Path(path), stream, expected, kwargs, **options)
         if kwargs is not None and not container.takes_kwargs:
-            raise ValueError(f"{path} is {container.family}, which tells how its networks are built; {NO_KWARGS}")
+            name = kwargs_option("teacher" if "teacher" in container.members.values() else "generator")
+            raise ValueError(
+                f"{path} is {container.family}, which tells how its networks are built; expected no {name}"
+            )
         yield container
 
 
-def _init_kwargs(kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    return {} if kwargs is None else {"init_kwargs": kwargs}
+def kwargs_option(kind: str) -> str:
+    """The option that says how networks of a kind are built."""
+    return "--teacher-kwargs" if kind == "teacher" else "--gan-kwargs"
 
 
-NO_KWARGS = "expected no --teacher-kwargs"
 EXPECTED = (
-    "a StyleGAN2, StyleGAN3, StyleGAN-XL, EDM or EDM2 pickle, a legacy TensorFlow pickle of StyleGAN2, "
-    "a rosinality .pt, a guided-diffusion or consistency_models .pt, or a file of this toolkit"
+    "a StyleGAN2, StyleGAN3, StyleGAN-XL, R3GAN, EDM or EDM2 pickle, a state dict of StyleGAN2, R3GAN or EDM, "
+    "a legacy TensorFlow pickle of StyleGAN2, a rosinality .pt, a guided-diffusion or consistency_models .pt, "
+    "or a file of this toolkit"
 )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from refine.checkpoints.foreign import nvidia, stylegan3, tensorflow, torch_save
+from refine.checkpoints.foreign import contents, nvidia, stylegan3, tensorflow, torch_save
 from refine.checkpoints.foreign.container import Container, saying
 from refine.checkpoints.pickles.inert import Refused
 from refine.checkpoints.pickles.machine import Machine
@@ -25,7 +25,7 @@ def open_pickle(path: Path, stream: BinaryIO, expected: str, kwargs: Mapping[str
         return torch_save.open_legacy(path, stream, expected, kwargs)
     size, seen = os.fstat(stream.fileno()).st_size, list[str]()
     rules = nvidia.rules(seen) | tensorflow.RULES
-    machine = Machine(stream, size, rules)
+    machine = Machine(stream, size, rules | {stylegan3.EMBEDDING.name: stylegan3.EMBEDDING}, lenient=True)
     try:
         value = machine.load()
     except Refused as error:
@@ -33,17 +33,17 @@ def open_pickle(path: Path, stream: BinaryIO, expected: str, kwargs: Mapping[str
             stream.seek(0)
             machine = Machine(stream, size, rules | stylegan3.RULES, lenient=True, harmless=stylegan3.harmless)
             with saying(str(path)):
-                found = stylegan3.members(machine.load())
-            if found is None:
+                of_xl = stylegan3.members(machine.load())
+            if of_xl is None:
                 raise ValueError(f"{path} is {stylegan3.XL} without a generator; expected {expected}") from None
-            return _container(path, stream, machine, found)
+            return _container(path, stream, machine, (*of_xl, False))
         # Files of other families often hold globals of their own: then the family is the more helpful answer.
         named = nvidia.family(None, seen)
         if named is not None and "has no place" in str(error):
             raise ValueError(f"{path} is {named}; expected {expected}") from None
         raise ValueError(f"{path}: {error}") from None
     with saying(str(path)):
-        found = _members(value)
+        found = contents.find(value, path, kwargs)
     if found is None:
         named = tensorflow.family(value) or nvidia.family(value, seen) or _plainly(value)
         raise ValueError(f"{path} is {named}; expected {expected}")
@@ -52,8 +52,9 @@ def open_pickle(path: Path, stream: BinaryIO, expected: str, kwargs: Mapping[str
 
 def _container(path: Path, stream: BinaryIO, machine: Machine, found: Any) -> Container:
     resizable = machine.protocol == 2 and not machine.framed
-    family, members = found
-    return Container(path, stream, family, members, resizable=resizable, writable=True)
+    family, members, takes_kwargs = found
+    more = {"resizable": resizable, "writable": family not in contents.STATE_DICTS, "takes_kwargs": takes_kwargs}
+    return Container(path, stream, family, members, **more)
 
 
 def is_legacy_torch(stream: BinaryIO) -> bool:
@@ -61,14 +62,6 @@ def is_legacy_torch(stream: BinaryIO) -> bool:
     head = stream.read(len(_LEGACY_TORCH))
     stream.seek(0)
     return head == _LEGACY_TORCH
-
-
-def _members(value: Any):
-    if isinstance(value, dict):
-        return stylegan3.members(value) or nvidia.members(value)
-    if isinstance(value, tuple):
-        return tensorflow.members(value)
-    return None
 
 
 def _plainly(value: Any) -> str:

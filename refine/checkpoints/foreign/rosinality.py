@@ -1,54 +1,60 @@
 """`.pt` files of the rosinality/stylegan2-pytorch family: state dicts of the same networks under other names.
 
 Between the two there is only renaming, leading axes of size 1, a factor 4 on the upsampling filters and the learning
-rate multiplier folded into the mapping's weights. `torch_save` opens the files; here are the names.
+rate multiplier folded into the mapping's weights. Here are the names; where in a file they are is for `flat.py`.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from refine.checkpoints.foreign.container import FileNetwork
+from refine.checkpoints.foreign.container import FileNetwork, Members, merged
+from refine.checkpoints.foreign.flat import (
+    Flat,
+    channel_kwargs,
+    filter_taps,
+    generators,
+    shape_of,
+    without_strangers,
+)
 from refine.checkpoints.pickles.inert import Refused, shown
 from refine.checkpoints.pickles.tensors import TensorRef
 
 LR_MULTIPLIER = 0.01  # of the mapping network in all of their scripts; the file does not tell
 FAMILY = "a rosinality-style .pt"
-_WRAPPER = "module."
-_MEAN_OF = 10_000  # z from which a missing mean of w is estimated, which takes a second
+MEAN_OF = 10_000  # z from which a missing mean of w is estimated, which takes a second
+ANCHOR = "conv1.conv.modulation.weight"
+_MAX_LAYERS = 64  # that a mean of w can be stored for, one by one
+_D_ANCHOR = "final_linear.1.weight"
+_MEANS = ("latent_avg", "truncation_latent")  # names that the mean of w goes by, beside the network or in it
 _MEAN_WEIGHTS = 8 * 513 * 512  # of a mapping up to which there are so many; fewer where more weights would take longer
 
 
-def members(value: Any) -> dict[str, tuple[str, Callable[[], FileNetwork]]] | None:
-    """What a file's table holds: name → (kind, how to describe the network); None = no such table."""
-    table = _unwrapped(value) if isinstance(value, dict) else {}
-    tables = {name: _unwrapped(table[name]) for name in ("g_ema", "g", "d") if isinstance(table.get(name), dict)}
-    if not tables and "conv1.conv.weight" in table:  # a state dict without anything around it
-        tables = {"g_ema": table}
-    if not ({"g_ema", "g"} & set(tables)) or not any("conv1.conv.modulation.weight" in t for t in tables.values()):
-        return None
-    w_avg = table.get("latent_avg")
-    found: dict[str, tuple[str, Callable[[], FileNetwork]]] = {}
-    for theirs, state in tables.items():
-        if theirs == "d":
-            found["D"] = ("discriminator", functools.partial(describe_discriminator, state))
-        else:
-            ours = {"g_ema": "G_ema", "g": "G"}[theirs]
-            found[ours] = ("generator", functools.partial(describe_generator, state, w_avg))
-    return found
+def members(flat: Flat, given: Mapping[str, Any] | None) -> Members | None:
+    """The networks of a file's tensors; None = there is no generator of these names."""
+    found: Members = {}
+    for name, at in generators(flat, ANCHOR).items():
+        describe = functools.partial(describe_generator, flat.under(at), _mean_of_w(flat, at), given)
+        found[name] = ("generator", describe)
+    discriminators = [name for name in flat.tensors if name == _D_ANCHOR or name.endswith(f".{_D_ANCHOR}")]
+    if found and len(discriminators) == 1:
+        theirs = flat.under(discriminators[0].removesuffix(_D_ANCHOR))
+        found["D"] = ("discriminator", functools.partial(describe_discriminator, theirs))
+    return found or None
 
 
-def _unwrapped(state: dict) -> dict:
-    """A state dict without the prefix of DataParallel."""
-    if state and all(isinstance(name, str) and name.startswith(_WRAPPER) for name in state):
-        return {name.removeprefix(_WRAPPER): value for name, value in state.items()}
-    return state
+def _mean_of_w(flat: Flat, prefix: str) -> TensorRef | None:
+    """The mean of w that belongs to a generator: in it, beside it, or beside the table that it is in."""
+    places, parts = [prefix], prefix.removesuffix(".").split(".")
+    places += [".".join(parts[:count]) + "." if count else "" for count in reversed(range(len(parts)))]
+    names = (place + name for place in places for name in _MEANS)
+    return next((flat.tensors[name] for name in names if name in flat.tensors), None)
 
 
 # Names. Theirs, with {j} for the index of a block: b8 is block 0.
@@ -66,7 +72,7 @@ def _mapped_name(name: str) -> tuple[str, Callable[[TensorRef], TensorRef]] | No
     if match := re.fullmatch(r"(conv1|to_rgb1|convs\.\d{1,2}|to_rgbs\.\d{1,2})\.(.+)", name):
         block, layer = _block(match[1])
         if layer == "torgb":
-            leaf = {**_SHARED, "bias": ("bias", TensorRef.squeezed)}.get(match[2])
+            leaf = {**_SHARED, "bias": ("bias", _second_axis)}.get(match[2])
             if match[2] == "upsample.kernel":
                 return f"synthesis.{block}.resample_filter", _quarter
         else:
@@ -94,6 +100,12 @@ def _drop(count: int) -> Callable[[TensorRef], TensorRef]:
     return lambda ref: ref.without_leading(count)
 
 
+def _second_axis(ref: TensorRef) -> TensorRef:
+    if len(ref.shape) != 4 or ref.numel != ref.shape[1]:
+        raise Refused(f"a bias has shape {list(ref.shape)}; expected one number for each channel")
+    return replace(ref, shape=ref.shape[1:2], stride=ref.stride[1:2])
+
+
 def _quarter(ref: TensorRef) -> TensorRef:
     return ref.affine(scale=0.25)
 
@@ -114,54 +126,95 @@ def channels(resolution: int, multiplier: int) -> int:
 # Reading.
 
 
-def describe_generator(state: Mapping[Any, Any], w_avg: Any = None) -> FileNetwork:
-    """Arguments, inferred from names and shapes, and tensors of a generator."""
-    refs = _refs(state)
-    if any(".iwt." in name or ".dwt." in name for name in refs) or _shape(refs, "to_rgb1.bias")[1:2] == (12,):
+def describe_generator(
+    state: Mapping[str, TensorRef], w_avg: TensorRef | None = None, given: Mapping[str, Any] | None = None
+) -> FileNetwork:
+    """Arguments, inferred from names and shapes, and tensors of a generator.
+
+    Args:
+        state: By their names in the generator.
+        w_avg: The mean of w, of any shape that holds one or one for each layer; None = the file has none.
+        given: Arguments that are laid over the inferred ones.
+    """
+    if any(".iwt." in name or ".dwt." in name for name in state) or _shape(state, "to_rgb1.bias")[1:2] == (12,):
         raise Refused("it is a SWAGAN generator (wavelets); expected one of StyleGAN2")
-    size = 4 << sum(re.fullmatch(r"to_rgbs\.\d{1,2}\.bias", name) is not None for name in refs)
+    size = 4 << sum(re.fullmatch(r"to_rgbs\.\d{1,2}\.bias", name) is not None for name in state)
     if not 4 <= size <= 1024:
         raise Refused(f"it has toRGB layers for images of {size}×{size}; expected 4 to 1024")
-    layers = sum(re.fullmatch(r"style\.\d{1,3}\.weight", name) is not None for name in refs)
-    dim = _shape(refs, "conv1.conv.modulation.weight")[1:2]
-    if not dim:
-        raise Refused("its modulation has no weights")
-    last = f"convs.{2 * size.bit_length() - 7}.conv.weight" if size > 4 else "conv1.conv.weight"
-    width = _shape(refs, last)[1:2]
-    multiplier = 2 if size <= 32 or not width else max(width[0] * size // 16384, 1)
     notes = [f"the learning rate multiplier of the mapping is taken as {LR_MULTIPLIER}: the file does not tell"]
     tensors: dict[str, TensorRef] = {}
-    for name, ref in refs.items():
+    state = {name: ref for name, ref in state.items() if name not in _MEANS}
+    for name, ref in without_strangers(state, notes).items():
         ours = _mapped_name(name)
         if ours is None or ours[0] in tensors:
             raise Refused(f"it has the tensor {shown(name)}, which is not one of StyleGAN2's")
         tensors[ours[0]] = ours[1](ref)
+    kwargs = merged(_init_kwargs(state, size, tensors), given or {})
     computed = {f"synthesis.b{4 << i}.conv1.resample_filter" for i in range(9)}
     computed.add("synthesis.b4.resample_filter")
+    if not any(name.endswith("resample_filter") for name in tensors):
+        computed |= {f"synthesis.b{4 << i}{layer}.resample_filter" for i in range(9) for layer in ("", ".conv0")}
+        notes.append("no filter is stored: it is taken as [1, 3, 3, 1]")
+    finish = _set_mean_of_w(w_avg, kwargs["w_dim"], tensors, notes)
+    if finish is not None:
+        computed.add("mapping.w_avg")
+    if not any(name.startswith("noises.") for name in state):
+        computed |= {f"synthesis.b{4 << i}.conv{k}.noise_const" for i in range(9) for k in (0, 1)}
+        notes.append("no constant noise is stored (files before 2020): it is drawn with a fixed seed")
+    return FileNetwork("stylegan2.Generator", kwargs, tensors, computed.__contains__, finish, notes=notes)
+
+
+def _init_kwargs(state: Mapping[str, TensorRef], size: int, tensors: Mapping[str, TensorRef]) -> dict[str, Any]:
+    """Arguments of our generator.
+
+    Args:
+        state, tensors: The file's, under their names and under ours.
+        size: Of the images.
+    """
     filters = {ref.shape for name, ref in tensors.items() if name.endswith("resample_filter")}
     if len(filters) > 1:
         raise Refused("its filters have different sizes, which our network cannot express")
-    taps = filters.pop()[0] if filters and len(next(iter(filters))) == 2 else 4
-    if isinstance(w_avg, TensorRef):
-        tensors["mapping.w_avg"] = w_avg.squeezed()
-    else:
-        computed.add("mapping.w_avg")
-        notes.append(f"no mean of w is stored, which truncation needs: it is estimated from {_MEAN_OF:,} draws")
-    if not any(name.startswith("noises.") for name in refs):
-        computed |= {f"synthesis.b{4 << i}.conv{k}.noise_const" for i in range(9) for k in (0, 1)}
-        notes.append("no constant noise is stored (files before 2020): it is drawn with a fixed seed")
-    synthesis = {"channel_base": 16384 * multiplier, "channel_max": 512, "architecture": "skip"}
-    init_kwargs = {
+    dim = _shape(state, ANCHOR)[1:2]
+    if not dim:
+        raise Refused("its modulation has no weights")
+    layers = sum(re.fullmatch(r"style\.\d{1,3}\.weight", name) is not None for name in state)
+    convs = ["conv1", *(f"convs.{2 * i + 1}" for i in range(size.bit_length() - 3))]
+    widths = [shape_of(state, f"{conv}.conv.weight", 5)[1] for conv in convs]
+    return {
         "z_dim": dim[0],
         "c_dim": 0,
         "w_dim": dim[0],
         "img_resolution": size,
-        "img_channels": 3,
+        "img_channels": shape_of(state, "to_rgb1.bias", 4)[1],
         "mapping_kwargs": {"num_layers": layers, "lr_multiplier": LR_MULTIPLIER},
-        "synthesis_kwargs": {**synthesis, "resample_filter": _taps(taps)},
+        "synthesis_kwargs": {
+            **channel_kwargs(widths),
+            "architecture": "skip",
+            "resample_filter": filter_taps(filters.pop() if filters else ()),
+        },
     }
-    finish = estimate_w_avg if "mapping.w_avg" in computed else None
-    return FileNetwork("stylegan2.Generator", init_kwargs, tensors, computed.__contains__, finish, notes=notes)
+
+
+def _set_mean_of_w(
+    w_avg: TensorRef | None, w_dim: int, tensors: dict[str, TensorRef], notes: list[str]
+) -> Callable[[Any], None] | None:
+    """Puts the mean of w among the tensors; otherwise what sets it once the network is built."""
+    if w_avg is None:
+        notes.append(f"no mean of w is stored, which truncation needs: it is estimated from {MEAN_OF:,} draws")
+        return estimate_w_avg
+    if w_avg.numel == w_dim:
+        tensors["mapping.w_avg"] = w_avg.squeezed() if w_dim > 1 else replace(w_avg, shape=(1,), stride=(1,))
+        return None
+    layers = w_avg.numel // max(w_dim, 1)
+    if not w_dim or w_avg.shape[-1:] != (w_dim,) or layers > _MAX_LAYERS:
+        raise Refused(f"its mean of w has shape {list(w_avg.shape)}; expected {w_dim} numbers, or so many per layer")
+    means = w_avg.read().reshape(layers, w_dim)
+    if not torch.equal(means, means[:1].expand_as(means)):
+        notes.append("its mean of w differs between layers, which ours does not: truncation goes to their mean")
+        mean = means.mean(dim=0)
+    else:
+        mean = means[0]
+    return lambda network: network.mapping.w_avg.copy_(mean)
 
 
 @torch.no_grad()
@@ -169,21 +222,15 @@ def estimate_w_avg(network: Any) -> None:
     """Sets w_avg of a `stylegan2.Generator` to the mean of w over a fixed set of random z."""
     rng, total = torch.Generator().manual_seed(0), torch.zeros(network.w_dim, dtype=torch.float64)
     weights = sum(p.numel() for p in network.mapping.parameters())
-    draws = max(min(_MEAN_OF, _MEAN_OF * _MEAN_WEIGHTS // max(weights, 1)) // 10, 1)
+    draws = max(min(MEAN_OF, MEAN_OF * _MEAN_WEIGHTS // max(weights, 1)) // 10, 1)
     for _ in range(10):
         z = torch.randn(draws, network.z_dim, generator=rng)
         total += network.mapping(z, None, skip_w_avg_update=True)[:, 0].double().sum(dim=0)
     network.mapping.w_avg.copy_(total / (10 * draws))
 
 
-def _taps(count: int) -> list[int]:
-    """A filter with this many taps, to be overwritten by the file's."""
-    return [math.comb(count - 1, i) for i in range(count)] if 1 <= count <= 7 else [1, 3, 3, 1]
-
-
-def describe_discriminator(state: Mapping[Any, Any]) -> FileNetwork:
+def describe_discriminator(refs: Mapping[str, TensorRef]) -> FileNetwork:
     """Arguments, inferred from names and shapes, and tensors of a discriminator."""
-    refs = _refs(state)
     blocks = sum(re.fullmatch(r"convs\.\d{1,2}\.skip\.1\.weight", name) is not None for name in refs)
     if not 1 <= blocks <= 8:
         raise Refused("it is not a discriminator of StyleGAN2")
@@ -230,15 +277,6 @@ def _mapped_discriminator(name: str, size: int) -> str | None:
         leaf = _D_LEAVES.get(match[2])
         return leaf and f"b{size >> (int(match[1]) - 1)}.{leaf}"
     return _D_END.get(name)
-
-
-def _refs(state: Mapping[Any, Any]) -> dict[str, TensorRef]:
-    refs = {}
-    for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, TensorRef):
-            raise Refused(f"{shown(str(name))} in it is not a tensor")
-        refs[str(name)] = value
-    return refs
 
 
 def _shape(refs: Mapping[str, TensorRef], name: str) -> tuple[int, ...]:
@@ -303,24 +341,33 @@ def _inexpressible(network: Any) -> str | None:
     kwargs = getattr(network, "init_kwargs", {})
     mapping, synthesis = kwargs.get("mapping_kwargs", {}), kwargs.get("synthesis_kwargs", {})
     size, dim = network.img_resolution, network.w_dim
-    base, most = synthesis.get("channel_base", 32768), synthesis.get("channel_max", 512)
-    sizes = [4 << i for i in range(size.bit_length() - 2)]
-    wide = [all(min(base // r, most) == channels(r, m) for r in sizes) for m in (1, 2)]
     checks = [
         (network.c_dim == 0, f"it has {network.c_dim} classes, and theirs have none"),
         (network.z_dim == dim, f"z has {network.z_dim} and w {dim} numbers, and theirs have equally many"),
-        (network.img_channels == 3, f"it has {network.img_channels} image channels, and theirs have 3"),
         (mapping.get("layer_features") in (None, dim), "the mapping's inner layers have another width than w"),
         (mapping.get("activation", "lrelu") == "lrelu", "its mapping has another activation than leaky ReLU"),
         (mapping.get("w_avg_beta", 0.995) is not None, "it tracks no mean of w"),
         (synthesis.get("architecture", "skip") == "skip", f"its architecture is {synthesis.get('architecture')}"),
         (synthesis.get("activation", "lrelu") == "lrelu", "it has another activation than leaky ReLU"),
         (synthesis.get("kernel_size", 3) == 3, "its kernels are not 3×3"),
-        (any(wide), "its numbers of channels are not those of theirs (512 up to 32×32, then halving)"),
         (size <= 1024, "it is larger than 1024×1024"),
         (tuple(network.synthesis.b4.resample_filter.shape) == (4, 4), "its filters are not 4×4"),
     ]
     return next((reason for fine, reason in checks if not fine), None)
+
+
+def peculiarities(network: Any) -> list[str]:
+    """What their class must be changed for, as forks do, to take the state of this generator."""
+    size = network.img_resolution
+    widths = {r: getattr(network.synthesis, f"b{r}").conv1.weight.shape[0] for r in network.synthesis.block_resolutions}
+    found = []
+    if network.img_channels != 3:
+        found.append(f"it has {network.img_channels} image channels: theirs has 3 unless it is changed")
+    if not any(all(width == channels(r, m) for r, width in widths.items()) for m in (1, 2)):
+        found.append(
+            f"its numbers of channels are not those of their networks of {size}×{size}, of no channel_multiplier"
+        )
+    return found
 
 
 def discriminator_state(network: Any) -> dict[str, torch.Tensor]:

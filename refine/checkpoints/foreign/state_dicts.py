@@ -3,7 +3,8 @@
 The arguments are a JSON object, either {"class": "stylegan2.Generator", "init_kwargs": {…}} or the init kwargs alone
 (then of a StyleGAN2 generator, or of an EDMPrecond where `model_type` is among them), found, in this order,
 
-    in the call              `open_container(path, init_kwargs={…}, class_name='edm.VPPrecond')`
+    in the call              `open_container(path, kwargs={…}, class_name='edm.VPPrecond')`; arguments without a
+                             class are laid over what names and shapes tell, see `contents`
     in the file              safetensors: the metadata 'class' and 'init_kwargs'; npz: an array of text 'init_kwargs'
     beside the file          `NAME.json` beside `NAME.safetensors`
 """
@@ -21,7 +22,7 @@ from typing import Any, BinaryIO
 import torch
 
 from refine.checkpoints import archives, registry
-from refine.checkpoints.foreign import diffusers_folder
+from refine.checkpoints.foreign import contents, diffusers_folder
 from refine.checkpoints.foreign.container import Container, FileNetwork, plain, saying
 from refine.checkpoints.native import _DTYPES
 from refine.checkpoints.pickles.inert import Blob, Refused, shown
@@ -32,12 +33,19 @@ _MAX_JSON_BYTES = 1 << 20
 _NPY_DTYPES = {"f2": torch.float16, "f4": torch.float32, "f8": torch.float64}
 
 
-def open_safetensors(path: Path, stream: BinaryIO, expected: str, **given: Any) -> Container:
+def open_safetensors(
+    path: Path,
+    stream: BinaryIO,
+    expected: str,
+    kwargs: Mapping[str, Any] | None = None,
+    class_name: str | None = None,
+) -> Container:
     """The network of a plain safetensors file.
 
     Raises:
         ValueError: it is broken, or nothing tells its class and arguments.
     """
+    given = _given(kwargs, class_name)
     try:
         infos, metadata = read_safetensors_header(path)
     except BrokenHeader as error:
@@ -46,6 +54,9 @@ def open_safetensors(path: Path, stream: BinaryIO, expected: str, **given: Any) 
         from_diffusers = None if given else diffusers_folder.describe(path)
     if from_diffusers is not None:
         return _open_diffusers(path, stream, infos, from_diffusers)
+    with saying(str(path)):
+        if (by_names := _by_names(path, stream, infos, metadata, given)) is not None:
+            return by_names
     _check_arguments(path, metadata, given, "a safetensors file of another program", expected)
     with saying(str(path)):
         return _container(path, stream, tensor_refs(stream, infos), dict(metadata), "a plain safetensors file", given)
@@ -65,6 +76,29 @@ def tensor_refs(stream: BinaryIO, infos: Mapping[str, TensorInfo]) -> dict[str, 
     return refs
 
 
+def _by_names(
+    path: Path, stream: BinaryIO, infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], given: dict
+) -> Container | None:
+    """The networks of a safetensors file that says nothing of them but the names of their tensors."""
+    if _told(path, metadata, given):
+        return None
+    known = {name: info for name, info in infos.items() if info.dtype in _DTYPES}
+    found = contents.find(tensor_refs(stream, known), path, given.get("init_kwargs"))
+    return None if found is None else Container(path, stream, *found[:2], takes_kwargs=found[2])
+
+
+def _told(path: Path, metadata: Mapping[str, str], given: Mapping[str, Any]) -> bool:
+    """Whether class and arguments are said in full."""
+    in_call = "class_name" in given or "init_kwargs" in given.get("init_kwargs", {})
+    return in_call or "init_kwargs" in metadata or path.with_suffix(".json").is_file()
+
+
+def _given(kwargs: Mapping[str, Any] | None, class_name: str | None) -> dict[str, Any]:
+    """What the call says of the network."""
+    said = {"init_kwargs": kwargs, "class_name": class_name}
+    return {name: value for name, value in said.items() if value is not None}
+
+
 def _open_diffusers(path: Path, stream: BinaryIO, infos: Mapping[str, TensorInfo], init_kwargs: dict) -> Container:
     """The denoiser of a folder of diffusers, opened by its weights file."""
     with saying(str(path)):
@@ -73,13 +107,19 @@ def _open_diffusers(path: Path, stream: BinaryIO, infos: Mapping[str, TensorInfo
         return Container(path, stream, "a UNet2DModel of diffusers", {"ema": ("teacher", lambda: network)})
 
 
-def open_npz(path: Path, stream: BinaryIO, expected: str, **given: Any) -> Container:
+def open_npz(
+    path: Path,
+    stream: BinaryIO,
+    expected: str,
+    kwargs: Mapping[str, Any] | None = None,
+    class_name: str | None = None,
+) -> Container:
     """The network of a NumPy archive.
 
     Raises:
         ValueError: it is broken, holds other arrays than numbers, or nothing tells its class and arguments.
     """
-    size = os.fstat(stream.fileno()).st_size
+    given, size = _given(kwargs, class_name), os.fstat(stream.fileno()).st_size
     refs, metadata = {}, {}
     with saying(str(path)), archives.opened(stream) as archive:
         inflated = archives.check_inflation(archive.infolist(), size)
@@ -92,6 +132,10 @@ def open_npz(path: Path, stream: BinaryIO, expected: str, **given: Any) -> Conta
             if dtype not in _NPY_DTYPES:
                 raise Refused(f"{shown(name)} has dtype {shown(dtype)}; expected floating point numbers")
             refs[name] = _npy_ref(archive, stream, info, _NPY_DTYPES[dtype], shape, fortran, start, size)
+    with saying(str(path)):
+        found = None if _told(path, metadata, given) else contents.find(refs, path, given.get("init_kwargs"))
+        if found is not None:
+            return Container(path, stream, *found[:2], nbytes=inflated, takes_kwargs=found[2])
     _check_arguments(path, metadata, given, "a NumPy archive (.npz)", expected)
     with saying(str(path)):
         return _container(path, stream, refs, metadata, "a NumPy archive of one network", given, inflated)
@@ -152,7 +196,7 @@ def _container(
     if name is None:
         raise Refused(f"it names the class {shown(class_name)}; expected a generator, discriminator or teacher")
     network = FileNetwork(class_name, init_kwargs, refs)
-    return Container(path, stream, family, {name: (kind, lambda: network)}, nbytes=nbytes)
+    return Container(path, stream, family, {name: (kind, lambda: network)}, nbytes=nbytes, takes_kwargs=True)
 
 
 def _check_arguments(path: Path, metadata: Mapping[str, str], given: dict, what: str, expected: str) -> None:

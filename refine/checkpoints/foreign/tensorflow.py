@@ -8,11 +8,12 @@ StyleGAN2 takes the minibatch standard deviation over groups of 4.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
 
-from refine.checkpoints.foreign.container import FileNetwork, plain
+from refine.checkpoints.foreign.container import FileNetwork, Members, plain
 from refine.checkpoints.pickles.inert import Buildable, Refused, Stub, shown
 from refine.checkpoints.pickles.machine import COMMON_RULES
 from refine.checkpoints.pickles.tensors import NUMPY_RULES, Array, TensorRef
@@ -64,8 +65,10 @@ _DISCRIMINATOR = {
 # Of no consequence for the weights, or for what they mean.
 _IGNORED = {"truncation_psi", "truncation_cutoff", "truncation_psi_val", "truncation_cutoff_val", "style_mixing_prob"}
 _IGNORED |= {"structure", "conditioning", "fused_modconv", "randomize_noise", "is_training", "is_validation"}
+_IGNORED |= {"impl", "res_log2"}  # of forks: how ops are computed, and a number that shapes check
 # Harmless at these values only; NVIDIA's converter refuses files that state them.
 _NEUTRAL = {"fmap_decay": 1.0, "fmap_min": 1, "fmap_const": None, "dtype": "float32", "normalize_latents": True}
+_NEUTRAL |= {"min_h": 4, "min_w": 4}  # skyflynil's fork, whose images need not be square
 _FUNCTIONS = {
     "synthesis_func": {"G_synthesis_stylegan2", "G_synthesis"},
     "mapping_func": {"G_mapping"},
@@ -121,17 +124,36 @@ RULES = {
 }
 
 
-def members(value: tuple) -> tuple[str, dict[str, tuple[str, Callable[[], FileNetwork]]]] | None:
-    """What a tuple of TensorFlow networks holds: (family, name → (kind, description)); None = another family."""
-    if len(value) != 3 or not all(isinstance(item, Network) for item in value) or _other_family(value[2]):
+def members(value: Any) -> tuple[str, Members] | None:
+    """What a tuple of TensorFlow networks, a table of them or a single one holds: (family, members); None = neither."""
+    found = _named(value)
+    last = found.get("G_ema") or found.get("G")
+    if last is None or _other_family(last) or not _is_generator(last):
         return None
-    G, D, Gs = value
-    name = "StyleGAN2-ADA" if Gs.version == ADA else "StyleGAN2"
-    return f"a legacy TensorFlow pickle of {name}", {
-        "G_ema": ("generator", lambda: describe_generator(Gs)),
-        "G": ("generator", lambda: describe_generator(G)),
-        "D": ("discriminator", lambda: describe_discriminator(D)),
-    }
+    result: Members = {}
+    for name, network in found.items():
+        if name == "D":
+            result[name] = ("discriminator", functools.partial(describe_discriminator, network))
+        else:
+            result[name] = ("generator", functools.partial(describe_generator, network))
+    return f"a legacy TensorFlow pickle of {'StyleGAN2-ADA' if last.version == ADA else 'StyleGAN2'}", result
+
+
+def _named(value: Any) -> dict[str, Network]:
+    """G_ema, G and D of a file: of (G, D, Gs), the tail of it, a table, or the generator alone."""
+    if isinstance(value, Network):
+        value = [value]
+    if isinstance(value, list | tuple) and 0 < len(value) <= 4:  # some forks append a fourth, which is none of these
+        names = ("G", "D", "Gs")[3 - min(len(value), 3) :]
+        value = dict(zip(names, value, strict=False))
+    ours = {"Gs": "G_ema", "G_ema": "G_ema", "G": "G", "D": "D"}
+    table = value.items() if isinstance(value, dict) else ()
+    found = {ours[key]: item for key, item in table if key in ours and isinstance(item, Network)}
+    return {name: found[name] for name in ("G_ema", "G", "D") if name in found}
+
+
+def _is_generator(network: Network) -> bool:
+    return any(name.startswith("synthesis/") for name in _flat(network))
 
 
 def family(value: Any) -> str | None:
@@ -285,9 +307,13 @@ def _arguments(network: Network, table: dict[str, tuple[str, Any]]) -> dict[str,
             raise Refused(f"it has the architecture {shown(str(value))}; expected orig, skip or resnet")
         part, dot, name = ours.rpartition(".")
         (result[part] if dot else result)[name] = value
+    sides = [given.pop(name, result["img_resolution"]) for name in ("resolution_w", "resolution_h")]
+    if sides != [result["img_resolution"]] * 2:
+        raise Refused(f"its images are {shown('×'.join(map(str, sides)))}; expected square ones")
     for name, value in given.items():
         known = name in _IGNORED or (name in _NEUTRAL and value == _NEUTRAL[name]) or value in _FUNCTIONS.get(name, ())
-        if not known:
+        switched_off = name not in _NEUTRAL and (value is None or value is False)  # an extra of a fork
+        if not known and not switched_off:
             raise Refused(f"its argument {shown(name)}={shown(str(value))} cannot be expressed in our network")
     return result
 

@@ -1,7 +1,6 @@
 """Opens what torch.save writes: its zip format, and the stream format from before torch 1.6.
 
-Both go through the same machine as all pickles; torch.load is not used. What the tables in such files mean is for
-`rosinality` and `adm` to say.
+Both go through the same machine as all pickles; torch.load is not used. What such files hold is for `contents` to say.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any, BinaryIO
 import torch
 
 from refine.checkpoints import archives
-from refine.checkpoints.foreign import adm, nvidia, rosinality
+from refine.checkpoints.foreign import adm, contents, nvidia
 from refine.checkpoints.foreign.container import Container, saying
 from refine.checkpoints.pickles.inert import Blob, Buildable, Refused, Stub, Text, shown
 from refine.checkpoints.pickles.machine import Machine
@@ -54,16 +53,21 @@ def open_zip(path: Path, stream: BinaryIO, expected: str, kwargs: Mapping[str, A
     Raises:
         ValueError: it is broken, holds what is not allowed, or is of another family.
     """
-    return _container(path, stream, *read_zip(path, stream, expected), expected, kwargs)
+    value, seen = read_zip(path, stream, expected, lenient=True)
+    with archives.opened(stream) as archive:
+        inflated = sum(info.file_size for info in archive.infolist())
+    return _container(path, stream, value, seen, expected, kwargs, inflated)
 
 
-def read_zip(path: Path, stream: BinaryIO, expected: str, budget: int | None = None) -> tuple[Any, list[str]]:
+def read_zip(
+    path: Path, stream: BinaryIO, expected: str, budget: int | None = None, lenient: bool = False
+) -> tuple[Any, list[str]]:
     """What was saved, tensors as `TensorRef`, and the names of NVIDIA's classes met on the way; zip format.
 
     Args:
         path, stream: The file, open.
         expected: What a refusal says was expected.
-        budget: Of opcodes, see `Machine`.
+        budget, lenient: See `Machine`.
 
     Raises:
         ValueError: it is broken, or holds what is not allowed.
@@ -73,25 +77,26 @@ def read_zip(path: Path, stream: BinaryIO, expected: str, budget: int | None = N
         with archives.opened(stream) as archive:
             entries = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
             pickled = entries["data.pkl"]
-            if any(info.compress_type != zipfile.ZIP_STORED for info in entries.values()):
-                raise Refused("its zip is compressed, which torch.save never does")
+            archives.check_inflation((info for info in entries.values() if info.compress_type), size)
             data = archives.read_member(archive, pickled, min(size, _MAX_PICKLE_BYTES))
             if "byteorder" in entries and archives.read_member(archive, entries["byteorder"], 16)[:6] != b"little":
                 raise Refused("its numbers are big-endian")
     except Refused as error:
         raise ValueError(f"{path}: {error}") from None
     blobs: dict[str, Blob] = {}
+    unpacked = _Unpacked(stream)
 
     def persistent_load(value: Any) -> Storage:
         dtype, key, numel = storage_id(value)
         if f"data/{key}" not in entries:
             raise Refused(f"it refers to the storage {shown(key)}, which is not in the file")
         if key not in blobs:
-            blobs[key] = _zip_entry(stream, entries[f"data/{key}"], size)
+            blobs[key] = _zip_entry(stream, entries[f"data/{key}"], size, unpacked)
         return _storage(blobs[key], dtype, numel)
 
     seen: list[str] = []
-    value = _unpickle(path, Machine(BytesIO(data), len(data), _rules(seen), persistent_load, budget), seen, expected)
+    machine = Machine(BytesIO(data), len(data), _rules(seen), persistent_load, budget, lenient)
+    value = _unpickle(path, machine, seen, expected)
     return value, seen
 
 
@@ -160,8 +165,26 @@ class _Plain:
         raise Refused(f"it holds a {type(item).__name__}")
 
 
-def _zip_entry(stream: BinaryIO, info: zipfile.ZipInfo, size: int) -> Blob:
-    """The bytes of an entry that is not compressed, found behind its local header."""
+class _Unpacked:
+    """The entries of a compressed zip, as whoever packs a `.pt` again by hand makes it; each is unpacked when asked."""
+
+    def __init__(self, stream: BinaryIO):
+        self.stream = stream
+        self.archive: zipfile.ZipFile | None = None
+
+    def entry(self, info: zipfile.ZipInfo) -> BytesIO:
+        """Raises Refused: it is broken."""
+        self.archive = self.archive or zipfile.ZipFile(self.stream)
+        try:
+            return BytesIO(self.archive.read(info))  # no longer than the entry says
+        except archives.BROKEN:
+            raise Refused("its zip is broken") from None
+
+
+def _zip_entry(stream: BinaryIO, info: zipfile.ZipInfo, size: int, unpacked: _Unpacked) -> Blob:
+    """The bytes of an entry: found behind its local header, or unpacked."""
+    if info.compress_type != zipfile.ZIP_STORED:
+        return Blob(unpacked.entry(info), 0, info.file_size)
     stream.seek(info.header_offset)
     header = stream.read(30)
     if header[:4] != b"PK\x03\x04":
@@ -178,10 +201,10 @@ def open_legacy(path: Path, stream: BinaryIO, expected: str, kwargs: Mapping[str
     Raises:
         ValueError: it is broken, holds what is not allowed, or is of another family.
     """
-    return _container(path, stream, *read_legacy(path, stream, expected), expected, kwargs)
+    return _container(path, stream, *read_legacy(path, stream, expected, lenient=True), expected, kwargs)
 
 
-def read_legacy(path: Path, stream: BinaryIO, expected: str) -> tuple[Any, list[str]]:
+def read_legacy(path: Path, stream: BinaryIO, expected: str, lenient: bool = False) -> tuple[Any, list[str]]:
     """As `read_zip`, of the stream format.
 
     Raises:
@@ -206,7 +229,8 @@ def read_legacy(path: Path, stream: BinaryIO, expected: str) -> tuple[Any, list[
     values = []
     for index in range(5):
         rules, load = (_rules(seen), persistent_load) if index == 3 else ({}, None)
-        values.append(_unpickle(path, Machine(stream, size, rules, load), seen, expected))
+        machine = Machine(stream, size, rules, load, lenient=lenient and index == 3)
+        values.append(_unpickle(path, machine, seen, expected))
     with saying(str(path)):
         system, keys = values[2], values[4]
         if values[1] != 1001 or not isinstance(system, dict) or system.get("little_endian") is not True:
@@ -247,17 +271,21 @@ def _unpickle(path: Path, machine: Machine, seen: list[str], expected: str) -> A
 
 
 def _container(
-    path: Path, stream: BinaryIO, value: Any, seen: list[str], expected: str, kwargs: Mapping[str, Any] | None
+    path: Path,
+    stream: BinaryIO,
+    value: Any,
+    seen: list[str],
+    expected: str,
+    kwargs: Mapping[str, Any] | None,
+    nbytes: int = 0,
 ) -> Container:
     with saying(str(path)):
-        members = rosinality.members(value)
-        diffusion = adm.members(value, path, kwargs)
-    if diffusion is not None:
-        return Container(path, stream, *diffusion, takes_kwargs=True)
-    if members is None:
+        found = contents.find(value, path, kwargs)
+    if found is None:
         named = adm.family(value, path) or _family(value, seen)
         raise ValueError(f"{path} is {named}; expected {expected}")
-    return Container(path, stream, rosinality.FAMILY, members)
+    family, members, takes_kwargs = found
+    return Container(path, stream, family, members, nbytes=nbytes, takes_kwargs=takes_kwargs)
 
 
 def _family(value: Any, seen: list[str]) -> str:
@@ -266,7 +294,7 @@ def _family(value: Any, seen: list[str]) -> str:
     if "aux_optimizer" in table and "networks" in table:
         return "a training state of this toolkit (its networks are in network-snapshot-*.safetensors beside it)"
     if "optimizer_state" in table and "net" in table:
-        return "a training state of EDM"
+        return "a training state of EDM (its average is in network-snapshot-*.pkl beside it)"
     state = table.get("state_dict")
     if any(
         isinstance(key, str) and key.startswith("decoder.conv1.conv.")

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
 from refine.checkpoints.pickles.inert import (
@@ -171,6 +171,8 @@ class Machine:
         self.copied += sum(len(arg) for arg in args if isinstance(arg, list | tuple | set | dict))
         if self.copied > self.budget:
             raise Refused(f"its calls copy more than {self.budget:,} values")
+        if function.call is make_set and args and self.lenient and isinstance(args[0], list | tuple):
+            args = ([item for item in args[0] if isinstance(item, _KEY_TYPES)],)
         if function.call is make_set and args:
             self.check_keys(args[0], "a set")
         try:
@@ -201,7 +203,7 @@ class Machine:
         table = self.stack[-1].table if isinstance(self.stack[-1], Unknown) else self.stack[-1]
         if not isinstance(table, dict) or len(items) % 2:
             raise Refused(f"it sets items of {_what(table)}")
-        pairs: Iterable[tuple[Any, Any]] = zip(items[::2], items[1::2], strict=True)
+        pairs = list(zip(items[::2], items[1::2], strict=True))
         if self.lenient:
             pairs = [(key, value) for key, value in pairs if isinstance(key, _KEY_TYPES)]
             items = [part for pair in pairs for part in pair]

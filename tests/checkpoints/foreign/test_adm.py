@@ -286,3 +286,15 @@ def test_a_run_with_such_a_teacher_goes_on_without_saying_it_again(tmp_path, cap
     other = json.dumps({**said, "noise_schedule": "linear"})
     code, _, err = call(capsys, f"--outdir={tmp_path}", "--resume=latest", f"--teacher-kwargs={other}")
     assert code == 2 and "--teacher-kwargs cannot be changed" in err
+
+
+def test_refusals_name_the_option_that_was_given(tmp_path):
+    path, pickle = save(tmp_path / "x.pt"), ROOT / "pickles/edm_song_ddpmpp_edm_cond_mult222.pkl"
+    said = {"image_size": 8, "num_head_channels": 16, **LINEAR}
+    for bad, file in (({**said, "image_size": 0}, path), (said, pickle), ({}, path)):
+        with pytest.raises(ValueError, match="--teacher-kwargs") as of_teacher:
+            load_teacher(file, bad)
+        with pytest.raises(ValueError, match="--gan-kwargs") as of_generator:
+            load_generator(f"one-step:{file}", bad)
+        assert str(of_generator.value) == str(of_teacher.value).replace("--teacher-kwargs", "--gan-kwargs")
+    assert load_generator(f"one-step:{path}", said, 1.0).img_resolution == 8

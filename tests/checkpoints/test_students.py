@@ -1,0 +1,124 @@
+"""Students of other families, from their files through refinement, sampling and back into their files."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from refine.checkpoints import load_generator, native
+from refine.cli.main import run_command
+from refine.networks.edm import EDMPrecond
+from refine.networks.stylegan2 import Generator
+from tests.checkpoints.builders import Format, write
+from tests.checkpoints.foreign.test_nvidia import PICKLES
+from tests.golden import read_arrays
+
+QUICK = ["--kimg=0.008", "--batch=4", "--metrics=none", "--adversarial=0", "--aux-warmup-kimg=0", "--lr=0.001"]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    torch.manual_seed(0)
+    kwargs = {
+        "model_type": "SongUNet",
+        "model_channels": 8,
+        "channel_mult": [1],
+        "num_blocks": 1,
+        "attn_resolutions": [],
+    }
+    T, path = EDMPrecond(16, 3, **kwargs), tmp_path_factory.mktemp("t") / "teacher.safetensors"
+    native.save_networks(path, {"ema": T}, provenance={})
+    return path
+
+
+def run(capsys, command, *args):
+    with pytest.raises(SystemExit) as caught:
+        run_command(command, [str(arg) for arg in args])
+    return caught.value.code, *capsys.readouterr()
+
+
+def only(folder, pattern):
+    (found,) = folder.glob(pattern)
+    return found
+
+
+def test_r3gan_is_refined_and_goes_back(teacher, capsys, tmp_path):
+    source = PICKLES / "r3gan_current_uncond16.pkl"
+    code, _, err = run(capsys, "refine", f"--gan={source}", f"--teacher={teacher}", f"--outdir={tmp_path}", *QUICK)
+    assert code == 0, err
+    before, data = load_generator(source), read_arrays("pickles/r3gan_current_uncond16.expected")
+    snapshot, again = only(tmp_path, "*/network-snapshot-*.safetensors"), only(tmp_path, "*/network-snapshot-*.pkl")
+    after = load_generator(snapshot)
+    assert (after(data["z"]) - before(data["z"])).abs().max() > 1e-4
+    assert torch.equal(load_generator(again)(data["z"]), after(data["z"]))
+    assert len(again.read_bytes()) == len(source.read_bytes())
+    out = tmp_path / "x.pkl"
+    code, text, _ = run(capsys, "export", f"--network={snapshot}", f"--like={source}", f"--out={out}")
+    assert code == 0 and text.startswith(f"Wrote {out}")
+    assert torch.equal(load_generator(out)(data["z"]), after(data["z"]))
+
+
+def test_a_one_step_generator_is_refined_and_goes_back(teacher, capsys, tmp_path):
+    from refine.checkpoints import load_teacher
+
+    T, form = load_teacher(teacher), Format()
+    source = write(tmp_path / "sid.pkl", form.dumps({"G_ema": form.module(T, T.init_kwargs), "loss_fn": None}))
+    options = [f"--gan=one-step:{source}", "--sigma-init=5", f"--teacher={teacher}", f"--outdir={tmp_path}"]
+    code, _, err = run(capsys, "refine", *options, *QUICK)
+    assert code == 0, err
+    snapshot = only(tmp_path, "*/network-snapshot-*.safetensors")
+    after = load_generator(snapshot)
+    assert after.sigma_init == 5 and not list(tmp_path.glob("*/network-snapshot-*.pkl"))
+    out = tmp_path / "x.pkl"
+    code, _, err = run(capsys, "export", f"--network={snapshot}", f"--like={source}", f"--out={out}")
+    assert code == 0, err
+    z = torch.randn(2, after.z_dim)
+    assert torch.equal(load_generator(f"one-step:{out}", sigma_init=5)(z), after(z))
+    assert not torch.equal(load_generator(f"one-step:{source}", sigma_init=5)(z), after(z))
+    images = ["--seeds=0-1", f"--outdir={tmp_path / 'images'}", "--sigma-init=5"]
+    assert run(capsys, "generate", f"--network=one-step:{out}", *images)[0] == 0
+    z = torch.from_numpy(np.random.RandomState(1).randn(1, after.z_dim)).float()
+    expected = after(z).mul(127.5).add(128).clamp(0, 255).to(torch.uint8)[0].permute(1, 2, 0).numpy()
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "images/seed0001.png")), expected)
+
+
+def test_arguments_of_a_state_dict(capsys, tmp_path):
+    small = {"mapping_kwargs": {"num_layers": 1}, "synthesis_kwargs": {"channel_base": 64, "channel_max": 8}}
+    G = Generator(4, 0, 4, 8, 3, **small)
+    torch.save(G.state_dict(), tmp_path / "G.pt")
+    (tmp_path / "k.json").write_text(json.dumps({"synthesis_kwargs": {"conv_clamp": 2}}))
+    code, text, _ = run(capsys, "inspect", tmp_path / "G.pt")
+    assert code == 0 and "conv_clamp is taken as None, which no state dict tells" in text
+    for given in (tmp_path / "k.json", '{"synthesis_kwargs": {"conv_clamp": 2}}'):
+        code, text, _ = run(capsys, "inspect", tmp_path / "G.pt", f"--gan-kwargs={given}")
+        assert code == 0 and "'conv_clamp': 2" in text and "conv_clamp is taken" not in text
+    for given, reason in (
+        ("{", "expected a JSON object"),
+        ("[1]", "expected a JSON object"),
+        ("no.json", "No such file"),
+    ):
+        code, _, err = run(capsys, "inspect", tmp_path / "G.pt", f"--gan-kwargs={given}")
+        assert code == 2 and err.startswith("Error: --gan-kwargs: found") and reason in err and err.count("\n") == 1
+    images = [f"--outdir={tmp_path / 'images'}", "--seeds=0"]
+    code, _, err = run(capsys, "generate", f"--network={tmp_path / 'G.pt'}", *images)
+    assert code == 0 and err.count("note: ") == 2
+
+
+def test_rgba(teacher, capsys, tmp_path):
+    small = {"mapping_kwargs": {"num_layers": 1}, "synthesis_kwargs": {"channel_base": 64, "channel_max": 8}}
+    for channels in (4, 5):
+        G = Generator(4, 0, 4, 16, channels, **small)
+        native.save_networks(tmp_path / f"{channels}.safetensors", {"G_ema": G}, provenance={})
+    images = ["--seeds=0-3", f"--outdir={tmp_path / 'images'}"]
+    assert run(capsys, "generate", f"--network={tmp_path / '4.safetensors'}", *images)[0] == 0
+    assert Image.open(tmp_path / "images/seed0003.png").mode == Image.open(tmp_path / "images-grid.png").mode == "RGBA"
+    code, _, err = run(
+        capsys, "generate", f"--network={tmp_path / '5.safetensors'}", "--seeds=0", f"--outdir={tmp_path}/x"
+    )
+    assert code == 2 and err.startswith("Error: --network: its images have 5 channels; expected 1 (grey)")
+    options = [f"--gan={tmp_path / '4.safetensors'}", f"--teacher={teacher}", f"--outdir={tmp_path / 'runs'}"]
+    code, _, err = run(capsys, "refine", *options, *QUICK)
+    assert code == 2 and err.startswith("Error: --gan has img_channels 4, but --teacher has 3")
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "x").exists()
