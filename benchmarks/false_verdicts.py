@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from refine.evaluation.paired import bootstrap_interval, paired_difference
 from refine.metrics.measures.frechet import frechet_contributions, frechet_distance
-from refine.metrics.measures.kernel import kernel_contributions, kernel_distance
+from refine.metrics.measures.kernel import kernel_distance
 from refine.metrics.statistics import FeatureStatistics
 
 RANGES = 3
@@ -52,7 +52,7 @@ def measured(features: np.ndarray, real: FeatureStatistics) -> dict[str, tuple[f
     moments = (fake.mean, fake.covariance, real.mean, real.covariance)
     return {
         "fd": (frechet_distance(*moments), frechet_contributions(fake.features, *moments)),
-        "kid": (kernel_distance(real.features, fake.features), kernel_contributions(fake.features, real.features)),
+        "kid": kernel_distance(fake.features, real.features),
     }
 
 
