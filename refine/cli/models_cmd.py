@@ -21,13 +21,14 @@ def models(kind: str | None, as_json: bool) -> None:
 
 
 def describe_entry(entry: Any) -> dict[str, Any]:
-    """What the index knows of a name, and 'place': 'shipped', 'cached', 'to be downloaded' or 'by hand'."""
+    """What the index knows of a name; 'published', its FID in words; and 'place': 'shipped', 'cached', 'to be
+    downloaded' or 'by hand'."""
     known = {key: value for key, value in dataclasses.asdict(entry).items() if value not in (None, "")}
     if not hasattr(entry, "url"):
         return {**known, "place": "shipped"}
-    if not entry.url:
-        return {**known, "place": "by hand"}
-    return {**known, "place": "cached" if entry.is_cached else "to be downloaded"}
+    known |= {"published": entry.published} if entry.published else {}
+    place = "by hand" if not entry.url else "cached" if entry.is_cached else "to be downloaded"
+    return {**known, "place": place}
 
 
 def as_table(entries: list[dict[str, Any]]) -> str:
@@ -37,7 +38,7 @@ def as_table(entries: list[dict[str, Any]]) -> str:
         size, classes = entry.get("resolution"), entry.get("classes")
         cells = (
             *(entry["name"], entry["kind"], f"{size}×{size}" if size else ""),
-            *("none" if classes == 0 else classes or "", _fid(entry), entry["licence"], entry["place"]),
+            *("none" if classes == 0 else classes or "", entry.get("published", ""), entry["licence"], entry["place"]),
         )
         rows.append(tuple(str(cell) for cell in cells))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -51,13 +52,7 @@ def entry_lines(entry: dict[str, Any]) -> list[str]:
     keys |= {"licence": "licence", "url": "from", "where": "get it", "sha256": "sha256", "made_by": "made by"}
     shown = {**entry, "classes": entry.get("classes") or "none"} if "classes" in entry else entry
     lines = [f"{label:<11} {shown[key]}" for key, label in keys.items() if key in shown]
-    lines += [f"{'FID':<11} {fid}, as published"] if (fid := _fid(entry)) else []
+    lines += [f"{'FID':<11} {entry['published']}, as published"] if "published" in entry else []
     if "guide" in entry:
         lines.append(f"{'meant with':<11} --guide={entry['guide']} --guidance={entry['guidance']:g}")
     return [*lines, f"{'file':<11} {entry['place']}"]
-
-
-def _fid(entry: dict[str, Any]) -> str:
-    if "fid" not in entry:
-        return ""
-    return f"{entry['fid']:.2f}" + (f" ({entry['fid_with']})" if "fid_with" in entry else "")

@@ -37,7 +37,7 @@ PUBLISHED = "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428"
 ARCHITECTURE = "vitl14"
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for images in 0…1
-_AT_ONCE = 32  # images that are seen at once: activations of up to 0.9 GiB (vitg14), 0.5 GiB (vitl14)
+_AT_ONCE = 32  # images that are seen at once; activations then take 0.5 GiB with vitl14
 
 
 class DinoV2Detector:

@@ -112,6 +112,7 @@ class ImageSet:
         folder = member.removesuffix("dataset.json")
         names = [name.removeprefix(folder) for name in self.names] if folder else self.names
         try:
+            self._check_time(len(names))
             limit = labels.MAX_BYTES + labels.BYTES_PER_IMAGE * len(names)
             text = self._files.read(self._files.names.index(member), limit)
             classes, named = labels.read_classes(text, names)
@@ -123,6 +124,13 @@ class ImageSet:
             some = ", ".join(f"{number} = {shown(name)}" for number, name in enumerate(named[:3]))
             _tell(f"{self.path}: classes are numbered by their names: {some}{' …' if len(named) > 3 else ''}")
         return classes, None
+
+    def _check_time(self, num: int) -> None:
+        """Raises Refused for so many labels in a zip file that reading them would take longer than all its bytes."""
+        if isinstance(self._files, ZipList):
+            most = labels.MAX_IMAGES + self.path.stat().st_size // labels.BYTES_PER_FURTHER_IMAGE
+            if num > most:
+                raise Refused(f"is of {num} images; expected at most {most} in a zip file of that size, or a folder")
 
     def __len__(self) -> int:
         return len(self.names)

@@ -14,7 +14,9 @@ from refine.checkpoints.pickles.inert import shown
 
 MAX_CLASSES = 1 << 20
 MAX_BYTES, BYTES_PER_IMAGE = 16 << 20, 32  # of a dataset.json
+MAX_IMAGES, BYTES_PER_FURTHER_IMAGE = 500_000, 1 << 14  # in a zip file; an image's label takes 2.4 µs
 _MAX_LISTS, _LISTS_PER_IMAGE = 1000, 4  # each takes a hundred bytes of memory
+_TEXTS_PER_IMAGE = 4  # in a list of pairs, or a table, two or fewer
 
 
 class Unusable(ValueError):
@@ -35,6 +37,8 @@ def read_classes(text: bytes, names: Sequence[str]) -> tuple[torch.Tensor | None
     """
     if text.count(b"[") + text.count(b"{") > _MAX_LISTS + _LISTS_PER_IMAGE * len(names):
         raise Unusable("holds many more lists than there are images")
+    if text.count(b'"') > 2 * (_MAX_LISTS + _TEXTS_PER_IMAGE * len(names)):
+        raise Unusable("holds many more names than there are images")
     collects = gc.isenabled()
     gc.disable()  # which would look through the growing list again and again, two thirds of the time
     try:

@@ -55,7 +55,7 @@ _EDM2_PARTS = {  # of its pickles, one for each feature space
     "fid": "Inception's features (fid)",
     "fd_dinov2": "those of DINOv2's vitl14, resized in the mode torch (fd_dinov2)",
 }
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2  # of the rules by which images are read, ordered and labelled
 _STATISTICS = "statistics (.npz with mu and sigma, a StyleGAN or torch-fidelity cache), images (folder, zip, .npz of"
 EXPECTED = f"{_STATISTICS} samples), a generator, or a teacher"
 

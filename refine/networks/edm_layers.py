@@ -287,11 +287,14 @@ def split_heads(qkv: torch.Tensor, num_heads: int) -> torch.Tensor:
 
 
 def merge_heads(y: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """(N, heads, c, H·W) → (N, heads · c, H, W), with the height, width and memory format of `like`."""
+    """(N, heads, c, H·W) → (N, heads · c, H, W), with the height and width of `like`.
+
+    Its memory format, too, but for one head: that needs no copy then, and channels_last, which it lies in, is as good.
+    """
     n, heads, c, _ = y.shape
     height, width = like.shape[2:]
     if like.is_contiguous():
-        return y.reshape(n, heads * c, height, width).contiguous()  # what is seen of one head is channels_last
+        return y.reshape(n, heads * c, height, width)
     return y.permute(0, 3, 1, 2).reshape(n, height, width, heads * c).permute(0, 3, 1, 2)  # channels_last
 
 

@@ -110,16 +110,6 @@ def test_a_trained_copy_has_dropout_where_it_is_asked_for_and_computes_in_the_ru
     assert 0 < error(half, teacher(x, 1.0, c)) < 0.05
 
 
-def test_second_derivatives_reach_the_images():
-    """The objective SiD differentiates through the networks twice."""
-    net = network("uncond_linear_legacy")
-    x = read_arrays("adm/uncond_linear_legacy")["x"][:1].clone().requires_grad_()
-    D_x = net(x, 1.0)
-    (grad,) = torch.autograd.grad(D_x.square().sum(), x, create_graph=True)
-    (twice,) = torch.autograd.grad(grad.square().sum(), x)
-    assert twice.isfinite().all() and twice.abs().max() > 0
-
-
 def test_features_are_the_ends_of_the_encoders_levels():
     net = network("cond_cosine_new")
     means = net.encode(torch.randn(2, 3, 8, 8), 0.1)

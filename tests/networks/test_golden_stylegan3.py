@@ -62,8 +62,13 @@ def test_activations(name):
         assert max_error(actual, data[key]) < TOLERANCE, key
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("name", INDEX)
+LAYOUTS = [(name, torch.contiguous_format) for name in INDEX]
+LAYOUTS += [
+    (name, torch.channels_last) for name in ("t02_t16_cond", "r01_r32_uncond", "m01_odd", "x03_super_t16x2_cond")
+]
+
+
+@pytest.mark.parametrize("name, memory_format", LAYOUTS)
 def test_gradients(name, memory_format):
     G, data = golden_generator(name)
     G.to(memory_format=memory_format)

@@ -30,7 +30,7 @@ def test_a_student_and_its_pickle(kind, tmp_path, capsys):
     gan = write(tmp_path / "gan.pkl", stylegan3_file(form, G, G=G, D=D))
     save_networks(tmp_path / "t.safetensors", {"ema": make_teacher(3, G.img_resolution)}, provenance={})
     options = [f"--gan={gan}", f"--teacher={tmp_path}/t.safetensors", f"--outdir={tmp_path}/runs", "--metrics=none"]
-    options += ["--kimg=0.008", "--batch=4", "--tick=0.008", "--snap=1", "--lr=0.01", "--adversarial=0"]
+    options += ["--kimg=0.004", "--batch=4", "--tick=0.004", "--snap=1", "--lr=0.01", "--adversarial=0"]
     assert '"batch": 4' in call(capsys, "refine", *options, "--dry-run")
     call(capsys, "refine", *options)
 

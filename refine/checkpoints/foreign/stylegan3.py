@@ -268,8 +268,8 @@ def _compare(network: torch.nn.Module, source: Any, layers: Mapping[str, Any]) -
         pairs += [(name, layer.source, _signal(given, "in")), (name, layer.target, _signal(given, "out"))]
         padding = state.get("padding")
         geometry = [state.get("up_factor"), state.get("down_factor"), *(padding if isinstance(padding, list) else [])]
-        told = [_plain_number(value, "up_factor, down_factor or padding") for value in geometry]
-        pairs.append((name, (layer.up, layer.down, *layer.padding), told))
+        found = [_plain_number(value, "up_factor, down_factor or padding") for value in geometry]
+        pairs.append((name, (layer.up, layer.down, *layer.padding), found))
         pairs.append((name, [layer.conv_clamp or 0], [_plain_number(state.get("conv_clamp") or 0, "conv_clamp")]))
     for name, made, told in pairs:
         close = [abs(a - b) <= _TOLERANCE * max(abs(a), 1) for a, b in zip(made, told, strict=False)]

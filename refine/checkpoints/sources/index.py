@@ -79,6 +79,12 @@ class RemoteEntry:
     guidance: float | None = None
 
     @property
+    def published(self) -> str:
+        """The FID, with what else it was measured with; '' where none is known."""
+        number = "" if self.fid is None else f"{self.fid:.2f}"
+        return f"{number} ({self.fid_with})" if self.fid_with else number
+
+    @property
     def is_cached(self) -> bool:
         return bool(self.url) and cache_path(self.url).is_file()
 

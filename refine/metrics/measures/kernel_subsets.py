@@ -63,7 +63,7 @@ METRIC = Metric(
     name="kidsub",
     place=32,
     rows=(
-        Row("kidsub", "lower", "kernel distance, mean of 100 subsets of 1000", in_space=True),
+        Row("kidsub", "lower", "kernel distance, mean of 100 subsets of at most 1000", in_space=True),
         Row("kidsub_std", "information", "its standard deviation over the subsets", in_space=True, beside="kidsub"),
     ),
     compute=_compute,

@@ -37,11 +37,9 @@ def test_forbidden_global_at_every_level(where, kind, tmp_path):
     assert "names builtins.eval" in refusal
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("where", WHERE)
-@pytest.mark.parametrize("bad", [-1, "x" * 300], ids=["number", "text"])
-def test_wrong_value_at_every_level(where, bad, kind, tmp_path):
-    refusal = attempt(tmp_path / "x.pkl", hostile(kind, where, bad), KINDS[kind]())
+def test_wrong_value_at_every_level(where, tmp_path):
+    refusal = attempt(tmp_path / "x.pkl", hostile("xl", where, "x" * 300), xl_generator())
     must = where in ("top", "parameter", "buffer", "module", "storage", "shape", "bytes", "meta", "array", "tuple")
     assert refusal is not None or not must
 
@@ -118,7 +116,7 @@ def test_refused_even_there(case, tmp_path):
 def test_a_large_discriminator_takes_little(tmp_path):
     """Thousands of objects of other programs, and one called many times with a long list."""
     G, form = xl_generator(), Form(dill=2)
-    many = [Call(form.name("timm", "x"), index) for index in range(20_000)]
+    many = [Call(form.name("timm", "x"), index) for index in range(8000)]
     assert attempt(tmp_path / "x.pkl", stylegan3_file(form, G, D=projected_discriminator(form, many)), G) is None
     words = [f"{index:05d}" for index in range(20_000)]
     calls = [Call(form.name("timm", "x"), words) for _ in range(100)]
@@ -215,7 +213,7 @@ SPOILT = {
     "padding, a number": {"attributes": {"padding": 3}},
     "padding, texts": {"attributes": {"padding": ["x"] * 4}},
     "padding, another": {"attributes": {"padding": [1, 2, 3, 4]}},
-    "padding, long": {"attributes": {"padding": [9] * 100_000}},
+    "padding, long": {"attributes": {"padding": [9] * 5000}},
     "factor, none": {"attributes": {"up_factor": None}},
     "factor, another": {"attributes": {"down_factor": 3}},
     "arguments, a list": {"arguments": ["lr_multiplier"]},
@@ -225,7 +223,7 @@ SPOILT = {
     "names, a text": {"synthesis": {"layer_names": "L0_36_6"}},
     "names, others": {"synthesis": {"layer_names": ["forward"]}},
     "names, numbers": {"synthesis": {"layer_names": [1, 2]}},
-    "names, many": {"synthesis": {"layer_names": ["L0_36_6"] * 100_000}},
+    "names, many": {"synthesis": {"layer_names": ["L0_36_6"] * 5000}},
     "names, twice": {"synthesis": {"layer_names": ["L0_36_6", "L0_36_6"]}},
     "names, special": {"synthesis": {"layer_names": ["__class__"]}},
     "scale": {"synthesis": {"output_scale": "x"}},
@@ -273,7 +271,7 @@ def small_file(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("part", range(6))
+@pytest.mark.parametrize("part", range(4))
 def test_cut_off(kind, part, tmp_path):
     data, _ = small_file(kind)
     rng = random.Random(f"{kind}{part}")
@@ -282,7 +280,7 @@ def test_cut_off(kind, part, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("part", range(6))
+@pytest.mark.parametrize("part", range(4))
 def test_random_bytes_changed(kind, part, tmp_path):
     data, G = small_file(kind)
     rng = random.Random(f"{kind}{part}")

@@ -19,6 +19,7 @@ from refine.networks.edm import EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond
 from refine.networks.edm2 import Precond
 from refine.networks.one_step import OneStepGenerator
 from refine.networks.stylegan2 import Generator
+from refine.training import trainer as trainer_module
 from refine.training.adversary import Others
 from refine.training.trainer import Trainer
 
@@ -97,6 +98,13 @@ CASES = {
 }
 
 
+def same_formats():
+    """On the CPU, too, networks have a GPU's memory formats: noise is drawn in the order of memory."""
+    of_a_gpu = trainer_module.inference_format
+    trainer_module.inference_format = lambda precision, device: of_a_gpu(precision, DEVICE)
+    trainer_module.training_format = lambda network, precision, device: of_a_gpu(precision, DEVICE)
+
+
 def trainer(networks, device, others, **options):
     defaults = {"gan": "g", "adversarial": 0.0, "average": "ema"}
     config = RefineConfig(teacher="t", batch=BATCH, lr=1e-3, aux_lr=1e-3, **{**defaults, **options})
@@ -166,5 +174,6 @@ def tried(make, options):
 
 
 if __name__ == "__main__":
+    same_formats()
     names = sys.argv[1:] or list(CASES)
     print(json.dumps({name: tried(*CASES[name]) for name in names}))

@@ -47,8 +47,10 @@ GEOMETRIES = [
 ]
 
 
-@pytest.mark.parametrize("taps", ["separable", "2-D"])
-@pytest.mark.parametrize("options", GEOMETRIES, ids=str)
+TAPS = [taps for taps in ("separable", "2-D") for _ in range(2)]
+
+
+@pytest.mark.parametrize("options, taps", list(zip(GEOMETRIES, TAPS, strict=True)), ids=str)
 def test_derivatives(options, taps, impl):
     """First and second order, by finite differences in float64."""
     fu, fd = (setup_filter(torch.rand(n), separable=taps == "separable") for n in (6, 5))
