@@ -135,7 +135,7 @@ def test_as_many_images_at_once_as_are_asked_for_or_fit(monkeypatch, asked, reso
     seen = []
     monkeypatch.setattr(assemble, "NamedMetric", lambda name, ref, **options: seen.append(options["batch"]))
     student, teacher = (types.SimpleNamespace(img_resolution=resolution) for resolution in resolutions)
-    pair = types.SimpleNamespace(student=student, teacher=teacher, teacher_path=None)
+    pair = types.SimpleNamespace(student=student, teacher=teacher, source=None)
     config = RefineConfig("g", "t", metrics=("fd2k-digits",), metrics_batch=asked)
     assemble._load_metrics(config, pair, torch.device("cpu"), dry_run=True)
     assert seen == [expected]
