@@ -119,6 +119,7 @@ REVIEWED = {
     "torch_utils/build/op_cache.py",  # the cache of compiled code
     "torch_utils/build/custom_ops.py",  # the build folder
     "refine/checkpoints/sources/fetch.py",  # a download's own folder
+    "refine/checkpoints/deploy.py",  # the temporary file that `write_graph` gets of `replaced_atomically`
 }
 REVIEWED_CALLS = {
     "picture.save(buffer, format='png')",  # memory
