@@ -78,7 +78,10 @@ def _parse_ranges(_ctx: click.Context, _param: click.Parameter, value: str) -> l
     help="Seed ranges; range k begins at seed k·num.",
 )
 @click.option(
-    "--also", default="", metavar="LIST", help="Metrics that take longer, such as fdinf (FID∞), is (Inception Score)."
+    "--also",
+    default="",
+    metavar="LIST",
+    help="Metrics that take longer: dc, fdinf (FID∞), is (Inception Score), kidsub, mmd, sliced.",
 )
 @click.option(
     "--ref-num",
