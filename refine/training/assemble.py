@@ -152,6 +152,7 @@ def _run_together(config: RefineConfig, resumed: Resumed | None, device_name: st
     with option("--device"):
         device = torch.device(distributed.local_device(device_name))
     if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)  # one without a number cannot be set
         torch.cuda.set_device(device)
     check_options_alike(config, None if resumed is None else resumed.found.state["nimg"], dry_run)
     if distributed.is_main():  # which may download files; the others find them afterwards

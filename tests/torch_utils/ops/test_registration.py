@@ -243,7 +243,8 @@ def test_cuda_agrees_with_the_reference(dtype, layout):
     for act in ACTIVATIONS:
         b.requires_grad_()
         outs = [bias_act(x, b, act=act, clamp=0.9, impl=impl) for impl in ("native", "ref")]
-        dy = torch.randn_like(outs[1])
+        near = bias_act(x.double(), b.double(), act=act, impl="ref").abs().sub(0.9).abs() < 0.02
+        dy = torch.randn_like(outs[1]).masked_fill(near, 0)  # where rounding decides which side of the limit it is on
         pairs = [outs, *zip(*(torch.autograd.grad(y, [x, b], dy) for y in outs), strict=True)]
         for a, e in pairs:
             assert (a - e).abs().max() <= tolerance * max(1, e.abs().max())
