@@ -47,7 +47,7 @@ def examine() -> dict[str, Any]:
 
 def _cuda_facts() -> dict[str, Any]:
     """CUDA of torch, driver and toolkit; None for what is not there."""
-    driver, nvcc = toolchain.driver_version(), custom_ops.find_compiler("cuda")
+    driver, nvcc = toolchain.driver_version(), toolchain.find_nvcc(torch.version.cuda)
     facts: dict[str, Any] = {"runtime": torch.version.cuda, "driver": driver and "{}.{}".format(*driver)}
     facts |= {"toolkit": None, "root": None, "nvcc": nvcc and str(nvcc), "newest_gcc": None}
     if nvcc is not None:

@@ -199,30 +199,6 @@ def test_sanitizers_find_nothing(replay):
     assert (done.returncode, done.stdout) == (0, "96 calls agree\n"), done.stdout + done.stderr
 
 
-def cuda_targets() -> list[str]:
-    """sm_80, sm_90 and the newest that this nvcc has."""
-    toolkit = nvcc()
-    if toolkit is None:
-        return []
-    listed = subprocess.run([toolkit, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
-    return sorted({"compute_80", "compute_90", listed[-1]}) if listed else []
-
-
-def nvcc() -> str | None:
-    return shutil.which("nvcc")
-
-
-@pytest.mark.skipif(nvcc() is None, reason="no nvcc")
-@pytest.mark.parametrize("op", custom_ops.OPS["cuda"])
-def test_cuda_sources_compile(op, tmp_path):
-    targets = [f"-gencode=arch={target},code={target}" for target in cuda_targets()]
-    assert len(targets) == 3
-    command = [nvcc(), *targets, "--threads=0", "-fatbin", "-o", str(tmp_path / "op.fatbin"), str(SOURCES / f"{op}.cu")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "op.fatbin").stat().st_size > 10_000
-
-
 # On a GPU.
 
 
