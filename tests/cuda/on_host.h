@@ -3,8 +3,7 @@
 // block whose threads do not all come to the same barrier ends the program, and so does a write behind shared memory,
 // which is as large as the launch says and full of garbage before each block.
 //
-// FAKE_GRID=N: at most N blocks are launched, so that loops over the grid take several turns. FAKE_ORDER: 'backwards' or
-// 'shuffled', the order in which threads run: with a barrier missing, results change.
+// FAKE_ORDER: 'backwards' or 'shuffled', the order in which threads run: with a barrier missing, results change.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -126,12 +125,11 @@ inline void run_block(int threads, size_t bytes, const std::function<void()>& ke
 
 template <class Record>
 int launch(void (*kernel)(Record), unsigned blocks, int threads, size_t bytes, const void* packed, size_t length) {
-    const int most = std::atoi(setting("FAKE_GRID"));
     if (length < sizeof(Record)) return kShortRecord;
     if (blocks == 0 || threads < 1 || threads > 1024 || bytes > 48 * 1024) return kInvalidConfiguration;
     Record record;
     std::memcpy(&record, packed, sizeof(Record));
-    gridDim = {most > 0 ? std::min(blocks, unsigned(most)) : blocks};
+    gridDim = {blocks};
     blockDim = {unsigned(threads)};
     const std::function<void()> once = [&] { kernel(record); };
     for (unsigned block = 0; block < gridDim.x; ++block) {

@@ -25,7 +25,10 @@ from refine.torch_utils.build import device_code, driver, op_builder, op_cache, 
 from refine.torch_utils.build.progress import line
 
 MODES = ("auto", "native", "ref")
-OPS = {"cpu": ("upfirdn2d", "bias_act", "group_norm_silu", "conv3x3"), "cuda": ("upfirdn2d", "bias_act")}
+OPS = {
+    "cpu": ("upfirdn2d", "bias_act", "group_norm_silu", "conv3x3"),
+    "cuda": ("upfirdn2d", "bias_act", "group_norm_silu"),
+}
 SOURCES = Path(__file__).parents[1] / "ops"
 
 _mode: str | None = None  # None = as the environment says

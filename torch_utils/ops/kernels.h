@@ -68,22 +68,35 @@ REFINE_FN double load(double x) { return x; }
 REFINE_FN float load(BFloat16 x) { return from_bits(uint32_t(x.bits) << 16); }
 
 REFINE_FN float load(Float16 x) {
+#ifdef __CUDA_ARCH__
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
+    return value;
+#else
     // Exponent and mantissa move into place; multiplying by 2^112 rebiases the exponent, subnormals included.
     const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, rest = uint32_t(x.bits & 0x7fffu) << 13;
     const float scaled = from_bits(rest) * from_bits(0x77800000u);
     const uint32_t special = from_bits(rest | 0x7f800000u) == from_bits(0x7f800000u) ? 0x7f800000u : 0x7fc00000u;
     return from_bits(sign | (rest >= 0x0f800000u ? special : to_bits(scaled)));
+#endif
 }
 
 REFINE_FN void store(float* to, float x) { *to = x; }
 REFINE_FN void store(double* to, double x) { *to = x; }
 
 REFINE_FN void store(BFloat16* to, float x) {  // round to nearest, ties to even; a NaN stays one
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to->bits) : "f"(x));
+#else
     const uint32_t bits = to_bits(x), rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     to->bits = uint16_t(x != x ? 0x7fc0u : rounded);
+#endif
 }
 
 REFINE_FN void store(Float16* to, float x) {
+#ifdef __CUDA_ARCH__
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to->bits) : "f"(x));
+#else
     const uint32_t bits = to_bits(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
     // Subnormal results: adding 0.5 lets the FPU round at the place of the last bit, 2^-24.
     const uint32_t small = to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000u;
@@ -91,6 +104,7 @@ REFINE_FN void store(Float16* to, float x) {
     const uint32_t finite = magnitude < 0x38800000u ? small : normal;
     const uint32_t large = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;  // 0x477ff000: the first that rounds to infinity
     to->bits = uint16_t(sign | (magnitude >= 0x477ff000u ? large : finite));
+#endif
 }
 
 REFINE_FN int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }  // b > 0
@@ -505,15 +519,18 @@ REFINE_FN void tile_filter(const T& t, int64_t block, int thread, int threads, c
     const Tile tile = tile_of(t, block);
     const Acc* f = shared + t.held();
     const int outputs = t.tile_h * t.tile_w * t.tile_c;
+    // From the tile's first sample to its first output, in the padded image; −up < begin ≤ 0. What follows is small.
+    const int begin_y = int(tile.out_y * t.down_y() - t.y.pad - tile.in_y * t.up_y());
+    const int begin_x = int(tile.out_x * t.down_x() - t.x.pad - tile.in_x * t.up_x());
     for (int i = thread; i < outputs; i += threads) {
         const int channel = i % t.tile_c, pixel = i / t.tile_c;
-        const int64_t row = tile.out_y + pixel / t.tile_w, col = tile.out_x + pixel % t.tile_w;
+        const int in_row = pixel / t.tile_w, in_col = pixel - in_row * t.tile_w;
+        const int64_t row = tile.out_y + in_row, col = tile.out_x + in_col;
         if (row >= t.y.out || col >= t.x.out || tile.channel + channel >= t.c) continue;
-        const int64_t first_y = first_sample(t.y, row), first_x = first_sample(t.x, col);
-        const int tap_y = int(first_y * t.up_y() + t.y.pad - row * t.down_y());
-        const int tap_x = int(first_x * t.up_x() + t.x.pad - col * t.down_x());
-        const Acc* corner =
-            shared + (int(first_y - tile.in_y) * t.held_w + int(first_x - tile.in_x)) * t.tile_c + channel;
+        const int at_y = begin_y + in_row * t.down_y(), at_x = begin_x + in_col * t.down_x();
+        const int first_y = (at_y + t.up_y() - 1) / t.up_y(), first_x = (at_x + t.up_x() - 1) / t.up_x();
+        const int tap_y = first_y * t.up_y() - at_y, tap_x = first_x * t.up_x() - at_x;
+        const Acc* corner = shared + (first_y * t.held_w + first_x) * t.tile_c + channel;
         Acc sum = Acc(0);
 #ifdef __CUDA_ARCH__
 #pragma unroll

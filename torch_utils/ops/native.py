@@ -8,7 +8,7 @@ plain torch.
 import functools
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -91,10 +91,10 @@ def run(op: str, x: torch.Tensor, record: bytes) -> None:
         raise RuntimeError(f"{op} on {x.device}: {_ERRORS[status]}")
 
 
-def kernels(op: str, *templates: str) -> None:
+def kernels(op: str, *templates: str, dtypes: Iterable[torch.dtype] = tuple(DTYPES)) -> None:
     """Notes the GPU kernels of an op: name expressions of its .cu with `{}` for the type of numbers. What is noted is
     compiled with the first of the op's kernels for that type, and ahead of time by `ops build`."""
-    for number in NUMBERS.values():
+    for number in (NUMBERS[dtype] for dtype in dtypes):
         device_code.KERNELS.setdefault((op, number), []).extend(template.format(number) for template in templates)
 
 

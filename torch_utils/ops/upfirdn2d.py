@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from refine.torch_utils.ops import native
+from refine.torch_utils.ops import upfirdn2d_patches as patches
 
 Pair = int | Sequence[int]
 
@@ -241,13 +242,8 @@ def _depthwise(x, f, up, down, padding):
 _ADDRESSES, _GEOMETRY = struct.Struct("=3q"), struct.Struct("=17qd")  # Upfirdn2dRecord of kernels.h
 _TILING = struct.Struct("=8q")  # what TilesRecord adds
 _TILE_THREADS = 256
-_FREQUENT = {(1, 1, 1, 1): "1,1,4", (2, 2, 1, 1): "2,1,4", (1, 1, 2, 2): "1,2,4"}  # (*up, *down), with 4×4 taps
 
-native.kernels(
-    "upfirdn2d",
-    *(f"refine::tile_kernel<{form},{{}}>" for form in (*_FREQUENT.values(), "0,0,0")),
-    "refine::direct_kernel<{}>",
-)
+native.kernels("upfirdn2d", *patches.KERNELS, "refine::tile_kernel<0,0,0,{}>", "refine::direct_kernel<{}>")
 
 
 def _out_size(x_size, taps, up, down, padding):
@@ -286,8 +282,10 @@ def _run(x, f, *options):
     x = x.contiguous(memory_format=layout)
     record = _ADDRESSES.pack(x.data_ptr(), f.data_ptr(), y.data_ptr()) + geometry
     if x.is_cuda:
-        expression, blocks, shared, tiling = _plan_launch(f.shape, size, x.dtype, layout, *options[:2])
-        native.launch("upfirdn2d", x, expression, blocks, _TILE_THREADS, shared, record + tiling)
+        aligned = x.data_ptr() % 16 == 0
+        plan = patches.plan(x.shape, size, f.shape, x.dtype, layout, *options[:3], aligned)
+        plan = plan or _plan_launch(f.shape, size, x.dtype, layout, *options[:2])
+        native.launch("upfirdn2d", x, plan.expression, plan.blocks, plan.threads, plan.shared, record + plan.tail)
     else:
         native.run("upfirdn2d", x, record)
     return y
@@ -304,7 +302,7 @@ def _plan(x_size, f_size, dtype, layout, up, down, padding, flip_filter, gain):
 
 @functools.lru_cache(maxsize=1024)
 def _plan_launch(f_size, size, dtype, layout, up, down):
-    """(kernel, blocks, bytes of shared memory, what the record says of the tiles).
+    """For any filter and factors.
 
     Tiles of 32 × 32 outputs of a plane, or 8 × 8 × 32 channels of pixels; halved until the samples that they need, and
     the taps, fit in shared memory. Where not even one output does, the kernel reads everything straight from memory.
@@ -329,11 +327,12 @@ def _plan_launch(f_size, size, dtype, layout, up, down):
             tile_c = (tile_c + 1) // 2
         else:
             blocks = -(-math.prod(size) // _TILE_THREADS)
-            return f"refine::direct_kernel<{number}>", min(blocks, native.MOST_BLOCKS), 0, b""
+            blocks = min(blocks, native.MOST_BLOCKS)
+            return patches.Launch(f"refine::direct_kernel<{number}>", blocks, _TILE_THREADS, 0, b"")
     tiles = -(-out_w // tile_w), -(-out_h // tile_h), -(-c // tile_c)
-    form = _FREQUENT.get((*up, *down), "0,0,0") if tuple(f_size) == (4, 4) else "0,0,0"
-    tiling = _TILING.pack(tile_h, tile_w, tile_c, held_h, held_w, *tiles)
-    return f"refine::tile_kernel<{form},{number}>", min(n * math.prod(tiles), native.MOST_BLOCKS), shared, tiling
+    blocks = min(n * math.prod(tiles), native.MOST_BLOCKS)
+    tail = _TILING.pack(tile_h, tile_w, tile_c, held_h, held_w, *tiles)
+    return patches.Launch(f"refine::tile_kernel<0,0,0,{number}>", blocks, _TILE_THREADS, shared, tail)
 
 
 def _save_geometry(ctx, inputs, output):
