@@ -168,8 +168,8 @@ def open_compiler() -> Compiler:
     if nvcc is None:
         tried = ", ".join(toolchain.nvcc_candidates())
         raise toolchain.Missing(
-            "neither NVRTC, which comes with torch's CUDA packages, nor a CUDA toolkit was found (looked for libnvrtc and "
-            f"{tried}); pip install nvidia-cuda-nvrtc"
+            f"no compiler for GPUs was found, neither NVRTC, which comes with torch's CUDA packages, nor {tried}; "
+            f"pip install nvidia-cuda-nvrtc{'-cu12' if (torch.version.cuda or '').startswith('12.') else ''}"
         )
     toolkit = toolchain.CudaToolkit.probe(nvcc)
     op_builder.check_driver(toolkit)

@@ -119,6 +119,10 @@ class CudaToolkit:
     version: str  # '13.0'
     targets: tuple[str, ...]  # 'sm_75', …, oldest first
 
+    @property
+    def path(self) -> str:
+        return str(self.nvcc)
+
     @classmethod
     def probe(cls, nvcc: Compiler) -> "CudaToolkit":
         """Asks nvcc. Raises Missing if it does not answer."""
