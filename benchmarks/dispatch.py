@@ -53,6 +53,8 @@ class Counting(TorchDispatchMode):
         if name == "_fused_adam_":  # knows real devices only
             return None
         out = func(*args, **kwargs)
+        if name in ("convolution", "convolution_backward"):
+            out = as_cudnn(out, args)
         if name in ("_to_copy", "copy_"):
             source = args[1] if name == "copy_" else args[0]
             self.copies += source.device.type != out.device.type
@@ -68,6 +70,16 @@ class Counting(TorchDispatchMode):
             "host copies": self.copies,
             "waits": self.waits,
         }
+
+
+def as_cudnn(out, args):
+    """In channels_last where an input is, which torch does not know of tensors without a device."""
+    inputs = [x for x in args if isinstance(x, torch.Tensor) and x.ndim == 4]
+    if all(x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last) for x in inputs):
+        return out
+    if isinstance(out, torch.Tensor):
+        return torch.empty_like(out, memory_format=torch.channels_last)
+    return tuple(as_cudnn(x, args) if x is not None and x.ndim == 4 else x for x in out)
 
 
 class FusedAttention(TorchFunctionMode):

@@ -36,7 +36,7 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.group_norm(x, GROUPS, self.weight.to(x.dtype), self.bias.to(x.dtype), EPS)
+        return group_norm_silu(x, GROUPS, self.weight, self.bias, EPS, silu=False)
 
     def silu(
         self, x: torch.Tensor, before: torch.Tensor | None = None, scale: torch.Tensor | None = None,

@@ -22,7 +22,7 @@ from torch import nn
 from refine.networks.bases import TrainingRate, check_choice, records_init_kwargs
 from refine.networks.denoiser import Preconditioner, Scalings
 from refine.networks.edm import edm_scalings
-from refine.networks.edm_layers import merge_heads, scaled_dot_product, split_heads
+from refine.networks.edm_layers import by_pixel, merge_heads, scaled_dot_product, split_heads, thirds
 from refine.torch_utils.ops.conv3x3 import conv2d
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -83,14 +83,15 @@ class MPConv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
 
-    def forward(self, x: torch.Tensor, gain: torch.Tensor | float = 1.0) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, gain: torch.Tensor | float = 1.0, qkv: bool = False) -> torch.Tensor:
+        """`qkv`: the outputs are queries, keys and values, which the weights have in turns; see `thirds`."""
         dims = range(1, self.weight.ndim)
         if self.training:
             with torch.no_grad():
                 self.weight.copy_(normalize(self.weight, dims))
         fan_in = self.weight[0].numel()
         weight = normalize(self.weight.to(torch.float32), dims) * (gain / math.sqrt(fan_in))
-        weight = weight.to(x.dtype)
+        weight = (thirds(weight) if qkv else weight).to(x.dtype)
         return F.linear(x, weight) if weight.ndim == 2 else conv2d(x, weight, padding=weight.shape[-1] // 2)
 
 
@@ -149,15 +150,15 @@ class Block(nn.Module):
             x = self._skip(x)
         x = mp_sum(x, y, self.res_balance)
         if self.attn_qkv is not None and self.attn_proj is not None:
-            x = mp_sum(x, self.attn_proj(self._attention(self.attn_qkv(x))), self.attn_balance)
+            x = mp_sum(x, self.attn_proj(self._attention(self.attn_qkv(x, qkv=True))), self.attn_balance)
         return x if self.clip_act is None else x.clip(-self.clip_act, self.clip_act)
 
     def _skip(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.conv_skip is None else self.conv_skip(x)
 
     def _attention(self, qkv: torch.Tensor) -> torch.Tensor:  # [N 3C H W] → [N C H W]
-        q, k, v = normalize(split_heads(qkv, self.num_heads), [3])  # cosine attention
-        return merge_heads(scaled_dot_product(q, k, v), like=qkv)
+        pixels = normalize(by_pixel(qkv, self.num_heads), [4])  # cosine attention
+        return merge_heads(scaled_dot_product(*split_heads(pixels)), like=qkv)
 
 
 class UNet(nn.Module):

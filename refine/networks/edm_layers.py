@@ -127,6 +127,17 @@ class Conv2d(nn.Module):
         return F.conv2d(x, depthwise, groups=x.shape[1], stride=2, padding=padding)
 
 
+class QKV(Conv2d):
+    """The 1×1 convolution to queries, keys and values: all queries, then all keys, then all values.
+
+    The published weights have them in turns, see `thirds`.
+    """
+
+    def _conv(self, x: torch.Tensor, padding: int) -> torch.Tensor:
+        assert self.weight is not None and self.bias is not None
+        return conv2d(x, thirds(self.weight).to(x.dtype), thirds(self.bias).to(x.dtype), padding=padding)
+
+
 class GroupNorm(nn.Module):
     """Group normalisation with at least four channels in a group and at most 32 groups."""
 
@@ -141,7 +152,7 @@ class GroupNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        return group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, silu=False)
 
 
 class GroupNormSilu(GroupNorm):
@@ -251,7 +262,7 @@ class UNetBlock(nn.Module):
             self.skip = Conv2d(in_channels, out_channels, kernel=kernel, init=init, **resample)
         if self.num_heads:
             self.norm2 = GroupNorm(out_channels, eps)
-            self.qkv = Conv2d(out_channels, out_channels * 3, kernel=1, init=init_attn or init)
+            self.qkv = QKV(out_channels, out_channels * 3, kernel=1, init=init_attn or init)
             self.proj = Conv2d(out_channels, out_channels, kernel=1, init=init_zero)
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:  # [N C_in H W], [N E] → [N C_out H' W']
@@ -273,29 +284,38 @@ class UNetBlock(nn.Module):
         return total if self.skip_scale == 1 else total.mul_(self.skip_scale)
 
     def _attention(self, qkv: torch.Tensor) -> torch.Tensor:  # [N 3C H W] → [N C H W]
-        return merge_heads(scaled_dot_product(*split_heads(qkv, self.num_heads)), like=qkv)
+        return merge_heads(scaled_dot_product(*split_heads(by_pixel(qkv, self.num_heads))), like=qkv)
 
 
-def split_heads(qkv: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Queries, keys and values of every pixel: (N, 3C, H, W) → (3, N, heads, c, H·W), c = C / heads.
+def thirds(weight: torch.Tensor) -> torch.Tensor:
+    """Rows q0 k0 v0 q1 k1 v1 …, as in the published weights, to q0 q1 … k0 k1 … v0 v1 …; shape (3C, ...).
 
-    Within a head the channels run q0 k0 v0 q1 k1 v1 …: that is how the published weights are laid out. One copy puts
-    the c numbers of a pixel side by side in memory, as `scaled_dot_product` wants them.
+    With them a convolution gives what attention takes; else its output, which is much larger, would be sorted.
+    """
+    return torch.cat(weight.unflatten(0, (-1, 3)).unbind(1))
+
+
+def by_pixel(qkv: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Queries, keys and values, (N, 3C, H, W), as (N, H·W, 3, heads, c) with c = C / heads; dense.
+
+    They lie so in memory already where `qkv` is channels_last.
     """
     n, _, height, width = qkv.shape
-    return qkv.reshape(n, num_heads, -1, 3, height * width).permute(3, 0, 1, 4, 2).contiguous().mT
+    return qkv.permute(0, 2, 3, 1).reshape(n, height * width, 3, num_heads, -1).contiguous()
+
+
+def split_heads(pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(N, H·W, 3, heads, c) → queries, keys and values (N, heads, c, H·W), views with the c numbers side by side."""
+    return tuple(part.permute(0, 2, 3, 1) for part in pixels.unbind(2))
 
 
 def merge_heads(y: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """(N, heads, c, H·W) → (N, heads · c, H, W), with the height and width of `like`.
-
-    Its memory format, too, but for one head: that needs no copy then, and channels_last, which it lies in, is as good.
-    """
+    """(N, heads, c, H·W) → (N, heads · c, H, W), with the height, width and memory format of `like`."""
     n, heads, c, _ = y.shape
     height, width = like.shape[2:]
     if like.is_contiguous():
-        return y.reshape(n, heads * c, height, width)
-    return y.permute(0, 3, 1, 2).reshape(n, height, width, heads * c).permute(0, 3, 1, 2)  # channels_last
+        return y.reshape(n, heads * c, height, width).contiguous()
+    return y.permute(0, 3, 1, 2).reshape(n, height, width, heads * c).contiguous().permute(0, 3, 1, 2)  # channels_last
 
 
 def scaled_dot_product(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -304,5 +324,5 @@ def scaled_dot_product(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tor
     torch's fused attention takes (N, heads, HW, c), on a GPU with the c numbers side by side only; what lies otherwise
     is copied.
     """
-    q, k, v = (x.mT.contiguous() for x in (q, k, v))
+    q, k, v = (x.mT if x.stride(-2) == 1 else x.mT.contiguous() for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).mT

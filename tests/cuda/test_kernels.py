@@ -2,11 +2,13 @@
 
 import pytest
 
+OPS = ("bias_act", "upfirdn2d", "group_norm_silu")
+
 
 @pytest.mark.parametrize("way", ["launched", "shuffled", "backwards"])
 def test_kernels_agree_with_the_reference(found, way):
     """Also with fewer blocks than there is work for, and with threads in any order."""
     errors = found("parts")["errors"][way]
-    assert set(errors) == {f"{op} {dtype}" for op in ("bias_act", "upfirdn2d") for dtype in ("float32", "float16")}
+    assert set(errors) == {f"{op} {dtype}" for op in OPS for dtype in ("float32", "float16")}
     for name, error in errors.items():
         assert error < (2e-2 if "float16" in name else 1e-5), name

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from refine.networks.edm2 import Block
-from refine.networks.edm_layers import UNetBlock, merge_heads, split_heads
+from refine.networks.edm_layers import UNetBlock, by_pixel, merge_heads, split_heads, thirds
 
 MODULES = {
     "EDM, one head": lambda: UNetBlock(16, 16, 8, attention=True, num_heads=1),
@@ -33,8 +33,8 @@ def test_conditions_of_fused_attention(monkeypatch, name, layout):
     assert not options
     for part in (q, k, v):
         assert part.shape[0] == 2 and part.shape[2] == 24 and part.shape[3] in (8, 16)
-        assert part.is_contiguous()
-    assert y.is_contiguous(memory_format=layout) or name == "EDM, one head"
+        assert part.stride(-1) == 1
+    assert y.is_contiguous(memory_format=layout)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
@@ -42,9 +42,34 @@ def test_conditions_of_fused_attention(monkeypatch, name, layout):
 def test_heads_are_split_as_in_published_weights_and_merged_again(heads, layout):
     """Within a head the channels run q0 k0 v0 q1 k1 v1 …"""
     qkv = torch.randn(2, 24, 4, 6).contiguous(memory_format=layout)
-    parts = split_heads(qkv, heads)
-    assert parts.shape == (3, 2, heads, 8 // heads, 24)
-    for index, part in enumerate(parts):
+    sorted_qkv = torch.stack([thirds(image) for image in qkv]).contiguous(memory_format=layout)
+    pixels = by_pixel(sorted_qkv, heads)
+    assert pixels.data_ptr() == sorted_qkv.data_ptr() or layout == torch.contiguous_format
+    for index, part in enumerate(split_heads(pixels)):
+        assert part.shape == (2, heads, 8 // heads, 24)
         merged = merge_heads(part, like=qkv)
         assert torch.equal(merged, qkv[:, index::3])
-        assert merged.is_contiguous(memory_format=layout) or heads == 1
+        assert merged.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", ["EDM", "EDM2"])
+def test_a_gpu_takes_its_fused_kernel(monkeypatch, name, dtype, layout):
+    """By torch's own conditions, at the sizes of CIFAR-10's DDPM++ and of EDM2, with gradients."""
+    seen, attention = [], F.scaled_dot_product_attention
+    make = {"EDM": lambda **options: UNetBlock(**options, num_heads=1), "EDM2": Block}[name]
+    block = make(in_channels=256, out_channels=256, emb_channels=64, attention=True).cuda().to(memory_format=layout)
+
+    def noted(*arguments):
+        parameters = torch.backends.cuda.SDPAParams(*arguments, None, 0.0, False, False)
+        flash, efficient = torch.backends.cuda.can_use_flash_attention, torch.backends.cuda.can_use_efficient_attention
+        seen.append((flash if dtype != torch.float32 else efficient)(parameters, True))
+        return attention(*arguments)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    x = torch.randn(2, 256, 16, 16, device="cuda", dtype=dtype).contiguous(memory_format=layout).requires_grad_()
+    y = block(x, torch.randn(2, 64, device="cuda", dtype=dtype))
+    (dx,) = torch.autograd.grad(y.float().square().sum(), x)
+    assert seen == [True] and dx.isfinite().all()

@@ -1,4 +1,4 @@
-// Bodies of upfirdn2d and bias_act, written once for the CPU and the CUDA launcher. No torch, no Python.
+// Bodies of upfirdn2d and bias_act, written once for the CPU and for CUDA. No torch, no Python.
 //
 // Conventions: images are dense, either planes (N, C, H, W) or pixels (N, H, W, C), called channels_last. Arithmetic is
 // in `Acc`: double for double, float for everything smaller. Indices into tensors are 64 bits wide. A tap is stored in
@@ -6,9 +6,27 @@
 
 #pragma once
 
+#ifdef __CUDACC_RTC__  // NVRTC has no headers, and the functions of <cmath> in the global namespace
+using int8_t = signed char;
+using uint8_t = unsigned char;
+using int16_t = short;
+using uint16_t = unsigned short;
+using int32_t = int;
+using uint32_t = unsigned int;
+using int64_t = long long;
+using uint64_t = unsigned long long;
+namespace std {
+using ::exp;
+using ::expm1;
+using ::fabs;
+using ::log1p;
+using ::tanh;
+}  // namespace std
+#else
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#endif
 
 #ifdef __CUDACC__
 #define REFINE_FN __host__ __device__ inline
@@ -50,22 +68,35 @@ REFINE_FN double load(double x) { return x; }
 REFINE_FN float load(BFloat16 x) { return from_bits(uint32_t(x.bits) << 16); }
 
 REFINE_FN float load(Float16 x) {
+#ifdef __CUDA_ARCH__
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
+    return value;
+#else
     // Exponent and mantissa move into place; multiplying by 2^112 rebiases the exponent, subnormals included.
     const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, rest = uint32_t(x.bits & 0x7fffu) << 13;
     const float scaled = from_bits(rest) * from_bits(0x77800000u);
     const uint32_t special = from_bits(rest | 0x7f800000u) == from_bits(0x7f800000u) ? 0x7f800000u : 0x7fc00000u;
     return from_bits(sign | (rest >= 0x0f800000u ? special : to_bits(scaled)));
+#endif
 }
 
 REFINE_FN void store(float* to, float x) { *to = x; }
 REFINE_FN void store(double* to, double x) { *to = x; }
 
 REFINE_FN void store(BFloat16* to, float x) {  // round to nearest, ties to even; a NaN stays one
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to->bits) : "f"(x));
+#else
     const uint32_t bits = to_bits(x), rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     to->bits = uint16_t(x != x ? 0x7fc0u : rounded);
+#endif
 }
 
 REFINE_FN void store(Float16* to, float x) {
+#ifdef __CUDA_ARCH__
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to->bits) : "f"(x));
+#else
     const uint32_t bits = to_bits(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
     // Subnormal results: adding 0.5 lets the FPU round at the place of the last bit, 2^-24.
     const uint32_t small = to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000u;
@@ -73,6 +104,7 @@ REFINE_FN void store(Float16* to, float x) {
     const uint32_t finite = magnitude < 0x38800000u ? small : normal;
     const uint32_t large = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;  // 0x477ff000: the first that rounds to infinity
     to->bits = uint16_t(sign | (magnitude >= 0x477ff000u ? large : finite));
+#endif
 }
 
 REFINE_FN int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }  // b > 0
@@ -97,13 +129,16 @@ constexpr int kAnyActivation = -1;  // CUDA: the call says which, the same for a
 
 // One call, as the Python side packs it: eight bytes a field. The tensors are seen as (outer, channels, inner); without
 // a bias channels is 1. order 0: y from x. 1: dx = dy · dy/dx, and db unless null. 2: g · dy · d²y/dx².
-struct BiasActCall {
+struct BiasActRecord {
     int64_t x, b, dy, g, out, db;  // addresses; null where not used
     int64_t partial;               // instead of db on CUDA: Acc[partial sums], see Points
     int64_t dtype, act, order;
     int64_t outer, channels, inner;
     double alpha, gain, clamp;  // clamp < 0: off
-    int64_t threads, stream;  // CPU: OpenMP threads. CUDA: cudaStream_t
+};
+
+struct BiasActCall : BiasActRecord {
+    int64_t threads;  // of OpenMP
 };
 
 template <class Acc>
@@ -212,7 +247,7 @@ struct Points {
     int64_t act;
     bool clamped, aligned;
 
-    explicit Points(const BiasActCall& call)
+    REFINE_FN explicit Points(const BiasActRecord& call)
         : x(reinterpret_cast<const Number*>(call.x)),
           b(reinterpret_cast<const Number*>(call.b)),
           dy(reinterpret_cast<const Number*>(call.dy)),
@@ -356,13 +391,21 @@ REFINE_FN void sum_store(const Points<Number>& p, int64_t block, int thread, con
 // upfirdn2d geometry.
 
 // One call, as the Python side packs it: eight bytes a field.
-struct Upfirdn2dCall {
+struct Upfirdn2dRecord {
     int64_t x, f, y;  // addresses; f: Acc[fh · fw], or Acc[fw] applied along both axes when fh is 0
     int64_t dtype, channels_last;
     int64_t n, c, h, w, out_h, out_w;
     int64_t fh, fw, upx, upy, downx, downy, px0, py0, flip;
     double gain;
-    int64_t threads, stream;  // CPU: OpenMP threads. CUDA: cudaStream_t
+};
+
+struct Upfirdn2dCall : Upfirdn2dRecord {
+    int64_t threads;  // of OpenMP
+};
+
+// On CUDA: the outputs of a tile, the samples that it can need, and how many tiles there are.
+struct TilesRecord : Upfirdn2dRecord {
+    int64_t tile_h, tile_w, tile_c, held_h, held_w, tiles_x, tiles_y, tiles_c;
 };
 
 // One axis: sample i lies at i·up + pad of the padded image, output o reads the positions o·down … o·down + taps − 1.
@@ -407,6 +450,22 @@ struct Tiles {
     int tile_h, tile_w, tile_c;  // outputs of a tile
     int held_h, held_w;          // samples that a tile can need
     bool channels_last, flip;
+
+    REFINE_FN explicit Tiles(const TilesRecord& call)
+        : x{call.w, call.out_w, call.fw, call.upx, call.downx, call.px0},
+          y{call.h, call.out_h, call.fh, call.upy, call.downy, call.py0},
+          n(call.n),
+          c(call.c),
+          tiles_x(call.tiles_x),
+          tiles_y(call.tiles_y),
+          tiles_c(call.tiles_c),
+          tile_h(int(call.tile_h)),
+          tile_w(int(call.tile_w)),
+          tile_c(int(call.tile_c)),
+          held_h(int(call.held_h)),
+          held_w(int(call.held_w)),
+          channels_last(call.channels_last != 0),
+          flip(call.flip != 0) {}
 
     REFINE_FN int up_x() const { return Up ? Up : int(x.up); }
     REFINE_FN int up_y() const { return Up ? Up : int(y.up); }
@@ -460,15 +519,18 @@ REFINE_FN void tile_filter(const T& t, int64_t block, int thread, int threads, c
     const Tile tile = tile_of(t, block);
     const Acc* f = shared + t.held();
     const int outputs = t.tile_h * t.tile_w * t.tile_c;
+    // From the tile's first sample to its first output, in the padded image; −up < begin ≤ 0. What follows is small.
+    const int begin_y = int(tile.out_y * t.down_y() - t.y.pad - tile.in_y * t.up_y());
+    const int begin_x = int(tile.out_x * t.down_x() - t.x.pad - tile.in_x * t.up_x());
     for (int i = thread; i < outputs; i += threads) {
         const int channel = i % t.tile_c, pixel = i / t.tile_c;
-        const int64_t row = tile.out_y + pixel / t.tile_w, col = tile.out_x + pixel % t.tile_w;
+        const int in_row = pixel / t.tile_w, in_col = pixel - in_row * t.tile_w;
+        const int64_t row = tile.out_y + in_row, col = tile.out_x + in_col;
         if (row >= t.y.out || col >= t.x.out || tile.channel + channel >= t.c) continue;
-        const int64_t first_y = first_sample(t.y, row), first_x = first_sample(t.x, col);
-        const int tap_y = int(first_y * t.up_y() + t.y.pad - row * t.down_y());
-        const int tap_x = int(first_x * t.up_x() + t.x.pad - col * t.down_x());
-        const Acc* corner =
-            shared + (int(first_y - tile.in_y) * t.held_w + int(first_x - tile.in_x)) * t.tile_c + channel;
+        const int at_y = begin_y + in_row * t.down_y(), at_x = begin_x + in_col * t.down_x();
+        const int first_y = (at_y + t.up_y() - 1) / t.up_y(), first_x = (at_x + t.up_x() - 1) / t.up_x();
+        const int tap_y = first_y * t.up_y() - at_y, tap_x = first_x * t.up_x() - at_x;
+        const Acc* corner = shared + (first_y * t.held_w + first_x) * t.tile_c + channel;
         Acc sum = Acc(0);
 #ifdef __CUDA_ARCH__
 #pragma unroll
@@ -488,56 +550,11 @@ REFINE_FN void tile_filter(const T& t, int64_t block, int thread, int threads, c
     }
 }
 
-// Samples that `outputs` neighbouring outputs can need along an axis.
-REFINE_FN int64_t held_along(const Axis& a, int64_t outputs) {
-    return ((outputs - 1) * a.down + a.taps - 1) / a.up + 2;
-}
-
 constexpr int kTileThreads = 256;
-constexpr int64_t kSharedBytes = 48 * 1024;  // what every device grants without asking
-
-// Tiles of 32 × 32 outputs of a plane, or 8 × 8 × 32 channels of pixels; halved until the samples fit in shared memory.
-// False: not even one output with its taps fits.
-template <int Up, int Down, int Taps>
-inline bool plan_tiles(const Upfirdn2dCall& call, int64_t acc_bytes, Tiles<Up, Down, Taps>* t) {
-    t->x = {call.w, call.out_w, call.fw, call.upx, call.downx, call.px0};
-    t->y = {call.h, call.out_h, call.fh, call.upy, call.downy, call.py0};
-    t->n = call.n;
-    t->c = call.c;
-    t->channels_last = call.channels_last != 0;
-    t->flip = call.flip != 0;
-    t->tile_c = t->channels_last ? int(at_most(call.c, 32)) : 1;
-    t->tile_w = t->channels_last ? (t->tile_c >= 16 ? 8 : 32) : 32;
-    t->tile_h = t->channels_last && t->tile_c >= 16 ? 8 : 32;
-    for (;;) {
-        const int64_t held_w = held_along(t->x, t->tile_w), held_h = held_along(t->y, t->tile_h);
-        const int64_t budget = kSharedBytes / acc_bytes;
-        const bool sane = held_w < budget && held_h < budget && call.fw < budget && call.fh < budget;  // no overflow
-        if (sane && held_h * held_w * t->tile_c + call.fw * call.fh <= budget) {
-            t->held_w = int(held_w);
-            t->held_h = int(held_h);
-            break;
-        }
-        if (t->tile_c > 1 && t->tile_h * t->tile_w <= 16)
-            t->tile_c = (t->tile_c + 1) / 2;
-        else if (t->tile_h >= t->tile_w && t->tile_h > 1)
-            t->tile_h /= 2;
-        else if (t->tile_w > 1)
-            t->tile_w /= 2;
-        else if (t->tile_c > 1)
-            t->tile_c = (t->tile_c + 1) / 2;
-        else
-            return false;
-    }
-    t->tiles_x = ceil_div(call.out_w, t->tile_w);
-    t->tiles_y = ceil_div(call.out_h, t->tile_h);
-    t->tiles_c = ceil_div(call.c, t->tile_c);
-    return true;
-}
 
 // Filters too large for a tile: one output straight from memory.
 template <class Number, class Acc>
-REFINE_FN void direct_output(const Upfirdn2dCall& call, int64_t index, const Number* x, const Acc* f, Number* y) {
+REFINE_FN void direct_output(const Upfirdn2dRecord& call, int64_t index, const Number* x, const Acc* f, Number* y) {
     const Axis ax = {call.w, call.out_w, call.fw, call.upx, call.downx, call.px0};
     const Axis ay = {call.h, call.out_h, call.fh, call.upy, call.downy, call.py0};
     int64_t rest = index, channel = 0;

@@ -3,6 +3,7 @@ samplers; what is sent to other processes. And how strict the device is. Prints 
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import pickle
@@ -22,6 +23,7 @@ from refine.networks.sampler import heun_sampler
 from refine.networks.sampler_settings import SamplerSettings
 from refine.torch_utils.distributed import packed
 from refine.torch_utils.ops.bias_act import bias_act
+from refine.torch_utils.ops.group_norm_silu import group_norm_silu
 from refine.torch_utils.ops.upfirdn2d import setup_filter, upfirdn2d
 
 SHAPES = [(1, 1, 1, 1), (2, 3, 5, 7), (1, 33, 9, 8), (2, 5, 33, 35), (0, 3, 4, 4)]
@@ -73,6 +75,28 @@ def upfirdn2d_error(dtype):
     return worst
 
 
+# N, C, H, W, groups: packs of channels and none, one group, and more pixels than a thread keeps
+NORMS = [(3, 16, 16, 16, 4), (1, 64, 8, 8, 16), (2, 12, 7, 9, 3), (2, 5, 3, 5, 5), (3, 8, 1, 1, 2), (1, 4, 70, 61, 1)]
+FORMS = {"norm": (), "before": ("before",), "scale": ("scale", "shift"), "all": ("before", "scale", "shift")}
+
+
+def group_norm_silu_error(dtype):
+    """Weights in float32 or as the image."""
+    worst = 0.0
+    for (n, c, h, w, groups), (index, form), layout in itertools.product(NORMS, enumerate(FORMS), LAYOUTS):
+        x = torch.randn(n, c, h, w, device=DEVICE).to(dtype).contiguous(memory_format=layout)
+        tensors = {"x": x} | {name: torch.randn(n, c, device=DEVICE).to(dtype) for name in FORMS[form]}
+        for name in ("weight", "bias"):
+            tensors[name] = torch.randn(c, device=DEVICE).to(torch.float32 if index % 2 else dtype)
+        dy, found = torch.randn_like(x), []
+        for impl, precision in (("native", None), ("ref", torch.float64)):
+            inputs = {name: t.detach().to(precision or t.dtype).requires_grad_() for name, t in tensors.items()}
+            y = group_norm_silu(**inputs, num_groups=groups, silu=form != "norm", impl=impl)
+            found.append([t.double() for t in (y, *torch.autograd.grad(y, inputs.values(), dy.to(y.dtype)))])
+        worst = max(worst, error(*found))
+    return worst
+
+
 def refused():
     """What a GPU would refuse as well."""
     mine, theirs, found = torch.ones(3, device=DEVICE), torch.ones(3), []
@@ -116,13 +140,16 @@ def noticed():
 WAYS = {"launched": ("", ""), "shuffled": ("3", "shuffled"), "backwards": ("1", "backwards")}
 
 
+OPS = {"bias_act": bias_act_error, "upfirdn2d": upfirdn2d_error, "group_norm_silu": group_norm_silu_error}
+
+
 def errors():
     found = {}
     for way, (grid, order) in WAYS.items():
         os.environ |= {"FAKE_GRID": grid, "FAKE_ORDER": order}
         found[way] = {
             f"{op} {str(dtype).removeprefix('torch.')}": function(dtype)
-            for op, function in (("bias_act", bias_act_error), ("upfirdn2d", upfirdn2d_error))
+            for op, function in OPS.items()
             for dtype in (torch.float32, torch.float16)
         }
     return found

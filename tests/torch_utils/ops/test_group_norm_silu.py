@@ -200,12 +200,12 @@ def test_opcheck(form, layout):
     groups, tensors = example((2, 8, 3, 5, 2), form, layout)
     arguments = [tensors.get(name) for name in ("x", "weight", "bias", "before", "scale", "shift")]
     op, grad = torch.ops.refine.group_norm_silu.default, torch.ops.refine.group_norm_silu_grad.default
-    torch.library.opcheck(op, (*arguments, groups, 1e-5))
+    torch.library.opcheck(op, (*arguments, groups, 1e-5, True))
     with torch.no_grad():
-        y, stats = op(*arguments, groups, 1e-5)
+        y, stats = op(*arguments, groups, 1e-5, True)
     arguments = [None if t is None else t.detach() for t in arguments]
     schema = ("test_schema", "test_faketensor")
-    torch.library.opcheck(grad, (torch.randn_like(y), stats, *arguments, groups, 1e-5), test_utils=schema)
+    torch.library.opcheck(grad, (torch.randn_like(y), stats, *arguments, groups, 1e-5, True), test_utils=schema)
 
 
 def test_in_a_compiled_graph():
