@@ -15,11 +15,17 @@ and without graphs, and so is the generator's state afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
+
+from refine.config import RefineConfig
+from refine.networks.own import OwnGenerator
+from refine.networks.own_teacher import OwnTeacher
+from refine.torch_utils import distributed
 
 WARM_UP = 2  # runs of a part before it is recorded: what is made, chosen or compiled at first use has to be there
 
@@ -66,7 +72,7 @@ class Graphs:
             part: What is done. It returns nothing, and leaves nothing behind but what it writes into tensors that were
                 there before.
         """
-        if self.reason is not None or self.device.type != "cuda" or name in self._without or not self._begun():
+        if self.reason is not None or name in self._without or not self._begun():
             part()
             return
         known = self._known.setdefault((name, variant), _Known())
@@ -127,24 +133,25 @@ class Graphs:
         self.say(f"cuda graphs: the {name} step goes without: {_first_line(error)}")
 
 
-def why_none(wanted: bool, device: torch.device, processes: int, own_code: bool, masks_in_parts: bool) -> str | None:
+def why_none(config: RefineConfig, device: torch.device, networks: Iterable[nn.Module]) -> str | None:
     """Why a run makes no graphs, in words; None where it does.
 
     Args:
-        wanted: By --cuda-graphs.
+        config: All options.
         device: Where the run computes.
-        processes: Of the run; several exchange gradients within a step.
-        own_code: Whether a network is of the user's own code, of which nobody knows what it does on the host.
-        masks_in_parts: Whether there is dropout in a batch that is computed in parts: the masks of all of it would have
-            to be kept.
+        networks: Those that take part in a step.
     """
-    if not wanted or device.type != "cuda":
-        return "--cuda-graphs is off" if not wanted else "they are for CUDA"
-    if processes > 1:
+    if not config.cuda_graphs:
+        return "--cuda-graphs is off"
+    if device.type != "cuda":
+        return "they are for CUDA"
+    if distributed.world_size() > 1:
         return "several processes exchange gradients within a step"
-    if own_code:
+    if any(isinstance(module, OwnGenerator | OwnTeacher) for network in networks for module in network.modules()):
         return "a network is of your own code, and a graph would not see what it does on the host"
-    return "dropout with --batch-gpu would need the masks of the whole batch" if masks_in_parts else None
+    if (config.dropout or config.aux_dropout) and config.batch_gpu is not None and config.batch_gpu < config.batch:
+        return "dropout with --batch-gpu would need the masks of the whole batch"
+    return None
 
 
 def _first_line(error: Exception) -> str:

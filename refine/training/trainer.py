@@ -13,12 +13,9 @@ from refine.diff_instruct import aux_loss
 from refine.guidance import Autoguided, Guided
 from refine.images import clamp_images
 from refine.networks.bases import Denoiser, Generator
-from refine.networks.own import OwnGenerator
-from refine.networks.own_teacher import OwnTeacher
 from refine.noise import SigmaLaw, make_weighting
 from refine.objectives import make_objective
 from refine.pair import check_label_dist, check_pair
-from refine.torch_utils import distributed
 from refine.torch_utils.misc import RunningMeans
 from refine.training.adversary import LEARNING_RATE as CRITIC_LR
 from refine.training.adversary import PENALTY_EVERY, Adversary, Others
@@ -148,14 +145,8 @@ class Trainer:
             self.teacher = Guided(self.teacher, config.guidance)
         size = config.batch_gpu or config.batch
         classes = self.bridge.teacher[2]
-        own_code = any(isinstance(module, OwnGenerator | OwnTeacher) for net in computing for module in net.modules())
-        dropped = config.dropout or bool(config.aux_dropout)
-        why = why_none(
-            config.cuda_graphs, self.device, distributed.world_size(), own_code, dropped and size < config.batch
-        )
-        self.graphs = Graphs(self.device, why)
-        # In a graph micro-batches draw once; elsewhere they draw again, so that nothing needs to be kept.
-        once = why is None
+        self.graphs = Graphs(self.device, why_none(config, self.device, computing))
+        once = self.graphs.reason is None  # elsewhere micro-batches draw again, so that nothing needs to be kept
         self.batches = Batches(self.G, config.batch, size, prior, classes, self.null_label, self.device, once)
         self._kept: list[Fakes] = []  # with --reuse-batch: those of the last auxiliary step, still joined to G
 
