@@ -92,12 +92,13 @@ class Graphs:
     def forget(self) -> None:
         """The tensors that parts write into have been replaced: everything is recorded anew."""
         self._known.clear()
+        self._pool = None  # memory without a graph cannot be taken up again
 
     def _begun(self) -> bool:
-        """Makes the stream and the memory that all graphs share."""
+        """Makes the stream in which all graphs are recorded."""
         if self._stream is None:
             try:
-                self._stream, self._pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
+                self._stream = torch.cuda.Stream(self.device)
             except (RuntimeError, AttributeError) as error:
                 self.reason = _first_line(error)
                 self.say(f"cuda graphs: none, {self.reason}")
@@ -113,13 +114,15 @@ class Graphs:
         current.wait_stream(self._stream)
 
     def _recorded(self, part: Callable[[], None]) -> Any:
+        if self._pool is None:  # shared: no part needs another one's memory, but for what was there before
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # Other threads (autograd's, NCCL's) may do what they like: 'thread_local'.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             part()
         return graph
 
-    def _give_up(self, name: str, error: Exception) -> None:
+    def _give_up(self, name: str, error: BaseException) -> None:
         """After a recording that failed: its generator may believe that it is still being recorded from.
 
         A fresh one in the same state is put in its place. The other graphs belong to the old one: they are made anew.
@@ -130,6 +133,9 @@ class Graphs:
         generator.graphsafe_set_state(generator.clone_state())
         for known in self._known.values():
             known.graph = None
+        self._pool = None
+        while error.__context__ is not None:  # what is said last is only that recording has failed
+            error = error.__context__
         self.say(f"cuda graphs: the {name} step goes without: {_first_line(error)}")
 
 
@@ -154,5 +160,5 @@ def why_none(config: RefineConfig, device: torch.device, networks: Iterable[nn.M
     return None
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -19,6 +19,10 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 
 _ERRORS = {-1: "unknown dtype", -2: "unknown activation", -3: "out of memory"}
 
 
+# On a GPU torch.compile makes one kernel of what these do and of what is around them; a compiled op would stand between.
+_FUSED_BY_COMPILERS = {"bias_act", "group_norm_silu"}
+
+
 def choose(op: str, x: torch.Tensor, impl: str | None) -> str:
     """'native', 'torch' or 'ref': what runs `op` on `x`.
 
@@ -35,6 +39,8 @@ def choose(op: str, x: torch.Tensor, impl: str | None) -> str:
         return impl
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl is {impl!r}; expected one of {', '.join(map(repr, IMPLEMENTATIONS))}")
+    if impl is None and op in _FUSED_BY_COMPILERS and x.device.type == "cuda" and torch.compiler.is_compiling():
+        return "torch"
     if x.dtype in DTYPES and _available(op, x.device.type):
         return "native"
     if impl == "native":
