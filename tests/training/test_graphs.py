@@ -8,7 +8,7 @@ import torch
 from refine.config import RefineConfig
 from refine.training import optimise, pace
 from refine.training.adversary import Others
-from refine.training.graphs import WARM_UP, Graphs, why_none
+from refine.training.graphs import Graphs, why_none
 from refine.training.halves import HalfWeights
 from refine.training.trainer import Trainer
 from tests.training.recorded import GraphsOnHost, with_graphs
@@ -97,8 +97,8 @@ def test_graphs_change_no_number(options):
 
 def test_a_graph_sees_new_rates():
     trainer = with_graphs(make_trainer())
-    steps(trainer, WARM_UP + 2)
-    assert trainer.graphs.made == 2
+    steps(trainer)
+    assert trainer.graphs.made >= 2
     before = copy.deepcopy(trainer.aux.state_dict())
     trainer.aux_step(0.0)
     assert all(torch.equal(x, before[name]) for name, x in trainer.aux.state_dict().items())

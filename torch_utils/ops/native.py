@@ -19,7 +19,7 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 
 _ERRORS = {-1: "unknown dtype", -2: "unknown activation", -3: "out of memory"}
 
 
-# On a GPU torch.compile makes one kernel of what these do and of what is around them; a compiled op would stand between.
+# On a GPU torch.compile makes one kernel of what these do and what is around them; a compiled op would stand between.
 _FUSED_BY_COMPILERS = {"bias_act", "group_norm_silu"}
 
 
