@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import click
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -39,6 +40,7 @@ UPFIRDN2D = [
     *((1, 2, (1, 1, 1, 1), 1, c, size) for c, size in ((512, 32), (512, 16))),
 ]
 BIAS_ACT = [(512, 32), (512, 8)]
+CONVOLUTIONS = [(256, 32), (256, 16)]
 CALLS, REPLAYS = 10, 7
 
 
@@ -159,6 +161,34 @@ def rows_of(case: Case) -> Iterator[dict[str, object]]:
         }
 
 
+def convolution_rows(batch: int) -> Iterator[dict[str, object]]:
+    """torch's own, in both layouts: what --precision makes of them. "× torch" is contiguous over channels_last."""
+    allowed = torch.backends.cudnn.allow_tf32
+    for dtype, tf32 in ((torch.bfloat16, False), (torch.float16, False), (torch.float32, True), (torch.float32, False)):
+        torch.backends.cudnn.allow_tf32 = tf32
+        for channels, size in CONVOLUTIONS:
+            taken = {}
+            for layout, memory_format in LAYOUTS.items():
+                x = torch.randn(batch, channels, size, size, device="cuda", dtype=dtype)
+                w = torch.randn(channels, channels, 3, 3, device="cuda", dtype=dtype)
+                x, w = (t.contiguous(memory_format=memory_format).requires_grad_() for t in (x, w))
+
+                def step(x=x, w=w):
+                    return torch.autograd.grad(F.conv2d(x, w, padding=1), [x, w], x)
+
+                taken[layout] = timed(step)
+                yield {
+                    "op": "conv2d 3×3",
+                    "size": f"{channels}×{size}²",
+                    "dtype": "tf32" if tf32 else str(dtype).removeprefix("torch."),
+                    "layout": layout,
+                    "pass": "+ backward",
+                    "µs": taken[layout].device,
+                    "× torch": taken["contiguous"].device / taken[layout].device,
+                }
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
 def measure(only: str = "", batch: int = 64) -> Iterator[dict[str, object]]:
     """Rows of the table; one that fails says why instead of its figures.
 
@@ -178,6 +208,8 @@ def measure(only: str = "", batch: int = 64) -> Iterator[dict[str, object]]:
                     yield {**about, **row}
             except RuntimeError as error:
                 yield {**about, "pass": f"failed: {str(error).splitlines()[0][:200]}"}
+    if not only:
+        yield from convolution_rows(batch)
 
 
 def table(rows: list[dict[str, object]]) -> str:
