@@ -18,7 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from refine.torch_utils.build import device_code, nvrtc
-from refine.torch_utils.ops import bias_act, upfirdn2d  # noqa: F401 - they note their kernels
+from refine.torch_utils.ops import bias_act, group_norm_silu, upfirdn2d  # noqa: F401 - they note their kernels
 
 
 def figures(said: str) -> str:
