@@ -2,8 +2,8 @@
 
 Statistics, told apart by their keys: `mu, sigma` (EDM, pytorch-fid, clean-fid, torch-fidelity's caches, also inside
 ADM's reference batches), `raw_mean, raw_cov, num_items` or `all_features` (StyleGAN's caches), `feats` (clean-fid's for
-KID), and our own richer form with `num, features, detector, detector_sha256`. Images, which a detector has yet to look
-at: a folder, a zip with or without dataset.json, ADM's samples (`arr_0`), another generator, or a
+KID), and our own richer form with `num, features, detector, detector_sha256, detector_resize`. Images, which a detector
+has yet to look at: a folder, a zip with or without dataset.json, ADM's samples (`arr_0`), another generator, or a
 teacher, whose images are drawn once (`refine.metrics.bank`). What comes of images is cached by their content.
 
 With features the kernel distance, precision and recall can be computed; with a mean and a covariance the Fréchet
@@ -28,7 +28,7 @@ import torch
 
 from refine.checkpoints import archives, load_generator, resolve
 from refine.checkpoints.foreign.diffusers_folder import find_weights
-from refine.checkpoints.pickles.inert import Refused
+from refine.checkpoints.pickles.inert import Refused, shown
 from refine.checkpoints.sniff import Sniffed, sniff
 from refine.checkpoints.sources.fetch import cache_dir
 from refine.checkpoints.teachers import TeacherSource
@@ -37,7 +37,7 @@ from refine.errors import describe_os_error
 from refine.metrics.bank import Bank, describe_bank, teacher_bank
 from refine.metrics.detectors import Detector, holds_teacher
 from refine.metrics.image_sets import ImageSet, SampleArray
-from refine.metrics.pipeline import gathered, my_share, prefetched, rank_and_world
+from refine.metrics.pipeline import gathered, made_by_all, my_share, prefetched, rank_and_world
 from refine.metrics.sampling import Batch, sample_images
 from refine.metrics.statistics import FeatureStatistics
 from refine.metrics.stored import read_stored
@@ -73,6 +73,7 @@ class Reference:
         features: float32 [num, D], or None: then only the Fréchet distance can be computed.
         detector: Name of the detector that made it, or None.
         detector_sha256: Checksum of that detector's weights, or None.
+        detector_resize: What that detector did to the size of images, in its words, or None.
         form: In words, what the file was.
         classes: int64 [num], the classes of the images that the features are of, or None.
         images: The images themselves where they can be read again, or None.
@@ -88,6 +89,7 @@ class Reference:
     features: torch.Tensor | None = None
     detector: str | None = None
     detector_sha256: str | None = None
+    detector_resize: str | None = None
     form: str = "statistics"
     classes: torch.Tensor | None = None
     images: ImageSet | SampleArray | None = None
@@ -103,8 +105,13 @@ class Reference:
             )
         if self.detector_sha256 not in (None, detector.sha256):
             raise ValueError(
-                f"{self.name} was made with other detector weights ({self.detector}, sha256 "
-                f"{self.detector_sha256[:12]}…) than {detector.name} (sha256 {detector.sha256[:12]}…)"
+                f"{self.name} was made with other detector weights ({shown(str(self.detector))}, sha256 "
+                f"{shown(self.detector_sha256[:12])}…) than {detector.name} (sha256 {detector.sha256[:12]}…)"
+            )
+        if self.detector_resize not in (None, detector.resize):
+            raise ValueError(
+                f"{self.name} was made of images that were resized otherwise ({shown(self.detector_resize)}) than "
+                f"{detector.name} does ({detector.resize})"
             )
 
 
@@ -201,6 +208,7 @@ def save_reference(path: str | os.PathLike, statistics: FeatureStatistics, detec
         "num": np.int64(statistics.num),
         "detector": np.str_(detector.name),
         "detector_sha256": np.str_(detector.sha256),
+        "detector_resize": np.str_(detector.resize),
         **more,
     }
     if statistics.keep_features:
@@ -244,8 +252,7 @@ def _from_arrays(path: Path, arrays: dict[str, np.ndarray], form: str) -> Refere
         sigma=sigma.double(),
         num=_count(path, arrays, features),
         features=None if features is None else features.float(),
-        detector=str(arrays["detector"]) if "detector" in arrays else None,
-        detector_sha256=str(arrays["detector_sha256"]) if "detector_sha256" in arrays else None,
+        **{key: str(arrays[key]) for key in ("detector", "detector_sha256", "detector_resize") if key in arrays},
         form=form,
         classes=_classes(path, arrays, features),
     )
@@ -426,6 +433,7 @@ def _cached(
         features=statistics.features if statistics.keep_features else None,
         detector=detector.name,
         detector_sha256=detector.sha256,
+        detector_resize=detector.resize,
         classes=classes,
     )
 
@@ -461,12 +469,23 @@ def _kept(target: Path, num: int, detector: Detector) -> Reference | None:
 @torch.no_grad()
 def _look(batches: Iterator[Batch], num: int, name: str, detector: Detector, looking: Looking) -> FeatureStatistics:
     """Statistics of all processes' batches; features are kept if they fit `MAX_FEATURE_BYTES`."""
+    parts = [part for part in made_by_all(lambda: _look_at_share(batches, num, name, detector, looking)) if part]
+    whole = FeatureStatistics(keep_features=parts[0].keep_features)
+    for part in parts:
+        whole.merge(part)
+    return whole
+
+
+def _look_at_share(
+    batches: Iterator[Batch], num: int, name: str, detector: Detector, looking: Looking
+) -> FeatureStatistics | None:
+    """Statistics of this process's batches; None if there are none."""
     from tqdm import tqdm
 
     statistics: FeatureStatistics | None = None
-    shown = looking.progress and rank_and_world()[0] == 0
+    has_bar = looking.progress and rank_and_world()[0] == 0
     interval = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file wants few lines
-    options: dict[str, Any] = {"unit": "img", "disable": not shown, "mininterval": interval}
+    options: dict[str, Any] = {"unit": "img", "disable": not has_bar, "mininterval": interval}
     with tqdm(total=num, desc=f"reference {name}", **options) as bar:
         for images, _ in prefetched(batches):
             try:
@@ -478,11 +497,7 @@ def _look(batches: Iterator[Batch], num: int, name: str, detector: Detector, loo
                 statistics = FeatureStatistics(keep_features=num * features.shape[1] * 4 <= MAX_FEATURE_BYTES)
             statistics.update(features)
             bar.update(len(images) * rank_and_world()[1])
-    parts = [part for part in gathered(statistics) if part is not None]
-    whole = FeatureStatistics(keep_features=parts[0].keep_features)
-    for part in parts:
-        whole.merge(part)
-    return whole
+    return statistics
 
 
 # Arrays.
@@ -524,6 +539,8 @@ def _count(path: Path, arrays: dict[str, np.ndarray], features: torch.Tensor | N
     num = int(arrays["num"])
     if num < 2:
         raise ValueError(f"reference {path} has a num of {num}, expected the number of images, at least 2")
+    if features is not None and num != len(features):
+        raise ValueError(f"reference {path} has a num of {num} and features of {len(features)} images, expected as many")
     return num
 
 
@@ -537,7 +554,8 @@ def _check_shapes(path: Path, mu: torch.Tensor, sigma: torch.Tensor, features: t
     if not torch.allclose(sigma, sigma.T, rtol=1e-4, atol=1e-6 * sigma.abs().max().item()):
         raise ValueError(f"reference {path} has a sigma that is not symmetric, expected a covariance matrix")
     # Of single precision, covariances have eigenvalues a little below zero.
-    spare = _ROUNDING * sigma.diagonal().abs().max().double() * torch.eye(len(mu), dtype=torch.float64)
+    scale = sigma.diagonal().abs().max().double() + 1e-30  # equal images have a covariance of zero
+    spare = _ROUNDING * scale * torch.eye(len(mu), dtype=torch.float64)
     if torch.linalg.cholesky_ex(sigma.double() + spare).info.item():
         raise ValueError(f"reference {path} has a sigma with negative eigenvalues, expected a covariance matrix")
     if features is not None and (features.ndim != 2 or features.shape[1] != len(mu) or len(features) < 2):
