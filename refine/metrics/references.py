@@ -38,7 +38,7 @@ from refine.metrics.bank import Bank, describe_bank, teacher_bank
 from refine.metrics.detectors import Detector, holds_teacher
 from refine.metrics.image_sets import ImageSet, SampleArray
 from refine.metrics.pipeline import gathered, made_by_all, my_share, prefetched, rank_and_world
-from refine.metrics.sampling import Batch, sample_images
+from refine.metrics.sampling import Batch, sample_images, sensible_batch
 from refine.metrics.statistics import FeatureStatistics
 from refine.metrics.stored import read_stored
 from refine.networks.bases import Generator
@@ -120,7 +120,7 @@ class Looking:
     """How images of a reference are looked at.
 
     Attributes:
-        batch: Images per batch.
+        batch: Images per batch; None = what is sensible for their size, see `refine.metrics.sampling.sensible_batch`.
         device: Where the detector is.
         num: How many images are drawn from a generator that serves as the reference.
         bank: How many images there are of a teacher that serves as the reference; at least 2.
@@ -130,7 +130,7 @@ class Looking:
         progress: Show a bar with the time left on stderr.
     """
 
-    batch: int = 100
+    batch: int | None = None
     device: torch.device | str = "cpu"
     num: int = 50_000
     bank: int = 2000
@@ -357,9 +357,10 @@ def _measured(
         raise NeedsDetector(f"reference {path} is images ({form}), which need a detector to be looked at")
     if len(images) < 2:
         raise ValueError(f"reference {path} holds {len(images)} image, expected at least 2")
+    batch = looking.batch or sensible_batch(images.resolution)
 
     def batches() -> Iterator[Batch]:
-        return images.batches(looking.batch, my_share(range(len(images)), looking.batch))
+        return images.batches(batch, my_share(range(len(images)), batch))
 
     reference = _cached(path, images.sha256(), len(images), batches, detector, looking, lambda: images.classes)
     return replace(reference, form=form, images=images)
@@ -369,12 +370,12 @@ def _of_generator(G: Generator, path: Path, detector: Detector | None, looking: 
     if detector is None:
         raise NeedsDetector(f"reference {path} is a generator, whose images need a detector to be looked at")
     seeds = range(REFERENCE_SEED, REFERENCE_SEED + looking.num)
+    batch = looking.batch or sensible_batch(G.img_resolution)
 
     def batches() -> Iterator[Batch]:
-        share = my_share(seeds, looking.batch)
-        return sample_images(G.to(looking.device), share, batch=looking.batch, device=looking.device)
+        return sample_images(G.to(looking.device), my_share(seeds, batch), batch=batch, device=looking.device)
 
-    content = f"{sha256_of_file(path)} {looking.num} {looking.batch}"
+    content = f"{sha256_of_file(path)} {looking.num} {batch}"
     reference = _cached(path, content, looking.num, batches, detector, looking, lambda: None)
     return replace(reference, sha256=sha256_of_file(path), form=f"generator, {looking.num} images", is_drawn=True)
 
@@ -384,16 +385,17 @@ def _of_teacher(source: TeacherSource, detector: Detector | None, looking: Looki
         raise NeedsDetector(f"reference {source.name} is a teacher, whose images need a detector to be looked at")
     if not looking.draw:
         raise NotDrawn
-    banks: list[Bank] = []
+    info, banks = source.info(), list[Bank]()
+    batch = looking.batch or sensible_batch(info.img_resolution)
 
     def batches() -> Iterator[Batch]:  # the bank is drawn here and now: all processes together, and in this thread
-        how: dict[str, Any] = {"batch": looking.batch, "device": looking.device, "progress": looking.progress}
+        how: dict[str, Any] = {"batch": batch, "device": looking.device, "progress": looking.progress}
         how["choice"] = looking.sampler
         banks.append(teacher_bank(source, looking.bank, cache=looking.cache, **how))
-        return banks[0].batches(looking.batch, my_share(range(looking.bank), looking.batch))
+        return banks[0].batches(batch, my_share(range(looking.bank), batch))
 
-    settings, _ = looking.sampler.resolve(source.info())
-    content = f"{describe_bank(source, looking.bank, settings)} {looking.batch}"
+    settings, _ = looking.sampler.resolve(info)
+    content = f"{describe_bank(source, looking.bank, settings)} {batch}"
     classes = lambda: banks[0].classes  # noqa: E731
     reference = _cached(source.path, content, looking.bank, batches, detector, looking, classes)
     form = f"teacher{source.guided_words}, {looking.bank} images, {settings.describe()}"
@@ -540,7 +542,9 @@ def _count(path: Path, arrays: dict[str, np.ndarray], features: torch.Tensor | N
     if num < 2:
         raise ValueError(f"reference {path} has a num of {num}, expected the number of images, at least 2")
     if features is not None and num != len(features):
-        raise ValueError(f"reference {path} has a num of {num} and features of {len(features)} images, expected as many")
+        raise ValueError(
+            f"reference {path} has a num of {num} and features of {len(features)} images, expected as many"
+        )
     return num
 
 
