@@ -1,6 +1,6 @@
 """The kernels of GPUs: each is one image (machine code, or PTX), found in the cache or compiled at its first use.
 
-    load("upfirdn2d", "refine::tile_kernel<2,1,4,float>", device=0)
+    load("upfirdn2d", "refine::plane_kernel<2,1,4,float>", device=0)
 
 NVRTC compiles, nvcc where it is missing. An image that is in the cache needs neither.
 """
