@@ -191,9 +191,8 @@ def test_a_launch_tells_the_driver_all_it_must(cuda, pen):
     native.launch("upfirdn2d", on(1), name, 2**31 - 1, 256, 1000, b"all of the record")
     launched = "launch 6101 in 1101: (2147483647 1 1) (256 1 1) 1000 B, stream 0x70, all of the record"
     lines = told(cuda)
-    assert lines[0] == "retain 101" and lines.count("load in 1101") == len(
-        together
-    )  # what is compiled together is loaded together
+    # What is compiled together is loaded together.
+    assert lines[0] == "retain 101" and lines.count("load in 1101") == len(together)
     assert "function refine__tile_kernel_0_0_0_float_" in lines and lines[-1] == launched
     assert sorted(name for name, _ in pen.jobs) == together
     assert {target for _, target in pen.jobs} == {"sm_90"}

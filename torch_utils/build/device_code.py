@@ -113,8 +113,13 @@ def kernels_of(op: str) -> list[str]:
 
 
 def build() -> list[Path]:
-    """Compiles what is missing of all kernels that the ops have noted: for the targets of TORCH_CUDA_ARCH_LIST, else for
-    the GPUs here, else for one of each generation. Returns the folders of the images."""
+    """Compiles what is missing of all kernels that the ops have noted.
+
+    For the targets of TORCH_CUDA_ARCH_LIST, else for the GPUs here, else for one of each generation.
+
+    Returns:
+        The folders of the images.
+    """
     compiler = open_compiler()
     if text := os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip():
         targets = toolchain.parse_arch_list(text)
