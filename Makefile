@@ -7,13 +7,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test bench lint clean
+.PHONY: help setup demo test bench gpu lint clean
 
 help:
 	@echo "make setup   create $(VENV) with everything that is needed"
 	@echo "make demo    refine the shipped digits GAN with the shipped teacher, show before and after"
 	@echo "make test    run the tests"
 	@echo "make bench   images per second of one iteration, and where its time goes"
+	@echo "make gpu     measure all of it on a GPU, in ten minutes: gpu.md"
 	@echo "make lint    ruff, mypy and vulture"
 	@echo "make clean   remove $(VENV) and caches"
 
@@ -33,6 +34,9 @@ test: setup
 
 bench: setup
 	$(BIN)/python benchmarks/iteration.py
+
+gpu: setup
+	$(BIN)/python benchmarks/gpu.py --out=gpu.md
 
 # mypy finds refine.dnnlib and refine.torch_utils where a wheel has them: in one tree, made of links.
 lint: setup

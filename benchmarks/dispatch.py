@@ -5,12 +5,16 @@
 At CIFAR-10's official sizes (`iteration.cifar10_pair`), on tensors that have shapes and no memory (torch's device
 meta, which takes the path of a GPU), so that no GPU is needed and seconds are enough. A compiled op counts as one
 operator, and so does attention, which is fused on a GPU; views are counted apart. Every operator costs the processor
-some microseconds, in which a GPU is not fed. Prints Markdown. tests/cuda looks for waits and copies with values.
+some microseconds, in which a GPU is not fed, unless the iteration is a CUDA graph. The second table says where they are
+from; convolutions, norms, products of matrices and attention are what cannot be left out. Prints Markdown. tests/cuda
+looks for waits and copies with values.
 """
 
+import contextlib
 import ctypes
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -31,6 +35,13 @@ VIEWS = {
     *("view", "_unsafe_view", "_reshape_alias", "expand", "permute", "transpose", "t", "slice", "select", "unbind"),
     *("unsqueeze", "squeeze", "detach", "alias", "as_strided", "split", "split_with_sizes", "narrow", "chunk"),
 }
+KINDS = {
+    "convolution": {"convolution", "convolution_backward", "upfirdn2d"},
+    "norm": {"native_group_norm", "native_group_norm_backward", "group_norm_silu", "group_norm_silu_grad"},
+    "matrices": {"addmm", "mm", "bmm", "baddbmm"},
+    "attention": {"_scaled_dot_product_efficient_attention", "_scaled_dot_product_efficient_attention_backward"},
+}
+NETWORKS = ("G", "aux", "teacher")
 WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "bincount"}
 
 
@@ -41,11 +52,20 @@ class Counting(TorchDispatchMode):
         super().__init__()
         self.operators: Counter[str] = Counter()
         self.copies = self.waits = 0
+        self.places: dict[str, Counter[str]] = {}  # where → kind → operators beside views
+        self.inside: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         self.operators[name] += 1
+        if name not in VIEWS:
+            backward = torch._C._current_graph_task_id() != -1
+            place = (
+                "backward" if backward else f"forward of {self.inside[-1]}" if self.inside else "around the networks"
+            )
+            kind = next((kind for kind, names in KINDS.items() if name in names), "other")
+            self.places.setdefault(place, Counter())[kind] += 1
         if name in WAITS:
             self.waits += 1
             if name == "_local_scalar_dense":
@@ -59,6 +79,19 @@ class Counting(TorchDispatchMode):
             source = args[1] if name == "copy_" else args[0]
             self.copies += source.device.type != out.device.type
         return out
+
+    @contextlib.contextmanager
+    def of(self, trainer: Trainer) -> Iterator[None]:
+        """Counts, and notes which network is running."""
+        handles = []
+        for name in NETWORKS:
+            network = getattr(trainer, name)
+            handles.append(network.register_forward_pre_hook(lambda *_, name=name: self.inside.append(name)))
+            handles.append(network.register_forward_hook(lambda *_: self.inside.pop() and None, always_call=True))
+        with FusedAttention(), self:
+            yield
+        for handle in handles:
+            handle.remove()
 
     def row(self) -> dict[str, int]:
         views = sum(count for name, count in self.operators.items() if name in VIEWS)
@@ -99,7 +132,8 @@ def count(precision: str, batch: int, iterations: int = 2) -> Counting:
     config = RefineConfig("student", "teacher", batch=batch, adversarial=0.0, precision=precision)
     trainer = Trainer(config, *cifar10_pair(), device="meta")
     for _ in range(iterations):
-        with FusedAttention(), Counting() as counting:
+        counting = Counting()
+        with counting.of(trainer):
             trainer.step()
     return counting
 
@@ -118,6 +152,12 @@ def main(precisions: str, batch: int, top: int) -> None:
     print("|---" * (len(heads) + 1) + "|")
     for precision, counting in counted.items():
         print(f"| {precision} | {' | '.join(map(str, counting.row().values()))} |")
+    print(f"\n| operators beside views | {' | '.join([*KINDS, 'other', 'all'])} |")
+    print("|---" * (len(KINDS) + 3) + "|")
+    for precision, counting in counted.items():
+        for place, kinds in sorted(counting.places.items()):
+            numbers = [kinds[kind] for kind in (*KINDS, "other")]
+            print(f"| {precision}: {place} | {' | '.join(map(str, [*numbers, sum(numbers)]))} |")
     if top:
         for precision, counting in counted.items():
             names = ", ".join(f"{name} {number}" for name, number in counting.operators.most_common(top))

@@ -3,10 +3,10 @@
     python benchmarks/iteration.py [--pair=digits,cifar10] [--repeats=3] [--precision=fp32] [--json=FILE]
 
 Two pairs: the shipped digits pair, and CIFAR-10's official sizes (StyleGAN2-ADA cond, EDM DDPM++ cond) with random
-weights. The whole iteration is `Trainer.step`, the baseline is `naive.NaiveIteration`, and the machine's limit is what
-a large plain convolution (forward, and forward with both gradients) and a large product of matrices reach; all of them
-take turns, and the best of several repeats counts. With one thread on a CPU the seconds are those of CPU time, which
-neighbours on the machine disturb less; otherwise they are of the wall clock.
+weights. The whole iteration is `Trainer.step` with one auxiliary step, the baseline is `naive.NaiveIteration`, and the
+machine's limit is what a large plain convolution (forward, and forward with both gradients) and a large product of
+matrices reach; all of them take turns, and the best of several repeats counts. With one thread on a CPU the seconds are
+those of CPU time, which neighbours on the machine disturb less; otherwise they are of the wall clock.
 FLOPs are counted by torch.utils.flop_counter in the iteration as it runs: convolutions, linear layers and attention, a
 multiply-add as 2, the depthwise resampling filters included, everything pointwise left out.
 """
@@ -141,7 +141,7 @@ def _resident(field: str) -> int:
 
 
 def measure(name: str, pair: tuple, batch: int, repeats: int, device: torch.device, options: dict) -> dict:
-    config = RefineConfig("student", "teacher", batch=batch, adversarial=0.0, **options)
+    config = RefineConfig("student", "teacher", batch=batch, adversarial=0.0, aux_steps=1, **options)
     trainer = Trainer(config, *pair, device=device)
     G, teacher = (copy.deepcopy(network).to(device) for network in pair)
     teacher.eval().requires_grad_(False)

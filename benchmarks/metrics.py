@@ -3,7 +3,10 @@
     python benchmarks/metrics.py [--quick] [--against-torch-fidelity]
 
 The pipeline makes images in one thread while the detector looks at the previous ones. What it reaches is bounded by the
-slower of the two where each has a core of its own (or a GPU), and by their sum where they share one.
+slower of the two where each has a core of its own (or a GPU), and by their sum where they share one. All are measured
+in turn, several times, and compared within each turn, so that other work on the machine hits all alike: by the clock
+against the slower part, and in processor seconds of a CPU, which tell what the pipeline itself costs, against the sum
+of both.
 
 Against torch-fidelity, where that is installed, on a CPU: the same images through the same random Inception weights to
 FID, KID, precision, recall and Inception Score of both; and these numbers alone from 2500 vectors of 2048 features.
@@ -22,13 +25,16 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from statistics import median
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from refine.metrics.detectors import Detector, InceptionDetector, load_detector
+from refine.metrics.dinov2 import Architecture, VisionTransformer
+from refine.metrics.dinov2_detector import DinoV2Detector
 from refine.metrics.evaluate import evaluate
 from refine.metrics.evaluate import measure as measured
 from refine.metrics.inception import InceptionNetwork
@@ -60,19 +66,30 @@ def cases(quick: bool) -> Iterator[tuple[str, torch.nn.Module, Detector, int, in
     cifar = Generator(**CIFAR, mapping_kwargs={"num_layers": 2}, synthesis_kwargs={"channel_base": 16384}).eval()
     cifar = cifar.requires_grad_(False).to(memory_format=torch.channels_last)
     yield "StyleGAN2 of CIFAR-10 size, Inception", cifar, inception, 32 if quick else 96, 16
+    shapes = Architecture.published("vitb14").shapes()
+    transformer = VisionTransformer(
+        Architecture.published("vitb14"), {n: torch.randn(s) / 50 for n, s in shapes.items()}
+    )
+    dino = DinoV2Detector(transformer, "random", "0" * 64, "random")
+    yield "StyleGAN2 of CIFAR-10 size, DINOv2 ViT-B/14", cifar, dino, 16 if quick else 48, 8
 
 
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
+class Spent(NamedTuple):
+    """Seconds of one work."""
+
+    clock: float
+    processor: float
+
+
+def spent(work: Callable[[], object]) -> Spent:
+    start = time.perf_counter(), time.process_time()
     work()
-    return time.perf_counter() - start
+    return Spent(time.perf_counter() - start[0], time.process_time() - start[1])
 
 
 @torch.no_grad()
-def measure(
-    name: str, G: torch.nn.Module, detector: Detector, num: int, batch: int, repeats: int, device: str
-) -> float:
-    """Prints images/s of the parts and of the whole; returns the pipeline's as a part of the slower part's."""
+def measure(name: str, G: torch.nn.Module, detector: Detector, num: int, batch: int, repeats: int, device: str) -> None:
+    """Prints images/s and processor seconds of the parts and of the whole, and how they compare."""
     G, detector = G.to(device), detector.to(device)
     ready = list(sample_images(G, range(num), batch=batch, device=device))
     features = detector(ready[0].images)
@@ -95,21 +112,18 @@ def measure(
         frechet_distance(*moments, reference.mu, reference.sigma)
 
     moments = torch.randn(reference.mu.shape).double(), torch.cov(torch.randn(len(reference.mu), 4096).double())
-    works = {"generator alone": generator_alone, "detector alone": detector_alone, "pipeline": pipeline}
-    best = dict.fromkeys(works, float("inf"))
-    for _ in range(repeats):  # interleaved: other work on the machine hits all alike
-        for key, work in works.items():
-            best[key] = min(best[key], seconds(work))
+    works = {"generator": generator_alone, "detector": detector_alone, "pipeline": pipeline}
+    turns = [{key: spent(work) for key, work in works.items()} for _ in range(repeats)]
     print(f"\n{name}: {num} images, batches of {batch}, {device}")
-    for key, duration in best.items():
-        print(f"  {key:<28}{num / duration:10.1f} images/s")
-    slower = max(best["generator alone"], best["detector alone"])
-    both = best["generator alone"] + best["detector alone"]
-    print(
-        f"  pipeline / slower part      {slower / best['pipeline']:10.2f}   (one after the other: {slower / both:.2f})"
-    )
-    print(f"  then the distance, once     {seconds(distance):10.2f} s")
-    return slower / best["pipeline"]
+    for key in works:
+        clock, processor = (min(getattr(turn[key], field) for turn in turns) for field in Spent._fields)
+        print(f"  {key:<28}{num / clock:10.1f} images/s, {1000 * processor / num:10.2f} ms of the processor an image")
+    shares = [[max(turn["generator"][i], turn["detector"][i]) / turn["pipeline"][i] for turn in turns] for i in (0, 1)]
+    sums = [(turn["generator"].processor + turn["detector"].processor) / turn["pipeline"].processor for turn in turns]
+    ratios = {"clock, slower part": shares[0], "processor, slower part": shares[1], "processor, both parts": sums}
+    for key, values in ratios.items():  # of the pipeline's
+        print(f"  {key:<28}{median(values):10.2f} of the pipeline ({min(values):.2f} to {max(values):.2f})")
+    print(f"  then the distance, once     {spent(distance).clock:10.2f} s", flush=True)
 
 
 def synchronise(device: str) -> None:
@@ -254,7 +268,7 @@ def main() -> None:
         return
     print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, one thread for each part")
     for case in cases(options.quick):
-        measure(*case, repeats=1 if options.quick else 3, device=options.device)
+        measure(*case, repeats=1 if options.quick else 5, device=options.device)
     few, many = (peak_memory(num) for num in ((500, 2000) if options.quick else (1000, 20_000)))
     print(f"\npeak memory, 2048 features: {few:.0f} MiB for few images, {many:.0f} MiB for many")
 

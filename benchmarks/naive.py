@@ -16,6 +16,7 @@ from refine.networks import edm_layers, stylegan2
 from refine.noise import SigmaLaw
 from refine.torch_utils.ops import native
 from refine.torch_utils.ops.conv2d_resample import conv2d_resample
+from refine.training.rates import learning_rates
 
 
 def modulated_conv2d(x, weight, styles, noise=None, up=1, padding=0, resample_filter=None, demodulate=True, fused=None):
@@ -60,8 +61,9 @@ class NaiveIteration:
         self.config, self.device = config, device
         self.G, self.G_ema, self.aux, self.teacher = G, G_ema, aux, teacher
         plain = {"eps": 1e-8, "foreach": False, "fused": False}
-        self.student_optimizer = torch.optim.Adam(G.parameters(), lr=config.lr, betas=config.betas, **plain)
-        self.aux_optimizer = torch.optim.Adam(aux.parameters(), lr=config.aux_lr, betas=config.aux_betas, **plain)
+        lr, aux_lr = learning_rates(config, G, teacher)
+        self.student_optimizer = torch.optim.Adam(G.parameters(), lr=lr, betas=config.betas, **plain)
+        self.aux_optimizer = torch.optim.Adam(aux.parameters(), lr=aux_lr, betas=config.aux_betas, **plain)
         self.law = SigmaLaw()
 
     def step(self) -> tuple[float, float]:

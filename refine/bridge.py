@@ -35,7 +35,7 @@ class Bridge:
     def images(self, x: torch.Tensor) -> torch.Tensor:
         """Images of the student (N, C, R, R) as the teacher takes them; x itself where both agree. Differentiable."""
         if self.student[1] == 3 and self.teacher[1] == 1:  # before reducing: a third of the work
-            x = (x * x.new_tensor(LUMA)[:, None, None]).sum(dim=1, keepdim=True)
+            x = (x * _luma(x.device, x.dtype)[:, None, None]).sum(dim=1, keepdim=True)
         if self.student[0] != self.teacher[0]:
             x = reduce_images(x, self.teacher[0])
         if self.student[1] == 1 and self.teacher[1] == 3:
@@ -92,7 +92,15 @@ def reduce_images(x: torch.Tensor, size: int) -> torch.Tensor:
     return matrix @ x @ matrix.T
 
 
-@functools.lru_cache(maxsize=8)  # on its device: copying it there would wait for a GPU once a step
+# Both stay on their device: copying them there would wait for a GPU once a step.
+
+
+@functools.lru_cache(maxsize=8)
+def _luma(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    return torch.tensor(LUMA, device=device, dtype=dtype)
+
+
+@functools.lru_cache(maxsize=8)
 def _reduction(size_in: int, size_out: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     return lanczos_matrix(size_in, size_out).to(device=device, dtype=dtype)
 

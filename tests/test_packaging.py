@@ -170,6 +170,7 @@ def test_make_targets(root):
         "test": "pytest -q",
         "demo": "refine.cli.demo",
         "bench": "benchmarks/iteration.py",
+        "gpu": "benchmarks/gpu.py",
         "lint": "ruff",
     }.items():
         text = make("-n", target, fresh, cwd=root).stdout

@@ -49,7 +49,7 @@ class Training(ABC):
     def state_dict(self) -> dict:
         parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
         counters = {name: getattr(self, name) for name in self.COUNTERS}
-        random = {"rng": self.rng.get_state(), "torch_rng": torch.get_rng_state()}
+        random = {"rng": self.rng.get_state(), "torch_rng": torch.get_rng_state(), "cuda_rng": cuda_rng_states()}
         return {**parts, **counters, **random, "options": self.options, "network": self.network}
 
     def load_state_dict(self, state: dict) -> None:
@@ -73,11 +73,19 @@ class Training(ABC):
             setattr(self, name, state[name])
         self.rng.set_state(state["rng"])
         torch.set_rng_state(state["torch_rng"])
+        if state.get("cuda_rng"):
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
 
     def provenance(self, **facts: object) -> dict:
         """Where the networks come from, for the file that they are saved in."""
         used = {"cpu_seconds": round(self.cpu_seconds), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        if torch.cuda.is_initialized():
+            used["gpu"] = torch.cuda.get_device_name()
         return {**facts, "options": self.options, "kimg": self.nimg / 1000, **used}
+
+
+def cuda_rng_states() -> list[torch.Tensor]:
+    return torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
 
 def train(

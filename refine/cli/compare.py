@@ -94,7 +94,11 @@ def _parse_ranges(_ctx: click.Context, _param: click.Parameter, value: str) -> l
 @click.option("--no-cache", is_flag=True, help="Measure the images of --ref again, and keep nothing in the cache.")
 @click.option("--outdir", metavar="DIR", help="Where to write comparison.json, the figures and report.html.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
-@click.option("--batch", type=click.IntRange(min=1), default=100, show_default=True, help="Images per batch.")
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    help="Images per batch.  [default: 100, above 256x256 as many as have their pixels]",
+)
 @teacher_options
 @click.option("--device", help="Device, such as cpu or cuda:0.  [default: cuda if there is one]")
 @click.option(

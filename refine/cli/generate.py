@@ -51,7 +51,7 @@ def _parse_seeds(_ctx: click.Context, _param: click.Parameter, value: str) -> li
     show_default=True,
     help="Noise of a StyleGAN2.",
 )
-@click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Images per batch.")
+@click.option("--batch", type=click.IntRange(min=1), help="Images per batch.  [default: 16, from 1024x1024 on fewer]")
 @teacher_options
 @click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda where there is one]")
 @click.option("--ops", type=click.Choice(OPS_MODES), help=f"{OPS_HELP}  [default: $REFINE_OPS, else auto]")

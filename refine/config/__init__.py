@@ -242,12 +242,17 @@ class RefineConfig:
     )
 
     precision: str = option(
-        words(PRECISIONS), "fp32", _SPEED, "Format of activations and products; weights stay float32.",
-        aliases=("amp", "dtype", "fp16", "bf16", "mixed-precision"),
+        words(("auto", *PRECISIONS)), "auto", _SPEED,
+        "Format of activations and products; weights stay float32. auto = bf16 on GPUs that have it, else fp32.",
+        aliases=("amp", "dtype", "fp16", "bf16", "mixed-precision"), formerly="fp32",
     )
     compile: bool = option(
         BOOLEAN, False, _SPEED, "Translate the networks with torch.compile.", changeable=True,
         aliases=("torch-compile",),
+    )
+    cuda_graphs: bool = option(
+        BOOLEAN, True, _SPEED, "Launch the steps of an iteration as CUDA graphs, where that is possible.",
+        changeable=True, in_snapshots=False, aliases=("graphs", "cudagraphs"),
     )
     reuse_batch: bool = option(
         BOOLEAN, False, _SPEED,

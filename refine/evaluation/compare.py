@@ -47,7 +47,7 @@ def compare(
     data: str | os.PathLike | None = None,
     sampler: SamplerChoice = SamplerChoice(),  # noqa: B008 - frozen
     curve: bool = True,
-    batch: int = 100,
+    batch: int | None = None,
     device: str = "cpu",
     noise_mode: str = "random",
     truncation_psi: float = 1.0,
@@ -76,7 +76,7 @@ def compare(
         data: Folder or zip file of real images, which are measured as well.
         sampler: How diffusion models are sampled; what is not said there is what suits each.
         curve: Whether all snapshots of a run folder are measured, not only the one that is judged.
-        batch: Images per batch.
+        batch: Images per batch. None = what is sensible for their size, see `refine.metrics.sampling.sensible_batch`.
         device: Where networks and detector run.
         noise_mode: Noise of a StyleGAN2, for the numbers; the pictures always use its constant noise.
         truncation_psi: Truncation of a StyleGAN2.
@@ -115,11 +115,11 @@ def compare(
     )
     judge, reference = load_space(detector, ref, sides["before"].image_shape, looking, trust_detector)
     kinds = chosen_kinds(also, judge, list(sides.values()))
-    job = Job(judge, reference, num, tuple(seed_ranges), kinds, batch, device, progress)
+    job = Job(judge, reference, num, tuple(seed_ranges), kinds, sides["before"].batch, device, progress)
     with option("--teacher"):
-        taught = None if teacher is None else TeacherColumn(teachers.source(teacher), job, sampler)
+        taught = None if teacher is None else TeacherColumn(teachers.source(teacher), job, sampler, batch)
     with option("--data"):
-        real = None if data is None else RealColumn(data, job)
+        real = None if data is None else RealColumn(data, job, batch)
     check_choice(sampler, bool(drawn or taught or reference.is_teacher))
     notes = _notes(job, sides, runs, taught)
     if progress and is_first_process():

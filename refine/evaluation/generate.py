@@ -23,6 +23,7 @@ from refine.networks.sampler_settings import SamplerChoice
 
 MAX_SEED = 2**32 - 1
 GRID_IMAGES = 400  # how many of the first images the grid shows
+MAX_BATCH = 16  # images at once where nobody says how many, so that the bar moves
 WRITERS = 4  # threads that compress images
 
 
@@ -37,7 +38,7 @@ def generate(
     gan_kwargs: Mapping[str, Any] | None = None,
     sigma_init: float | None = None,
     sampler: SamplerChoice = SamplerChoice(),  # noqa: B008 - frozen
-    batch: int = 16,
+    batch: int | None = None,
     device: str = "cpu",
     progress: bool = True,
     teachers: TeacherOptions | None = None,
@@ -52,7 +53,7 @@ def generate(
         truncation_psi, noise_mode: Truncation and noise of a StyleGAN2.
         gan_kwargs, sigma_init: See `refine.load_generator`.
         sampler: How a diffusion model is sampled; what is not said there is what suits it, and told on stderr.
-        batch: Images per batch.
+        batch: Images per batch. None = at most 16, and fewer where that is sensible for their size.
         device: Where the network runs.
         progress: Show a bar with the time left on stderr.
         teachers: How a diffusion model is built and guided.
@@ -72,6 +73,7 @@ def generate(
         side = Side(network, device, batch, noise_mode, truncation_psi, teachers, sampler, sigma_init, gan_kwargs)
         if (channels := side.image_shape[0]) not in PICTURE_CHANNELS:
             raise ValueError(f"its images have {channels} channels; expected 1 (grey), 3 (RGB) or 4 (RGBA)")
+    side.batch = batch or min(side.batch, MAX_BATCH)
     (teachers or TeacherOptions()).check_used([side.is_teacher])
     check_choice(sampler, side.is_teacher)
     with option("--class"):
@@ -82,7 +84,7 @@ def generate(
     if side.is_teacher and progress and rank_and_world()[0] == 0:
         print(f"note: {side.name} is sampled with {side.sampling}, {side.sampling_reason}", file=sys.stderr)
     paths = [folder / f"seed{seed:04d}.png" for seed in seeds]
-    share, (rank, world) = my_share(range(len(seeds)), batch), rank_and_world()
+    share, (rank, world) = my_share(range(len(seeds)), side.batch), rank_and_world()
     batches = side.sample([seeds[index] for index in share], class_index)
     shown: list[torch.Tensor] = []
     done, disable = share.start if share else 0, not progress or rank > 0

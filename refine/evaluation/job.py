@@ -15,7 +15,7 @@ from refine.metrics.detectors import Detector, classifies
 from refine.metrics.evaluate import Measurement, measure
 from refine.metrics.pipeline import my_share, rank_and_world
 from refine.metrics.references import Reference
-from refine.metrics.registry import ON_REQUEST, USUAL, WITH_CLASSES, chosen
+from refine.metrics.registry import ON_REQUEST, USUAL, WITH_CLASSES, chosen, near_to
 from refine.metrics.sampling import with_progress
 
 MIN_RANGES = 3
@@ -29,7 +29,7 @@ class Job:
         detector, reference: The feature space.
         num: Images per seed range; range k holds the seeds k·num … (k+1)·num − 1.
         kinds: Names of metrics.
-        batch: Images per batch.
+        batch: Images per batch of the networks that are compared.
         device: Where the detector is.
         progress: Show bars with the time left on stderr.
     """
@@ -63,11 +63,11 @@ class Job:
         return runs
 
 
-def check_numbers(num: int, seed_ranges: Sequence[int], batch: int) -> None:
+def check_numbers(num: int, seed_ranges: Sequence[int], batch: int | None) -> None:
     """Raises ValueError for numbers with which no comparison is possible."""
     if num < 2:
         raise ValueError(f"--num is {num}; expected at least 2")
-    if batch < 1:
+    if batch is not None and batch < 1:
         raise ValueError(f"--batch is {batch}; expected at least 1")
     text = ",".join(map(str, seed_ranges))
     if len(set(seed_ranges)) < len(seed_ranges) or len(seed_ranges) < MIN_RANGES:
@@ -80,6 +80,8 @@ def chosen_kinds(also: Sequence[str], detector: Detector, sides: Sequence[Side])
     """Names of the metrics to be measured. Raises ValueError if one is unknown, or the detector cannot serve it."""
     with option("--also"):
         if unknown := set(also) - set(ON_REQUEST):
+            for metric, other in filter(None, map(near_to, sorted(unknown))):
+                raise ValueError(f"{other.upper()} is not measured here; expected {metric.name}, which is near to it")
             raise ValueError(f"{', '.join(sorted(unknown))} is unknown; expected some of {', '.join(ON_REQUEST)}")
         for metric in chosen(also):
             if metric.detector == "probabilities" and not classifies(detector):

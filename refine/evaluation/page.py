@@ -66,6 +66,7 @@ th, td {{ text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px sol
 td.number {{ font-variant-numeric: tabular-nums; white-space: nowrap; }}
 .facts td {{ overflow-wrap: anywhere; }}
 .metrics small {{ display: block; color: var(--muted); font-weight: normal; max-width: 17rem; }}
+.option {{ white-space: nowrap; }}
 pre.command {{ background: var(--soft); padding: .6rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere; }}
 @media (max-width: 720px) {{
  body {{ margin-top: 1rem; }}
@@ -96,10 +97,10 @@ pre.command {{ background: var(--soft); padding: .6rem 1rem; white-space: pre-wr
 <div class="rows">{rows}</div>
 </div>
 <h2>Numbers</h2>
-<table class="metrics">
+<div class="scroll"><table class="metrics">
 <tr><th></th>{head}</tr>
 {metrics}
-</table>
+</table></div>
 <p class="note">Mean ± standard deviation over the seed ranges. {intervals} {space}</p>
 <div class="plots">
 {plots}

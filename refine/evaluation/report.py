@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,7 +36,7 @@ def html_page(results: Mapping[str, Any], pictures: Pictures) -> str:
         verdict=html.escape(results["verdict"]),
         mood={"better": "good", "worse": "bad"}.get(results["verdict"], "even"),
         summary=html.escape(results["summary"]),
-        notes="".join(f'<p class="note">Note: {html.escape(note)}</p>' for note in results["notes"]),
+        notes="".join(f'<p class="note">Note: {_with_options(note)}</p>' for note in results["notes"]),
         pixels="pixels" if pictures.is_small else "",
         **{name: _image(*pictures.grids[name], name) for name in ("before", "after")},
         captions=" ".join(
@@ -212,7 +213,7 @@ def _run(run: Mapping[str, Any] | None) -> str:
     return "\n".join(
         [
             "<h2>How it was refined</h2>",
-            f'<pre class="command">{html.escape(run["command"])}</pre>',
+            f'<pre class="command">{_with_options(run["command"])}</pre>',
             f'<table class="facts">{_facts(facts)}</table>',
             f"<details><summary>All {len(options)} options</summary>",
             f'<table class="facts">{_facts(options)}</table></details>',
@@ -253,3 +254,8 @@ def _network(side: Mapping[str, Any]) -> str:
     reason = f" ({side['sampling_reason']})" if "sampling_reason" in side else ""
     which = f", images {side['images']}" if "images" in side else ""
     return f"{side['name']} (sha256 {side['sha256'][:16]}…), {side['sampling']}{reason}{which}{learnt}"
+
+
+def _with_options(text: str) -> str:
+    """HTML of a text in which lines do not break within the names of options."""
+    return re.sub(r"--[a-z][a-z-]*", r'<span class="option">\g<0></span>', html.escape(text))

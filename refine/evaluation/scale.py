@@ -29,7 +29,7 @@ from refine.metrics.image_sets import ImageSet
 from refine.metrics.pipeline import gathered, my_share, prefetched
 from refine.metrics.references import Reference
 from refine.metrics.registry import WITH_CLASSES
-from refine.metrics.sampling import Batch
+from refine.metrics.sampling import Batch, sensible_batch
 from refine.metrics.statistics import FeatureStatistics
 from refine.networks.sampler_settings import SamplerChoice
 
@@ -58,14 +58,16 @@ class TeacherColumn:
         source: The teacher, and what guides it.
         job: What is asked of its images.
         choice: How it is sampled; what is not said there is what suits it.
+        batch: Images per batch; None = what is sensible for their size.
 
     Raises:
         ValueError: The file holds no teacher, it cannot be guided like this, or the detector cannot look at its images.
     """
 
-    def __init__(self, source: TeacherSource, job: Job, choice: SamplerChoice):
+    def __init__(self, source: TeacherSource, job: Job, choice: SamplerChoice, batch: int | None = None):
         self.source, self.job, self.choice = source, job, choice
         info = source.info()
+        self.batch = batch or sensible_batch(info.img_resolution)
         settings, self.reason = choice.resolve(info)
         self.sampling = f"{settings.describe()}{source.guided_words}"
         if source.guidance != 1:
@@ -78,13 +80,13 @@ class TeacherColumn:
         alike = job.reference.is_teacher and job.reference.sha256 in (source.sha256, source.identity)
         first = job.reference.num or 0 if alike else 0
         total = first + job.num * len(job.seed_ranges)
-        options: dict[str, Any] = {"batch": job.batch, "device": job.device, "progress": job.progress}
+        options: dict[str, Any] = {"batch": self.batch, "device": job.device, "progress": job.progress}
         bank = teacher_bank(source, total, choice=self.choice, cache=cache, **options)
         kinds = job.kinds if bank.classes is not None else without_classes(job.kinds)
         runs = []
         for start in range(first, total, job.num):
-            share = my_share(range(start, start + job.num), job.batch)
-            batches = on_device(bank.batches(job.batch, share), job.device)
+            share = my_share(range(start, start + job.num), self.batch)
+            batches = on_device(bank.batches(self.batch, share), job.device)
             runs.append(measure(batches, job.detector, job.reference, kinds))
         origins = provenance_of(source.path)
         described = {
@@ -104,14 +106,20 @@ class TeacherColumn:
 class RealColumn:
     """Real images, as a floor: no generator of such images can be expected to be nearer.
 
+    Args:
+        path: Folder or zip file of them.
+        job: What is asked of them.
+        batch: Images per batch; None = what is sensible for their size.
+
     Raises:
         ValueError: It is no set of images, there are too few, or the detector cannot look at them.
     """
 
-    def __init__(self, path: str | os.PathLike, job: Job):
+    def __init__(self, path: str | os.PathLike, job: Job, batch: int | None = None):
         self.images, self.job = ImageSet(Path(path)), job
         if len(self.images) < 4:
             raise ValueError(f"{path} holds {len(self.images)} images; expected at least 4")
+        self.batch = batch or sensible_batch(self.images.resolution)
         check_takes(job.detector, self.images.read(0).shape, job.device)
 
     def measure(self, shown: int) -> Column:
@@ -159,15 +167,15 @@ class RealColumn:
     def _measured(self, indices: Sequence[int], reference: Reference) -> Measurement:
         job = self.job
         kinds = job.kinds if self.images.classes is not None else without_classes(job.kinds)
-        share = my_share(range(len(indices)), job.batch)
-        batches = self.images.batches(job.batch, indices[share.start : share.stop])
+        share = my_share(range(len(indices)), self.batch)
+        batches = self.images.batches(self.batch, indices[share.start : share.stop])
         return measure(on_device(batches, job.device), job.detector, reference, kinds)
 
     @torch.no_grad()
     def _features(self, indices: Sequence[int]) -> torch.Tensor:
         """float32 [N, D] of all processes, in the order of the indices."""
-        share = my_share(range(len(indices)), self.job.batch)
-        batches = self.images.batches(self.job.batch, indices[share.start : share.stop])
+        share = my_share(range(len(indices)), self.batch)
+        batches = self.images.batches(self.batch, indices[share.start : share.stop])
         found = [self.job.detector(batch.images.to(self.job.device)).cpu() for batch in prefetched(batches)]
         return torch.cat([part for parts in gathered(found) for part in parts])
 

@@ -18,7 +18,7 @@ from refine.checkpoints.teachers import TeacherSource
 from refine.dnnlib import sha256_of_file
 from refine.errors import option
 from refine.evaluation.teachers import TeacherOptions
-from refine.metrics.sampling import Batch, sample_images, sample_teacher
+from refine.metrics.sampling import Batch, sample_images, sample_teacher, sensible_batch
 from refine.networks.bases import Generator
 from refine.networks.sampler_settings import SamplerChoice, flag
 from refine.processes import is_first
@@ -30,7 +30,7 @@ class Side:
     Args:
         path: Its file or name.
         device: Where it runs.
-        batch: Images per batch.
+        batch: Images per batch; None = what is sensible for their size.
         noise_mode, truncation_psi: Of a StyleGAN2.
         teachers: How a diffusion model is built and guided.
         choice: How a diffusion model is sampled; what is not said there is what suits it.
@@ -41,13 +41,14 @@ class Side:
         sampling: How images are drawn, in words.
         sampling_reason: Why a diffusion model is sampled like this; None for a generator.
         image_shape: [C, H, W].
+        batch: Images per batch.
     """
 
     def __init__(
         self,
         path: str | os.PathLike,
         device: str,
-        batch: int,
+        batch: int | None,
         noise_mode: str,
         truncation_psi: float,
         teachers: TeacherOptions | None = None,
@@ -63,7 +64,8 @@ class Side:
         self.path, self.name, self.sha256 = str(self.file), self.file.name, sha256_of_file(self.file)
         self.refined_with = refined_with(provenance_of(self.file))
         self.image_shape = [self.network.img_channels, self.network.img_resolution, self.network.img_resolution]
-        self._common: dict[str, Any] = {"device": device, "batch": batch}
+        self.batch = batch or sensible_batch(self.network.img_resolution)
+        self._device = device
         self._own: dict[str, Any] = {"noise_mode": noise_mode, "truncation_psi": truncation_psi}
         self.sampling_reason: str | None = None
         if self._source is None:
@@ -80,10 +82,11 @@ class Side:
         self, seeds: Sequence[int], classes: int | Sequence[int] | None = None, noise_mode: str | None = None
     ) -> Iterator[Batch]:
         """Batches of images for seeds, see `refine.metrics.sampling`; with another noise mode than usual if given."""
+        common: dict[str, Any] = {"classes": classes, "batch": self.batch, "device": self._device}
         if self.is_teacher:
-            return sample_teacher(self.network, seeds, classes=classes, **self._common, **self._own)
+            return sample_teacher(self.network, seeds, **common, **self._own)
         own = self._own if noise_mode is None else {**self._own, "noise_mode": noise_mode}
-        return sample_images(self.network, seeds, classes=classes, **self._common, **own)
+        return sample_images(self.network, seeds, **common, **own)
 
     def describe(self) -> dict[str, Any]:
         described = {"path": self.path, "name": self.name, "sha256": self.sha256, "sampling": self.sampling}

@@ -26,7 +26,7 @@ from refine.checkpoints.sources.fetch import cache_dir
 from refine.checkpoints.teachers import TeacherSource
 from refine.dnnlib import distrust, keep_from_others, make_folder, replaced_atomically
 from refine.errors import describe_os_error
-from refine.metrics.pipeline import gathered, my_share, rank_and_world
+from refine.metrics.pipeline import gathered, made_by_all, my_share, rank_and_world
 from refine.metrics.sampling import Batch, sample_teacher
 from refine.networks.bases import Denoiser
 from refine.networks.sampler_settings import SamplerChoice, SamplerSettings
@@ -132,25 +132,17 @@ def _drawn(
     teacher: Denoiser, seeds: range, settings: SamplerSettings, batch: int, device: torch.device | str, bar: tqdm
 ) -> Bank:
     """A part of a bank, to which every process gives its share; an error in one of them is raised in all."""
-    images: list[torch.Tensor] = []
-    classes: list[torch.Tensor] = []
-    error = None
-    try:
+
+    def draw() -> list[Batch]:
+        mine = []
         for drawn in sample_teacher(teacher, my_share(seeds, batch), batch=batch, device=device, settings=settings):
-            images.append(drawn.images.cpu())
-            classes += [] if drawn.classes is None else [drawn.classes]
+            mine.append(drawn._replace(images=drawn.images.cpu()))
             bar.update(min(len(drawn.images) * rank_and_world()[1], len(seeds)))
-    except Exception as caught:  # noqa: BLE001 - raised below, once the others, who would wait for this one, know
-        error = caught
-    everyone = gathered((images, classes, error and (str(error) or type(error).__name__)))
-    if error is not None:
-        raise error
-    for _, _, failure in everyone:
-        if failure is not None:
-            raise ValueError(failure)
-    all_classes = [part for _, theirs, _ in everyone for part in theirs]
-    all_images = [part for theirs, _, _ in everyone for part in theirs]
-    return Bank(torch.cat(all_images), torch.cat(all_classes) if all_classes else None)
+        return mine
+
+    everything = [drawn for theirs in made_by_all(draw) for drawn in theirs]
+    classes = [drawn.classes for drawn in everything if drawn.classes is not None]
+    return Bank(torch.cat([drawn.images for drawn in everything]), torch.cat(classes) if classes else None)
 
 
 def _keep(place: Path, part: Bank) -> bool:

@@ -66,7 +66,8 @@ class Detector(Protocol):
         space: Names the feature space in metric names, e.g. 'digits'.
         sha256: Checksum of the file that the weights came from.
         feature_dim: Length of a feature vector; None if only known after the first call.
-        resize: In words, what happens to the size of an image before the network sees it.
+        resize: In words, what happens to the size of an image before the network sees it. References hold these words,
+            and are not compared with a detector that has others.
         fid_basis: Why distances in this space may be called FID, for people; None = they may not.
         judges_classes: Whether `classify` is about the classes that generators here are conditioned on.
     """

@@ -15,7 +15,7 @@ import refine
 from refine.images import QUANTISATION
 from refine.metrics.detectors import Detector, observe, space_of
 from refine.metrics.metric import Collector, Metric, Observed, Sample
-from refine.metrics.pipeline import gathered, prefetched
+from refine.metrics.pipeline import made_by_all, prefetched
 from refine.metrics.references import Reference
 from refine.metrics.registry import USUAL, chosen, rows_in
 from refine.metrics.sampling import Batch
@@ -147,21 +147,15 @@ def _look(
     keep = contributions or any(metric.keeps_features for metric in metrics)
     collected = {metric.name: metric.collector() for metric in metrics if metric.collector is not None}
     seen = _Seen(FeatureStatistics(keep_features=keep), collected)
-    error = None
-    try:
+
+    def look() -> _Seen:
         for images, classes in prefetched(batches):
             _look_at(seen, images, classes, detector, reference, metrics)
-    except Exception as caught:  # noqa: BLE001 - raised below, once the others, who would wait for this one, know
-        error = caught
-    parts = gathered((seen, error and (str(error) or type(error).__name__)))
-    if error is not None:
-        raise error
-    for _, failure in parts:
-        if failure is not None:
-            raise ValueError(failure)
-    whole = parts[0][0]
+        return seen
+
+    whole, *others = made_by_all(look)
     whole.device = seen.device  # each process computes on its own
-    for part, _ in parts[1:]:
+    for part in others:
         whole.merge(part)
     return whole
 

@@ -152,6 +152,11 @@ class ImageSet:
         """
         return self._read(index)[0]
 
+    @property
+    def resolution(self) -> int:
+        """The longer side of the first image."""
+        return max(self.read(0).shape[1:])
+
     def batches(self, batch: int, indices: Sequence[int] | None = None) -> Iterator[Batch]:
         """Images in batches of one size; where all of a batch are grey they have one channel, otherwise three."""
         indices = range(len(self)) if indices is None else indices
@@ -239,6 +244,11 @@ class SampleArray:
 
     def __len__(self) -> int:
         return self._shape[0]
+
+    @property
+    def resolution(self) -> int:
+        """The longer side of the images."""
+        return max(self._shape[1:3])
 
     def sha256(self) -> str:
         return sha256_of_file(self.path)

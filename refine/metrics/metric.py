@@ -213,6 +213,7 @@ class Metric:
         occasion: When comparisons measure it.
         named_like: An example of what training runs call it, such as fid50k_full; None = they cannot ask for it.
         neighbours: The digit that such a name may carry behind the number of images, as in pr50k3_full.
+        resembles: Names of published metrics that it is near to and may not be called, for who asks for one of these.
         measured_with: Names of the metrics that are measured along with it where it is asked for by such a name.
         collector: Makes what it collects itself, while images are seen.
         combine: See `Combine`.
@@ -229,6 +230,7 @@ class Metric:
     occasion: Occasion = "asked"
     named_like: str | None = None
     neighbours: int | None = None
+    resembles: tuple[str, ...] = ()
     measured_with: tuple[str, ...] = ()
     collector: Callable[[], Collector] | None = None
     combine: Combine | None = None

@@ -25,7 +25,7 @@ from refine.metrics.evaluate import evaluate
 from refine.metrics.metric import VS_TEACHER, Direction, Metric
 from refine.metrics.pipeline import my_share, rank_and_world
 from refine.metrics.references import Looking, NotDrawn, Reference, load_reference
-from refine.metrics.registry import METRICS
+from refine.metrics.registry import METRICS, near_to
 from refine.metrics.sampling import sample_images, with_progress
 from refine.networks.bases import Generator
 
@@ -168,6 +168,10 @@ def _short(detector: str) -> str:
 def _parsed(name: str) -> tuple[str, int, str | None]:
     """How a name begins, its number of images, and its detector if there is one."""
     match = _PATTERN.fullmatch(name)
+    if match is None and (near := near_to(name)) is not None:
+        metric, other = near
+        instead = f"{metric.name}{name[len(other) :]}, which is near to it and not the same (docs/metrics.md)"
+        raise ValueError(f"{name!r}: {other.upper()} is not measured here; expected {instead}")
     if match is None or int(match["num"]) == 0:
         raise ValueError(f"unknown metric {name!r}; expected {EXAMPLES}")
     metric = _NAMED[match["kind"]]

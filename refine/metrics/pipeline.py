@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from refine.torch_utils import distributed
@@ -85,3 +85,19 @@ def my_share(items: range, batch: int = 1) -> range:
 def gathered(value: T) -> list[T]:
     """The values of all processes that measure together, in the order of their numbers."""
     return distributed.gathered(value) if any(_open) else [value]
+
+
+def made_by_all(work: Callable[[], T]) -> list[T]:
+    """What all processes make of their shares, in the order of their numbers; an error in one is raised in all.
+
+    Nobody waits for one that failed. It raises its own error, the others a ValueError with the same message.
+    """
+    try:
+        made = work()
+    except Exception as error:
+        gathered((None, str(error) or type(error).__name__))
+        raise
+    parts = gathered((made, None))
+    if failure := next((failure for _, failure in parts if failure is not None), None):
+        raise ValueError(failure)
+    return [part for part, _ in parts]

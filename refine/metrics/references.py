@@ -2,8 +2,8 @@
 
 Statistics, told apart by their keys: `mu, sigma` (EDM, pytorch-fid, clean-fid, torch-fidelity's caches, also inside
 ADM's reference batches), `raw_mean, raw_cov, num_items` or `all_features` (StyleGAN's caches), `feats` (clean-fid's for
-KID), and our own richer form with `num, features, detector, detector_sha256`. Images, which a detector has yet to look
-at: a folder, a zip with or without dataset.json, ADM's samples (`arr_0`), another generator, or a
+KID), and our own richer form with `num, features, detector, detector_sha256, detector_resize`. Images, which a detector
+has yet to look at: a folder, a zip with or without dataset.json, ADM's samples (`arr_0`), another generator, or a
 teacher, whose images are drawn once (`refine.metrics.bank`). What comes of images is cached by their content.
 
 With features the kernel distance, precision and recall can be computed; with a mean and a covariance the Fréchet
@@ -28,7 +28,7 @@ import torch
 
 from refine.checkpoints import archives, load_generator, resolve
 from refine.checkpoints.foreign.diffusers_folder import find_weights
-from refine.checkpoints.pickles.inert import Refused
+from refine.checkpoints.pickles.inert import Refused, shown
 from refine.checkpoints.sniff import Sniffed, sniff
 from refine.checkpoints.sources.fetch import cache_dir
 from refine.checkpoints.teachers import TeacherSource
@@ -37,8 +37,8 @@ from refine.errors import describe_os_error
 from refine.metrics.bank import Bank, describe_bank, teacher_bank
 from refine.metrics.detectors import Detector, holds_teacher
 from refine.metrics.image_sets import ImageSet, SampleArray
-from refine.metrics.pipeline import gathered, my_share, prefetched, rank_and_world
-from refine.metrics.sampling import Batch, sample_images
+from refine.metrics.pipeline import gathered, made_by_all, my_share, prefetched, rank_and_world
+from refine.metrics.sampling import Batch, sample_images, sensible_batch
 from refine.metrics.statistics import FeatureStatistics
 from refine.metrics.stored import read_stored
 from refine.networks.bases import Generator
@@ -73,6 +73,7 @@ class Reference:
         features: float32 [num, D], or None: then only the Fréchet distance can be computed.
         detector: Name of the detector that made it, or None.
         detector_sha256: Checksum of that detector's weights, or None.
+        detector_resize: What that detector did to the size of images, in its words, or None.
         form: In words, what the file was.
         classes: int64 [num], the classes of the images that the features are of, or None.
         images: The images themselves where they can be read again, or None.
@@ -88,6 +89,7 @@ class Reference:
     features: torch.Tensor | None = None
     detector: str | None = None
     detector_sha256: str | None = None
+    detector_resize: str | None = None
     form: str = "statistics"
     classes: torch.Tensor | None = None
     images: ImageSet | SampleArray | None = None
@@ -103,8 +105,13 @@ class Reference:
             )
         if self.detector_sha256 not in (None, detector.sha256):
             raise ValueError(
-                f"{self.name} was made with other detector weights ({self.detector}, sha256 "
-                f"{self.detector_sha256[:12]}…) than {detector.name} (sha256 {detector.sha256[:12]}…)"
+                f"{self.name} was made with other detector weights ({shown(str(self.detector))}, sha256 "
+                f"{shown(self.detector_sha256[:12])}…) than {detector.name} (sha256 {detector.sha256[:12]}…)"
+            )
+        if self.detector_resize not in (None, detector.resize):
+            raise ValueError(
+                f"{self.name} was made of images that were resized otherwise ({shown(self.detector_resize)}) than "
+                f"{detector.name} does ({detector.resize})"
             )
 
 
@@ -113,7 +120,7 @@ class Looking:
     """How images of a reference are looked at.
 
     Attributes:
-        batch: Images per batch.
+        batch: Images per batch; None = what is sensible for their size, see `refine.metrics.sampling.sensible_batch`.
         device: Where the detector is.
         num: How many images are drawn from a generator that serves as the reference.
         bank: How many images there are of a teacher that serves as the reference; at least 2.
@@ -123,7 +130,7 @@ class Looking:
         progress: Show a bar with the time left on stderr.
     """
 
-    batch: int = 100
+    batch: int | None = None
     device: torch.device | str = "cpu"
     num: int = 50_000
     bank: int = 2000
@@ -201,6 +208,7 @@ def save_reference(path: str | os.PathLike, statistics: FeatureStatistics, detec
         "num": np.int64(statistics.num),
         "detector": np.str_(detector.name),
         "detector_sha256": np.str_(detector.sha256),
+        "detector_resize": np.str_(detector.resize),
         **more,
     }
     if statistics.keep_features:
@@ -244,8 +252,7 @@ def _from_arrays(path: Path, arrays: dict[str, np.ndarray], form: str) -> Refere
         sigma=sigma.double(),
         num=_count(path, arrays, features),
         features=None if features is None else features.float(),
-        detector=str(arrays["detector"]) if "detector" in arrays else None,
-        detector_sha256=str(arrays["detector_sha256"]) if "detector_sha256" in arrays else None,
+        **{key: str(arrays[key]) for key in ("detector", "detector_sha256", "detector_resize") if key in arrays},
         form=form,
         classes=_classes(path, arrays, features),
     )
@@ -350,9 +357,10 @@ def _measured(
         raise NeedsDetector(f"reference {path} is images ({form}), which need a detector to be looked at")
     if len(images) < 2:
         raise ValueError(f"reference {path} holds {len(images)} image, expected at least 2")
+    batch = looking.batch or sensible_batch(images.resolution)
 
     def batches() -> Iterator[Batch]:
-        return images.batches(looking.batch, my_share(range(len(images)), looking.batch))
+        return images.batches(batch, my_share(range(len(images)), batch))
 
     reference = _cached(path, images.sha256(), len(images), batches, detector, looking, lambda: images.classes)
     return replace(reference, form=form, images=images)
@@ -362,12 +370,12 @@ def _of_generator(G: Generator, path: Path, detector: Detector | None, looking: 
     if detector is None:
         raise NeedsDetector(f"reference {path} is a generator, whose images need a detector to be looked at")
     seeds = range(REFERENCE_SEED, REFERENCE_SEED + looking.num)
+    batch = looking.batch or sensible_batch(G.img_resolution)
 
     def batches() -> Iterator[Batch]:
-        share = my_share(seeds, looking.batch)
-        return sample_images(G.to(looking.device), share, batch=looking.batch, device=looking.device)
+        return sample_images(G.to(looking.device), my_share(seeds, batch), batch=batch, device=looking.device)
 
-    content = f"{sha256_of_file(path)} {looking.num} {looking.batch}"
+    content = f"{sha256_of_file(path)} {looking.num} {batch}"
     reference = _cached(path, content, looking.num, batches, detector, looking, lambda: None)
     return replace(reference, sha256=sha256_of_file(path), form=f"generator, {looking.num} images", is_drawn=True)
 
@@ -377,16 +385,17 @@ def _of_teacher(source: TeacherSource, detector: Detector | None, looking: Looki
         raise NeedsDetector(f"reference {source.name} is a teacher, whose images need a detector to be looked at")
     if not looking.draw:
         raise NotDrawn
-    banks: list[Bank] = []
+    info, banks = source.info(), list[Bank]()
+    batch = looking.batch or sensible_batch(info.img_resolution)
 
     def batches() -> Iterator[Batch]:  # the bank is drawn here and now: all processes together, and in this thread
-        how: dict[str, Any] = {"batch": looking.batch, "device": looking.device, "progress": looking.progress}
+        how: dict[str, Any] = {"batch": batch, "device": looking.device, "progress": looking.progress}
         how["choice"] = looking.sampler
         banks.append(teacher_bank(source, looking.bank, cache=looking.cache, **how))
-        return banks[0].batches(looking.batch, my_share(range(looking.bank), looking.batch))
+        return banks[0].batches(batch, my_share(range(looking.bank), batch))
 
-    settings, _ = looking.sampler.resolve(source.info())
-    content = f"{describe_bank(source, looking.bank, settings)} {looking.batch}"
+    settings, _ = looking.sampler.resolve(info)
+    content = f"{describe_bank(source, looking.bank, settings)} {batch}"
     classes = lambda: banks[0].classes  # noqa: E731
     reference = _cached(source.path, content, looking.bank, batches, detector, looking, classes)
     form = f"teacher{source.guided_words}, {looking.bank} images, {settings.describe()}"
@@ -426,6 +435,7 @@ def _cached(
         features=statistics.features if statistics.keep_features else None,
         detector=detector.name,
         detector_sha256=detector.sha256,
+        detector_resize=detector.resize,
         classes=classes,
     )
 
@@ -461,12 +471,23 @@ def _kept(target: Path, num: int, detector: Detector) -> Reference | None:
 @torch.no_grad()
 def _look(batches: Iterator[Batch], num: int, name: str, detector: Detector, looking: Looking) -> FeatureStatistics:
     """Statistics of all processes' batches; features are kept if they fit `MAX_FEATURE_BYTES`."""
+    parts = [part for part in made_by_all(lambda: _look_at_share(batches, num, name, detector, looking)) if part]
+    whole = FeatureStatistics(keep_features=parts[0].keep_features)
+    for part in parts:
+        whole.merge(part)
+    return whole
+
+
+def _look_at_share(
+    batches: Iterator[Batch], num: int, name: str, detector: Detector, looking: Looking
+) -> FeatureStatistics | None:
+    """Statistics of this process's batches; None if there are none."""
     from tqdm import tqdm
 
     statistics: FeatureStatistics | None = None
-    shown = looking.progress and rank_and_world()[0] == 0
+    has_bar = looking.progress and rank_and_world()[0] == 0
     interval = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file wants few lines
-    options: dict[str, Any] = {"unit": "img", "disable": not shown, "mininterval": interval}
+    options: dict[str, Any] = {"unit": "img", "disable": not has_bar, "mininterval": interval}
     with tqdm(total=num, desc=f"reference {name}", **options) as bar:
         for images, _ in prefetched(batches):
             try:
@@ -478,11 +499,7 @@ def _look(batches: Iterator[Batch], num: int, name: str, detector: Detector, loo
                 statistics = FeatureStatistics(keep_features=num * features.shape[1] * 4 <= MAX_FEATURE_BYTES)
             statistics.update(features)
             bar.update(len(images) * rank_and_world()[1])
-    parts = [part for part in gathered(statistics) if part is not None]
-    whole = FeatureStatistics(keep_features=parts[0].keep_features)
-    for part in parts:
-        whole.merge(part)
-    return whole
+    return statistics
 
 
 # Arrays.
@@ -524,6 +541,10 @@ def _count(path: Path, arrays: dict[str, np.ndarray], features: torch.Tensor | N
     num = int(arrays["num"])
     if num < 2:
         raise ValueError(f"reference {path} has a num of {num}, expected the number of images, at least 2")
+    if features is not None and num != len(features):
+        raise ValueError(
+            f"reference {path} has a num of {num} and features of {len(features)} images, expected as many"
+        )
     return num
 
 
@@ -537,7 +558,8 @@ def _check_shapes(path: Path, mu: torch.Tensor, sigma: torch.Tensor, features: t
     if not torch.allclose(sigma, sigma.T, rtol=1e-4, atol=1e-6 * sigma.abs().max().item()):
         raise ValueError(f"reference {path} has a sigma that is not symmetric, expected a covariance matrix")
     # Of single precision, covariances have eigenvalues a little below zero.
-    spare = _ROUNDING * sigma.diagonal().abs().max().double() * torch.eye(len(mu), dtype=torch.float64)
+    scale = sigma.diagonal().abs().max().double() + 1e-30  # equal images have a covariance of zero
+    spare = _ROUNDING * scale * torch.eye(len(mu), dtype=torch.float64)
     if torch.linalg.cholesky_ex(sigma.double() + spare).info.item():
         raise ValueError(f"reference {path} has a sigma with negative eigenvalues, expected a covariance matrix")
     if features is not None and (features.ndim != 2 or features.shape[1] != len(mu) or len(features) < 2):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Iterable
 
 from refine.metrics import measures
@@ -54,6 +55,12 @@ def chosen(names: Iterable[str]) -> tuple[Metric, ...]:
     if unknown := names - set(known):
         raise ValueError(f"{', '.join(sorted(unknown))} is unknown; expected metrics among {', '.join(known)}")
     return tuple(metric for metric in METRICS if metric.name in names)
+
+
+def near_to(name: str) -> tuple[Metric, str] | None:
+    """The metric that is near to what a name asks for and is not called that, and the published name; None if none."""
+    found = [(metric, other) for metric in METRICS for other in metric.resembles]
+    return next(((metric, other) for metric, other in found if re.match(rf"{other}(?![a-z])", name.lower())), None)
 
 
 def rows_in(space: FeatureSpace, beside: bool = False) -> dict[str, Row]:

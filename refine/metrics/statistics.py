@@ -40,10 +40,13 @@ class FeatureStatistics:
             return self
         if not features.isfinite().all():
             raise ValueError("features hold NaN or infinity; the images they come from are probably broken")
-        batch = features.detach().to(torch.float64)
+        if self.num == 0:
+            self._begin(features.shape[1], features.device)
+        batch = features.detach().to(self._mean.device, torch.float64)
         mean = batch.mean(dim=0)
-        centred = batch - mean
-        self._add(len(batch), mean, centred.T @ centred)
+        shift = self._shift(len(batch), mean)
+        rows = torch.cat([batch - mean, shift])  # one product in place: a scatter matrix of 2048 features is 32 MiB
+        self._scatter.addmm_(rows.T, rows)
         if self.keep_features:
             self._features.append(features.detach().to("cpu", torch.float32, copy=True))
         return self
@@ -53,7 +56,10 @@ class FeatureStatistics:
         if other.num:
             if self.dim not in (None, other.dim):
                 raise ValueError(f"cannot merge statistics of {other.dim} features into statistics of {self.dim}")
-            self._add(other.num, other._mean, other._scatter)
+            if self.num == 0:
+                self._begin(len(other._mean), other._mean.device)
+            shift = self._shift(other.num, other._mean.to(self._mean.device))
+            self._scatter.add_(other._scatter.to(self._mean.device)).addmm_(shift.T, shift)
             if self.keep_features:
                 self._features.append(other.features)
         return self
@@ -80,15 +86,19 @@ class FeatureStatistics:
             self._features = [torch.cat(self._features)]  # held once
         return self._features[0]
 
-    def _add(self, num: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
-        if self.num == 0:
-            self.num, self.dim, self._mean, self._scatter = num, len(mean), mean.clone(), scatter.clone()
-            return
-        delta = mean.to(self._mean.device) - self._mean
-        total = self.num + num
-        self._scatter += scatter.to(delta.device) + torch.outer(delta, delta) * (self.num * num / total)
+    def _begin(self, dim: int, device: torch.device) -> None:
+        self.dim = dim
+        self._mean = torch.zeros([dim], dtype=torch.float64, device=device)
+        self._scatter = torch.zeros([dim, dim], dtype=torch.float64, device=device)
+
+    def _shift(self, num: int, mean: torch.Tensor) -> torch.Tensor:
+        """Moves the mean by `num` vectors of that mean; returns the row [1, D] that this adds to the scatter matrix,
+        as if it were one more centred vector."""
+        delta, total = mean - self._mean, self.num + num
+        row = delta * (self.num * num / total) ** 0.5
         self._mean += delta * (num / total)
         self.num = total
+        return row[None]
 
     def _require(self, least: int) -> None:
         if self.num < least:

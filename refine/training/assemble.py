@@ -152,6 +152,7 @@ def _run_together(config: RefineConfig, resumed: Resumed | None, device_name: st
     with option("--device"):
         device = torch.device(distributed.local_device(device_name))
     if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)  # one without a number cannot be set
         torch.cuda.set_device(device)
     check_options_alike(config, None if resumed is None else resumed.found.state["nimg"], dry_run)
     if distributed.is_main():  # which may download files; the others find them afterwards
@@ -402,9 +403,14 @@ def _log_networks(run_dir: RunDir, trainer: Trainer, pair: _Pair) -> None:
         run_dir.log(f"bridge      {line}")
     run_dir.log(f"rates       student {trainer.lr:.3g}, auxiliary network {trainer.aux_lr:.3g}")
     threads = f", threads: {torch.get_num_threads()}" if device.type == "cpu" else ""
-    run_dir.log(f"computing   {config.precision}{threads}")
+    run_dir.log(f"computing   {trainer.precision}{threads}")
     for remark in trainer.remarks:
         run_dir.log(f"            {remark}")
+    if device.type == "cuda":
+        without = trainer.graphs.reason
+        run_dir.log(
+            f"cuda graphs {f'none: {without}' if without else 'one for each kind of step, after its first runs'}"
+        )
 
 
 def _train(training: TrainingRun, run_dir: RunDir, resumed: bool, began: float) -> int | None:

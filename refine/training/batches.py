@@ -42,6 +42,7 @@ class Batches:
         teacher_classes: Number of the teacher's classes.
         null_label: Whether the teacher knows a missing label.
         device: Where numbers are drawn.
+        once: Whether the first micro-batch draws for all, see `torch_utils.batch_slice`.
     """
 
     G: Any  # a module with z_dim and c_dim
@@ -51,6 +52,7 @@ class Batches:
     teacher_classes: int
     null_label: bool
     device: torch.device
+    once: bool = False
 
     def micro_batches(self) -> Iterator[MicroBatch]:
         """The micro-batches that make up this process's share of one batch.
@@ -63,7 +65,9 @@ class Batches:
         buffers = [buffer for buffer in self.G.buffers() if cut and buffer.is_floating_point()]
         before = [buffer.clone() for buffer in buffers]
         moves = [torch.zeros_like(buffer) for buffer in buffers]
-        ways = micro_batches(self.batch, self.size, distributed.rank(), distributed.world_size(), self.device)
+        ways = micro_batches(
+            self.batch, self.size, distributed.rank(), distributed.world_size(), self.device, self.once
+        )
         for rows, drawing in ways:
             yield MicroBatch(z[rows], None if c is None else c[rows], drawing)
             share = (rows.stop - rows.start) / self.batch

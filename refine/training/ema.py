@@ -23,5 +23,6 @@ def update_ema(ema: nn.Module, network: nn.Module, beta: float) -> None:
     averaged: list[torch.Tensor] = list(ema.parameters())
     current: list[torch.Tensor] = list(network.parameters())
     torch._foreach_lerp_(averaged, current, 1 - beta)
-    for target, source in zip(ema.buffers(), network.buffers(), strict=True):
-        target.copy_(source)
+    kept: list[torch.Tensor] = list(ema.buffers())
+    if kept:
+        torch._foreach_copy_(kept, list(network.buffers()))

@@ -16,6 +16,7 @@ from refine.dnnlib import format_bytes, format_time
 from refine.torch_utils import distributed
 from refine.torch_utils.misc import peak_memory
 from refine.training.adversary import Others
+from refine.training.graphs import WARM_UP
 from refine.training.trainer import Trainer
 
 _LONG = 20  # seconds: an iteration as long as that is measured once, others three times, and the first does not count
@@ -69,8 +70,9 @@ def estimate(trainer: Trainer, metric_images: int = 0, in_container: bool = Fals
     config = trainer.config
     warm_up, iteration = _seconds(trainer, trainer.warm_up_step), _seconds(trainer, trainer.step)
     if distributed.largest(round(warm_up + iteration)) < _LONG:  # alike in all processes, which step together
-        warm_up = min(_seconds(trainer, trainer.warm_up_step) for _ in range(2))
-        iteration = min(_seconds(trainer, trainer.step) for _ in range(2))
+        more = range(2 if trainer.graphs.reason else WARM_UP + 3)  # until the steps are graphs
+        warm_up = min(_seconds(trainer, trainer.warm_up_step) for _ in more)
+        iteration = min(_seconds(trainer, trainer.step) for _ in more)
     snapshots = 0
     if config.snap:
         snapshots = math.ceil(config.num_steps * config.batch / (1000 * config.tick * config.snap) - 1e-9)

@@ -39,6 +39,7 @@ class TrainingRun:
         self.progress = Progress()
         self._saved_at = time.monotonic()
         self._iterations = 0  # of this process
+        trainer.graphs.say = self._say
 
     def run(self, monitor: Monitor, stop: StopRequests | None = None) -> int | None:
         """Train to the end, from wherever the state is.

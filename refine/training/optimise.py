@@ -40,14 +40,19 @@ class GuardedAdam:
     ):
         self.clip = clip
         self.parameters = list(parameters)
-        # eps as published; the rate is set before every step.
-        # Fused, Adam reads and writes its tensors once: 2.5 to 6 times as fast on a CPU. And it can skip a step without
-        # the host knowing.
+        on_device = device.type != "cpu"
+        # eps as published; the rate is set before every step. Fused, Adam reads and writes its tensors once: 2.5 to 6
+        # times as fast on a CPU. And it can skip a step without the host knowing.
         self.adam = torch.optim.Adam(self.parameters, betas=betas, eps=1e-8, fused=True)
+        self._of_group = {"capturable": on_device}  # a CUDA graph may hold a step; what a state says does not count
+        # A tensor where a graph is to see each step's own.
+        self._rate: torch.Tensor | float = torch.zeros([], device=device) if on_device else 0.0
         self.scale = LossScale(precision, device)
         self.skips = SkippedSteps(device)
         self.signal: torch.Tensor | None = None
-        self._kept: list[torch.Tensor] = []  # the gradients of the last step, now and then
+        self._kept: list[torch.Tensor] = []  # norm and gradients of a step, now and then
+        self._kept_in: int | None = None  # which step that was
+        self._stays = on_device  # where gradients are kept: in the same place, for a graph's sake
         self.steps = 0
 
     def zero_grad(self) -> None:
@@ -59,6 +64,29 @@ class GuardedAdam:
         Returns:
             Their norm before clipping.
         """
+        self.begin(lr)
+        norm = self.apply()
+        self.end()
+        return norm
+
+    # A step in three: only what is between `begin` and `end` may be part of a CUDA graph.
+
+    @property
+    def phase(self) -> str:
+        """'keep' in a step whose gradient is kept, 'compare' in one that is compared with it, else ''."""
+        place = (self.steps + 2) % SIGNAL_EVERY  # the critic's steps 0, 4, … are penalised, and others look away
+        if place == 1 and self._kept_in == self.steps - 1:
+            return "compare"
+        return "keep" if place == 0 else ""
+
+    def begin(self, lr: float) -> None:
+        if isinstance(self._rate, torch.Tensor):
+            self._rate.fill_(lr)
+        else:
+            self._rate = lr
+
+    def apply(self) -> torch.Tensor:
+        """The step itself; returns the norm of the gradients before clipping."""
         distributed.sum_gradients(self.parameters)
         self.scale.unscale(self.parameters)
         norm = gradient_norm(self.parameters)
@@ -68,9 +96,20 @@ class GuardedAdam:
             gradients = [p.grad for p in self.parameters if p.grad is not None]
             torch._foreach_mul_(gradients, (self.clip / norm).clamp(max=1))  # on the device: no waiting
         for group in self.adam.param_groups:
-            group["lr"] = lr
+            group.update(self._of_group, lr=self._rate)
         self.skips.step(self.adam, norm)
         return norm
+
+    def end(self) -> None:
+        if self.phase == "keep":
+            self._kept_in = self.steps
+        elif not self._stays:
+            self._kept = []
+        self.steps += 1
+
+    def forget(self) -> None:
+        """Another state has been loaded."""
+        self._kept, self._kept_in = [], None
 
     @torch.no_grad()
     def _compare(self, norm: torch.Tensor) -> None:
@@ -80,14 +119,14 @@ class GuardedAdam:
         that of the measured one, SNR / (1 + SNR), as long as one step changes the true gradient little.
         """
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        place = (self.steps + 2) % SIGNAL_EVERY  # the critic's steps 0, 4, … are penalised, and others look away
-        self.signal, before, self._kept = None, self._kept, []
-        if place == 0:
-            self._kept = [norm.clone(), *(g.clone() for g in gradients)]
-        elif place == 1 and len(before) == len(gradients) + 1:
+        self.signal, phase, before = None, self.phase, self._kept
+        if phase == "keep":
+            if len(before) != len(gradients) + 1:
+                self._kept = [torch.empty_like(x) for x in (norm, *gradients)]
+            torch._foreach_copy_(self._kept, [norm, *gradients])
+        elif phase == "compare" and len(before) == len(gradients) + 1:
             products = [torch.sum(a * b) for a, b in zip(before[1:], gradients, strict=True)]
             self.signal = torch.stack(products).sum() / (before[0] * norm).clamp_min(1e-30)
-        self.steps += 1
 
 
 class SkippedSteps:

@@ -1,6 +1,7 @@
 """How an iteration computes: number and memory formats, loss scale of float16, torch.compile. Weights are float32."""
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -13,6 +14,34 @@ COMPUTE_DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+
+
+def chosen_precision(precision: str, device: torch.device) -> tuple[str, str | None]:
+    """What --precision means on a device, and a line on why where that was 'auto' and the device is a GPU.
+
+    bf16 where the GPU has units for it, which compute several times as fast as those for float32, otherwise fp32.
+    """
+    if precision != "auto" or device.type != "cuda":
+        return ("fp32" if precision == "auto" else precision), None
+    name, version = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    what = f"{name} (compute capability {version[0]}.{version[1]})"
+    if version >= (8, 0) and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16", f"auto: bf16, for which this {what} has units; weights and metrics stay float32"
+    return "fp32", f"auto: fp32, because this {what} has no units for bfloat16"
+
+
+@contextlib.contextmanager
+def tuned_convolutions(device: torch.device) -> Iterator[None]:
+    """Inside, cuDNN tries its algorithms for every new size and keeps the fastest: an iteration's sizes never change.
+
+    Elsewhere it does not: batches of metrics come in many sizes, and their numbers are not to depend on a race.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or device.type == "cuda"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def set_precision(precision: str, networks: Iterable[nn.Module], device: torch.device) -> str | None:

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,10 +23,20 @@ from refine.training.averages import PowerAverages
 from refine.training.batches import Batches, Fakes, MicroBatch
 from refine.training.diversity import distance_gradient
 from refine.training.ema import ema_beta, update_ema
+from refine.training.graphs import Graphs, why_none
+from refine.training.halves import HalfWeights
 from refine.training.observe import Observer
 from refine.training.optimise import GuardedAdam
 from refine.training.pace import Pace
-from refine.training.precision import compile_networks, inference_format, set_precision, training_format
+from refine.training.precision import (
+    COMPUTE_DTYPES,
+    chosen_precision,
+    compile_networks,
+    inference_format,
+    set_precision,
+    training_format,
+    tuned_convolutions,
+)
 from refine.training.rates import learning_rates
 from refine.training.regularise import AUGMENT_DIM, Augmentation, set_dropout
 
@@ -51,6 +61,8 @@ class Trainer:
         G_ema: The longest of them, or the exponential moving average.
         adversary: The critic of --adversarial, or None.
         pace: How many auxiliary steps an iteration has.
+        precision: What the networks compute in: --precision, or what auto means here.
+        graphs: The CUDA graphs of the steps.
         optimizers: Those of 'student' and 'aux', and of 'critic' where there is one.
         nimg: Images through the student step.
         rate_factor: What both learning rates are multiplied with; less than 1 after a run went back (`--rollback`).
@@ -83,8 +95,10 @@ class Trainer:
         self.lr, self.aux_lr = learning_rates(config, student, teacher)
 
         torch.manual_seed(config.seed)
-        formats = [training_format(network, config.precision, self.device) for network in (student, teacher)]
-        seen_in = inference_format(config.precision, self.device)
+        self.precision, remark = chosen_precision(config.precision, self.device)
+        self.remarks = [remark] if remark else []
+        formats = [training_format(network, self.precision, self.device) for network in (student, teacher)]
+        seen_in = inference_format(self.precision, self.device)
         self.teacher = _copied(teacher, self.device, seen_in).eval().requires_grad_(False)
         self.aux = _copied(teacher, self.device, formats[1]).requires_grad_(True)
         self.aux.train(config.dropout or config.aux_dropout is not None)
@@ -100,8 +114,8 @@ class Trainer:
         self.G_start = copy.deepcopy(self.G).requires_grad_(False) if config.keep_distances else None
         self.student_parameters = select_parameters(self.G, config.train)
         self.optimizers = {
-            "student": GuardedAdam(self.student_parameters, config.betas, config.clip, config.precision, self.device),
-            "aux": GuardedAdam(self.aux.parameters(), config.aux_betas, config.aux_clip, config.precision, self.device),
+            "student": GuardedAdam(self.student_parameters, config.betas, config.clip, self.precision, self.device),
+            "aux": GuardedAdam(self.aux.parameters(), config.aux_betas, config.aux_clip, self.precision, self.device),
         }
 
         computing = [self.G, self.aux, self.teacher]
@@ -109,10 +123,14 @@ class Trainer:
         if guide is not None:
             guide = _copied(guide, self.device, torch.channels_last).eval().requires_grad_(False)
             computing.append(guide)
-        remark = set_precision(config.precision, computing, self.device)
-        self.remarks = [remark] if remark else []
+        if remark := set_precision(self.precision, computing, self.device):
+            self.remarks.append(remark)
         if config.compile and (remark := compile_networks(computing, self.device)):
             self.remarks.append(remark)
+        dtype = COMPUTE_DTYPES[self.precision]
+        if dtype != torch.float32 and not config.compile:  # a compiler joins casts with what they are for
+            for network in computing:
+                HalfWeights(network, dtype, frozen=network not in (self.G, self.aux))
         self.adversary = None
         if config.adversarial:
             if others is None:
@@ -127,7 +145,9 @@ class Trainer:
             self.teacher = Guided(self.teacher, config.guidance)
         size = config.batch_gpu or config.batch
         classes = self.bridge.teacher[2]
-        self.batches = Batches(self.G, config.batch, size, prior, classes, self.null_label, self.device)
+        self.graphs = Graphs(self.device, why_none(config, self.device, computing))
+        once = self.graphs.reason is None  # elsewhere micro-batches draw again, so that nothing needs to be kept
+        self.batches = Batches(self.G, config.batch, size, prior, classes, self.null_label, self.device, once)
         self._kept: list[Fakes] = []  # with --reuse-batch: those of the last auxiliary step, still joined to G
 
         self.nimg = 0
@@ -141,23 +161,34 @@ class Trainer:
 
     def warm_up_step(self) -> None:
         """A step of those who are to be ahead of the student before it moves."""
-        self.aux_step(self.rate_factor * self.aux_lr)
-        self.critic_step()
+        with tuned_convolutions(self.device):
+            self.aux_step(self.rate_factor * self.aux_lr)
+            self.critic_step()
         self.warmup_steps_done += 1
 
     def step(self) -> None:
         """The steps of aux, critic and student in one iteration, and the moving average."""
-        iteration = self.nimg // self.config.batch
+        with tuned_convolutions(self.device):
+            self._step()
+        self.nimg += self.config.batch
+
+    def _step(self) -> None:
+        iteration, aux_lr = self.nimg // self.config.batch, self.rate_factor * self.aux_lr
+        student_lr = self.rate_factor * self.lr * self.config.lr_factor(self.nimg)
         for _ in range(self.pace.steps - 1):
-            self.aux_step(self.rate_factor * self.aux_lr)
+            self.aux_step(aux_lr)
         with self._measured_lag(self.pace.measures(iteration)):
-            self.aux_step(self.rate_factor * self.aux_lr, keep=self.config.reuse_batch)
+            if not self.config.reuse_batch:
+                self.aux_step(aux_lr)
+            else:  # all at once: what aux has seen stays joined to the student until its step
+                aux = {"aux": (aux_lr, functools.partial(self._aux_part, True))}
+                self._take(aux | self._critic_steps() | {"student": (student_lr, self._student_part)})
         self.means.add("Aux/steps", float(self.pace.steps))
         self.pace.end(iteration)
-        self.critic_step()
-        self.student_step(self.rate_factor * self.lr * self.config.lr_factor(self.nimg))
+        if not self.config.reuse_batch:
+            self.critic_step()
+            self.student_step(student_lr)
         self._average(before=self.nimg, now=self.nimg + self.config.batch)
-        self.nimg += self.config.batch
 
     def _average(self, before: int, now: int) -> None:
         if self.averages.networks:
@@ -167,6 +198,36 @@ class Trainer:
 
     def aux_step(self, lr: float, keep: bool = False) -> None:
         """One step of aux on fresh images of the student, which are kept for the student step if `keep`."""
+        self._take({"aux": (lr, functools.partial(self._aux_part, keep))})
+
+    def critic_step(self) -> None:
+        """With --adversarial, one step of the critic on fresh images of the student."""
+        self._take(self._critic_steps())
+
+    def student_step(self, lr: float) -> None:
+        """One step of the student along the objective's gradient, and the critic's."""
+        self._take({"student": (lr, self._student_part)})
+
+    def _take(self, steps: dict[str, tuple[float, Callable[[], None]]]) -> None:
+        """Steps of optimisers, name → (rate, what is done at that rate), as one part of the iteration."""
+        if not steps:
+            return
+        optimizers = [self.optimizers[name] for name in steps]
+        for optimizer, (lr, _) in zip(optimizers, steps.values(), strict=True):
+            optimizer.begin(lr)
+
+        def part() -> None:
+            for _, step in steps.values():
+                step()
+
+        variant = (*(optimizer.phase for optimizer in optimizers), "critic" in steps and self._penalised)
+        self.graphs.run(" and ".join(steps), variant, part)
+        for optimizer in optimizers:
+            optimizer.end()
+
+    # What the steps do on the device, and nothing else: this may be recorded as a CUDA graph, see `graphs`.
+
+    def _aux_part(self, keep: bool) -> None:
         optimizer = self.optimizers["aux"]
         optimizer.zero_grad()
         for batch in self.batches.micro_batches():
@@ -177,7 +238,7 @@ class Trainer:
             self.means.add("Loss/aux", loss)
             if keep:
                 self._kept.append(Fakes(x, batch.z, batch.c))
-        self._optimise("aux", lr)
+        self._optimise("aux")
 
     def _auxiliary_task(self, batch: MicroBatch, keep: bool = False) -> tuple[torch.Tensor, _Task]:
         """Fresh images of the student, joined to it if `keep`; and what aux is to denoise."""
@@ -202,25 +263,27 @@ class Trainer:
             self.pace.add(before, after)
             self.means.add("Aux/lag", (before - after) / before.mean())
 
-    def critic_step(self) -> None:
-        """With --adversarial, one step of the critic on fresh images of the student."""
-        if self.adversary is None:
-            return
-        optimizer = self.optimizers["critic"]
-        optimizer.zero_grad()
-        penalised = (self.warmup_steps_done + self.nimg // self.config.batch) % PENALTY_EVERY == 0
+    def _critic_steps(self) -> dict[str, tuple[float, Callable[[], None]]]:
+        return {} if self.adversary is None else {"critic": (self.rate_factor * CRITIC_LR, self._critic_part)}
+
+    @property
+    def _penalised(self) -> bool:
+        return (self.warmup_steps_done + self.nimg // self.config.batch) % PENALTY_EVERY == 0
+
+    def _critic_part(self) -> None:
+        assert self.adversary is not None
+        self.optimizers["critic"].zero_grad()
         for batch in self.batches.micro_batches():
             with batch.drawing:
                 with torch.no_grad():
                     x = self._images(self.G, batch.z, batch.c)
-                verdict = self.adversary.judge(x, batch.c, penalised)
+                verdict = self.adversary.judge(x, batch.c, self._penalised)
             (verdict.loss.sum() / self.config.batch).backward()
             self.means.add("Loss/critic", verdict.loss)
             self.means.add("Critic/right", verdict.right)
-        self._optimise("critic", self.rate_factor * CRITIC_LR)
+        self._optimise("critic")
 
-    def student_step(self, lr: float) -> None:
-        """One step of the student along the objective's gradient, and the critic's."""
+    def _student_part(self) -> None:
         optimizer = self.optimizers["student"]
         optimizer.zero_grad()
         for batch in self.batches.micro_batches():
@@ -245,7 +308,7 @@ class Trainer:
             x.backward(optimizer.scale.scale(gradient / self.config.batch))
             self._observe.gap(found.gap, sigma, c)
             self._observe.diversity(x.detach(), c)
-        self._optimise("student", lr)
+        self._optimise("student")
 
     def _aux_loss(
         self, x: torch.Tensor, labels: torch.Tensor | None, sigma: torch.Tensor, noise: torch.Tensor
@@ -263,10 +326,10 @@ class Trainer:
         x = G(z, c, **G.accepted(noise_mode=self.config.noise_mode))
         return self.bridge.images(clamp_images(x) if self.config.clamp else x)
 
-    def _optimise(self, name: str, lr: float) -> None:
+    def _optimise(self, name: str) -> None:
         """A step of an optimiser, and what is logged of its gradient."""
         optimizer = self.optimizers[name]
-        self.means.add(f"Grad/{name}", optimizer.step(lr))
+        self.means.add(f"Grad/{name}", optimizer.apply())
         if optimizer.signal is not None:
             self.means.add(f"Signal/{name}", optimizer.signal)
 
@@ -322,7 +385,9 @@ class Trainer:
         except (RuntimeError, KeyError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"the training state does not fit the networks of --gan and --teacher: {reason}") from None
+        self.graphs.forget()
         for name, optimizer in self.optimizers.items():
+            optimizer.forget()
             optimizer.scale.state.copy_(state["loss_scales"][name])
             optimizer.skips.counts.copy_(state["skips"][name])
             optimizer.steps = int(state.get("steps", {}).get(name, 0))

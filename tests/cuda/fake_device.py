@@ -114,6 +114,10 @@ def _module() -> dict[str, object]:
     )
     stream = types.SimpleNamespace(cuda_stream=0, stream_id=0, device_index=0, device_type=1)
 
+    def set_device(device: torch.device | int) -> None:
+        if isinstance(device, torch.device) and device.index is None:
+            raise ValueError(f"Expected a torch.device with a specified index or an integer, but got:{device}")
+
     def synchronize(device: object = None) -> None:
         _note(b"wait: torch.cuda.synchronize")
 
@@ -123,7 +127,7 @@ def _module() -> dict[str, object]:
         "is_available": lambda: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
-        "set_device": lambda device: None,
+        "set_device": set_device,
         "get_device_capability": lambda device=None: CAPABILITY,
         "get_device_name": lambda device=None: "fake",
         "get_device_properties": lambda device=None: properties,

@@ -91,7 +91,8 @@ def test_the_page_holds_everything_itself_and_names_no_folder():
     tags = checked(page).tags
     assert "/home" not in page and "http:" not in page and "https:" not in page and "url(" not in page
     assert "default-src 'none'" in page and "&lt;a&gt;.pkl" in page and "<a>" not in page and "one &lt;note&gt;" in page
-    assert "--gan=&lt;g&gt;.pkl" in page and "image-rendering: pixelated" in page and 'class="pictures pixels"' in page
+    assert '<span class="option">--gan</span>=&lt;g&gt;.pkl' in page  # no line ends within an option
+    assert "image-rendering: pixelated" in page and 'class="pictures pixels"' in page
     assert "prefers-color-scheme: dark" in page and "max-width: 720px" in page
     assert 'type="range"' in page and "data-blink" in page
     assert tags.count("svg") == 2 * 2 + 2  # a plot and a change for each metric; the distance and the shares of the run

@@ -5,15 +5,24 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from refine.checkpoints import load_teacher
+from refine.checkpoints.native import save_networks
 from refine.evaluation.compare import compare
+from refine.evaluation.sides import Side
 from refine.evaluation.tables import text_table
+from refine.guidance import Autoguided
 from refine.metrics.bank import BANK_SEED
+from refine.metrics.detectors import load_detector
+from refine.metrics.evaluate import evaluate
+from refine.metrics.image_sets import ImageSet, SampleArray
 from refine.metrics.references import load_reference, save_reference
+from refine.metrics.sampling import sample_teacher, sensible_batch
 from refine.metrics.statistics import FeatureStatistics
-from refine.networks.sampler_settings import SamplerChoice
-from tests.evaluation.test_compare import arguments, files  # noqa: F401 - a fixture
+from refine.networks.sampler_settings import SamplerChoice, SamplerSettings
+from tests.evaluation.test_compare import arguments, files, run, small_generator  # noqa: F401 - a fixture
 
 NUM = 20
 
@@ -71,6 +80,51 @@ def test_the_bank_is_drawn_once_and_the_reference_is_left_out(files, real, monke
     assert BANK_SEED > 2**31
 
 
+def test_a_guided_teacher_is_measured_as_it_is_asked(files, real, tmp_path, capsys):  # noqa: F811
+    """--teacher with --guide and --guidance: the column holds the numbers of the guided images, drawn here by hand."""
+    networks = []
+    for seed, name in enumerate(("main", "worse")):
+        networks.append(load_teacher(files / "teacher.safetensors"))
+        torch.manual_seed(seed)
+        for parameter in networks[-1].parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        save_networks(tmp_path / f"{name}.safetensors", {"ema": networks[-1]}, provenance={})
+    given = arguments(files, "good", "good") | {"teacher": tmp_path / "main.safetensors", "num": 4, "steps": 2}
+    guided = given | {"guide": tmp_path / "worse.safetensors", "guidance": 2}
+    code, _, err = run(capsys, **guided, outdir=tmp_path / "guided")
+    assert code == 0, err
+    column = json.loads((tmp_path / "guided" / "comparison.json").read_text())["teacher"]
+    assert column["guide"]["name"] == "worse.safetensors" and column["guide"]["guidance"] == 2
+    assert column["sampling"] == "2 Heun steps, guided by worse.safetensors with w 2"
+    detector, settings = load_detector(given["detector"]), SamplerSettings(steps=2)
+    asked = sample_teacher(Autoguided(*networks, 2.0), range(BANK_SEED, BANK_SEED + 4), settings=settings)
+    expected = evaluate(asked, detector, load_reference(given["ref"]), ("fd",))["fd_digits"]
+    assert column["fd_digits"]["values"][0] == pytest.approx(expected, rel=1e-6)
+    assert run(capsys, **given, outdir=tmp_path / "alone")[0] == 0
+    alone = json.loads((tmp_path / "alone" / "comparison.json").read_text())["teacher"]
+    assert "guide" not in alone and alone["fd_digits"]["values"][0] != pytest.approx(expected, rel=1e-3)
+    code, _, err = run(capsys, **guided | {"guide": files / "good.safetensors"})
+    assert code == 2 and "--guide" in err and len(err.strip().splitlines()) == 1
+
+
+def test_images_at_once_follow_from_their_size(files, real, tmp_path):  # noqa: F811
+    """As many pixels at once as 100 images of 256x256 have, whether networks make them or a folder holds them."""
+    G = small_generator(0, img_resolution=512, synthesis_kwargs={"channel_base": 512, "channel_max": 2})
+    save_networks(tmp_path / "huge.safetensors", {"G_ema": G}, provenance={})
+    sides = [Side(files / "good.safetensors", "cpu", None, "const", 1.0)]
+    sides += [Side(tmp_path / "huge.safetensors", "cpu", batch, "const", 1.0) for batch in (None, 3)]
+    assert [side.batch for side in sides] == [100, 25, 3]
+    assert [len(batch.images) for batch in sides[2].sample(range(4))] == [3, 1]
+    assert [sensible_batch(size) for size in (8, 256, 1024, 4096)] == [100, 100, 6, 1]
+    Image.new("L", (2048, 2048)).save(real / "0.png")
+    assert ImageSet(real).resolution == 2048 and SampleArray(samples(tmp_path, 16, 24)).resolution == 24
+
+
+def samples(folder, height, width):
+    np.savez(folder / "samples.npz", arr_0=np.zeros([4, height, width, 3], np.uint8))
+    return folder / "samples.npz"
+
+
 def how(files, ref, data):  # noqa: F811
     options = {**arguments(files, "good", "good"), "ref": ref, "data": data, "progress": False}
     return compare(**options, num=4, ref_num=20)["real"]["how"]
@@ -115,7 +169,7 @@ def test_a_floor_of_equal_halves_is_low(files, real):  # noqa: F811
     shifted = FeatureStatistics(keep_features=True).update(reference.features + 20)
 
     class Named:
-        name, sha256 = reference.detector, reference.detector_sha256
+        name, sha256, resize = reference.detector, reference.detector_sha256, reference.detector_resize
 
     save_reference(real.parent / "far.npz", shifted, Named())
     results = compare(**{**detector_options, "ref": real.parent / "far.npz", "data": real}, num=NUM, progress=False)

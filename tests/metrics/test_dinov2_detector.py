@@ -16,8 +16,9 @@ from refine.metrics.detectors import load_detector, source_of
 from refine.metrics.dinov2_detector import PUBLISHED, split_mode
 from refine.metrics.evaluate import describe_detector, evaluate
 from refine.metrics.named import NamedMetric, detector_of
-from refine.metrics.references import Looking, load_reference
+from refine.metrics.references import Looking, load_reference, save_reference
 from refine.metrics.sampling import Batch
+from refine.metrics.statistics import FeatureStatistics
 from tests.golden import read_json
 from tests.limits import outcome
 from tests.metrics.networks import PixelDetector, PlainGenerator, dinov2_state, metric_names
@@ -226,6 +227,11 @@ def test_what_one_mode_saw_is_not_compared_with_another(weights, tmp_path, monke
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "set" / f"{index}.png")
     found = [load_reference(tmp_path / "set", load_detector(f"{weights}:{m}"), Looking()).mu for m in ("torch", "pil")]
     assert (found[0] - found[1]).norm() > 1e-3 * found[0].norm()
+    plain, other = (load_detector(f"{weights}:{mode}") for mode in ("torch", "pil"))
+    save_reference(tmp_path / "r.npz", FeatureStatistics().update(plain(images(3))), plain)
+    assert load_reference(tmp_path / "r.npz", plain).detector_resize == plain.resize
+    with pytest.raises(ValueError, match=r"r.npz was made of images that were resized otherwise \(torch: .*:pil does"):
+        load_reference(tmp_path / "r.npz", other)
     assert len(list((tmp_path / "cache" / "metrics").iterdir())) == 2
 
 

@@ -92,6 +92,14 @@ def test_unknown_names(space, name):
         NamedMetric(name, space[0])
 
 
+@pytest.mark.parametrize(
+    "name, instead", [("mind5k-digits", "sliced5k-digits"), ("MIND50k_full", "sliced50k_full"), ("cmmd50k", "mmd50k")]
+)
+def test_names_of_others_are_answered_with_what_is_near(space, name, instead):
+    with pytest.raises(ValueError, match=rf"^'{name}': C?M\w+ is not measured here; expected {instead}, which is near"):
+        NamedMetric(name, space[0])
+
+
 def test_references_that_are_not_enough(space, tmp_path):
     np.savez(tmp_path / "plain.npz", mu=np.zeros(4), sigma=np.eye(4))
     for name in ("kid5k-digits", "pr5k3-digits"):

@@ -8,10 +8,11 @@ import time
 import pytest
 import torch
 import torch.multiprocessing
+from PIL import Image
 
 from refine.metrics.evaluate import measure
 from refine.metrics.pipeline import my_share, prefetched, sharing
-from refine.metrics.references import load_reference, save_reference
+from refine.metrics.references import Looking, load_reference, save_reference
 from refine.metrics.registry import METRICS
 from refine.metrics.sampling import sample_images
 from refine.metrics.statistics import FeatureStatistics
@@ -63,6 +64,15 @@ def numbers(path):
     return values, found.contributions["fd_pixels"], found.results["num"]
 
 
+def _broken_folder(folder):
+    """Images of which only the second process's share cannot be read."""
+    folder.mkdir()
+    for index in range(8):
+        Image.new("L", (8, 8), 9 * index).save(folder / f"{index}.png")
+    (folder / "7.png").write_bytes(b"no image")
+    return folder
+
+
 def process(rank, port, path, out):
     torch.set_num_threads(1)
     os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -75,6 +85,10 @@ def process(rank, port, path, out):
                 with pytest.raises(kind if rank else ValueError, match="only here"):
                     images = _broken(kind) if rank else sample_images(PlainGenerator(), range(5))
                     measure(images, PixelDetector(), load_reference(path))
+            for _ in range(2):  # the images of a reference as well, and each time with an error of its own
+                with pytest.raises(ValueError) as caught:
+                    load_reference(path.parent / "broken", PixelDetector(), Looking(batch=2, cache=False))
+                assert str(caught.value) == f"{path.parent / 'broken' / '7.png'} is broken or no image"
 
 
 def _broken(kind):
@@ -85,6 +99,7 @@ def _broken(kind):
 def test_two_processes_hold_the_numbers_of_one(tmp_path):
     features = FeatureStatistics(keep_features=True).update(torch.rand(30, 4))
     save_reference(tmp_path / "r.npz", features, PixelDetector())
+    _broken_folder(tmp_path / "broken")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -161,6 +161,27 @@ def test_a_reference_that_changed_is_refused_unless_it_is_another(begun, tmp_pat
     assert code == 0, err
 
 
+def test_a_folder_of_images_is_the_reference_of_a_run(begun, tmp_path, capsys, monkeypatch):
+    """In the teacher's own features: these networks make images of 8x8."""
+    from PIL import Image
+
+    monkeypatch.setenv("REFINE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "real").mkdir()
+    for index in range(6):
+        Image.new("L", (8, 8), 40 * index).save(tmp_path / "real" / f"{index}.png")
+    metrics = ["--metrics=fd2-teacher", f"--ref={tmp_path}/real"]
+    code, _, err = call(capsys, *begun, "--resume=auto", *metrics, "--kimg=0.012")
+    assert code == 0, err
+    lines = (tmp_path / "out" / "00000-x" / "metric-fd2-teacher.jsonl").read_text().splitlines()
+    results = json.loads(lines[-1])["results"]
+    (key,) = (key for key in results if key.startswith("fd_"))
+    assert results[key] > 0 and key.startswith("fd_teacher_") and not key.endswith("-vs-teacher")
+    assert [results["reference"][name] for name in ("name", "num", "form")] == ["real", 6, "folder of images"]
+    Image.new("L", (8, 8), 255).save(tmp_path / "real" / "6.png")
+    code, _, err = call(capsys, "--resume=latest", begun[-1])
+    assert code == 2 and "--ref has the sha256" in err, err
+
+
 def test_one_command_line_begins_goes_on_and_is_finished(begun, tmp_path, capsys):
     code, out, err = call(capsys, *begun, "--resume=auto")
     assert code == 0 and "changed" not in out, err

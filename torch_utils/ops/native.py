@@ -24,6 +24,10 @@ MOST_BLOCKS = 2**31 - 1  # of a launch; kernels loop over what is more
 _ERRORS = {-1: "unknown dtype", -2: "unknown activation", -3: "out of memory"}
 
 
+# On a GPU torch.compile makes one kernel of what these do and what is around them; a compiled op would stand between.
+_FUSED_BY_COMPILERS = {"bias_act", "group_norm_silu"}
+
+
 def choose(op: str, x: torch.Tensor, impl: str | None) -> str:
     """'native', 'torch' or 'ref': what runs `op` on `x`.
 
@@ -40,6 +44,8 @@ def choose(op: str, x: torch.Tensor, impl: str | None) -> str:
         return impl
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl is {impl!r}; expected one of {', '.join(map(repr, IMPLEMENTATIONS))}")
+    if impl is None and op in _FUSED_BY_COMPILERS and x.device.type == "cuda" and torch.compiler.is_compiling():
+        return "torch"
     if x.dtype in DTYPES and _available(op, x.device.type):
         return "native"
     if impl == "native":

@@ -54,7 +54,7 @@ struct Stretch {
     static_assert(Size * Down % Up == 0);
 
     // The tap with which an output takes a sample, or −1.
-    static constexpr int tap(int output, int sample) {
+    static constexpr REFINE_DEVICE int tap(int output, int sample) {
         const int tap = sample * Up - output * Down;
         return tap >= 0 && tap < Taps ? tap : -1;
     }

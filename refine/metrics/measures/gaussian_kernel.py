@@ -82,5 +82,6 @@ METRIC = Metric(
     reference="features",
     keeps_features=True,
     named_like="mmd50k_full",
+    resembles=("cmmd",),
     measured_with=("classes", "spread"),
 )

@@ -16,13 +16,16 @@ from refine.metrics.statistics import FeatureStatistics
 MAX_CLASSES = 100  # a Fréchet distance for each
 
 
-def reference_classes(reference: Reference, detector: Detector) -> torch.Tensor | None:
-    """Classes of a reference's features, int64 [N]: as its file or else the detector says; None if neither."""
+def reference_classes(
+    reference: Reference, detector: Detector, device: torch.device | str = "cpu"
+) -> torch.Tensor | None:
+    """Classes of a reference's features, int64 [N]: as its file or else the detector, on `device`, says; None if
+    neither."""
     if reference.classes is not None or reference.features is None:
         return reference.classes
     classify = getattr(detector, "classify_features", None)
     with torch.no_grad():
-        return None if classify is None else classify(reference.features).argmax(dim=1)
+        return None if classify is None else classify(reference.features.to(device)).argmax(dim=1).cpu()
 
 
 def class_distances(
@@ -44,7 +47,7 @@ def class_distances(
 
 
 def _compute(sample: Sample) -> Numbers:
-    real_classes = None if sample.classes is None else reference_classes(sample.real, sample.detector)
+    real_classes = None if sample.classes is None else reference_classes(sample.real, sample.detector, sample.device)
     if sample.classes is None or real_classes is None:
         return Numbers({})
     tables = class_distances(sample.features, sample.classes, sample.real_features, real_classes)

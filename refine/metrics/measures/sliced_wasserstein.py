@@ -94,5 +94,6 @@ METRIC = Metric(
     reference="features",
     keeps_features=True,
     named_like="sliced50k_full",
+    resembles=("mind",),
     measured_with=("classes", "spread"),
 )

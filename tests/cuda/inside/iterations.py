@@ -106,7 +106,7 @@ def same_formats():
 
 
 def trainer(networks, device, others, **options):
-    defaults = {"gan": "g", "adversarial": 0.0, "average": "ema"}
+    defaults = {"gan": "g", "adversarial": 0.0, "average": "ema", "precision": "fp32"}
     config = RefineConfig(teacher="t", batch=BATCH, lr=1e-3, aux_lr=1e-3, **{**defaults, **options})
     return Trainer(config, *networks, device, others if config.adversarial else None)
 

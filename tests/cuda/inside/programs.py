@@ -100,6 +100,8 @@ def tried(folder, device):
     files = [f"--before={folder}/student.safetensors", f"--after={run}/network-snapshot-best.safetensors"]
     files += [f"--ref={folder}/teacher.safetensors", f"--detector={folder}/teacher.safetensors", "--ref-num=40"]
     report = command("compare", *files, "--num=24", "--json", f"--device={device}", "--no-cache")
+    files = ["--before=digits-gan", "--after=digits-gan-long", "--ref=digits-reference"]  # with classes and features
+    command("compare", *files, "--num=12", "--json", f"--device={device}", "--no-cache")
     values = {
         key: value["mean"]
         for key, value in json.loads(report)["after"].items()
