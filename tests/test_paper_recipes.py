@@ -70,7 +70,7 @@ def test_an_iteration_is_counted_and_the_estimate_printed(estimate):
     assert 200e9 < result["flops_per_image"] < 300e9  # U-Net 42 GFLOP forward: 3 for aux's step, 2 for the student's
     assert 1e9 < result["bytes"] < 2e9 and 1e8 < result["bytes_per_image"] < 1e9
     text = estimate.describe(recipe, result, share=0.4)
-    assert "2.42 → 2.27" in text and "GFLOP an image" in text and "hours on an H100 at 40% of its fp32" in text
+    assert "2.42 → 2.27" in text and "GFLOP an image" in text and "hours on an H100 at 40% of its bf16" in text
     hours = [
         float(estimate.describe(recipe, result, 0.4, tflops).split("estimate")[1].split()[0]) for tflops in (40, 80)
     ]

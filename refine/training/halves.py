@@ -56,7 +56,8 @@ class HalfWeights:
             self._watch.__exit__(None, None, None)
             found, self._watch = self._watch.found(), None
             owners = [(module._parameters, name) for module in network.modules() for name in module._parameters]
-            self._places = [(owner, name, owner[name]) for owner, name in owners if id(owner[name]) in found]
+            entries = [(owner, name, owner[name]) for owner, name in owners]
+            self._places = [(owner, name, p) for owner, name, p in entries if p is not None and id(p) in found]
             self._layout = _Layout([parameter for _, _, parameter in self._places])
         else:
             for owner, name, parameter in self._places:

@@ -1,12 +1,13 @@
 """How an iteration computes: number and memory formats, loss scale of float16, torch.compile. Weights are float32."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
 
 from refine.networks.bases import MixedPrecision
+from refine.training.halves import HalfWeights
 
 COMPUTE_DTYPES = {
     "fp32": torch.float32,
@@ -42,6 +43,30 @@ def tuned_convolutions(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
+
+
+def prepare(
+    networks: Sequence[nn.Module], trained: Container[nn.Module], precision: str, compiled: bool, device: torch.device
+) -> list[str]:
+    """Makes networks compute in a format, and fast.
+
+    Args:
+        networks: All that take part in an iteration.
+        trained: Those of them whose weights change.
+        precision: A key of `COMPUTE_DTYPES`.
+        compiled: Whether torch.compile translates them.
+        device: Where they run.
+
+    Returns:
+        Lines on what could not be done on this machine.
+    """
+    remarks = [set_precision(precision, networks, device)]
+    if compiled:  # a compiler joins casts of weights with what they are for
+        remarks += [compile_networks(networks, device)]
+    elif COMPUTE_DTYPES[precision] != torch.float32:
+        for network in networks:
+            HalfWeights(network, COMPUTE_DTYPES[precision], frozen=network not in trained)
+    return [remark for remark in remarks if remark]
 
 
 def set_precision(precision: str, networks: Iterable[nn.Module], device: torch.device) -> str | None:

@@ -24,16 +24,13 @@ from refine.training.batches import Batches, Fakes, MicroBatch
 from refine.training.diversity import distance_gradient
 from refine.training.ema import ema_beta, update_ema
 from refine.training.graphs import Graphs, why_none
-from refine.training.halves import HalfWeights
 from refine.training.observe import Observer
 from refine.training.optimise import GuardedAdam
 from refine.training.pace import Pace
 from refine.training.precision import (
-    COMPUTE_DTYPES,
     chosen_precision,
-    compile_networks,
     inference_format,
-    set_precision,
+    prepare,
     training_format,
     tuned_convolutions,
 )
@@ -123,14 +120,7 @@ class Trainer:
         if guide is not None:
             guide = _copied(guide, self.device, torch.channels_last).eval().requires_grad_(False)
             computing.append(guide)
-        if remark := set_precision(self.precision, computing, self.device):
-            self.remarks.append(remark)
-        if config.compile and (remark := compile_networks(computing, self.device)):
-            self.remarks.append(remark)
-        dtype = COMPUTE_DTYPES[self.precision]
-        if dtype != torch.float32 and not config.compile:  # a compiler joins casts with what they are for
-            for network in computing:
-                HalfWeights(network, dtype, frozen=network not in (self.G, self.aux))
+        self.remarks += prepare(computing, {self.G, self.aux}, self.precision, config.compile, self.device)
         self.adversary = None
         if config.adversarial:
             if others is None:

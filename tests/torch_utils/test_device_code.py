@@ -45,7 +45,7 @@ def test_nvrtc_compiles_every_kernel(compiler, first):
         source = device_code.read(op)
         image, said = compiler.compile(source.name, source.texts, name, target)
         assert image[:4] == b"\x7fELF", said
-        assert "0 bytes spill stores" in said and "warning" not in said, said
+        assert "warning" not in said and ("0 bytes spill stores" in said or "double" in name), said
         mangled = driver.entry_of(image)
         template = name.partition("<")[0].removeprefix("refine::")
         assert mangled.startswith(f"_ZN6refine{len(template)}{template}I") and mangled in said
@@ -61,14 +61,11 @@ def test_float_kernels_compute_in_float(compiler, name):
 
 
 def test_what_nvrtc_does_not_like_is_one_line_with_a_log(compiler, own_cache, monkeypatch, capsys):
-    source = device_code.Source(
-        "x.cu", {"x.cu": b'#include "y.h"\n', "y.h": b"int x = no_such_name;\n"}, "ops-cuda-test"
-    )
+    texts = {"x.cu": b'#include "y.h"\n', "y.h": b"__device__ int x = no_such_name;\n"}
+    source = device_code.Source("x.cu", texts, "ops-cuda-test")
     monkeypatch.setattr(device_code, "read", lambda op: source)
     monkeypatch.setattr(device_code, "open_compiler", lambda: compiler)
-    with pytest.raises(
-        op_builder.BuildFailed, match=r'y.h.1.: error: identifier "no_such_name" is undefined'
-    ) as caught:
+    with pytest.raises(op_builder.BuildFailed, match=r'^y.h\(1\): error: identifier "no_such_name" is') as caught:
         device_code.obtain("x", ["refine::kernel<int>"], (9, 0))
     log = Path(str(caught.value).rpartition("log: ")[2])
     assert "\n" not in str(caught.value) and "no_such_name" in log.read_text() and log.is_relative_to(own_cache)
@@ -89,7 +86,8 @@ def test_images_are_kept_and_found_without_a_compiler(compiler, own_cache, monke
     paths[0].write_bytes(paths[0].read_bytes()[:-100])
     monkeypatch.setattr(device_code, "open_compiler", lambda: compiler)
     again, built = device_code.obtain("upfirdn2d", names, (9, 0))
-    assert built and again == paths and driver.entry_of(again[0].read_bytes())
+    assert built and again[1] == paths[1] and driver.entry_of(again[0].read_bytes())
+    assert len(list(own_cache.glob("*/*.image"))) == 2
 
 
 def test_nvrtc_is_not_looked_for_where_others_may_write(tmp_path, monkeypatch):
@@ -109,12 +107,8 @@ def test_nvrtc_is_not_looked_for_where_others_may_write(tmp_path, monkeypatch):
 def test_nvrtc_of_torch_s_cuda_is_taken(monkeypatch):
     paths = ["/a/libnvrtc.so.12", "/b/libnvrtc.so.13", "/c/libnvrtc-672ee683.so.11.2"]
     monkeypatch.setattr(nvrtc, "candidates", lambda: paths)
-    assert [nvrtc.find(cuda) for cuda in ("13.0", "12.8", "11.8", "14.0", None)] == [
-        *paths[1::-1],
-        paths[2],
-        None,
-        paths[0],
-    ]
+    found = [nvrtc.find(cuda) for cuda in ("13.0", "12.8", "11.8", "14.0", None)]
+    assert found == [paths[1], paths[0], paths[2], None, paths[0]]
     assert nvrtc._major("/x/libnvrtc-builtins.so.13.0") is None
 
 
@@ -193,15 +187,14 @@ def on(device: int) -> types.SimpleNamespace:
 
 
 def test_a_launch_tells_the_driver_all_it_must(cuda, pen):
-    name = "refine::tile_kernel<2,1,4,float>"
+    name, together = "refine::tile_kernel<0,0,0,float>", sorted(device_code.KERNELS["upfirdn2d", "float"])
     native.launch("upfirdn2d", on(1), name, 2**31 - 1, 256, 1000, b"all of the record")
-    lines, launched = (
-        told(cuda),
-        "launch 6101 in 1101: (2147483647 1 1) (256 1 1) 1000 B, stream 0x70, all of the record",
-    )
-    assert lines[0] == "retain 101" and lines.count("load in 1101") == 5  # what is compiled together is loaded together
-    assert "function refine__tile_kernel_2_1_4_float_" in lines and lines[-1] == launched
-    assert sorted(name for name, _ in pen.jobs) == sorted(device_code.KERNELS["upfirdn2d", "float"])
+    launched = "launch 6101 in 1101: (2147483647 1 1) (256 1 1) 1000 B, stream 0x70, all of the record"
+    lines = told(cuda)
+    # What is compiled together is loaded together.
+    assert lines[0] == "retain 101" and lines.count("load in 1101") == len(together)
+    assert "function refine__tile_kernel_0_0_0_float_" in lines and lines[-1] == launched
+    assert sorted(name for name, _ in pen.jobs) == together
     assert {target for _, target in pen.jobs} == {"sm_90"}
     native.launch("upfirdn2d", on(1), name, 3, 64, 0, b"second")
     native.launch("upfirdn2d", on(1), "refine::direct_kernel<float>", 3, 64, 0, b"third")
@@ -210,7 +203,7 @@ def test_a_launch_tells_the_driver_all_it_must(cuda, pen):
     native.launch("upfirdn2d", on(0), name, 1, 1, 0, b"elsewhere")
     lines = told(cuda)
     assert lines[0] == "retain 100" and lines[-1] == "launch 6100 in 1100: (1 1 1) (1 1 1) 0 B, stream (nil), elsewhere"
-    assert len(pen.jobs) == 5  # the other GPU is of the same kind
+    assert len(pen.jobs) == len(together)  # the other GPU is of the same kind
 
 
 def test_more_shared_memory_than_is_granted_is_asked_for_once(cuda, pen):
@@ -267,7 +260,7 @@ def test_no_driver(monkeypatch):
 
     monkeypatch.setattr(ctypes, "CDLL", missing)
     driver.library.cache_clear()
-    with pytest.raises(driver.Failed, match="no NVIDIA driver that can be used: libcuda.so.1: cannot open"):
+    with pytest.raises(driver.Failed, match=r"no NVIDIA driver that can be used: libcuda\.so\.1: cannot open"):
         driver.library()
 
 
@@ -306,21 +299,21 @@ def test_the_kernels_that_are_planned_are_those_that_are_noted():
             for up, down in (((1, 1), (1, 1)), ((2, 2), (1, 1)), ((1, 1), (2, 2)), ((3, 2), (1, 2))):
                 for layout in (torch.contiguous_format, torch.channels_last):
                     size = (2, 40, 70, 33)
-                    name, blocks, shared, tiling = upfirdn2d._plan_launch(f_size, size, dtype, layout, up, down)
-                    planned.add(name)
-                    assert 1 <= blocks <= native.MOST_BLOCKS and shared <= native.SHARED_BYTES
-                    assert bool(tiling) == ("tile" in name) == (f_size[0] < 300)
+                    plan = upfirdn2d._plan_launch(f_size, size, dtype, layout, up, down)
+                    planned.add(plan.expression)
+                    assert 1 <= plan.blocks <= native.MOST_BLOCKS and plan.shared <= native.SHARED_BYTES
+                    assert bool(plan.tail) == ("tile" in plan.expression) == (f_size[0] < 300)
     assert planned == {name for name in noted if "tile" in name or "direct" in name}
 
 
 def test_ops_are_built_ahead_of_time_for_several_targets(pen, own_cache, monkeypatch, capsys):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0+PTX")
-    folders = device_code.build()
+    folders, ops = device_code.build(), {op for op, _ in KERNELS}
     images = [path for folder in folders for path in folder.glob("*.image")]
-    assert len(images) == len(pen.jobs) == 3 * len(KERNELS) and len(folders) == 2
+    assert len(images) == len(pen.jobs) == 3 * len(KERNELS) and len(folders) == len(ops)
     assert {op_cache.target_of(path) for path in images} == {"sm_80", "sm_90", "ptx_90"}
     assert device_code.build() == folders and len(pen.jobs) == 3 * len(KERNELS)  # nothing is missing
     found, built = device_code.obtain("upfirdn2d", ["refine::direct_kernel<float>"], (12, 0))
     assert op_cache.target_of(found[0]) == "ptx_90" and not built
     err = capsys.readouterr().err
-    assert len(err.splitlines()) == 2 and "for ptx_90, sm_80, sm_90 by pen, once … done" in err
+    assert len(err.splitlines()) == len(ops) and "for ptx_90, sm_80, sm_90 by pen, once … done" in err

@@ -114,7 +114,7 @@ def launch(op: str, x: torch.Tensor, expression: str, blocks: int, threads: int,
     Args:
         op: The name of its .cu.
         x: A tensor on the device.
-        expression: The kernel as C++ names it, e.g. "refine::tile_kernel<2,1,4,float>".
+        expression: The kernel as C++ names it, e.g. "refine::plane_kernel<2,1,4,float>".
         blocks: At least 1, at most `MOST_BLOCKS`.
         threads: Of a block.
         shared: Bytes of dynamic shared memory of a block.

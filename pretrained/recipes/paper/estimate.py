@@ -105,7 +105,7 @@ def dry_run(recipe: dict) -> dict:
     """
     config, trainer = assemble(recipe)
     for optimizer in trainer.optimizers.values():  # Adam has no matrix products; fused, it takes no meta tensors
-        optimizer.step = lambda lr: torch.zeros([], device="meta")
+        optimizer.apply = lambda: torch.zeros([], device="meta")
     networks = (trainer.G, trainer.aux, trainer.teacher)
     kept = Kept(p for network in networks for p in network.parameters())
     for name in ("aux_step", "student_step"):
@@ -131,8 +131,9 @@ def describe(recipe: dict, result: dict, share: float, tflops: float | None = No
     total = result["flops_per_image"] * config.kimg * 1000
     at_once = config.batch_gpu or config.batch
     memory = (result["bytes"] + at_once * result["bytes_per_image"]) / 2**30
-    gpu = f"one GPU that sustains {tflops} TFLOP/s" if tflops else f"an H100 at {share:.0%} of its {config.precision}"
-    tflops = tflops or share * PEAK[config.precision]
+    precision = "bf16" if config.precision == "auto" else config.precision  # what it is on an H100
+    gpu = f"one GPU that sustains {tflops} TFLOP/s" if tflops else f"an H100 at {share:.0%} of its {precision}"
+    tflops = tflops or share * PEAK[precision]
     numbers = f"{expected.get('before', '–')} → {expected.get('after', 'not known')}"
     student, teacher, guide = (f"{count / 1e6:.1f} M" for count in result["parameters"])
     guide = f", guide {guide}" if result["parameters"][2] else ""

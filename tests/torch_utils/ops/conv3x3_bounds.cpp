@@ -68,7 +68,7 @@ static void run(const Shape& s, int64_t threads) {
     Conv3x3Call call = {int64_t(x.data()), int64_t(w.data() + base), int64_t(b.data()), int64_t(y.data()), 0,
                         s.x_pixels, s.y_pixels, s.n, s.c, s.k, s.h, s.w,
                         s.k > 1 ? s.weight(1, 0, 0, 0) - base : 1, s.c > 1 ? s.weight(0, 1, 0, 0) - base : 1,
-                        s.weight(0, 0, 1, 0) - base, s.weight(0, 0, 0, 1) - base, threads, 0};
+                        s.weight(0, 0, 1, 0) - base, s.weight(0, 0, 0, 1) - base, threads};
     refine_conv3x3(&call);
     s.each_product([&](int64_t xi, int64_t wi, int64_t yi) { expected[yi] += double(x[xi]) * w[wi]; });
     for (int64_t i = 0; i < s.n; ++i)
