@@ -59,10 +59,10 @@ def group_norm_silu(
     if (scale is None) != (shift is None):
         raise ValueError("scale and shift come together; expected both or neither")
     n, c = x.shape[:2]
-    for t, *shapes in ((weight, (c,)), (bias, (c,)), *((t, (n, c), (1, c)) for t in (before, scale, shift))):
-        if t is not None and t.shape not in shapes:
-            raise ValueError(f"a parameter has shape {tuple(t.shape)}; expected {shapes[0]} for x of {tuple(x.shape)}")
-    before, scale, shift = (None if t is None else t.to(x.dtype) for t in (before, scale, shift))
+    weight, bias = _checked(weight, x, (c,)), _checked(bias, x, (c,))
+    before, scale, shift = (
+        None if t is None else _checked(t, x, (n, c), (1, c)).to(x.dtype) for t in (before, scale, shift)
+    )
     on_cpu = x.device.type == "cpu"
     served = _cpu_serves(x, silu) if on_cpu else _gpu_serves(x, num_groups)
     if impl is None and (not served or (on_cpu and native.is_small(x, _WORTH_A_CALL))):
@@ -77,6 +77,12 @@ def group_norm_silu(
             before, scale, shift = (t if t is None or len(t) > 1 else t.expand(n, c) for t in (before, scale, shift))
         return _native(x, weight, bias, before, scale, shift, num_groups, eps, silu)[0]
     return _plain(x, weight, bias, before, scale, shift, num_groups, eps, silu, inplace, chosen == "torch")
+
+
+def _checked(t: torch.Tensor, x: torch.Tensor, *shapes: tuple[int, ...]) -> torch.Tensor:
+    if t.shape not in shapes:
+        raise ValueError(f"a parameter has shape {tuple(t.shape)}; expected {shapes[0]} for x of {tuple(x.shape)}")
+    return t
 
 
 def _cpu_serves(x: torch.Tensor, silu: bool) -> bool:
