@@ -98,7 +98,7 @@ class FeatureStatistics:
         row = delta * (self.num * num / total) ** 0.5
         self._mean += delta * (num / total)
         self.num = total
-        return row[None]
+        return row.unsqueeze(0)
 
     def _require(self, least: int) -> None:
         if self.num < least:
