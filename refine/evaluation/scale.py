@@ -22,8 +22,8 @@ from refine.checkpoints.teachers import TeacherSource
 from refine.evaluation.comparison import summarise
 from refine.evaluation.job import Job
 from refine.evaluation.sides import described_guide, provenance_of, refined_with
-from refine.evaluation.space import check_takes
 from refine.metrics.bank import teacher_bank
+from refine.metrics.detectors import check_takes
 from refine.metrics.evaluate import Measurement, measure
 from refine.metrics.image_sets import ImageSet
 from refine.metrics.pipeline import gathered, my_share, prefetched

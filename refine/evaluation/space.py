@@ -7,11 +7,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from refine.checkpoints.pickles.inert import shown
 from refine.errors import option
-from refine.metrics.detectors import EXPECTED, Detector, load_detector
+from refine.metrics.detectors import EXPECTED, Detector, check_takes, load_detector
 from refine.metrics.references import Looking, NeedsDetector, Reference, load_reference
 
 _NAME = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")  # of a detector that needs no file
@@ -46,16 +44,6 @@ def load_space(
         check_takes(judge, image_shape, looking.device)
     with option("--ref"):
         return judge, load_reference(ref, judge, looking)
-
-
-def check_takes(judge: Detector, image_shape: Sequence[int], device: torch.device | str) -> None:
-    """Raises ValueError if the detector cannot look at such images."""
-    try:
-        with torch.no_grad():
-            judge(torch.zeros([2, *image_shape], dtype=torch.uint8, device=device))
-    except RuntimeError as error:  # what TorchScript raises for an input that does not fit
-        reason = str(error).strip().splitlines()[-1]
-        raise ValueError(f"{judge.name} cannot take images {list(image_shape)}: {reason}") from None
 
 
 def _detector_of(ref: str | os.PathLike) -> Detector:

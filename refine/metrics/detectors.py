@@ -19,7 +19,7 @@ import importlib
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -248,6 +248,16 @@ def observe(detector: Detector, images: torch.Tensor, classes: bool) -> tuple[to
         return detector(images), None
     together = getattr(detector, "observe", None)
     return together(images) if together else (detector(images), detector.classify(images))
+
+
+def check_takes(judge: Detector, image_shape: Sequence[int], device: torch.device | str) -> None:
+    """Raises ValueError if the detector, which is on `device`, cannot look at images [C, H, W]; two black ones tell."""
+    try:
+        with torch.no_grad():
+            judge(torch.zeros([2, *image_shape], dtype=torch.uint8, device=device))
+    except RuntimeError as error:  # what TorchScript raises for an input that does not fit
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(f"{judge.name} cannot take images {list(image_shape)}: {reason}") from None
 
 
 def classifies(detector: Detector) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from refine.checkpoints.teachers import TeacherSource
 from refine.config import MAX_IMAGES, TEACHER
-from refine.metrics.detectors import INCEPTION_SPACE, load_detector, source_of, space_of
+from refine.metrics.detectors import INCEPTION_SPACE, check_takes, load_detector, source_of, space_of
 from refine.metrics.dinov2_detector import split_mode
 from refine.metrics.evaluate import evaluate
 from refine.metrics.metric import VS_TEACHER, Direction, Metric
@@ -61,6 +62,7 @@ class NamedMetric:
         draw: Draw images of a teacher that is the reference, where they are not there; without them nothing can be
             measured, but everything else is checked.
         progress: Show a bar while images of the reference are drawn and looked at.
+        image_shape: [C, H, W] of the images that will be measured, if it is known.
 
     Attributes:
         name: As given, a detector's path shortened to its file's name: fit for file names and tags.
@@ -70,7 +72,8 @@ class NamedMetric:
         num: Number of images.
 
     Raises:
-        ValueError: The name is not a metric, or detector and reference cannot be read or do not fit.
+        ValueError: The name is not a metric, or detector and reference cannot be read or do not fit, or the detector
+            cannot look at such images.
     """
 
     direction: Direction = "lower"
@@ -87,6 +90,7 @@ class NamedMetric:
         teacher: str | os.PathLike | TeacherSource | None = None,
         draw: bool = True,
         progress: bool = False,
+        image_shape: Sequence[int] | None = None,
     ):
         kind, self.num, detector = _parsed(name)
         self.metric = _NAMED[kind]
@@ -101,6 +105,8 @@ class NamedMetric:
                 f"{name} is measured with Inception-2015-12-05 only, found {found}; "
                 f"expected {self.metric.name}{self.num}-…"
             )
+        if image_shape is not None:
+            check_takes(self._detector.to(device), image_shape, device)
         self._reference: Reference | None = None
         if reference == TEACHER and self.metric.reference == "nothing":
             reference = None  # no images are drawn for a metric that would not look at them

@@ -245,6 +245,7 @@ def _from_arrays(path: Path, arrays: dict[str, np.ndarray], form: str) -> Refere
     mu, sigma = (_floats(path, arrays[key], key) for key in ("mu", "sigma"))
     features = _floats(path, arrays["features"], "features") if "features" in arrays else None
     _check_shapes(path, mu, sigma, features)
+    said = {key: str(arrays[key]) for key in ("detector", "detector_sha256", "detector_resize") if key in arrays}
     return Reference(
         name=path.name,
         sha256=sha256_of_file(path),
@@ -252,7 +253,9 @@ def _from_arrays(path: Path, arrays: dict[str, np.ndarray], form: str) -> Refere
         sigma=sigma.double(),
         num=_count(path, arrays, features),
         features=None if features is None else features.float(),
-        **{key: str(arrays[key]) for key in ("detector", "detector_sha256", "detector_resize") if key in arrays},
+        detector=said.get("detector"),
+        detector_sha256=said.get("detector_sha256"),
+        detector_resize=said.get("detector_resize"),
         form=form,
         classes=_classes(path, arrays, features),
     )

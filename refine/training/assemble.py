@@ -254,9 +254,10 @@ def _load_pair(config: RefineConfig) -> _Pair:
 
 def _load_metrics(config: RefineConfig, pair: _Pair, device: torch.device, dry_run: bool) -> list[NamedMetric]:
     """With what they compare with: all processes look at the images of --ref, and draw those of the teacher."""
-    batch = config.metrics_batch or sensible_batch(max(pair.student.img_resolution, pair.teacher.img_resolution))
+    size = pair.student.img_resolution
+    batch = config.metrics_batch or sensible_batch(max(size, pair.teacher.img_resolution))
     options: dict[str, Any] = {"device": device, "trust": config.trust_detector, "teacher": pair.source}
-    options["batch"] = batch
+    options |= {"batch": batch, "image_shape": [pair.student.img_channels, size, size]}
     options |= {"draw": not dry_run, "progress": True}
     with option("--metrics"), sharing():
         return [NamedMetric(name, config.ref, **options) for name in config.metrics]

@@ -142,7 +142,7 @@ def test_products_are_exact_while_measuring(space):
 def test_as_many_images_at_once_as_are_asked_for_or_fit(monkeypatch, asked, resolutions, expected):
     seen = []
     monkeypatch.setattr(assemble, "NamedMetric", lambda name, ref, **options: seen.append(options["batch"]))
-    student, teacher = (types.SimpleNamespace(img_resolution=resolution) for resolution in resolutions)
+    student, teacher = (types.SimpleNamespace(img_resolution=resolution, img_channels=1) for resolution in resolutions)
     pair = types.SimpleNamespace(student=student, teacher=teacher, source=None)
     config = RefineConfig("g", "t", metrics=("fd2k-digits",), metrics_batch=asked)
     assemble._load_metrics(config, pair, torch.device("cpu"), dry_run=True)

@@ -120,3 +120,14 @@ def test_another_generator(tmp_path):
     assert reference.num == 20 and reference.form == "generator, 20 images" and len(reference.features) == 20
     again = load_reference(tmp_path / "G.safetensors", PixelDetector(), Looking(num=20, batch=8))
     assert torch.equal(again.mu, reference.mu)
+
+
+def test_statistics_that_contradict_themselves_and_those_of_equal_images(tmp_path):
+    np.savez(tmp_path / "r.npz", mu=np.zeros(4), sigma=np.eye(4), features=np.ones([3, 4], np.float32), num=7)
+    with pytest.raises(ValueError, match=r"has a num of 7 and features of 3 images"):
+        load_reference(tmp_path / "r.npz")
+    np.savez(tmp_path / "r.npz", mu=np.zeros(4), sigma=np.zeros([4, 4]), num=7)
+    assert load_reference(tmp_path / "r.npz").sigma.abs().max() == 0
+    np.savez(tmp_path / "r.npz", mu=np.zeros(4), sigma=-1e-9 * np.eye(4), num=7)
+    with pytest.raises(ValueError, match="sigma with negative eigenvalues"):
+        load_reference(tmp_path / "r.npz")

@@ -145,12 +145,18 @@ def test_a_reference_that_changed_is_refused_unless_it_is_another(begun, tmp_pat
     from refine.metrics.references import save_reference
     from refine.metrics.statistics import FeatureStatistics
 
+    detector = load_detector(tmp_path / "teacher.safetensors")
+
     def write(name):
-        features = FeatureStatistics(keep_features=True).update(torch.rand(70, 32))
-        save_reference(tmp_path / name, features, load_detector("digits"))
+        features = FeatureStatistics(keep_features=True).update(torch.rand(70, detector.feature_dim))
+        save_reference(tmp_path / name, features, detector)
 
     write("ref.npz")
-    metrics = ["--metrics=fd2-digits", f"--ref={tmp_path}/ref.npz"]
+    digits = ["--metrics=fd2-digits", "--ref=digits-reference"]  # which cannot look at images of 8x8
+    code, _, err = call(capsys, *begun, *digits, f"--outdir={tmp_path}/other")
+    assert code == 2 and "--metrics: the digits detector got uint8 images of shape [2, 1, 8, 8]" in err, err
+    assert not (tmp_path / "other").exists()
+    metrics = ["--metrics=fd2-teacher", f"--ref={tmp_path}/ref.npz"]
     code, _, err = call(capsys, *begun, "--resume=auto", *metrics, "--kimg=0.012")
     assert code == 0, err
     write("ref.npz")

@@ -85,6 +85,10 @@ class Nvrtc:
         numbers = (ctypes.c_int * count.value)()
         self._call("nvrtcGetSupportedArchs", numbers)
         self.version, self.targets = f"{major.value}.{minor.value}", tuple(f"sm_{number}" for number in sorted(numbers))
+        # NVRTC opens a second library by its name alone, which the system finds if it is open already.
+        beside = os.path.join(os.path.dirname(path), f"libnvrtc-builtins.so.{self.version}")
+        if os.path.isfile(beside):
+            ctypes.CDLL(beside)
 
     def _call(self, name: str, *arguments: object) -> None:
         if status := getattr(self._library, name)(*arguments):

@@ -69,8 +69,8 @@ REFINE_DEVICE void load_taps(const Upfirdn2dRecord& r, Acc (&f)[Taps][Taps]) {
     for (int k = 0; k < Taps * Taps; ++k) f[k / Taps][k % Taps] = from[k * step] * Acc(r.gain);
 }
 
-constexpr int kPatchThreads = 128;
-constexpr int kPlanePatch = 4, kPixelPatch = 2;  // outputs along each side
+[[maybe_unused]] constexpr int kPatchThreads = 128;
+[[maybe_unused]] constexpr int kPlanePatch = 4, kPixelPatch = 2;  // outputs along each side
 
 // Images as planes. A block copies the samples of its planes, or of its tile of one, into shared memory, with zeros where
 // there is none; a thread has a patch.
