@@ -113,8 +113,8 @@ def kernels_of(op: str) -> list[str]:
 
 
 def build() -> list[Path]:
-    """Compiles what is missing of all kernels that the ops have noted: for the targets of TORCH_CUDA_ARCH_LIST, else for
-    the GPUs here, else for one of each generation. Returns the folders of the images."""
+    """Compiles what is missing of all kernels that the ops have noted: for the targets of TORCH_CUDA_ARCH_LIST, else
+    for the GPUs here, else for one of each generation. Returns the folders of the images."""
     compiler = open_compiler()
     if text := os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip():
         targets = toolchain.parse_arch_list(text)
@@ -152,7 +152,7 @@ def _stem(expression: str) -> str:
 def find_compiler() -> str | None:
     """Path of what would compile, found without running anything; None = nothing."""
     nvcc = toolchain.find_nvcc(torch.version.cuda)
-    return nvrtc.find(torch.version.cuda) or (nvcc and nvcc.command[0])
+    return nvrtc.find(torch.version.cuda) or (None if nvcc is None else nvcc.command[0])
 
 
 @functools.cache
