@@ -23,7 +23,10 @@ from pathlib import Path
 from refine.torch_utils.build import op_builder, op_cache, toolchain
 
 MODES = ("auto", "native", "ref")
-OPS = {"cpu": ("upfirdn2d", "bias_act", "group_norm_silu", "conv3x3"), "cuda": ("upfirdn2d", "bias_act")}
+OPS = {
+    "cpu": ("upfirdn2d", "bias_act", "filtered_lrelu", "group_norm_silu", "conv3x3"),
+    "cuda": ("upfirdn2d", "bias_act"),
+}
 SOURCES = Path(__file__).parents[1] / "ops"
 
 _mode: str | None = None  # None = as the environment says
