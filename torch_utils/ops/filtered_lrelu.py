@@ -3,7 +3,7 @@
 A pointwise nonlinearity makes frequencies that the sampling rate of its input cannot hold. So it is applied at a higher
 rate, and what the output's rate cannot hold is filtered away (Karras et al., arXiv 2106.12423, section 3.2).
 
-The compiled kernel (filtered_lrelu.cpp) takes planes, (N, C, H, W), keeps what lies between the filters in the cache, and
+The compiled kernels take planes, (N, C, H, W), keep what lies between the filters in the cache, and
 for the backward pass two bits a number of it. The reference is composed of `upfirdn2d` and `bias_act`. Both are
 differentiable to any order in x and b.
 """
