@@ -21,7 +21,7 @@ def ops() -> None:
     type=click.Choice(DEVICES),
     default="auto",
     show_default=True,
-    help="auto = the CPU, and CUDA where torch is built for it and there is an nvcc.",
+    help="auto = the CPU, and CUDA where torch is built for it and there is NVRTC or nvcc.",
 )
 @click.option(
     "--portable", is_flag=True, help="CPU ops for other machines of this architecture, not for this one only."
@@ -36,28 +36,32 @@ def build(device: str, portable: bool) -> int:
     """
     import torch
 
-    from refine.torch_utils.build import custom_ops
+    from refine.torch_utils.build import device_code
 
     devices = ["cpu", "cuda"] if device == "auto" else [device]
     if device == "auto" and torch.version.cuda is None:
         devices = ["cpu"]
-    elif device == "auto" and custom_ops.find_compiler("cuda") is None:
+    elif device == "auto" and device_code.find_compiler() is None:
         devices = ["cpu"]
-        click.echo("no nvcc, so no ops for CUDA", err=True)
+        click.echo("neither NVRTC nor nvcc, so no ops for CUDA", err=True)
     built = [_build_one(name, portable and name == "cpu") for name in devices]
     return 0 if all(built) else 1
 
 
 def _build_one(device: str, portable: bool) -> bool:
     """Whether they are there now; says where, or why not."""
-    from refine.torch_utils.build import custom_ops
+    from refine.torch_utils.build import custom_ops, device_code
+    from refine.torch_utils.build.progress import line
+    from refine.torch_utils.ops import bias_act, upfirdn2d  # noqa: F401 - they note their kernels
 
     try:
-        library = custom_ops.obtain(device, portable)
-    except custom_ops.NativeUnavailable as error:
-        click.echo(f"{device}: {error}", err=True)
+        paths = device_code.build() if device == "cuda" else [custom_ops.obtain(device, portable).path]
+    except custom_ops.FAILURES as error:
+        line.break_off()
+        click.echo(f"{device}: {' '.join(str(error).split())}", err=True)
         return False
-    click.echo(f"{device}: {library.path}")
+    for path in paths:
+        click.echo(f"{device}: {path}")
     return True
 
 
@@ -67,7 +71,7 @@ def list_libraries(as_json: bool) -> None:
     """Lists the libraries in the cache, those of other versions and machines included."""
     from refine.torch_utils.build import op_cache
 
-    paths = [str(path) for entry in op_cache.entries() for path in sorted(entry.glob("*.so"))]
+    paths = [str(path) for entry in op_cache.entries() for path in sorted(entry.glob("*.*.*"))]
     click.echo(json.dumps(paths, indent=2) if as_json else "\n".join(paths) or "none")
 
 

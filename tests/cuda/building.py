@@ -7,6 +7,9 @@ from pathlib import Path
 
 import torch
 
+from refine.torch_utils.build import device_code
+from refine.torch_utils.ops import bias_act, upfirdn2d  # noqa: F401 - they note their kernels
+
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "torch_utils" / "ops"
 FLAGS = ["-O1", "-w", "-std=c++20", "-fPIC", "-shared"]
@@ -26,9 +29,10 @@ def build(folder: Path) -> None:
     includes = [f"-I{home}/include", f"-I{home}/include/torch/csrc/api/include"]
     libraries = [f"-L{home}/lib", "-lc10", "-ltorch_cpu", "-ltorch", f"-Wl,-rpath,{home}/lib"]
     kernels = []
-    for op in ("bias_act", "upfirdn2d"):
+    for op in sorted({op for op, _ in device_code.KERNELS}):
+        expressions = [name for (owner, _), names in device_code.KERNELS.items() if owner == op for name in names]
         kernels.append(folder / f"{op}.cpp")
-        kernels[-1].write_text(for_host((KERNELS / f"{op}.cu").read_text()))
+        kernels[-1].write_text(for_host(op, (KERNELS / f"{op}.cu").read_text(), expressions))
     commands = [
         [*includes, str(HERE / "fake_device.cpp"), *libraries, "-o", str(folder / "libdevice.so")],
         [f"-I{HERE}", f"-I{KERNELS}", *map(str, kernels), "-o", str(folder / "libkernels.so")],
@@ -43,10 +47,12 @@ def build(folder: Path) -> None:
             raise CannotBuild(f"g++ fails, {what}: {errors[0] if errors else 'without a word'}")
 
 
-def for_host(source: str) -> str:
-    """A .cu file as C++: launches become calls, and dynamic shared memory a pointer."""
+def for_host(op: str, source: str, expressions: list[str]) -> str:
+    """A .cu file as C++, with dynamic shared memory as a pointer, and a function that starts any of its kernels."""
     source, arrays = re.subn(r"extern __shared__ double (\w+)\[\];", r"double* \1 = on_host::shared_memory();", source)
-    launch = re.compile(r"(\w+(?:<[\w, ]+>)?)<<<(.*?)>>>\s*\((.*?)\);", flags=re.DOTALL)
-    source, launches = launch.subn(r"on_host::launch(KERNEL(\1), \2, \3);", source)
-    assert launches and arrays == source.count("shared_memory()"), "the sources have changed"
-    return '#include "on_host.h"\n' + source
+    assert arrays == source.count("shared_memory()") and "extern __shared__" not in source, "the sources have changed"
+    start = "return on_host::launch(&{0}, blocks, threads, bytes, record, length);"
+    cases = "".join(f'    if (name == "{name}") {start.format(name)}\n' for name in expressions)
+    parameters = "const char* text, unsigned blocks, int threads, size_t bytes, const void* record, size_t length"
+    launch = f"const std::string name = text;\n{cases}    return on_host::kUnknown;"
+    return f'#include "on_host.h"\n{source}\nextern "C" int launch_{op}({parameters}) {{\n    {launch}\n}}\n'

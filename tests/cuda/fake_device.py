@@ -67,9 +67,19 @@ def install(kernels: bool = True) -> torch.device:
         setattr(torch.cuda, name, value)
     torch.Tensor.__deepcopy__ = _deepcopy(torch.Tensor.__deepcopy__)
     from refine.torch_utils.build import custom_ops
+    from refine.torch_utils.ops import native
 
+    library = ctypes.CDLL(str(FOLDER / "libkernels.so")) if kernels else None
+
+    def launch(op, x, expression, blocks, threads, shared, record):
+        sizes = ctypes.c_uint(blocks), threads, ctypes.c_size_t(shared)
+        status = library[f"launch_{op}"](expression.encode(), *sizes, record, ctypes.c_size_t(len(record)))
+        if status:
+            raise RuntimeError(f"{op} on {x.device}: status {status} of {expression}")
+
+    native.launch = launch
     custom_ops.set_mode("auto")
-    custom_ops._ready |= {"cpu": None, "cuda": ctypes.CDLL(str(FOLDER / "libkernels.so")) if kernels else None}
+    custom_ops._ready |= {"cpu": None, "cuda": library}
     return torch.device("cuda")
 
 

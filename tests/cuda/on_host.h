@@ -32,7 +32,6 @@ struct dim3 {
     unsigned x, y = 1, z = 1;
 };
 inline dim3 threadIdx, blockIdx, gridDim, blockDim;
-using cudaStream_t = void*;
 
 namespace on_host {
 
@@ -53,7 +52,7 @@ inline std::vector<std::unique_ptr<Fiber>> fibers;  // made once, they run one k
 inline int current;
 inline const std::function<void()>* body;
 inline std::vector<unsigned char> shared;
-inline int last_error = 0;
+constexpr int kUnknown = -1, kShortRecord = -2, kInvalidConfiguration = 9;
 
 [[noreturn]] inline void die(const char* text) {
     std::fprintf(stderr, "kernel on the host: %s\n", text);
@@ -125,25 +124,23 @@ inline void run_block(int threads, size_t bytes, const std::function<void()>& ke
         if (behind[i] != kGarbage) die("a write behind shared memory");
 }
 
-template <class Kernel, class... Args>
-void launch(Kernel kernel, unsigned grid, int threads, size_t bytes, cudaStream_t, Args... args) {
+template <class Record>
+int launch(void (*kernel)(Record), unsigned blocks, int threads, size_t bytes, const void* packed, size_t length) {
     const int most = std::atoi(setting("FAKE_GRID"));
-    if (grid == 0 || threads < 1 || threads > 1024 || bytes > 48 * 1024) {
-        last_error = 9;  // cudaErrorInvalidConfiguration
-        return;
-    }
-    gridDim = {most > 0 ? std::min(grid, unsigned(most)) : grid};
+    if (length < sizeof(Record)) return kShortRecord;
+    if (blocks == 0 || threads < 1 || threads > 1024 || bytes > 48 * 1024) return kInvalidConfiguration;
+    Record record;
+    std::memcpy(&record, packed, sizeof(Record));
+    gridDim = {most > 0 ? std::min(blocks, unsigned(most)) : blocks};
     blockDim = {unsigned(threads)};
-    const std::function<void()> once = [&] { kernel(args...); };
+    const std::function<void()> once = [&] { kernel(record); };
     for (unsigned block = 0; block < gridDim.x; ++block) {
         blockIdx = {block};
         run_block(threads, bytes, once);
     }
+    return 0;
 }
 
 }  // namespace on_host
 
 #define __syncthreads() on_host::leave(on_host::State::kWaiting)
-#define KERNEL(...) [](auto... arguments) { __VA_ARGS__(arguments...); }
-
-inline int cudaGetLastError() { return std::exchange(on_host::last_error, 0); }

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from refine.torch_utils.build import custom_ops, op_cache, toolchain
+from refine.torch_utils.build import custom_ops, device_code, op_cache, toolchain
+from refine.torch_utils.build.progress import line
 from refine.torch_utils.ops.bias_act import bias_act
 from refine.torch_utils.ops.conv3x3 import conv3x3
 from refine.torch_utils.ops.group_norm_silu import group_norm_silu
@@ -46,17 +47,15 @@ def examine() -> dict[str, Any]:
 
 
 def _cuda_facts() -> dict[str, Any]:
-    """CUDA of torch, driver and toolkit; None for what is not there."""
-    driver, nvcc = toolchain.driver_version(), custom_ops.find_compiler("cuda")
+    """CUDA of torch and of the driver, and what compiles for GPUs: None for what is not there."""
+    driver = toolchain.driver_version()
     facts: dict[str, Any] = {"runtime": torch.version.cuda, "driver": driver and "{}.{}".format(*driver)}
-    facts |= {"toolkit": None, "root": None, "nvcc": nvcc and str(nvcc), "newest_gcc": None}
-    if nvcc is not None:
-        try:
-            toolkit = toolchain.CudaToolkit.probe(nvcc)
-        except toolchain.Missing as error:
-            return facts | {"problem": str(error)}
-        facts |= {"toolkit": toolkit.version, "root": str(toolkit.root), "newest_gcc": toolkit.newest_gcc()}
-    return facts
+    try:
+        compiler = device_code.open_compiler()
+    except toolchain.Missing as error:
+        return facts | {"compiler": None, "problem": str(error)}
+    found = {"name": compiler.name, "version": compiler.version, "path": compiler.path}
+    return facts | {"compiler": found | {"targets": list(compiler.targets)}}
 
 
 def _gpus() -> list[dict[str, Any]]:
@@ -90,9 +89,14 @@ def try_op(op: str, device: str) -> dict[str, Any]:
     start = time.perf_counter()
     try:
         library = custom_ops.obtain(device)
-    except custom_ops.NativeUnavailable as problem:
-        return {"ok": False, "reason": str(problem)}
-    facts = {"path": str(library.path), "built": library.built, "load_seconds": round(time.perf_counter() - start, 4)}
+        path, built = library.path, library.built
+        if device == "cuda":
+            kernels, capability = device_code.KERNELS[op, "float"], torch.cuda.get_device_capability()
+            (path, *_), built = device_code.obtain(op, kernels, capability)
+    except custom_ops.FAILURES as problem:
+        line.break_off()
+        return {"ok": False, "reason": " ".join(str(problem).split())}
+    facts = {"path": str(path), "built": built, "load_seconds": round(time.perf_counter() - start, 4)}
     mode = custom_ops.get_mode()
     custom_ops.set_mode("auto")
     try:
@@ -168,14 +172,8 @@ def _advice(facts: dict[str, Any]) -> list[str]:
         )
     if cuda["runtime"] and cuda["driver"] and _major(cuda["driver"]) < _major(cuda["runtime"]):
         lines.append(f"torch is for CUDA {cuda['runtime']}, the driver for {cuda['driver']}: install a newer driver")
-    if facts["gpus"]:
-        major = _major(cuda["runtime"])
-        if cuda["toolkit"] is None:
-            lines.append(
-                f"no CUDA toolkit: install nvcc of CUDA {major} (conda: conda install cuda-nvcc), set CUDA_HOME"
-            )
-        elif cuda["driver"] and _major(cuda["toolkit"]) > _major(cuda["driver"]):
-            lines.append(f"the toolkit {cuda['toolkit']} is newer than the driver: install that of CUDA {major}")
+    if facts["gpus"] and cuda["compiler"] is None:
+        lines.append(cuda["problem"])
     return lines
 
 
@@ -186,15 +184,15 @@ def _major(version: str) -> int:
 def as_text(report: dict[str, Any]) -> str:
     """The report for people."""
     cuda, compiler, cache = report["cuda"], report["compiler"], report["cache"]
-    toolkit = f"{cuda['toolkit']} in {cuda['root']}" if cuda["toolkit"] else cuda.get("problem", "none")
-    if cuda["newest_gcc"]:
-        toolkit += f", takes gcc up to {cuda['newest_gcc']}"
+    gpu_compiler = "none"
+    if found := cuda["compiler"]:
+        gpu_compiler = f"{found['name']} {found['version']} in {found['path']}, for {' '.join(found['targets'])}"
     gpus = [f"{gpu['name']}, {gpu['bytes'] / 2**30:.0f} GiB, sm_{gpu['capability']}" for gpu in report["gpus"]]
     rows = [
         ("Python", report["python"]),
         ("torch", report["torch"]),
         ("CUDA", f"torch {cuda['runtime'] or 'none'}, driver {cuda['driver'] or 'none'}"),
-        ("toolkit", toolkit),
+        ("GPU compiler", gpu_compiler),
         ("GPU", "; ".join(gpus) or "none"),
         ("compiler", f"{compiler['command']}: {compiler['version'] or 'cannot be run'}" if compiler else "none"),
         ("ninja", report["ninja"] or "none"),
@@ -210,7 +208,7 @@ def as_text(report: dict[str, Any]) -> str:
 def _verdict(result: dict[str, Any]) -> str:
     if not result["ok"]:
         return f"plain torch is used: {result['reason']}"
-    origin = "compiled now" if result["built"] else "compiled"
+    origin = f"compiled now in {result['load_seconds']:.1f} s" if result["built"] else "compiled"
     return (
         f"{origin}, agrees with the reference (error {result['max_error']:.0e}), {result['speedup']:.1f} × as fast as "
         f"plain torch, {result['speedup_over_reference']:.1f} × the reference"

@@ -1,4 +1,4 @@
-"""Sources → one shared library: the steps, ninja, the log, and what a failed build says.
+"""Sources → compiled files: the steps, ninja, the log, and what a failed build says.
 
 Works in a folder that the caller gives and puts nothing anywhere else. ninja compiles the sources side by side, links
 what they gave and stops everything at the first error; where it is missing, the same steps run one after the other.
@@ -23,7 +23,7 @@ from refine.torch_utils.build.toolchain import Compiler, CudaToolkit, Missing
 CXX_FLAGS = ("-O2", "-ftree-vectorize", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 # Taken where the compiler knows them; without OpenMP the ops run on one thread.
 OPTIONAL_CXX_FLAGS = ("-fopenmp", "-fvect-cost-model=dynamic")
-NVCC_FLAGS = ("-O3", "-Xcompiler=-fPIC", "--threads=0")
+NVCC_FLAGS = ("--std=c++17",)
 LIBRARY = "ops.so"
 
 # The first that fits an error message explains it.
@@ -33,7 +33,8 @@ _DIAGNOSES = [
         "the host compiler is too new for nvcc: set NVCC_CCBIN",
     ),
     (r"cannot execute .?cc1plus|cc1plus.*No such file", "the C++ compiler is only half installed: install g++"),
-    (r"fatal error: cuda\S*: No such file", "the CUDA toolkit has no headers: install cuda-cudart-dev"),
+    (r"fatal error: (cuda|crt)\S*: No such file", "the CUDA toolkit has no headers: install cuda-cudart-dev"),
+    (r"libnvrtc-builtins", "NVRTC is only half installed: pip install --force-reinstall nvidia-cuda-nvrtc"),
     (r"fatal error: \S+: No such file", "headers of the C++ library are missing: install g++ (build-essential)"),
     (r"No space left on device", "the disk is full"),
     (r"Killed|signal terminated|out of memory|Cannot allocate memory", "there was too little memory to compile"),
@@ -68,7 +69,10 @@ def cpu_steps(ops: Sequence[str], compiler: Compiler, target: str, folder: Path)
     """
     wanted = [*toolchain.march(target), *OPTIONAL_CXX_FLAGS]
     taken = [flag for flag in wanted if _compiles(compiler, flag, folder)]
-    return _steps([f"{op}.cpp" for op in ops], [*compiler.command, *CXX_FLAGS, *taken])
+    command = [*compiler.command, *CXX_FLAGS, *taken]
+    compiling = [Step(f"{op}.o", [f"{op}.cpp"], [*command, "-c", f"{op}.cpp", "-o", f"{op}.o"]) for op in ops]
+    objects = [step.output for step in compiling]
+    return [*compiling, Step(LIBRARY, objects, [*command, "-shared", *objects, "-o", LIBRARY])]
 
 
 def _compiles(compiler: Compiler, flag: str, folder: Path) -> bool:
@@ -83,23 +87,27 @@ def _compiles(compiler: Compiler, flag: str, folder: Path) -> bool:
     return result.returncode == 0
 
 
-def cuda_steps(ops: Sequence[str], toolkit: CudaToolkit, targets: list[str]) -> list[Step]:
-    """For the `*.cu` of the ops. The CUDA runtime goes in statically: it meets torch's in the driver only, so the
-    toolkit need not be of torch's version.
+def cuda_steps(source: str, jobs: Sequence[tuple[str, str]], toolkit: CudaToolkit, folder: Path) -> list[Step]:
+    """For kernels of a .cu, each in a file of its own, which are written into the folder.
+
+    Args:
+        source: Name of the .cu.
+        jobs: (name expression of a kernel, target).
+        toolkit: Whose nvcc compiles.
+        folder: Where the source lies.
 
     Raises:
         Missing: No host compiler that nvcc takes.
     """
     ccbin = toolkit.host_compiler()
-    command = [*toolkit.nvcc.command, *NVCC_FLAGS, *([f"-ccbin={ccbin}"] if ccbin else []), *toolchain.gencode(targets)]
-    return _steps([f"{op}.cu" for op in ops], command, "-cudart=static")
-
-
-def _steps(sources: list[str], command: list[str], *link_flags: str) -> list[Step]:
-    objects = [f"{Path(source).stem}.o" for source in sources]
-    pairs = zip(objects, sources, strict=True)
-    compiling = [Step(output, [source], [*command, "-c", source, "-o", output]) for output, source in pairs]
-    return [*compiling, Step(LIBRARY, objects, [*command, "-shared", *link_flags, *objects, "-o", LIBRARY])]
+    command = [*toolkit.nvcc.command, *NVCC_FLAGS, *([f"-ccbin={ccbin}"] if ccbin else [])]
+    steps = []
+    for index, (expression, target) in enumerate(jobs):
+        text = f'#include "{source}"\nconst auto kernel = &{expression};\n'
+        (folder / f"{index}.cu").write_text(text, encoding="utf-8")
+        form = ["-ptx" if target.startswith("ptx") else "-cubin", f"-arch={target.replace('ptx', 'compute')}"]
+        steps.append(Step(f"{index}.out", [f"{index}.cu"], [*command, *form, f"{index}.cu", "-o", f"{index}.out"]))
+    return steps
 
 
 def check_driver(toolkit: CudaToolkit) -> None:
@@ -117,7 +125,7 @@ def run(steps: list[Step], folder: Path, log: Path, limit: float, ninja: str | N
     """Runs the steps in `folder`, by ninja where there is one; everything goes into `log`.
 
     Returns:
-        The library that the last step made.
+        What the last step made.
 
     Raises:
         BuildFailed: A step failed or the limit (seconds) was reached.
@@ -139,9 +147,9 @@ def run(steps: list[Step], folder: Path, log: Path, limit: float, ninja: str | N
                 raise BuildFailed(f"{command[0]} cannot be run: {error.strerror}; log: {log}") from None
             if code:
                 raise BuildFailed(describe(log, code))
-    if not (folder / LIBRARY).is_file():
-        raise BuildFailed(f"the compiler left no library; log: {log}")
-    return folder / LIBRARY
+    if not (folder / steps[-1].output).is_file():
+        raise BuildFailed(f"the compiler left no {steps[-1].output}; log: {log}")
+    return folder / steps[-1].output
 
 
 def _run_one(command: list[str], folder: Path, file: IO[str], limit: float) -> int:

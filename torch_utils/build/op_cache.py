@@ -1,9 +1,10 @@
-"""Where compiled libraries lie, how they are found, and that one process at a time builds them.
+"""Where compiled code lies, how it is found, and that one process at a time builds it.
 
-    <cache folder>/ops-<device>-<key>/<targets>.<checksum>.so
+    <cache folder>/ops-cpu-<key>/<target>.<checksum>.so
+    <cache folder>/ops-cuda-<key>/<kernel>.<target>.<checksum>.image
 
-The key stands for everything that a library is made from, see `custom_ops.describe_wanted`; the checksum tells half a
-file from a whole one. Files appear whole, by renaming.
+The key stands for everything that a file is made from, see `custom_ops.describe_wanted` and `device_code.read`; the
+checksum tells half a file from a whole one. Files appear whole, by renaming.
 """
 
 import contextlib
@@ -43,23 +44,24 @@ def _temporary_folder() -> Path:
     return Path(tempfile.gettempdir()).absolute() / f"gan-refine-ops-{getattr(os, 'getuid', str)()}"
 
 
-def find(folder: str, accepts: Callable[[str], bool], passed_over: dict[Path, str]) -> list[Path]:
-    """Whole libraries whose targets are accepted, folder by folder of the cache, newest first.
+def find(folder: str, pattern: str, accepts: Callable[[str], bool], passed_over: dict[Path, str]) -> list[Path]:
+    """Whole files whose target is accepted, folder by folder of the cache, newest first.
 
     Args:
-        folder: Of the libraries, below each cache folder.
-        accepts: Of a file's targets.
+        folder: Of the files, below each cache folder.
+        pattern: Of their names.
+        accepts: Of a file's target.
         passed_over: What was not looked into, and why, is noted here: code is run only from where nobody else can
             have put it.
     """
     found: list[Path] = []
     for base in cache_folders():
         try:
-            entries = sorted((base / folder).glob("*.*.so"), key=_age)
+            entries = sorted((base / folder).glob(pattern), key=_age)
         except OSError as error:
             passed_over[base / folder] = f"{base / folder}: {error.strerror}"
             continue
-        for path in (entry for entry in entries if accepts(targets_of(entry))):
+        for path in (entry for entry in entries if accepts(target_of(entry))):
             if reason := distrust(path, base) or _damage(path):
                 passed_over[path] = reason
             else:
@@ -71,18 +73,18 @@ def _age(path: Path) -> int:
     return -path.lstat().st_mtime_ns
 
 
-def targets_of(path: Path) -> str:
-    """What a library was compiled for: see `toolchain.cpu_targets`; GPU targets joined by +."""
-    return path.name.split(".")[0]
+def target_of(path: Path) -> str:
+    """What a file was compiled for: one of `toolchain.cpu_targets`; sm_90, ptx_90."""
+    return path.name.split(".")[-3]
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a library: the system's loader would crash on one that is cut off."""
+    """What is wrong with a file: the system's loader would crash on a library that is cut off."""
     try:
         data = path.read_bytes()
     except OSError as error:
         return f"{path}: {error.strerror}"
-    if hashlib.sha256(data).hexdigest()[:16] != path.name.split(".")[1]:
+    if hashlib.sha256(data).hexdigest()[:16] != path.name.split(".")[-2]:
         return f"{path} does not have its checksum"
     if data[:4] == b"\x7fELF" and not _is_whole_elf(data):
         return f"{path} is cut off"
@@ -108,26 +110,25 @@ def checksum(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def keep(library: Path, entry: Path, targets: list[str]) -> Path:
-    """Gives a finished library its name in the cache; older ones for these targets go.
+def keep(made: Path, entry: Path, stem: str) -> Path:
+    """Gives a finished file its name in the cache, `stem`, checksum, suffix; older ones of this stem go.
 
     Raises:
         OSError: It cannot be written.
     """
-    with open(library, "rb") as file:
+    with open(made, "rb") as file:
         os.fsync(file.fileno())
-    stem = "+".join(targets)
-    target = entry / f"{stem}.{checksum(library)}.so"
-    keep_from_others(library)
-    os.replace(library, target)
-    for old in entry.glob(f"{stem}.*.so"):
+    target = entry / f"{stem}.{checksum(made)}{made.suffix}"
+    keep_from_others(made)
+    os.replace(made, target)
+    for old in entry.glob(f"{stem}.*{made.suffix}"):
         if old != target:
             old.unlink(missing_ok=True)
     return target
 
 
 def entries() -> list[Path]:
-    """The folders of libraries in all caches, those of other versions and machines included."""
+    """The folders of compiled code in all caches, those of other versions and machines included."""
     found = (base.glob(f"ops-{device}-{'?' * 16}") for base in cache_folders() for device in ("cpu", "cuda"))
     return [path for paths in found for path in sorted(paths) if path.is_dir()]
 

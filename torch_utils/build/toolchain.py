@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,7 @@ _ARCH_NAMES = {
     "Hopper": "9.0",
     "Blackwell": "10.0;12.0",
 }
-# One target per generation of GPUs, for a build without a GPU; those that nvcc knows are taken.
+# One target per generation of GPUs, for a build without a GPU; those that the compiler knows are taken.
 _COMMON_TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 
@@ -112,10 +113,15 @@ def find_nvcc(torch_cuda: str | None) -> Compiler | None:
 class CudaToolkit:
     """What an nvcc says about itself."""
 
+    name = "nvcc"
     nvcc: Compiler
     root: Path  # the toolkit's own folder, also where `nvcc` is a wrapper script elsewhere
     version: str  # '13.0'
     targets: tuple[str, ...]  # 'sm_75', …, oldest first
+
+    @property
+    def path(self) -> str:
+        return str(self.nvcc)
 
     @classmethod
     def probe(cls, nvcc: Compiler) -> "CudaToolkit":
@@ -161,6 +167,15 @@ class CudaToolkit:
         raise Missing(f"nvcc {self.version} takes g++ {limit}, {has}; install an older one or set NVCC_CCBIN")
 
 
+def time_limit() -> float:
+    """Seconds for a build, or for waiting for one. Raises Missing if REFINE_OPS_TIMEOUT is no number."""
+    text = os.environ.get("REFINE_OPS_TIMEOUT", "300")
+    try:
+        return float(text)
+    except ValueError:
+        raise Missing(f"REFINE_OPS_TIMEOUT is {text!r}; expected seconds") from None
+
+
 def gcc_major(path: str) -> int | None:
     """Major version of a gcc; None for another compiler."""
     text = output_of([path, "-dumpversion"])
@@ -180,7 +195,7 @@ def driver_version() -> tuple[int, int] | None:
 
 
 def parse_arch_list(text: str) -> list[str]:
-    """TORCH_CUDA_ARCH_LIST → nvcc's targets: '8.0;9.0+PTX' → ['sm_80', 'sm_90', 'ptx_90'].
+    """TORCH_CUDA_ARCH_LIST → targets: '8.0;9.0+PTX' → ['sm_80', 'sm_90', 'ptx_90'].
 
     Raises:
         Missing: A word that is no architecture.
@@ -197,33 +212,33 @@ def parse_arch_list(text: str) -> list[str]:
     return list(dict.fromkeys(targets))
 
 
-def choose_targets(known: tuple[str, ...], capabilities: list[tuple[int, int]]) -> list[str]:
+def choose_target(known: Sequence[str], capability: tuple[int, int]) -> str:
     """What to compile for.
 
     Args:
-        known: nvcc's targets.
-        capabilities: Those of the GPUs here; none = every common target, and PTX for what comes later.
+        known: The compiler's targets.
+        capability: Of the GPU.
 
     Returns:
-        Targets as `parse_arch_list` gives them. A GPU newer than nvcc knows gets the newest target and PTX, which the
-        driver compiles for it.
+        The GPU's own target where the compiler knows it, else the newest before it within its major version, else PTX,
+        which the driver compiles.
 
     Raises:
-        Missing: A GPU older than nvcc knows.
+        Missing: A GPU older than the compiler knows.
     """
-    numbers = sorted(int(target[3:]) for target in known)
-    if not capabilities:
-        return [t for t in _COMMON_TARGETS if t in known] + [f"ptx_{numbers[-1]}"]
-    targets = []
-    for major, minor in sorted(set(capabilities)):
-        wanted = 10 * major + minor
-        if wanted < numbers[0]:
-            raise Missing(f"nvcc's oldest target is sm_{numbers[0]}, the GPU is sm_{wanted}; an older toolkit knows it")
-        best = max(number for number in numbers if number <= wanted)
-        targets.append(f"sm_{best}")
-        if best // 10 != major:  # machine code runs within a major version only
-            targets.append(f"ptx_{best}")
-    return list(dict.fromkeys(targets))
+    numbers, wanted = sorted(int(target[3:]) for target in known), 10 * capability[0] + capability[1]
+    if wanted < numbers[0]:
+        raise Missing(f"the compiler's oldest target is sm_{numbers[0]}, the GPU is sm_{wanted}; an older one knows it")
+    best = max(number for number in numbers if number <= wanted)
+    return f"{'sm' if best // 10 == capability[0] else 'ptx'}_{best}"
+
+
+def choose_targets(known: Sequence[str], capabilities: Sequence[tuple[int, int]]) -> list[str]:
+    """What to compile for ahead of time: `choose_target` of the GPUs here; none = every common target, and PTX for what
+    comes later. Raises Missing as that does."""
+    if capabilities:
+        return sorted({choose_target(known, capability) for capability in capabilities})
+    return [t for t in _COMMON_TARGETS if t in known] + [f"ptx_{max(int(target[3:]) for target in known)}"]
 
 
 def serves(targets: list[str], capability: tuple[int, int]) -> bool:
@@ -237,16 +252,6 @@ def serves(targets: list[str], capability: tuple[int, int]) -> bool:
         elif int(number) <= gpu and (kind == "ptx" or int(number) // 10 == capability[0]):
             return True
     return False
-
-
-def gencode(targets: list[str]) -> list[str]:
-    """nvcc's options for targets."""
-    options = []
-    for target in targets:
-        kind, _, number = target.partition("_")
-        code = f"compute_{number}" if kind == "ptx" else f"sm_{number}"
-        options.append(f"-gencode=arch=compute_{number},code={code}")
-    return options
 
 
 @functools.cache

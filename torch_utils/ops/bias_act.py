@@ -106,10 +106,18 @@ def _reference(x, b, dim, act, alpha, gain, clamp):
 
 # The compiled kernels, registered as torch.ops.refine.bias_act; its derivatives are ops, too. clamp < 0 = off.
 
-_RECORD = struct.Struct("=13q3d")  # BiasActCall of kernels.h
+_RECORD = struct.Struct("=13q3d")  # BiasActRecord of kernels.h
+_POINT_THREADS = 256
+_LRELU, _ANY = 2, -1  # kernels.h: the one activation with kernels of its own, and all others
 _CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 _PIECEWISE_LINEAR = ("linear", "relu", "lrelu")  # no second derivative
 _OPTIONS = "int dim, str act, float alpha, float gain, float clamp"
+
+native.kernels(
+    "bias_act",
+    *(f"refine::point_kernel<{a},{order},{{}}>" for a in (_LRELU, _ANY) for order in range(3)),
+    *(f"refine::sum_kernel<{a},{{}}>" for a in (_LRELU, _ANY)),
+)
 
 
 def _extents(x: torch.Tensor, dim: int, layout: torch.memory_format) -> tuple[int, int, int]:
@@ -176,10 +184,28 @@ def _run(order, g, dy, x, b, dim, act, alpha, gain, clamp, db=None):
         db_address = db.data_ptr()
     addresses = (x.data_ptr(), b_address, dy_address, g_address, out.data_ptr(), db_address, partial_address)
     codes = (native.DTYPES[x.dtype], _CODES[act], order)
-    native.run("bias_act", x, _RECORD.pack(*addresses, *codes, *extents, alpha, gain, clamp))
-    if partial_address:
+    record, number = _RECORD.pack(*addresses, *codes, *extents, alpha, gain, clamp), native.NUMBERS[x.dtype]
+    act_form = _LRELU if act == "lrelu" else _ANY
+    if not x.is_cuda:
+        native.run("bias_act", x, record)
+    elif db is None:
+        blocks = -(-x.numel() * x.element_size() // (16 * _POINT_THREADS))  # 16 bytes a thread
+        _launch(f"refine::point_kernel<{act_form},{order},{number}>", x, blocks, record)
+    else:
+        _launch(f"refine::sum_kernel<{act_form},{number}>", x, _sum_blocks(*extents), record)
         db.copy_(partial.sum([0, 2]))
     return out
+
+
+def _launch(expression, x, blocks, record):
+    native.launch("bias_act", x, expression, min(blocks, native.MOST_BLOCKS), _POINT_THREADS, 0, record)
+
+
+def _sum_blocks(outer: int, channels: int, inner: int) -> int:
+    """Rectangles that the numbers are divided into (Points in kernels.h)."""
+    if inner >= 64:
+        return outer * channels * -(-inner // 4096)
+    return -(-outer // 128) * -(-channels * inner // 32)
 
 
 def _partial_size(outer: int, channels: int, inner: int) -> tuple[int, int, int]:

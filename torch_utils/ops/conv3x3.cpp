@@ -36,7 +36,7 @@ struct Conv3x3Call {
     int64_t x_pixels, y_pixels;  // layouts: 1 = channels_last
     int64_t n, c, k, h, width;   // images, channels of x and of y, size
     int64_t wk, wc, wy, wx;      // strides of w in numbers; those of a kernel that is turned are negative
-    int64_t threads, stream;
+    int64_t threads;
 };
 
 // A (rows × columns) matrix for each point. Strides that are multiples of a large power of two would fold all of them

@@ -30,7 +30,7 @@ struct GroupNormSiluCall {
     int64_t dy, dx, d_weight, d_bias, d_before, d_scale, d_shift;  // dy: null in the forward pass
     int64_t channels_last, n, c, area, groups;
     double eps;
-    int64_t threads, stream;
+    int64_t threads;
 };
 
 using V = Vec<float>;

@@ -1,4 +1,4 @@
-// Bodies of upfirdn2d and bias_act, written once for the CPU and the CUDA launcher. No torch, no Python.
+// Bodies of upfirdn2d and bias_act, written once for the CPU and for CUDA. No torch, no Python.
 //
 // Conventions: images are dense, either planes (N, C, H, W) or pixels (N, H, W, C), called channels_last. Arithmetic is
 // in `Acc`: double for double, float for everything smaller. Indices into tensors are 64 bits wide. A tap is stored in
@@ -6,9 +6,27 @@
 
 #pragma once
 
+#ifdef __CUDACC_RTC__  // NVRTC has no headers, and the functions of <cmath> in the global namespace
+using int8_t = signed char;
+using uint8_t = unsigned char;
+using int16_t = short;
+using uint16_t = unsigned short;
+using int32_t = int;
+using uint32_t = unsigned int;
+using int64_t = long long;
+using uint64_t = unsigned long long;
+namespace std {
+using ::exp;
+using ::expm1;
+using ::fabs;
+using ::log1p;
+using ::tanh;
+}  // namespace std
+#else
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#endif
 
 #ifdef __CUDACC__
 #define REFINE_FN __host__ __device__ inline
@@ -97,13 +115,16 @@ constexpr int kAnyActivation = -1;  // CUDA: the call says which, the same for a
 
 // One call, as the Python side packs it: eight bytes a field. The tensors are seen as (outer, channels, inner); without
 // a bias channels is 1. order 0: y from x. 1: dx = dy · dy/dx, and db unless null. 2: g · dy · d²y/dx².
-struct BiasActCall {
+struct BiasActRecord {
     int64_t x, b, dy, g, out, db;  // addresses; null where not used
     int64_t partial;               // instead of db on CUDA: Acc[partial sums], see Points
     int64_t dtype, act, order;
     int64_t outer, channels, inner;
     double alpha, gain, clamp;  // clamp < 0: off
-    int64_t threads, stream;  // CPU: OpenMP threads. CUDA: cudaStream_t
+};
+
+struct BiasActCall : BiasActRecord {
+    int64_t threads;  // of OpenMP
 };
 
 template <class Acc>
@@ -212,7 +233,7 @@ struct Points {
     int64_t act;
     bool clamped, aligned;
 
-    explicit Points(const BiasActCall& call)
+    REFINE_FN explicit Points(const BiasActRecord& call)
         : x(reinterpret_cast<const Number*>(call.x)),
           b(reinterpret_cast<const Number*>(call.b)),
           dy(reinterpret_cast<const Number*>(call.dy)),
@@ -356,13 +377,21 @@ REFINE_FN void sum_store(const Points<Number>& p, int64_t block, int thread, con
 // upfirdn2d geometry.
 
 // One call, as the Python side packs it: eight bytes a field.
-struct Upfirdn2dCall {
+struct Upfirdn2dRecord {
     int64_t x, f, y;  // addresses; f: Acc[fh · fw], or Acc[fw] applied along both axes when fh is 0
     int64_t dtype, channels_last;
     int64_t n, c, h, w, out_h, out_w;
     int64_t fh, fw, upx, upy, downx, downy, px0, py0, flip;
     double gain;
-    int64_t threads, stream;  // CPU: OpenMP threads. CUDA: cudaStream_t
+};
+
+struct Upfirdn2dCall : Upfirdn2dRecord {
+    int64_t threads;  // of OpenMP
+};
+
+// On CUDA: the outputs of a tile, the samples that it can need, and how many tiles there are.
+struct TilesRecord : Upfirdn2dRecord {
+    int64_t tile_h, tile_w, tile_c, held_h, held_w, tiles_x, tiles_y, tiles_c;
 };
 
 // One axis: sample i lies at i·up + pad of the padded image, output o reads the positions o·down … o·down + taps − 1.
@@ -407,6 +436,22 @@ struct Tiles {
     int tile_h, tile_w, tile_c;  // outputs of a tile
     int held_h, held_w;          // samples that a tile can need
     bool channels_last, flip;
+
+    REFINE_FN explicit Tiles(const TilesRecord& call)
+        : x{call.w, call.out_w, call.fw, call.upx, call.downx, call.px0},
+          y{call.h, call.out_h, call.fh, call.upy, call.downy, call.py0},
+          n(call.n),
+          c(call.c),
+          tiles_x(call.tiles_x),
+          tiles_y(call.tiles_y),
+          tiles_c(call.tiles_c),
+          tile_h(int(call.tile_h)),
+          tile_w(int(call.tile_w)),
+          tile_c(int(call.tile_c)),
+          held_h(int(call.held_h)),
+          held_w(int(call.held_w)),
+          channels_last(call.channels_last != 0),
+          flip(call.flip != 0) {}
 
     REFINE_FN int up_x() const { return Up ? Up : int(x.up); }
     REFINE_FN int up_y() const { return Up ? Up : int(y.up); }
@@ -488,56 +533,11 @@ REFINE_FN void tile_filter(const T& t, int64_t block, int thread, int threads, c
     }
 }
 
-// Samples that `outputs` neighbouring outputs can need along an axis.
-REFINE_FN int64_t held_along(const Axis& a, int64_t outputs) {
-    return ((outputs - 1) * a.down + a.taps - 1) / a.up + 2;
-}
-
 constexpr int kTileThreads = 256;
-constexpr int64_t kSharedBytes = 48 * 1024;  // what every device grants without asking
-
-// Tiles of 32 × 32 outputs of a plane, or 8 × 8 × 32 channels of pixels; halved until the samples fit in shared memory.
-// False: not even one output with its taps fits.
-template <int Up, int Down, int Taps>
-inline bool plan_tiles(const Upfirdn2dCall& call, int64_t acc_bytes, Tiles<Up, Down, Taps>* t) {
-    t->x = {call.w, call.out_w, call.fw, call.upx, call.downx, call.px0};
-    t->y = {call.h, call.out_h, call.fh, call.upy, call.downy, call.py0};
-    t->n = call.n;
-    t->c = call.c;
-    t->channels_last = call.channels_last != 0;
-    t->flip = call.flip != 0;
-    t->tile_c = t->channels_last ? int(at_most(call.c, 32)) : 1;
-    t->tile_w = t->channels_last ? (t->tile_c >= 16 ? 8 : 32) : 32;
-    t->tile_h = t->channels_last && t->tile_c >= 16 ? 8 : 32;
-    for (;;) {
-        const int64_t held_w = held_along(t->x, t->tile_w), held_h = held_along(t->y, t->tile_h);
-        const int64_t budget = kSharedBytes / acc_bytes;
-        const bool sane = held_w < budget && held_h < budget && call.fw < budget && call.fh < budget;  // no overflow
-        if (sane && held_h * held_w * t->tile_c + call.fw * call.fh <= budget) {
-            t->held_w = int(held_w);
-            t->held_h = int(held_h);
-            break;
-        }
-        if (t->tile_c > 1 && t->tile_h * t->tile_w <= 16)
-            t->tile_c = (t->tile_c + 1) / 2;
-        else if (t->tile_h >= t->tile_w && t->tile_h > 1)
-            t->tile_h /= 2;
-        else if (t->tile_w > 1)
-            t->tile_w /= 2;
-        else if (t->tile_c > 1)
-            t->tile_c = (t->tile_c + 1) / 2;
-        else
-            return false;
-    }
-    t->tiles_x = ceil_div(call.out_w, t->tile_w);
-    t->tiles_y = ceil_div(call.out_h, t->tile_h);
-    t->tiles_c = ceil_div(call.c, t->tile_c);
-    return true;
-}
 
 // Filters too large for a tile: one output straight from memory.
 template <class Number, class Acc>
-REFINE_FN void direct_output(const Upfirdn2dCall& call, int64_t index, const Number* x, const Acc* f, Number* y) {
+REFINE_FN void direct_output(const Upfirdn2dRecord& call, int64_t index, const Number* x, const Acc* f, Number* y) {
     const Axis ax = {call.w, call.out_w, call.fw, call.upx, call.downx, call.px0};
     const Axis ay = {call.h, call.out_h, call.fh, call.upy, call.downy, call.py0};
     int64_t rest = index, channel = 0;

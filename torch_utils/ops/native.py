@@ -1,7 +1,8 @@
 """What the ops share: how torch learns of them, and how they call their compiled kernels.
 
-A kernel is a C function without torch in it that takes one packed record per call. It is built at first use by
-`refine.torch_utils.build`; where it is not available, callers take plain torch.
+A kernel is code without torch in it that takes one packed record per call: on a CPU a C function, on a GPU device code
+that `launch` starts. It is compiled at first use by `refine.torch_utils.build`; where it is not available, callers take
+plain torch.
 """
 
 import functools
@@ -12,10 +13,14 @@ from typing import Any
 
 import torch
 
-from refine.torch_utils.build import custom_ops
+from refine.torch_utils.build import custom_ops, device_code, driver
+from refine.torch_utils.build.progress import line
 
 IMPLEMENTATIONS = (None, "native", "torch", "ref")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # as in kernels.h
+NUMBERS = dict(zip(DTYPES, ("float", "double", "refine::Float16", "refine::BFloat16"), strict=True))
+SHARED_BYTES = driver.SHARED_BYTES  # of shared memory that every GPU grants a block without asking
+MOST_BLOCKS = 2**31 - 1  # of a launch; kernels loop over what is more
 _ERRORS = {-1: "unknown dtype", -2: "unknown activation", -3: "out of memory"}
 
 
@@ -57,37 +62,76 @@ def _available(op: str, device_type: str) -> bool:
     return op in custom_ops.OPS.get(device_type, ()) and custom_ops.load(device_type) is not None
 
 
-_functions: dict[tuple[str, bool], Callable[[bytes], int]] = {}  # looked up once: a call costs microseconds
+_functions: dict[str, Callable[[bytes], int]] = {}  # looked up once: a call costs microseconds
 
 
-def function(op: str, x: torch.Tensor) -> Callable[[bytes], int] | None:
-    """The compiled C function of `op` for the device of `x`; None where there is none."""
-    key = (op, x.is_cuda)
-    if key not in _functions:
+def function(op: str, x: torch.Tensor) -> Callable | None:
+    """What calls the compiled `op` on the device of `x`; None where there is none."""
+    if x.is_cuda:
+        return launch if _available(op, "cuda") else None
+    if op not in _functions:
         library = custom_ops.load(x.device.type)
         if library is None:  # e.g. a graph exported where there was a compiler
             return None
-        _functions[key] = getattr(library, f"refine_{op}")
-    return _functions[key]
+        _functions[op] = getattr(library, f"refine_{op}")
+    return _functions[op]
 
 
-_THREADS_AND_STREAM = struct.Struct("=2q")
+_THREADS = struct.Struct("=q")
 
 
 def run(op: str, x: torch.Tensor, record: bytes) -> None:
-    """Call the compiled `op` with a record as in kernels.h, but for threads and stream at its end.
+    """Call the compiled `op` on the CPU with a record as in kernels.h, but for the threads at its end.
 
     Raises:
         RuntimeError: The op reports an error.
     """
-    if x.is_cuda:
-        with torch.cuda.device(x.device):
-            stream = torch.cuda.current_stream().cuda_stream
-            status = _functions[op, True](record + _THREADS_AND_STREAM.pack(1, stream))
-    else:
-        status = _functions[op, False](record + _THREADS_AND_STREAM.pack(torch.get_num_threads(), 0))
+    status = _functions[op](record + _THREADS.pack(torch.get_num_threads()))
     if status:
-        raise RuntimeError(f"{op} on {x.device}: {_ERRORS.get(status, f'CUDA error {status}')}")
+        raise RuntimeError(f"{op} on {x.device}: {_ERRORS[status]}")
+
+
+def kernels(op: str, *templates: str) -> None:
+    """Notes the GPU kernels of an op: name expressions of its .cu with `{}` for the type of numbers. What is noted is
+    compiled with the first of the op's kernels for that type, and ahead of time by `ops build`."""
+    for number in NUMBERS.values():
+        device_code.KERNELS.setdefault((op, number), []).extend(template.format(number) for template in templates)
+
+
+_kernels: dict[tuple[str, int], driver.Kernel] = {}
+
+
+def launch(op: str, x: torch.Tensor, expression: str, blocks: int, threads: int, shared: int, record: bytes) -> None:
+    """Start a kernel on the current stream of the device of `x`, from any thread. Nothing is allocated or waited for,
+    so that it can be captured into a CUDA graph, once it has been called outside of one.
+
+    Args:
+        op: The name of its .cu.
+        x: A tensor on the device.
+        expression: The kernel as C++ names it, e.g. "refine::tile_kernel<2,1,4,float>".
+        blocks: At least 1, at most `MOST_BLOCKS`.
+        threads: Of a block.
+        shared: Bytes of dynamic shared memory of a block.
+        record: The kernel's one argument, packed as its struct in kernels.h; may be longer, not shorter.
+
+    Raises:
+        RuntimeError: The kernel cannot be compiled, loaded or started; one line.
+    """
+    device = x.get_device()
+    try:
+        kernel = _kernels.get((expression, device)) or _load(op, expression, device)
+        kernel.launch(blocks, threads, shared, torch.cuda.current_stream(device).cuda_stream, record)
+    except custom_ops.FAILURES as error:
+        line.break_off()
+        raise RuntimeError(f"{op} on {x.device}: {' '.join(str(error).split())}") from None
+
+
+def _load(op: str, expression: str, device: int) -> driver.Kernel:
+    if torch.cuda.is_current_stream_capturing():
+        raise driver.Failed(f"{expression} is not loaded yet: call the op before a CUDA graph is captured, too")
+    loaded = device_code.load(op, expression, device)
+    _kernels.update({(name, device): kernel for name, kernel in loaded.items()})
+    return loaded[expression]
 
 
 def can_skip_dispatch(x: torch.Tensor) -> bool:

@@ -238,7 +238,16 @@ def _depthwise(x, f, up, down, padding):
 
 # The compiled kernels, registered as torch.ops.refine.upfirdn2d.
 
-_ADDRESSES, _GEOMETRY = struct.Struct("=3q"), struct.Struct("=17qd")  # Upfirdn2dCall of kernels.h
+_ADDRESSES, _GEOMETRY = struct.Struct("=3q"), struct.Struct("=17qd")  # Upfirdn2dRecord of kernels.h
+_TILING = struct.Struct("=8q")  # what TilesRecord adds
+_TILE_THREADS = 256
+_FREQUENT = {(1, 1, 1, 1): "1,1,4", (2, 2, 1, 1): "2,1,4", (1, 1, 2, 2): "1,2,4"}  # (*up, *down), with 4×4 taps
+
+native.kernels(
+    "upfirdn2d",
+    *(f"refine::tile_kernel<{form},{{}}>" for form in (*_FREQUENT.values(), "0,0,0")),
+    "refine::direct_kernel<{}>",
+)
 
 
 def _out_size(x_size, taps, up, down, padding):
@@ -275,7 +284,12 @@ def _run(x, f, *options):
     if y.numel() == 0:
         return y
     x = x.contiguous(memory_format=layout)
-    native.run("upfirdn2d", x, _ADDRESSES.pack(x.data_ptr(), f.data_ptr(), y.data_ptr()) + geometry)
+    record = _ADDRESSES.pack(x.data_ptr(), f.data_ptr(), y.data_ptr()) + geometry
+    if x.is_cuda:
+        expression, blocks, shared, tiling = _plan_launch(f.shape, size, x.dtype, layout, *options[:2])
+        native.launch("upfirdn2d", x, expression, blocks, _TILE_THREADS, shared, record + tiling)
+    else:
+        native.run("upfirdn2d", x, record)
     return y
 
 
@@ -286,6 +300,40 @@ def _plan(x_size, f_size, dtype, layout, up, down, padding, flip_filter, gain):
     fh, fw = f_size if len(f_size) == 2 else (0, f_size[0])
     geometry = (*x_size, *size[2:], fh, fw, *up, *down, padding[0], padding[2], flip_filter)
     return size, _GEOMETRY.pack(native.DTYPES[dtype], layout == torch.channels_last, *geometry, gain)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan_launch(f_size, size, dtype, layout, up, down):
+    """(kernel, blocks, bytes of shared memory, what the record says of the tiles).
+
+    Tiles of 32 × 32 outputs of a plane, or 8 × 8 × 32 channels of pixels; halved until the samples that they need, and
+    the taps, fit in shared memory. Where not even one output does, the kernel reads everything straight from memory.
+    """
+    number, (n, c, out_h, out_w), taps = native.NUMBERS[dtype], size, math.prod(f_size)
+    acc_bytes = native.acc_dtype(dtype).itemsize
+    tile_c = min(c, 32) if layout == torch.channels_last else 1
+    tile_h = tile_w = 8 if tile_c >= 16 else 32
+    while True:  # outputs beside each other can need so many samples
+        held_h = ((tile_h - 1) * down[1] + f_size[0] - 1) // up[1] + 2
+        held_w = ((tile_w - 1) * down[0] + f_size[1] - 1) // up[0] + 2
+        shared = (held_h * held_w * tile_c + taps) * acc_bytes
+        if shared <= native.SHARED_BYTES:
+            break
+        if tile_c > 1 and tile_h * tile_w <= 16:
+            tile_c = (tile_c + 1) // 2
+        elif tile_h >= tile_w and tile_h > 1:
+            tile_h //= 2
+        elif tile_w > 1:
+            tile_w //= 2
+        elif tile_c > 1:
+            tile_c = (tile_c + 1) // 2
+        else:
+            blocks = -(-math.prod(size) // _TILE_THREADS)
+            return f"refine::direct_kernel<{number}>", min(blocks, native.MOST_BLOCKS), 0, b""
+    tiles = -(-out_w // tile_w), -(-out_h // tile_h), -(-c // tile_c)
+    form = _FREQUENT.get((*up, *down), "0,0,0") if tuple(f_size) == (4, 4) else "0,0,0"
+    tiling = _TILING.pack(tile_h, tile_w, tile_c, held_h, held_w, *tiles)
+    return f"refine::tile_kernel<{form},{number}>", min(n * math.prod(tiles), native.MOST_BLOCKS), shared, tiling
 
 
 def _save_geometry(ctx, inputs, output):
