@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from refine.cli.options import kwargs_option, network_file, sigma_init_option
+from refine.cli.options import kwargs_as_typed, kwargs_option, network_file, sigma_init_option
 from refine.errors import option
 
 
@@ -17,7 +17,8 @@ from refine.errors import option
     metavar="FILE|RUN",
     help="Networks to export: any file that this toolkit reads; of a run folder the best snapshot.",
 )
-@kwargs_option("--gan-kwargs", "--network", "--teacher-kwargs")
+@kwargs_option("--gan-kwargs", "--network")
+@kwargs_option("--teacher-kwargs", "--network")
 @sigma_init_option()
 @click.option("--like", metavar="FILE", help="Write this pickle again, with the networks in place of its own.")
 @click.option("--out", required=True, metavar="FILE", help="The file to write.")
@@ -34,6 +35,7 @@ def export(
     out: str,
     format_name: str | None,
     gan_kwargs: dict[str, Any] | None,
+    teacher_kwargs: dict[str, Any] | None,
     sigma_init: float,
 ) -> None:
     """Writes networks for other tools.
@@ -66,10 +68,11 @@ def export(
             if reason:
                 raise ValueError(reason)
     if like is None and (format_name or defaults[suffix]) == "graph":
-        _write_graph(network, out, suffix, gan_kwargs, sigma_init)
+        with kwargs_as_typed(gan_kwargs, teacher_kwargs) as kwargs:
+            _write_graph(network, out, suffix, kwargs, sigma_init)
         return
-    with option("--network"):
-        networks = _load(network, source, gan_kwargs, sigma_init)
+    with kwargs_as_typed(gan_kwargs, teacher_kwargs) as kwargs, option("--network"):
+        networks = _load(network, source, kwargs, sigma_init)
     notes: list[str] = [note for net in networks.values() for note in getattr(net, "notes", ())]
     if original is not None:
         kept = _write_like(original, out, networks, notes)

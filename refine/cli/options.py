@@ -1,6 +1,7 @@
 """What several commands share: lists of numbers, how files are read and diffusion models asked, run folders."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import click
@@ -77,17 +78,30 @@ def parse_ints(text: str, limit: int = 1_000_000) -> list[int]:
     return list(numbers)
 
 
-def kwargs_option(name: str, of: str, *others: str) -> Callable[[F], F]:
-    """An option of constructor arguments, such as '--gan-kwargs'.
-
-    Args:
-        name: The option.
-        of: The option of the file that they belong to.
-        others: Further spellings.
-    """
+def kwargs_option(name: str, of: str) -> Callable[[F], F]:
+    """An option of constructor arguments, such as '--gan-kwargs', of the file that the option `of` names."""
     text = f"How the network of {of} is built, where its file does not tell it all."
     parameter = name.removeprefix("--").replace("-", "_")
-    return click.option(name, *others, parameter, metavar=JSON_TABLE.metavar, callback=_read_table, help=text)
+    return click.option(name, parameter, metavar=JSON_TABLE.metavar, callback=_read_table, help=text)
+
+
+@contextmanager
+def kwargs_as_typed(
+    gan_kwargs: dict[str, Any] | None, teacher_kwargs: dict[str, Any] | None
+) -> Iterator[dict[str, Any] | None]:
+    """For commands that take any network: gives the arguments under either name, and refusals inside of the block name
+    that one."""
+    if gan_kwargs is not None and teacher_kwargs is not None:
+        raise ValueError("--gan-kwargs and --teacher-kwargs are given, for one file; expected one of them")
+    names = ("--gan-kwargs", "--teacher-kwargs")
+    typed, other = names if gan_kwargs is not None else names[::-1]
+    table = gan_kwargs if teacher_kwargs is None else teacher_kwargs
+    try:
+        yield table
+    except ValueError as error:
+        if table is None or other not in str(error):
+            raise
+        raise ValueError(str(error).replace(other, typed)) from None
 
 
 def sigma_init_option() -> Callable[[F], F]:

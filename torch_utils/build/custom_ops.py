@@ -27,7 +27,7 @@ from refine.torch_utils.build.progress import line
 MODES = ("auto", "native", "ref")
 OPS = {
     "cpu": ("upfirdn2d", "bias_act", "filtered_lrelu", "group_norm_silu", "conv3x3"),
-    "cuda": ("upfirdn2d", "bias_act"),
+    "cuda": ("upfirdn2d", "bias_act", "filtered_lrelu"),
 }
 SOURCES = Path(__file__).parents[1] / "ops"
 

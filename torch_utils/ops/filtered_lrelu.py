@@ -8,6 +8,7 @@ for the backward pass two bits a number of it. The reference is composed of `upf
 differentiable to any order in x and b.
 """
 
+import functools
 import math
 import struct
 
@@ -63,8 +64,7 @@ def filtered_lrelu(
     padding = parse_padding(padding)
     if fu is None and fd is None and up == down == 1 and not any(padding):  # one pass: bias and activation
         return bias_act(x, b, act="lrelu", alpha=slope, gain=gain, clamp=clamp, impl=impl)
-    served = x.device.type == "cpu" and native.layout_of(x) == torch.contiguous_format
-    if impl is None and not served:
+    if impl is None and not _serves(x, fu, fd, up, down):
         return composed(x, fu, fd, b, up, down, padding, gain, slope, clamp, flip_filter)
     if native.choose("filtered_lrelu", x, impl) != "native":
         return composed(x, fu, fd, b, up, down, padding, gain, slope, clamp, flip_filter, impl)
@@ -87,6 +87,17 @@ def composed(
     return upfirdn2d(x, fd, down=down, flip_filter=flip_filter, impl=impl)
 
 
+def _serves(x, fu, fd, up, down) -> bool:
+    """Whether the kernel takes such a call, and its derivative."""
+    if native.layout_of(x) != torch.contiguous_format:
+        return False
+    if x.device.type != "cuda":
+        return x.device.type == "cpu"
+    extents, acc_bytes = (_extent(fu), _extent(fd)), native.acc_dtype(x.dtype).itemsize
+    ways = (*extents, up, down), (*extents[::-1], down, up)
+    return all(_plan_tile(*way, acc_bytes) is not None for way in ways)
+
+
 def _checked_sizes(x, fu, fd, b, up, down, padding, clamp):
     """(height, width) between the filters and of the output. Raises ValueError as the composed form does."""
     if x.ndim != 4:
@@ -107,14 +118,20 @@ def _checked_sizes(x, fu, fd, b, up, down, padding, clamp):
 # are those of lrelu; in derivatives of any order they come from the mask, for which the op is linear, and whose layout
 # is the kernel's own business.
 
-_RECORD = struct.Struct("=6q2q8q4q2q5q4d")  # FilteredLreluCall of filtered_lrelu.h
+_RECORD, _TILES = struct.Struct("=6q2q8q4q2q5q4d"), struct.Struct("=9q")  # of filtered_lrelu.h
 _LRELU, _LRELU_AND_MASK, _APPLY_MASK = range(3)
+_THREADS = 256  # of a block
+_FACTORS = [(2, 2), (4, 2), (2, 4)]  # with kernels of their own, which for others is called <0,0>
+
+native.kernels("filtered_lrelu", *(f"refine::lrelu_kernel<{u},{d},{{}}>" for u, d in [*_FACTORS, (0, 0)]))
 
 
 def _mask_size(x, mid, up, down, step):
-    """Two bytes for every vector of a lane, which are even in number, see filtered_lrelu.cpp."""
+    """On a CPU two bytes for every vector of a lane, which are even in number; on a GPU one for every four numbers."""
     if step != _LRELU_AND_MASK:
         return 0
+    if x.device.type == "cuda":
+        return x.shape[0] * x.shape[1] * mid[0] * _ceil_div(mid[1], 4)
     lanes, pair = math.lcm(up, down), 8 if x.dtype == torch.float64 else 16
     return x.shape[0] * x.shape[1] * mid[0] * lanes * _ceil_div(_ceil_div(mid[1], lanes), pair) * 4
 
@@ -145,8 +162,38 @@ def _kernel(x, b, fu, fd, mask, step, up, down, mid, size, pad, inset, flip, *nu
     addresses = [0 if t is None else t.data_ptr() for t in (x, b, fu, fd, made if mask is None else mask, y)]
     codes = (native.DTYPES[x.dtype], step)
     geometry = (*x.shape, *mid, *size, *_extent(fu), *_extent(fd), up, down, *pad, *inset, flip)
-    native.run("filtered_lrelu", x, _RECORD.pack(*addresses, *codes, *geometry, *numbers))
+    record = _RECORD.pack(*addresses, *codes, *geometry, *numbers)
+    if not x.is_cuda:
+        native.run("filtered_lrelu", x, record)
+        return y, made
+    tile = _plan_tile(_extent(fu), _extent(fd), up, down, native.acc_dtype(x.dtype).itemsize)
+    if tile is None:
+        raise RuntimeError(f"filtered_lrelu on {x.device}: the filters are too large for a tile; use impl='torch'")
+    tiles = (_ceil_div(size[0], tile[0]), _ceil_div(size[1], tile[1]))
+    form = f"{up},{down}" if (up, down) in _FACTORS else "0,0"
+    expression = f"refine::lrelu_kernel<{form},{native.NUMBERS[x.dtype]}>"
+    blocks, shared = min(x.shape[0] * x.shape[1] * math.prod(tiles), native.MOST_BLOCKS), tile[-1]
+    tiling = _TILES.pack(*tile[:-1], *tiles, shared)
+    native.launch("filtered_lrelu", x, expression, blocks, _THREADS, shared, record + tiling)
     return y, made
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan_tile(fu, fd, up, down, acc_bytes):
+    """(outputs of a tile, numbers between the filters and samples that they need, each (height, width), bytes of shared
+    memory); None where not even one output has room."""
+    (fu_h, fu_w), (fd_h, fd_w) = fu, fd
+    height = width = 32
+    while True:
+        between = ((height - 1) * down + (fd_h or fd_w), _ceil_div((width - 1) * down + fd_w + 3, 4) * 4)
+        held = tuple((n + taps - 2) // up + 2 for n, taps in zip(between, (fu_h or fu_w, fu_w), strict=True))
+        work = max(0 if fu_h else held[0] * between[1], 0 if fd_h else between[0] * width)
+        numbers = max(fu_h, 1) * fu_w + max(fd_h, 1) * fd_w + math.prod(held) + math.prod(between) + work
+        if numbers * acc_bytes <= native.SHARED_BYTES:
+            return height, width, *between, *held, numbers * acc_bytes
+        if height == width == 1:
+            return None
+        height, width = (height // 2, width) if height >= width else (height, width // 2)
 
 
 def _full_padding(x, fu, up, mid, pad):
@@ -163,6 +210,8 @@ def _taps(f, x):
 
 
 def _extent(f):
+    if f is None:
+        return 0, 1
     return (0, len(f)) if f.ndim == 1 else tuple(f.shape)
 
 

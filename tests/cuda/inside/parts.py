@@ -22,6 +22,7 @@ from refine.networks.sampler import heun_sampler
 from refine.networks.sampler_settings import SamplerSettings
 from refine.torch_utils.distributed import packed
 from refine.torch_utils.ops.bias_act import bias_act
+from refine.torch_utils.ops.filtered_lrelu import filtered_lrelu
 from refine.torch_utils.ops.upfirdn2d import setup_filter, upfirdn2d
 
 SHAPES = [(1, 1, 1, 1), (2, 3, 5, 7), (1, 33, 9, 8), (2, 5, 33, 35), (0, 3, 4, 4)]
@@ -73,6 +74,31 @@ def upfirdn2d_error(dtype):
     return worst
 
 
+LRELU = [(2, 2, 12, 12), (4, 2, 24, 12), (2, 4, 6, 9), (1, 3, 1, 5), (2, 2, (3, 7), 12), (2, 2, 12, (12, 12))]
+
+
+def filtered_lrelu_error(dtype):
+    """Result, gradients and the derivative of a gradient with respect to what it is multiplied with."""
+    worst = 0.0
+    for shape in SHAPES:
+        for number, (up, down, *sizes) in enumerate(LRELU):
+            fu, fd = (f / f.abs().sum() for f in (torch.randn(n, device=DEVICE) for n in sizes))
+            x = torch.randn(shape, device=DEVICE).to(dtype).requires_grad_()
+            b = torch.randn(shape[1], device=DEVICE).to(dtype).requires_grad_()
+            padding = (19, 23 + number, 31 - 3 * number, 21 + number)
+            clamp, found = 0.5 if dtype == torch.float32 and number % 2 else None, []
+            for impl in KINDS:
+                # the reference rounds after every step, the kernel once
+                wide = [t if impl == "native" else t.detach().float().requires_grad_() for t in (x, b)]
+                y = filtered_lrelu(wide[0], fu, fd, wide[1], up, down, padding, clamp=clamp, impl=impl)
+                dy = torch.linspace(-1, 1, y.numel(), device=DEVICE).reshape(y.shape).to(y.dtype).requires_grad_()
+                grads = torch.autograd.grad(y, wide, dy, create_graph=True)
+                second = torch.autograd.grad(grads[0].sum(), dy) if y.numel() else []
+                found.append([y, *grads, *second])
+            worst = max(worst, error(*found))
+    return worst
+
+
 def refused():
     """What a GPU would refuse as well."""
     mine, theirs, found = torch.ones(3, device=DEVICE), torch.ones(3), []
@@ -112,6 +138,7 @@ def noticed():
     return found
 
 
+ERRORS = {"bias_act": bias_act_error, "upfirdn2d": upfirdn2d_error, "filtered_lrelu": filtered_lrelu_error}
 # As they are launched; loops over the grid, and threads in any order.
 WAYS = {"launched": ("", ""), "shuffled": ("3", "shuffled"), "backwards": ("1", "backwards")}
 
@@ -122,7 +149,7 @@ def errors():
         os.environ |= {"FAKE_GRID": grid, "FAKE_ORDER": order}
         found[way] = {
             f"{op} {str(dtype).removeprefix('torch.')}": function(dtype)
-            for op, function in (("bias_act", bias_act_error), ("upfirdn2d", upfirdn2d_error))
+            for op, function in ERRORS.items()
             for dtype in (torch.float32, torch.float16)
         }
     return found
