@@ -23,6 +23,7 @@ def inspect(file: str, as_json: bool, gan_kwargs: dict[str, Any] | None, teacher
     """
     from refine.checkpoints.sources.index import read_index, resolve
 
+    kwargs, in_words_typed = kwargs_as_typed(gan_kwargs, teacher_kwargs)
     entry = None if os.path.lexists(file) else read_index().get(file)
     known = None if entry is None else describe_entry(entry)
     if known is not None and known["place"] in ("to be downloaded", "by hand"):
@@ -31,8 +32,10 @@ def inspect(file: str, as_json: bool, gan_kwargs: dict[str, Any] | None, teacher
     path = resolve(network_file(file, "FILE"))
     from refine.checkpoints import describe  # imports torch
 
-    with kwargs_as_typed(gan_kwargs, teacher_kwargs) as kwargs:
-        report = describe.inspect_file(path, kwargs)
+    report = describe.inspect_file(path, kwargs)
+    for part in (report, *report.get("networks", {}).values()):
+        if "problem" in part:
+            part["problem"] = in_words_typed(part["problem"])
     if known is not None:
         report["index"] = known
     click.echo(describe.as_json(report) if as_json else describe.as_text(report))

@@ -1,7 +1,6 @@
 """What several commands share: lists of numbers, how files are read and diffusion models asked, run folders."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
@@ -85,23 +84,21 @@ def kwargs_option(name: str, of: str) -> Callable[[F], F]:
     return click.option(name, parameter, metavar=JSON_TABLE.metavar, callback=_read_table, help=text)
 
 
-@contextmanager
 def kwargs_as_typed(
     gan_kwargs: dict[str, Any] | None, teacher_kwargs: dict[str, Any] | None
-) -> Iterator[dict[str, Any] | None]:
-    """For commands that take any network: gives the arguments under either name, and refusals inside of the block name
-    that one."""
+) -> tuple[dict[str, Any] | None, Callable[[str], str]]:
+    """For commands that take any network: the arguments under either name, and what makes a refusal name that one.
+
+    Raises:
+        ValueError: Both are given.
+    """
     if gan_kwargs is not None and teacher_kwargs is not None:
         raise ValueError("--gan-kwargs and --teacher-kwargs are given, for one file; expected one of them")
-    names = ("--gan-kwargs", "--teacher-kwargs")
-    typed, other = names if gan_kwargs is not None else names[::-1]
-    table = gan_kwargs if teacher_kwargs is None else teacher_kwargs
-    try:
-        yield table
-    except ValueError as error:
-        if table is None or other not in str(error):
-            raise
-        raise ValueError(str(error).replace(other, typed)) from None
+    if gan_kwargs is not None:
+        return gan_kwargs, lambda text: text.replace("--teacher-kwargs", "--gan-kwargs")
+    if teacher_kwargs is not None:
+        return teacher_kwargs, lambda text: text.replace("--gan-kwargs", "--teacher-kwargs")
+    return None, lambda text: text
 
 
 def sigma_init_option() -> Callable[[F], F]:

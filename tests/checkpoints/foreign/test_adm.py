@@ -315,15 +315,15 @@ def test_the_same_names_in_other_files(suffix, name, tmp_path):
 def test_commands_for_any_network_name_the_option_that_was_typed(typed, other, tmp_path, capsys):
     path = save(tmp_path / "x.pt")
     for bad in ("{", "[1]", '{"image_size": 0}', '{"x": 1}', '{"image_size": 8}'):
-        for command, args in (("inspect", [str(path)]), ("export", [f"--network={path}", f"--out={tmp_path}/y.pt"])):
+        for verb, args in (("inspect", [str(path)]), ("export", [f"--network={path}", f"--out={tmp_path}/y.pt"])):
             with pytest.raises(SystemExit) as caught:
-                run_command(command, [*args, f"{typed}={bad}"])
+                run_command(verb, [*args, f"{typed}={bad}"])
             out, err = capsys.readouterr()
-            assert typed in out + err and other not in out + err, (command, bad, out + err)
-            assert command == "inspect" or caught.value.code != 0
-    for command, args in (("inspect", [str(path)]), ("export", [f"--network={path}", f"--out={tmp_path}/y.pt"])):
+            assert typed in out + err and other not in out + err, (verb, bad, out + err)
+            assert verb == "inspect" or caught.value.code != 0
+    for verb, args in (("inspect", [str(path)]), ("export", [f"--network={path}", f"--out={tmp_path}/y.pt"])):
         with pytest.raises(SystemExit) as caught:
-            run_command(command, [*args, f"{typed}={{}}", f"{other}={{}}"])
+            run_command(verb, [*args, f"{typed}={{}}", f"{other}={{}}"])
         assert caught.value.code != 0 and "expected one of them" in capsys.readouterr().err
 
 
