@@ -148,12 +148,14 @@ def test_doctor_tells_an_op_that_is_wrong(monkeypatch):
     [
         ({"driver": "12.4"}, "torch is a CPU build"),
         ({"driver": "12.4", "runtime": "13.0"}, "install a newer driver"),
-        ({"driver": "13.0", "runtime": "12.8", "gpus": True}, "install nvcc of CUDA 12"),
-        ({"driver": "12.4", "runtime": "12.4", "toolkit": "13.1", "gpus": True}, "install that of CUDA 12"),
+        (
+            {"driver": "13.0", "runtime": "12.8", "gpus": True, "problem": "no compiler for GPUs"},
+            "no compiler for GPUs",
+        ),
     ],
 )
 def test_advice_on_cuda(facts, says):
-    cuda = {"driver": None, "runtime": None, "toolkit": None} | {k: v for k, v in facts.items() if k != "gpus"}
+    cuda = {"driver": None, "runtime": None, "compiler": None} | {k: v for k, v in facts.items() if k != "gpus"}
     report = {
         "cuda": cuda,
         "gpus": [{}] if "gpus" in facts else [],

@@ -25,8 +25,9 @@ torch.__version__ = os.environ.get("TORCH", "2.13.0")
 torch.version = types.SimpleNamespace(cuda=None, hip=None)
 torch.cuda = types.SimpleNamespace(is_available=lambda: False)
 from pathlib import Path
-from refine.torch_utils.build import custom_ops
-custom_ops.SOURCES = Path(os.environ["SOURCES"])
+from refine.torch_utils.build import custom_ops, device_code, nvrtc
+custom_ops.SOURCES = device_code.SOURCES = Path(os.environ["SOURCES"])
+nvrtc.candidates = lambda: []
 custom_ops.OPS = dict.fromkeys(("cpu", "cuda"), tuple(os.environ.get("OPS", "bias_act").split()))
 """
 LOAD = """
@@ -495,10 +496,10 @@ def test_an_interrupt_stops_the_compiler(place):
     assert not (place.folder / "survived").exists()
 
 
-# CUDA: what can be held without a GPU. nvcc is a script that answers as the real one.
+# CUDA: nvcc, where NVRTC is missing. It is a script that answers as the real one; images are PTX that names a kernel.
 
 
-def fake_nvcc(place: Place, release: str = "12.4", targets: str = "sm_80 sm_90") -> Path:
+def fake_nvcc(place: Place, release: str = "12.4", targets: str = "sm_80 sm_90", seconds: float = 0) -> Path:
     """A toolkit with headers and a wrapper script for it on the PATH."""
     root = place.folder / f"toolkit-{release}"
     (root / "bin").mkdir(parents=True)
@@ -512,55 +513,104 @@ case "$*" in
 --version) echo "Cuda compilation tools, release {release}, V{release}.99";;
 --list-gpu-code) for t in {targets}; do echo $t; done;;
 *--dryrun*) echo "#$ TOP={root}/bin/.." >&2;;
-*"-c bias_act.cu"*) echo "$*" > {place.folder}/arguments; touch bias_act.o;;
-*) g++ -shared -fPIC -x c++ -I{place.sources} {place.sources}/bias_act.cu -o ops.so;;
+*) echo "$*" >> {place.folder}/arguments; sleep {seconds}
+   while [ "$1" != -o ]; do shift; done; echo ".entry kernel() // $2" > $2;;
 esac
 """
     )
     nvcc.chmod(0o755)
     place.script("nvcc", f'exec {nvcc} "$@"')
-    (place.sources / "bias_act.cu").write_text(SOURCE)
+    (place.sources / "bias_act.cu").write_text('#include "kernels.h"\n')
     return root
 
 
-GPU = "torch.cuda = types.SimpleNamespace(is_available=lambda: True, device_count=lambda: len(GPUS),"
-GPU += "get_device_capability=lambda i: GPUS[i])\n"
+OBTAIN = """
+device_code.KERNELS[("bias_act", "float")] = ["refine::one<1,float>", "refine::two<-1,float>"]
+try:
+    for capability in GPUS:
+        paths, built = device_code.obtain("bias_act", device_code.KERNELS["bias_act", "float"], capability)
+        print(built, *(path.name.rsplit(".", 2)[0] for path in paths))
+except custom_ops.FAILURES as error:
+    print("unavailable:", error)
+"""
 
 
-def test_cuda_build_for_the_gpus_here(place):
+def test_nvcc_compiles_where_nvrtc_is_missing(place):
     fake_nvcc(place)
-    out, err = place.run("GPUS = [(9, 0), (8, 0)]\n" + GPU + LOAD, DEVICE="cuda")
-    assert out == "native 1" and one_line(err).startswith("ops (cuda): compiling")
+    out, err = place.run("GPUS = [(9, 0), (8, 0), (8, 6), (10, 0)]\n" + OBTAIN)
+    images = [f"one-1-float.{target} two--1-float.{target}" for target in ("sm_90", "sm_80", "sm_80", "ptx_90")]
+    assert out.splitlines() == [
+        f"{built} {names}" for built, names in zip((True, True, False, True), images, strict=True)
+    ]
+    begins = [f"ops (cuda): compiling 2 kernels of bias_act for {t} by nvcc, once … done" for t in ("sm_90", "sm_80")]
+    assert all(map(str.startswith, err.splitlines(), begins))
     arguments = (place.folder / "arguments").read_text()
-    assert "arch=compute_80,code=sm_80" in arguments and "arch=compute_90,code=sm_90" in arguments
-    assert "-std" not in arguments and place.libraries()[0].name.split(".")[0] == "sm_80+sm_90"
-    assert place.run("GPUS = [(8, 6)]\n" + GPU + LOAD, DEVICE="cuda") == ("native 1", "")  # sm_80 code serves it
+    assert "-cubin -arch=sm_90" in arguments and "-ptx -arch=compute_90" in arguments
+    place.bin.joinpath("nvcc").unlink()
+    assert place.run("GPUS = [(9, 0), (8, 9)]\n" + OBTAIN) == (f"False {images[0]}\nFalse {images[1]}", "")
 
 
-def test_cuda_arch_list_is_respected(place):
+def test_processes_wait_for_one_that_compiles_kernels(place):
+    fake_nvcc(place, seconds=1)
+    processes = [place.start("GPUS = [(9, 0)]\n" + OBTAIN, LOCAL_RANK=rank) for rank in "012"]
+    results = [process.communicate(timeout=60) for process in processes]
+    assert sorted(out.split()[0] for out, _ in results) == ["False", "False", "True"]
+    assert len((place.folder / "arguments").read_text().splitlines()) == 2
+    assert one_line(results[0][1].strip()) and [err for _, err in results[1:]] == ["", ""]
+
+
+def test_a_kernel_is_run_only_from_a_folder_of_ones_own(place):
     fake_nvcc(place)
-    code = "GPUS = [(9, 0)]\n" + GPU + LOAD
-    place.run(code + 'print(os.environ["TORCH_CUDA_ARCH_LIST"])', DEVICE="cuda", TORCH_CUDA_ARCH_LIST="8.0+PTX 9.0")
-    arguments = (place.folder / "arguments").read_text()
-    assert "code=sm_80" in arguments and "code=compute_80" in arguments and "code=sm_90" in arguments
-    out, err = place.run(code, DEVICE="cuda", TORCH_CUDA_ARCH_LIST="Hoper")
-    assert out == "plain torch" and "TORCH_CUDA_ARCH_LIST holds 'Hoper'" in one_line(err)
+    place.run("GPUS = [(9, 0)]\n" + OBTAIN)
+    place.cache.chmod(0o777)
+    out, err = place.run("GPUS = [(9, 0)]\n" + OBTAIN)
+    assert out.startswith("True") and f"not used: {place.cache} can be written to by others" in one_line(err)
+    assert f"kept in {place.folder / 'home'}" in err
+
+
+def test_changes_make_new_kernels(place):
+    fake_nvcc(place)
+    for change in (lambda: None, lambda: place.write_source("#define ANSWER 2\n")):
+        change()
+        assert place.run("GPUS = [(9, 0)]\n" + OBTAIN)[0].startswith("True")
+    (place.sources / "other.h").write_text("// which no kernel includes")
+    assert place.run("GPUS = [(9, 0)]\n" + OBTAIN)[0].startswith("False")
+    assert len(list(place.cache.glob("*/*.image"))) == 4
+
+
+def test_a_kernel_that_nvcc_cannot_compile(place):
+    fake_nvcc(place)
+    text = 'case "$*" in *cubin*) echo "bias_act.cu(3): error: no such name"; exit 1;; esac'
+    nvcc = place.folder / "toolkit-12.4" / "bin" / "nvcc"
+    nvcc.write_text(nvcc.read_text().replace("#!/bin/sh\n", f"#!/bin/sh\n{text}\n"))
+    out, _ = place.run("GPUS = [(9, 0)]\n" + OBTAIN)
+    assert out.startswith("unavailable: bias_act.cu(3): error: no such name; log: ") and "\n" not in out
+    assert not list(place.cache.glob("*/*.image"))
 
 
 def test_a_driver_older_than_the_toolkit_is_told_before_the_build(place):
     root = fake_nvcc(place, "13.1")
     code = "from refine.torch_utils.build import toolchain; toolchain.driver_version = lambda: (12, 4)\n"
-    out, err = place.run(code + "GPUS = [(9, 0)]\n" + GPU + LOAD, DEVICE="cuda")
-    assert out == "plain torch" and "the driver runs CUDA 12.4" in one_line(err) and f"{root} is 13.1" in err
+    out, _ = place.run(code + "GPUS = [(9, 0)]\n" + OBTAIN)
+    assert "unavailable: the driver runs CUDA 12.4" in out and f"{root} is 13.1" in out
     assert not (place.folder / "arguments").exists()
 
 
-def test_no_cuda_toolkit(place):
-    (place.sources / "bias_act.cu").write_text(SOURCE)
-    code = "GPUS = [(9, 0)]\n" + GPU + LOAD
-    out, err = place.run(code, DEVICE="cuda", CUDA_HOME=str(place.folder / "none"))
+GPU = "torch.cuda = types.SimpleNamespace(get_device_capability=lambda: (9, 0))\n"
+
+
+def test_no_compiler_for_gpus(place):
+    (place.sources / "bias_act.cu").write_text("")
+    out, err = place.run(GPU + LOAD, DEVICE="cuda", CUDA_HOME=str(place.folder / "none"))
     tried = place.folder / "none" / "bin" / "nvcc"
-    assert out == "plain torch" and f"no CUDA toolkit was found (looked for {tried})" in one_line(err)
+    assert out == "plain torch" and "no compiler for GPUs was found, neither NVRTC" in one_line(err)
+    assert f"nor {tried}; pip install nvidia-cuda-nvrtc" in err
+
+
+def test_an_architecture_that_there_is_not(place):
+    fake_nvcc(place)
+    out, _ = place.run(OBTAIN.replace("for cap", "device_code.build()\n    for cap"), TORCH_CUDA_ARCH_LIST="Hoper")
+    assert out == "unavailable: TORCH_CUDA_ARCH_LIST holds 'Hoper'; expected e.g. 8.0;9.0+PTX"
 
 
 def test_the_toolkit_behind_a_wrapper_and_its_bounds(place, monkeypatch):
@@ -587,11 +637,11 @@ def test_the_toolkit_behind_a_wrapper_and_its_bounds(place, monkeypatch):
 def test_targets():
     known = ("sm_75", "sm_80", "sm_86", "sm_90")
     assert toolchain.choose_targets(known, [(8, 6), (8, 6)]) == ["sm_86"]
-    assert toolchain.choose_targets(known, [(8, 9)]) == ["sm_86"]
-    assert toolchain.choose_targets(known, [(12, 0)]) == ["sm_90", "ptx_90"]  # newer than nvcc knows
+    assert toolchain.choose_target(known, (8, 9)) == "sm_86"
+    assert toolchain.choose_target(known, (12, 0)) == "ptx_90"  # newer than the compiler knows
     assert toolchain.choose_targets(known, []) == ["sm_75", "sm_80", "sm_86", "sm_90", "ptx_90"]
     with pytest.raises(toolchain.Missing, match="oldest target is sm_75, the GPU is sm_70"):
-        toolchain.choose_targets(known, [(7, 0)])
+        toolchain.choose_target(known, (7, 0))
     assert toolchain.parse_arch_list("Ampere;9.0a+PTX") == ["sm_80", "sm_86", "sm_90a", "ptx_90a"]
     for have, gpu, expected in [
         (["sm_80"], (8, 6), True),
@@ -603,10 +653,6 @@ def test_targets():
         (["sm_90a"], (10, 0), False),
     ]:
         assert toolchain.serves(have, gpu) is expected, (have, gpu)
-    assert toolchain.gencode(["sm_80", "ptx_90"]) == [
-        "-gencode=arch=compute_80,code=sm_80",
-        "-gencode=arch=compute_90,code=compute_90",
-    ]
 
 
 def test_diagnoses_of_real_messages(tmp_path):

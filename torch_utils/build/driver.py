@@ -21,7 +21,6 @@ _SIGNATURES = {
     "cuModuleLoadData": [ctypes.POINTER(_Handle), ctypes.c_char_p],
     "cuModuleGetFunction": [ctypes.POINTER(_Handle), _Handle, ctypes.c_char_p],
     "cuFuncSetAttribute": [_Handle, ctypes.c_int, ctypes.c_int],
-    "cuFuncGetAttribute": [ctypes.POINTER(ctypes.c_int), ctypes.c_int, _Handle],
     "cuGetErrorName": [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)],
     "cuGetErrorString": [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)],
     "cuLaunchKernel": [_Handle, *[ctypes.c_uint] * 7, _Handle, ctypes.POINTER(ctypes.c_char_p), _Handle],
@@ -84,7 +83,7 @@ class Kernel:
     def __init__(self, image: bytes, device: int):
         """Loads an image, cubin or PTX, with one kernel in it. Raises Failed if the driver refuses it."""
         name, module, self._function = entry_of(image), _Handle(), _Handle()
-        self._context, self._granted, self._old = _context(device), SHARED_BYTES, _Handle()
+        self._context, self._granted = _context(device), SHARED_BYTES
         _call("cuCtxPushCurrent_v2", self._context)
         try:
             _call("cuModuleLoadData", ctypes.byref(module), image)
@@ -109,21 +108,15 @@ class Kernel:
         if status:
             _check("cuLaunchKernel", status)
 
-    def attribute(self, number: int) -> int:
-        """A CUfunction_attribute, e.g. 4 = registers of a thread, 3 = bytes of local memory."""
-        value = ctypes.c_int()
-        _call("cuFuncGetAttribute", ctypes.byref(value), number, self._function)
-        return value.value
-
 
 def entry_of(image: bytes) -> str:
     """Name of the one kernel in an image: PTX says .entry NAME, a cubin has a section .nv.constant0.NAME with its
     arguments. Raises Failed if there is not exactly one."""
-    if image[:4] == b"\x7fELF":
+    if image[:4] == b"\x7fELF" and len(image) > 64:
         (sections,) = struct.unpack_from("<Q", image, 40)
         size, count, names_at = struct.unpack_from("<3H", image, 58)
         starts = [struct.unpack_from("<I20xQ", image, sections + size * index) for index in range(count)]
-        table = starts[names_at][1]
+        table = starts[names_at][1] if starts else 0
         names = (image[table + name : image.index(b"\0", table + name)] for name, _ in starts)
         found = [name[len(b".nv.constant0.") :] for name in names if name.startswith(b".nv.constant0.")]
     else:

@@ -16,7 +16,7 @@ from pathlib import Path
 from refine.torch_utils.build.toolchain import Missing
 
 # No --use_fast_math: a NaN has to stay one.
-OPTIONS = ("--std=c++17",)
+OPTIONS = ("--std=c++17", "--ptxas-options=-v")
 
 _Program = ctypes.c_void_p
 _TEXTS = ctypes.POINTER(ctypes.c_char_p)
