@@ -40,7 +40,7 @@ struct FilteredLreluTilesRecord : FilteredLreluRecord {
     int64_t tile_h, tile_w;            // outputs of a tile
     int64_t between_h, between_w;      // numbers between the filters that they need; the width a multiple of four
     int64_t held_h, held_w;            // samples of the input that those need
-    int64_t tiles_y, tiles_x, shared;  // numbers of shared memory
+    int64_t tiles_y, tiles_x, clamped;
 };
 
 constexpr int kLreluThreads = 256;
@@ -148,7 +148,7 @@ struct LreluTile {
                     v = positive ? z * gain : z * slope * gain;
                     if (t.step == kStepByMask) {
                         v = passes ? v : Acc(0);
-                    } else if (t.clamp >= 0) {
+                    } else if (t.clamped) {
                         passes = v <= clamp && v >= -clamp;
                         v = v < -clamp ? -clamp : v > clamp ? clamp : v;  // a NaN stays one
                     }

@@ -173,7 +173,7 @@ def _kernel(x, b, fu, fd, mask, step, up, down, mid, size, pad, inset, flip, *nu
     form = f"{up},{down}" if (up, down) in _FACTORS else "0,0"
     expression = f"refine::lrelu_kernel<{form},{native.NUMBERS[x.dtype]}>"
     blocks, shared = min(x.shape[0] * x.shape[1] * math.prod(tiles), native.MOST_BLOCKS), tile[-1]
-    tiling = _TILES.pack(*tile[:-1], *tiles, shared)
+    tiling = _TILES.pack(*tile[:-1], *tiles, numbers[-1] >= 0)
     native.launch("filtered_lrelu", x, expression, blocks, _THREADS, shared, record + tiling)
     return y, made
 
