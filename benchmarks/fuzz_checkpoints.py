@@ -41,6 +41,7 @@ import torch
 from PIL import Image
 
 from refine.networks import edm2
+from refine.networks.adm import ADMPrecond, CMPrecond
 from refine.networks.edm import EDMPrecond
 from refine.networks.stylegan2 import Discriminator, Generator
 from tests.checkpoints.builders import Call, Format, Global, dumps, edm2_file, edm_file, stylegan2_file
@@ -119,22 +120,33 @@ def network_seeds() -> list[bytes]:
         edm_file(Format(protocol=2, numpy=1), T),
     ]
     golden = Path(__file__).resolve().parents[1] / "tests/golden/pickles"
-    files += [path.read_bytes() for path in sorted(golden.glob("*.pkl")) if path.stat().st_size < 1 << 20]
+    for suffix in ("pkl", "pt", "ckpt"):  # StyleGAN3, StyleGAN-XL, R3GAN, TensorFlow; state dicts, whole modules
+        files += [path.read_bytes() for path in sorted(golden.glob(f"*.{suffix}")) if path.stat().st_size < 1 << 20]
+    for cls in (ADMPrecond, CMPrecond):
+        table = cls(
+            4, 1, model_channels=32, widths=[32], num_blocks=0, attention_levels=[], num_head_channels=None
+        ).state_dict()
+        files.append(saved({name.removeprefix("model."): value for name, value in table.items()}))
+    files.append(saved(T.state_dict()))
     state = {name: torch.ones([1] * value.ndim) for name, value in random_generator(8, layers=1, dim=2).items()}
     for table in (
         {"g_ema": state, "latent_avg": torch.zeros(2)},
         {"g": state, "d": state, "g_optim": {"state": {0: {}}}},
     ):
-        for modern in (True, False):
-            file = io.BytesIO()
-            torch.save(table, file, _use_new_zipfile_serialization=modern)
-            files.append(file.getvalue())
+        files += [saved(table, modern) for modern in (True, False)]
     with tempfile.TemporaryDirectory() as folder:
         state_dicts.save_plain(f"{folder}/x", G)
         files.append(Path(f"{folder}/x").read_bytes())
     file = io.BytesIO()
     np.savez(file, init_kwargs=np.array(json.dumps(G.init_kwargs)), **{k: v.numpy() for k, v in G.state_dict().items()})
     return [*files, file.getvalue()]
+
+
+def saved(value: object, modern: bool = True) -> bytes:
+    """What torch.save writes."""
+    file = io.BytesIO()
+    torch.save(value, file, _use_new_zipfile_serialization=modern)
+    return file.getvalue()
 
 
 class Colours(torch.nn.Module):
@@ -480,6 +492,8 @@ OPTIONS = parsed()
 SEEDS = TARGETS[OPTIONS.what][0]()
 FOLDER = tempfile.mkdtemp(prefix="fuzz-checkpoints-")
 PATH = Path(FOLDER) / "x.zip"
+SAID = {"image_size": 4, "num_heads": 1, "use_new_attention_order": False, "noise_schedule": "linear"}
+PATH.with_suffix(".json").write_text(json.dumps(SAID))  # of guided-diffusion, where no shape tells
 
 if __name__ == "__main__":
     main()

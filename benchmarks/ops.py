@@ -25,10 +25,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from refine.networks import stylegan3, stylegan3_layers
 from refine.networks.stylegan2 import Generator
+from refine.networks.stylegan3 import schedule
+from refine.networks.stylegan3_layers import SynthesisLayer
 from refine.torch_utils.build import custom_ops
 from refine.torch_utils.ops.bias_act import bias_act
 from refine.torch_utils.ops.conv3x3 import conv3x3
+from refine.torch_utils.ops.filtered_lrelu import composed, filtered_lrelu
 from refine.torch_utils.ops.group_norm_silu import group_norm_silu
 from refine.torch_utils.ops.upfirdn2d import setup_filter, upfirdn2d
 
@@ -44,6 +48,9 @@ UPFIRDN2D = {
 BIAS_ACT = [(512, 32), (128, 256)]
 GROUP_NORM_SILU = [(64, 8), (64, 16), (16, 32), (256, 32)]  # of the digits teacher, and of CIFAR-10's
 CONV3X3 = [(16, 32), (48, 16), (64, 8), (256, 32), (256, 16)]
+# Layers of StyleGAN3 at 256×256, name → (channels, signals before and after as indices of its schedule).
+FILTERED_LRELU = {"36²": (512, 1, 1), "36² to 52²": (512, 2, 3), "148²": (512, 8, 8), "276²": (181, 11, 11)}
+STYLEGAN3 = {"t": {}, "r": {"conv_kernel": 1, "use_radial_filters": True, "channel_base": 65536, "channel_max": 1024}}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -226,6 +233,68 @@ def cpu_op_rows(name: str, form: Callable, extent: tuple[int, int, int], others:
             }
 
 
+def bench_filtered_lrelu(batch: int, watch: Stopwatch, match: str = ""):
+    """In one pass against the composition of the other compiled ops, and of plain torch; an image at a time."""
+    for config, options in STYLEGAN3.items() if watch.device.type == "cpu" else ():
+        signals = [(target, kwargs) for _, target, kwargs in schedule(256, 3, **options)]
+        for name, (channels, before, after) in FILTERED_LRELU.items():
+            if match not in f"{config} {name}":
+                continue
+            layer = SynthesisLayer(
+                1, *(signals[i][0]._replace(channels=1) for i in (before, after)), **signals[after][1]
+            )
+            x = torch.randn(1, channels, *[layer.source.size + layer.weight.shape[-1] - 1] * 2)
+            arguments = (layer.up_filter, layer.down_filter, torch.randn(channels), layer.up, layer.down, layer.padding)
+            forms = {
+                "native": lambda x, a=arguments: filtered_lrelu(x, *a, clamp=256, impl="native"),
+                "composed": lambda x, a=arguments: composed(x, *a, clamp=256),
+                "ref": lambda x, a=arguments: composed(x, *a, clamp=256, impl="torch"),
+            }
+            for mode, goal in (("forward", 2.5), ("forward+backward", 2.0)):
+                x = x.detach().requires_grad_(mode != "forward")
+                times = watch.fastest(
+                    {key: with_backward(form, x) if x.requires_grad else functools.partial(form, x)
+                     for key, form in forms.items()}
+                )  # fmt: skip
+                yield {
+                    "row": f"filtered_lrelu {config} {name:10} {channels:3} channels {mode}",
+                    "native_ms": times["native"] * 1e3,
+                    "vs_ref": times["ref"] / times["native"],
+                    "vs_torch": times["composed"] / times["native"],
+                    "goal_torch": goal,
+                    "best_torch": "composed of compiled ops",
+                }
+
+
+def bench_stylegan3(batch: int, watch: Stopwatch):
+    """The whole generator at 256×256, one image."""
+    for config, options in STYLEGAN3.items():
+        G = (
+            stylegan3.Generator(512, 0, 512, 256, 3, {"num_layers": 2}, **options)
+            .to(watch.device)
+            .requires_grad_(False)
+        )
+        ws = torch.randn(1, G.num_ws, 512, device=watch.device)
+
+        def run(op, backward, G=G, ws=ws):
+            stylegan3_layers.filtered_lrelu = op
+            try:
+                images = G.synthesis(ws.requires_grad_(backward))
+                if backward:
+                    torch.autograd.grad(images.sum(), ws)
+            finally:
+                stylegan3_layers.filtered_lrelu = filtered_lrelu
+
+        for mode in ("forward", "forward+backward to ws"):
+            ops = {"native": filtered_lrelu, "composed": composed}
+            times = watch.fastest({key: functools.partial(run, op, mode != "forward") for key, op in ops.items()})
+            yield {
+                "row": f"StyleGAN3-{config} 256² {mode}",
+                "native_ms": times["native"] * 1e3,
+                "vs_ref": times["composed"] / times["native"],
+            }
+
+
 def bench_generator(batch: int, watch: Stopwatch):
     """Forward and backward of the 32×32 generator (channel_max 512) against its grouped form in plain float32 torch."""
     device = watch.device
@@ -284,6 +353,8 @@ BENCHMARKS = {
     "bias_act": bench_bias_act,
     "group_norm_silu": bench_group_norm_silu,
     "conv3x3": bench_conv3x3,
+    "filtered_lrelu": bench_filtered_lrelu,
+    "stylegan3": bench_stylegan3,
     "generator": bench_generator,
 }
 
@@ -311,7 +382,7 @@ def main(device, batch, threads, budget, cpu_time, fresh_memory, only, match, js
     )
     rows = []
     for part in only or BENCHMARKS:
-        options = {} if part == "generator" else {"match": match}
+        options = {} if part in ("generator", "stylegan3") else {"match": match}
         for row in BENCHMARKS[part](batch, watch, **options):
             rows.append(row)
             print(line(row), flush=True)

@@ -25,6 +25,7 @@ TEACHERS = {
     "cat256": 552_814_086,
     "horse256": 552_814_086,
     "cat256-consistency": 526_304_771,
+    "r3gan-imagenet64": 280_209_381,
     "imagenet64-autoguided-distill": 280_209_381 + 124_710_949,
 }
 

@@ -1,12 +1,12 @@
 """`python -m refine export`: a network in the format that another tool reads."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from refine.cli.options import kwargs_option, network_file, sigma_init_option
+from refine.cli.options import kwargs_as_typed, kwargs_option, network_file, sigma_init_option
 from refine.errors import option
 
 
@@ -17,7 +17,8 @@ from refine.errors import option
     metavar="FILE|RUN",
     help="Networks to export: any file that this toolkit reads; of a run folder the best snapshot.",
 )
-@kwargs_option("--gan-kwargs", "--network", "--teacher-kwargs")
+@kwargs_option("--gan-kwargs", "--network")
+@kwargs_option("--teacher-kwargs", "--network")
 @sigma_init_option()
 @click.option("--like", metavar="FILE", help="Write this pickle again, with the networks in place of its own.")
 @click.option("--out", required=True, metavar="FILE", help="The file to write.")
@@ -34,6 +35,7 @@ def export(
     out: str,
     format_name: str | None,
     gan_kwargs: dict[str, Any] | None,
+    teacher_kwargs: dict[str, Any] | None,
     sigma_init: float,
 ) -> None:
     """Writes networks for other tools.
@@ -43,6 +45,7 @@ def export(
     """
     from refine.checkpoints import resolve, source_file
 
+    typed = kwargs_as_typed(gan_kwargs, teacher_kwargs)
     suffix = out.rpartition(".")[2].lower()
     defaults = {"pt": "rosinality", "safetensors": "native", "onnx": "graph", "pt2": "graph"}
     if like is not None and format_name is not None:
@@ -66,10 +69,10 @@ def export(
             if reason:
                 raise ValueError(reason)
     if like is None and (format_name or defaults[suffix]) == "graph":
-        _write_graph(network, out, suffix, gan_kwargs, sigma_init)
+        _write_graph(network, out, suffix, *typed, sigma_init)
         return
     with option("--network"):
-        networks = _load(network, source, gan_kwargs, sigma_init)
+        networks = _load(network, source, *typed, sigma_init)
     notes: list[str] = [note for net in networks.values() for note in getattr(net, "notes", ())]
     if original is not None:
         kept = _write_like(original, out, networks, notes)
@@ -84,23 +87,36 @@ def export(
     click.echo(f"Wrote {out}" + "".join(f"\n  {note}" for note in notes))
 
 
-def _load(network: str, source: Path, gan_kwargs: Mapping[str, Any] | None, sigma_init: float) -> Mapping[str, Any]:
+_Kwargs = Mapping[str, Any] | None
+
+
+def _load(
+    network: str, source: Path, kwargs: _Kwargs, in_words_typed: Callable[[str], str], sigma_init: float
+) -> Mapping[str, Any]:
     from refine.checkpoints import load_generator
     from refine.checkpoints.export import load_all
     from refine.checkpoints.sources.one_step import file_of
 
-    if file_of(network) is not None:
-        return {"G_ema": load_generator(network, gan_kwargs, sigma_init)}
-    return load_all(source, gan_kwargs)
+    try:
+        if file_of(network) is not None:
+            return {"G_ema": load_generator(network, kwargs, sigma_init)}
+        return load_all(source, kwargs)
+    except ValueError as error:
+        raise ValueError(in_words_typed(str(error))) from None
 
 
-def _write_graph(network: str, out: str, suffix: str, gan_kwargs: Mapping[str, Any] | None, sigma_init: float) -> None:
+def _write_graph(
+    network: str, out: str, suffix: str, kwargs: _Kwargs, in_words_typed: Callable[[str], str], sigma_init: float
+) -> None:
     from refine.checkpoints import deploy, load_generator
 
     with option("--out"):
         deploy.check_installed(suffix)
     with option("--network"):
-        G = load_generator(network, gan_kwargs, sigma_init)
+        try:
+            G = load_generator(network, kwargs, sigma_init)
+        except ValueError as error:
+            raise ValueError(in_words_typed(str(error))) from None
         said = deploy.write_graph(out, G)
     click.echo(f"Wrote {out}\n  {said}" + "".join(f"\n  {note}" for note in G.notes))
 

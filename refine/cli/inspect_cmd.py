@@ -7,14 +7,15 @@ from typing import Any
 import click
 
 from refine.cli.models_cmd import describe_entry, entry_lines
-from refine.cli.options import kwargs_option, network_file
+from refine.cli.options import kwargs_as_typed, kwargs_option, network_file
 
 
 @click.command()
 @click.argument("file")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
-@kwargs_option("--gan-kwargs", "FILE", "--teacher-kwargs")
-def inspect(file: str, as_json: bool, gan_kwargs: dict[str, Any] | None) -> None:
+@kwargs_option("--gan-kwargs", "FILE")
+@kwargs_option("--teacher-kwargs", "FILE")
+def inspect(file: str, as_json: bool, gan_kwargs: dict[str, Any] | None, teacher_kwargs: dict[str, Any] | None) -> None:
     """Says what FILE is, and which networks it holds. FILE is a path, or a name of pretrained/index.toml.
 
     Of a run folder it is the best snapshot. Of a name whose file is not here yet, it says what the index knows, and
@@ -22,6 +23,7 @@ def inspect(file: str, as_json: bool, gan_kwargs: dict[str, Any] | None) -> None
     """
     from refine.checkpoints.sources.index import read_index, resolve
 
+    kwargs, in_words_typed = kwargs_as_typed(gan_kwargs, teacher_kwargs)
     entry = None if os.path.lexists(file) else read_index().get(file)
     known = None if entry is None else describe_entry(entry)
     if known is not None and known["place"] in ("to be downloaded", "by hand"):
@@ -30,7 +32,10 @@ def inspect(file: str, as_json: bool, gan_kwargs: dict[str, Any] | None) -> None
     path = resolve(network_file(file, "FILE"))
     from refine.checkpoints import describe  # imports torch
 
-    report = describe.inspect_file(path, gan_kwargs)
+    report = describe.inspect_file(path, kwargs)
+    for part in (report, *report.get("networks", {}).values()):
+        if "problem" in part:
+            part["problem"] = in_words_typed(part["problem"])
     if known is not None:
         report["index"] = known
     click.echo(describe.as_json(report) if as_json else describe.as_text(report))

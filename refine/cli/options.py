@@ -77,17 +77,28 @@ def parse_ints(text: str, limit: int = 1_000_000) -> list[int]:
     return list(numbers)
 
 
-def kwargs_option(name: str, of: str, *others: str) -> Callable[[F], F]:
-    """An option of constructor arguments, such as '--gan-kwargs'.
-
-    Args:
-        name: The option.
-        of: The option of the file that they belong to.
-        others: Further spellings.
-    """
+def kwargs_option(name: str, of: str) -> Callable[[F], F]:
+    """An option of constructor arguments, such as '--gan-kwargs', of the file that the option `of` names."""
     text = f"How the network of {of} is built, where its file does not tell it all."
     parameter = name.removeprefix("--").replace("-", "_")
-    return click.option(name, *others, parameter, metavar=JSON_TABLE.metavar, callback=_read_table, help=text)
+    return click.option(name, parameter, metavar=JSON_TABLE.metavar, callback=_read_table, help=text)
+
+
+def kwargs_as_typed(
+    gan_kwargs: dict[str, Any] | None, teacher_kwargs: dict[str, Any] | None
+) -> tuple[dict[str, Any] | None, Callable[[str], str]]:
+    """For commands that take any network: the arguments under either name, and what makes a refusal name that one.
+
+    Raises:
+        ValueError: Both are given.
+    """
+    if gan_kwargs is not None and teacher_kwargs is not None:
+        raise ValueError("--gan-kwargs and --teacher-kwargs are given, for one file; expected one of them")
+    if gan_kwargs is not None:
+        return gan_kwargs, lambda text: text.replace("--teacher-kwargs", "--gan-kwargs")
+    if teacher_kwargs is not None:
+        return teacher_kwargs, lambda text: text.replace("--gan-kwargs", "--teacher-kwargs")
+    return None, lambda text: text
 
 
 def sigma_init_option() -> Callable[[F], F]:

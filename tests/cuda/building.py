@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from refine.torch_utils.build import device_code
-from refine.torch_utils.ops import bias_act, group_norm_silu, upfirdn2d  # noqa: F401 - they note their kernels
+from refine.torch_utils.ops import bias_act, filtered_lrelu, group_norm_silu, upfirdn2d  # noqa: F401 - they note their kernels
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "torch_utils" / "ops"

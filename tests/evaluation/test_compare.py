@@ -10,10 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
+from refine.checkpoints import load_generator
 from refine.checkpoints.native import save_networks
 from refine.cli.main import run_command
 from refine.evaluation import compare as module
 from refine.evaluation.compare import compare
+from refine.evaluation.teachers import TeacherOptions
 from refine.metrics.detectors import load_detector
 from refine.metrics.digits import DigitsDetector
 from refine.metrics.references import load_reference, save_reference
@@ -66,6 +68,9 @@ def files(tmp_path_factory):
         attn_resolutions=[],
     )
     save_networks(folder / "teacher.safetensors", {"ema": teacher}, provenance={})
+    for parameter in teacher.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    save_networks(folder / "teacher-2.safetensors", {"ema": teacher}, provenance={})
     detector = load_detector(folder / "detector.safetensors")
     statistics = FeatureStatistics(keep_features=True)
     for images, _ in sample_images(good.eval(), range(10_000, 10_040)):
@@ -128,6 +133,33 @@ def test_teacher_is_sampled_and_compared(files):
     assert "CIFAR-10" in results["after"]["sampling_reason"] and "sampling_reason" not in results["before"]
     assert any("--after is sampled with 18 Heun steps" in note for note in results["notes"])
     assert results["after"]["fd_digits"]["mean"] > 0
+
+
+def test_a_denoiser_that_is_used_once(files):
+    """`one-step:FILE` on either side is a generator: no sampler, and as good as the file of one made of it."""
+    once = f"one-step:{files / 'teacher.safetensors'}"
+    save_networks(files / "once.safetensors", {"G_ema": load_generator(once, sigma_init=4.0)}, provenance={})
+    named = {**arguments(files, after="once"), "before": once}
+    results = compare(**named, num=4, progress=False, sigma_init=4.0)
+    assert "Heun" not in results["before"]["sampling"]
+    assert results["before"]["fd_digits"] == results["after"]["fd_digits"]
+    assert results["verdict"] == "not distinguishable"
+    assert compare(**named, num=4, progress=False, sigma_init=2.0)["ratio"] != 1
+
+
+def test_a_guided_teacher_has_its_column(files, tmp_path):
+    """The column is what the guided teacher draws, and its guidance is told."""
+    found = {}
+    for guidance in (1.0, 3.0):
+        guide = files / "teacher-2.safetensors"
+        teachers = TeacherOptions(str(guide), guidance, None) if guidance != 1 else None
+        named = {**arguments(files), "teacher": files / "teacher.safetensors"}
+        more = {"teachers": teachers} if teachers else {}
+        found[guidance] = compare(**named, **more, num=4, progress=False, outdir=tmp_path / str(guidance))
+    plain, guided = (found[guidance]["teacher"] for guidance in (1.0, 3.0))
+    assert plain["fd_digits"]["mean"] != guided["fd_digits"]["mean"]
+    assert "3" in guided["sampling"] and "guid" in guided["sampling"] and "guid" not in plain["sampling"]
+    assert found[1.0]["before"]["fd_digits"] == found[3.0]["before"]["fd_digits"]
 
 
 def test_files_of_a_comparison(files, tmp_path, capsys):

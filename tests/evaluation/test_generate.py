@@ -82,6 +82,18 @@ def test_rgb_and_teacher(files, tmp_path, capsys):
     assert read(tmp_path / "t" / "seed0002.png").shape == (16, 16)
 
 
+def test_a_denoiser_that_is_used_once(files, tmp_path, capsys):
+    """Its images are those of D(sigma · z; sigma), and a noise level of another is another generator."""
+    once = f"one-step:{files}/teacher.safetensors"
+    for name, more in (("a", ["--sigma-init=4"]), ("b", ["--sigma-init=9"])):
+        out = tmp_path / name
+        assert run(capsys, f"--network={once}", "--seeds=3", f"--outdir={out}", "--class=2", *more)[0] == 0
+    G = load_generator(once, sigma_init=4.0)
+    images = to_uint8(G(latents_of_seeds([3], [G.z_dim])[0], torch.eye(3)[2:]))
+    assert np.abs(read(tmp_path / "a/seed0003.png").astype(int) - images[0, 0].numpy()).max() <= 1
+    assert not np.array_equal(read(tmp_path / "a/seed0003.png"), read(tmp_path / "b/seed0003.png"))
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -26,8 +26,8 @@ from refine.torch_utils.build.progress import line
 
 MODES = ("auto", "native", "ref")
 OPS = {
-    "cpu": ("upfirdn2d", "bias_act", "group_norm_silu", "conv3x3"),
-    "cuda": ("upfirdn2d", "bias_act", "group_norm_silu"),
+    "cpu": ("upfirdn2d", "bias_act", "filtered_lrelu", "group_norm_silu", "conv3x3"),
+    "cuda": ("upfirdn2d", "bias_act", "filtered_lrelu", "group_norm_silu"),
 }
 SOURCES = Path(__file__).parents[1] / "ops"
 

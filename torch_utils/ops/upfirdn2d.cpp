@@ -4,11 +4,11 @@
 // cache; any other takes one row pass per row of taps. No loop over elements has a branch, so all of them vectorise.
 
 #include <algorithm>
-#include <cmath>
 #include <new>
 #include <vector>
 
 #include "four_taps.h"
+#include "taps.h"
 
 namespace refine {
 namespace {
@@ -38,37 +38,6 @@ void sum_rows(Out* out, const In* const* row, const Acc* weight, int64_t count, 
         for (int64_t i = 0; i < length; ++i) store(&out[i], scratch[i]);
     }
 }
-
-// Taps in correlation order, gain included; as column · row where the filter has rank one up to rounding.
-template <class Acc>
-struct Taps {
-    bool separable = true;
-    std::vector<Acc> all, column, row;
-
-    explicit Taps(const Upfirdn2dCall& call) {
-        const Acc* f = reinterpret_cast<const Acc*>(call.f);
-        const int64_t height = call.fh, width = call.fw;
-        if (height == 0) {
-            for (int64_t i = 0; i < width; ++i) row.push_back(f[call.flip ? i : width - 1 - i]);
-            column = row;
-        } else {
-            for (int64_t i = 0; i < height * width; ++i) all.push_back(f[call.flip ? i : height * width - 1 - i]);
-            int64_t pivot = 0;
-            for (int64_t i = 0; i < height * width; ++i)
-                if (std::fabs(all[i]) > std::fabs(all[pivot])) pivot = i;
-            const Acc top = all[pivot];
-            for (int64_t i = 0; i < height; ++i) column.push_back(all[i * width + pivot % width]);
-            for (int64_t j = 0; j < width; ++j) row.push_back(top == 0 ? 0 : all[pivot / width * width + j] / top);
-            const Acc rounding = sizeof(Acc) == 8 ? Acc(4e-16) : Acc(2.4e-7);
-            for (int64_t i = 0; i < height * width; ++i) {
-                const Acc error = all[i] - column[i / width] * row[i % width];
-                separable = separable && std::fabs(error) <= rounding * std::fabs(all[i]);  // false for a NaN
-            }
-            for (Acc& tap : all) tap *= Acc(call.gain);
-        }
-        for (Acc& tap : row) tap *= Acc(call.gain);
-    }
-};
 
 template <class Number>
 class Filter {
@@ -274,7 +243,8 @@ bool run_four_taps(const Upfirdn2dCall& call, const float* column, const float* 
 
 template <class Number>
 bool run(const Upfirdn2dCall& call) {
-    const Taps<typename AccOf<Number>::type> taps(call);
+    using Acc = typename AccOf<Number>::type;
+    const Taps<Acc> taps(reinterpret_cast<const Acc*>(call.f), call.fh, call.fw, call.flip, Acc(call.gain));
     const bool square = call.upx == call.upy && call.downx == call.downy;
     const bool four = taps.separable && taps.column.size() == 4 && taps.row.size() == 4;
     if constexpr (!std::is_same_v<Number, double>) {

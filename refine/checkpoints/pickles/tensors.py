@@ -227,22 +227,42 @@ def _parse_storage(blob: Blob) -> Storage:
     behind = blob.stream.tell()
     header = blob.read(0, min(blob.length, _HEADER_BYTES))
     blob.stream.seek(behind)  # the pickle around goes on from there
-    position, values = 0, []
-    for index in range(5):
-        rules, load = (STORAGE_RULES, _persistent_storage) if index == 3 else ({}, None)
-        options = {"persistent_load": load, "budget": _HEADER_OPCODES}
-        value, used = load_bytes(header[position:], rules, **options)
-        values.append(value)
-        position += used
-    magic, version, system, (dtype, key, numel), keys = values
-    little_endian = isinstance(system, dict) and system.get("little_endian") is True
-    if magic != _MAGIC or version != _VERSION or not little_endian or not isinstance(dtype, torch.dtype):
-        raise Refused("it holds a storage that is not a little-endian stream of torch.save")
-    if keys != [key] or blob.length != position + 8 + numel * dtype.itemsize:
+    position = _usual_beginning(header)
+    (dtype, key, numel), used = load_bytes(
+        header[position:], STORAGE_RULES, persistent_load=_persistent_storage, budget=_HEADER_OPCODES
+    )
+    position += used
+    keys, used = load_bytes(header[position:], {}, budget=_HEADER_OPCODES)
+    position += used
+    if not isinstance(dtype, torch.dtype) or keys != [key] or blob.length != position + 8 + numel * dtype.itemsize:
         raise Refused(f"it holds a storage that does not have the {numel} numbers it claims")
     if int.from_bytes(header[position : position + 8], "little") != numel:
         raise Refused("it holds a storage that tells two numbers of elements")
     return Storage(dtype, numel, blob, position + 8)
+
+
+_beginnings = [b""]  # the last one that was found right: those of a file are the same, bytes for bytes
+
+
+def _usual_beginning(header: bytes) -> int:
+    """Checks magic number, version and system, and tells where they end."""
+    if (known := _beginnings[0]) and header.startswith(known):
+        return len(known)
+    position, values = 0, []
+    for _ in range(3):
+        value, used = load_bytes(header[position:], {}, budget=_HEADER_OPCODES)
+        values.append(value)
+        position += used
+    magic, version, system = values
+    if (
+        magic != _MAGIC
+        or version != _VERSION
+        or not isinstance(system, dict)
+        or system.get("little_endian") is not True
+    ):
+        raise Refused("it holds a storage that is not a little-endian stream of torch.save")
+    _beginnings[0] = header[:position]
+    return position
 
 
 def _persistent_storage(value: Any) -> tuple[torch.dtype, str, int]:

@@ -3,8 +3,10 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from refine.checkpoints import describe, load_generator, load_teacher, native, peek, registry
 from refine.checkpoints.foreign import adm
@@ -286,6 +288,43 @@ def test_a_run_with_such_a_teacher_goes_on_without_saying_it_again(tmp_path, cap
     other = json.dumps({**said, "noise_schedule": "linear"})
     code, _, err = call(capsys, f"--outdir={tmp_path}", "--resume=latest", f"--teacher-kwargs={other}")
     assert code == 2 and "--teacher-kwargs cannot be changed" in err
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "npz"])
+@pytest.mark.parametrize("name", ["cond_cosine_new", "cm_edm_cond"])
+def test_the_same_names_in_other_files(suffix, name, tmp_path):
+    """What a .pt holds, saved as safetensors or .npz, is the same teacher, told in the same way."""
+    pt, path = save(tmp_path / "x.pt", name=name), tmp_path / f"y.{suffix}"
+    state = torch.load(pt)
+    if suffix == "npz":
+        np.savez(path, **{key: value.numpy() for key, value in state.items()})
+    else:
+        save_file({key: value.contiguous() for key, value in state.items()}, path)
+    said = {"image_size": 8, "num_head_channels": 16}
+    if not name.startswith("cm"):
+        said |= {"use_new_attention_order": True, "noise_schedule": "cosine"}
+    with pytest.raises(ValueError, match="its shapes do not tell image_size"):
+        load_teacher(path)
+    mine, theirs = load_teacher(path, said), load_teacher(pt, said)
+    assert mine.init_kwargs == theirs.init_kwargs and type(mine) is type(theirs)
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(mine.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("typed, other", [("--teacher-kwargs", "--gan-kwargs"), ("--gan-kwargs", "--teacher-kwargs")])
+def test_commands_for_any_network_name_the_option_that_was_typed(typed, other, tmp_path, capsys):
+    path = save(tmp_path / "x.pt")
+    for bad in ("{", "[1]", '{"image_size": 0}', '{"x": 1}', '{"image_size": 8}'):
+        for verb, args in (("inspect", [str(path)]), ("export", [f"--network={path}", f"--out={tmp_path}/y.pt"])):
+            with pytest.raises(SystemExit) as caught:
+                run_command(verb, [*args, f"{typed}={bad}"])
+            out, err = capsys.readouterr()
+            assert typed in out + err and other not in out + err, (verb, bad, out + err)
+            assert verb == "inspect" or caught.value.code != 0
+    for verb, args in (("inspect", [str(path)]), ("export", [f"--network={path}", f"--out={tmp_path}/y.pt"])):
+        with pytest.raises(SystemExit) as caught:
+            run_command(verb, [*args, f"{typed}={{}}", f"{other}={{}}"])
+        assert caught.value.code != 0 and "expected one of them" in capsys.readouterr().err
 
 
 def test_refusals_name_the_option_that_was_given(tmp_path):

@@ -23,6 +23,7 @@ from refine.networks.sampler import heun_sampler
 from refine.networks.sampler_settings import SamplerSettings
 from refine.torch_utils.distributed import packed
 from refine.torch_utils.ops.bias_act import bias_act
+from refine.torch_utils.ops.filtered_lrelu import filtered_lrelu
 from refine.torch_utils.ops.group_norm_silu import group_norm_silu
 from refine.torch_utils.ops.upfirdn2d import setup_filter, upfirdn2d
 
@@ -97,6 +98,31 @@ def group_norm_silu_error(dtype):
     return worst
 
 
+LRELU = [(2, 2, 12, 12), (4, 2, 24, 12), (2, 4, 6, 9), (1, 3, 1, 5), (2, 2, (3, 7), 12), (2, 2, 12, (12, 12))]
+
+
+def filtered_lrelu_error(dtype):
+    """Result, gradients and the derivative of a gradient with respect to what it is multiplied with."""
+    worst = 0.0
+    for shape in SHAPES:
+        for number, (up, down, *sizes) in enumerate(LRELU):
+            fu, fd = (f / f.abs().sum() for f in (torch.randn(n, device=DEVICE) for n in sizes))
+            x = torch.randn(shape, device=DEVICE).to(dtype).requires_grad_()
+            b = torch.randn(shape[1], device=DEVICE).to(dtype).requires_grad_()
+            padding = (19, 23 + number, 31 - 3 * number, 21 + number)
+            clamp, found = 0.5 if dtype == torch.float32 and number % 2 else None, []
+            for impl in KINDS:
+                # the reference rounds after every step, the kernel once
+                wide = [t if impl == "native" else t.detach().float().requires_grad_() for t in (x, b)]
+                y = filtered_lrelu(wide[0], fu, fd, wide[1], up, down, padding, clamp=clamp, impl=impl)
+                dy = torch.linspace(-1, 1, y.numel(), device=DEVICE).reshape(y.shape).to(y.dtype).requires_grad_()
+                grads = torch.autograd.grad(y, wide, dy, create_graph=True)
+                second = torch.autograd.grad(grads[0].sum(), dy) if y.numel() else []
+                found.append([y, *grads, *second])
+            worst = max(worst, error(*found))
+    return worst
+
+
 def refused():
     """What a GPU would refuse as well."""
     mine, theirs, found = torch.ones(3, device=DEVICE), torch.ones(3), []
@@ -140,7 +166,12 @@ def noticed():
 WAYS = {"launched": ("", ""), "shuffled": ("3", "shuffled"), "backwards": ("1", "backwards")}
 
 
-OPS = {"bias_act": bias_act_error, "upfirdn2d": upfirdn2d_error, "group_norm_silu": group_norm_silu_error}
+OPS = {
+    "bias_act": bias_act_error,
+    "upfirdn2d": upfirdn2d_error,
+    "group_norm_silu": group_norm_silu_error,
+    "filtered_lrelu": filtered_lrelu_error,
+}
 
 
 def errors():

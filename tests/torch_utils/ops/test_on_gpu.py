@@ -9,6 +9,7 @@ import torch
 from refine.torch_utils.build import custom_ops, device_code, nvrtc, toolchain
 from refine.torch_utils.ops import native
 from refine.torch_utils.ops.bias_act import ACTIVATIONS, bias_act
+from refine.torch_utils.ops.filtered_lrelu import filtered_lrelu
 from refine.torch_utils.ops.upfirdn2d import setup_filter, upfirdn2d
 
 pytestmark = pytest.mark.gpu
@@ -62,6 +63,27 @@ def test_upfirdn2d(dtype, layout):
                 actual = both(x, "native")
                 assert actual[0].is_contiguous(memory_format=native.layout_of(x))
                 assert_close(actual, both(wide(x), "ref"))
+
+
+LRELU = [(2, 2, 12, 12), (4, 2, 24, 12), (2, 4, 6, 9), (1, 3, 1, 5), (2, 2, (3, 7), 12), (2, 2, 12, (12, 12))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("up, down, n_u, n_d", LRELU, ids=str)
+def test_filtered_lrelu(dtype, up, down, n_u, n_d):
+    """Forward, the gradients, and the gradient of a gradient."""
+    fu, fd = (f / f.abs().sum() for f in (torch.randn(n, device="cuda") for n in (n_u, n_d)))
+    for size in SIZES:
+        for clamp in (None, 0.5) if dtype in (torch.float32, torch.float64) else (None,):
+            x, b = images(size, dtype, torch.contiguous_format), images([size[1]], dtype, torch.contiguous_format, 1)
+
+            def both(x, b, impl, clamp=clamp):
+                y = filtered_lrelu(x, fu, fd, b, up, down, (19, 24, 29, 21), clamp=clamp, impl=impl)
+                dy = torch.linspace(-1, 1, y.numel(), device="cuda").reshape(y.shape).to(y.dtype).requires_grad_()
+                grads = torch.autograd.grad(y, [x, b], dy, create_graph=True)
+                return [y, *grads, *(torch.autograd.grad(grads[0].sum(), dy) if y.numel() else [])]
+
+            assert_close(both(x, b, "native"), both(wide(x), wide(b), "ref"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
