@@ -85,6 +85,10 @@ class Nvrtc:
         numbers = (ctypes.c_int * count.value)()
         self._call("nvrtcGetSupportedArchs", numbers)
         self.version, self.targets = f"{major.value}.{minor.value}", tuple(f"sm_{number}" for number in sorted(numbers))
+        # NVRTC opens this by its name alone, and 13.0 finds it so in the system's folders only, unless it is open already
+        builtins = Path(path).with_name(f"libnvrtc-builtins.so.{self.version}")
+        if builtins.exists():
+            self._builtins = ctypes.CDLL(str(builtins))
 
     def _call(self, name: str, *arguments: object) -> None:
         if status := getattr(self._library, name)(*arguments):
