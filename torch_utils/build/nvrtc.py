@@ -85,7 +85,7 @@ class Nvrtc:
         numbers = (ctypes.c_int * count.value)()
         self._call("nvrtcGetSupportedArchs", numbers)
         self.version, self.targets = f"{major.value}.{minor.value}", tuple(f"sm_{number}" for number in sorted(numbers))
-        # NVRTC opens this by its name alone, and 13.0 finds it so in the system's folders only, unless it is open already
+        # NVRTC opens this by its name alone, which 13.0 finds in the system's folders only, unless it is open already
         builtins = Path(path).with_name(f"libnvrtc-builtins.so.{self.version}")
         if builtins.exists():
             self._builtins = ctypes.CDLL(str(builtins))
