@@ -52,7 +52,7 @@ def _cuda_facts() -> dict[str, Any]:
     facts: dict[str, Any] = {"runtime": torch.version.cuda, "driver": driver and "{}.{}".format(*driver)}
     try:
         compiler = device_code.open_compiler()
-    except toolchain.Missing as error:
+    except (toolchain.Missing, OSError) as error:
         return facts | {"compiler": None, "problem": str(error)}
     found = {"name": compiler.name, "version": compiler.version, "path": compiler.path}
     return facts | {"compiler": found | {"targets": list(compiler.targets)}}

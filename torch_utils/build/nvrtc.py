@@ -85,10 +85,10 @@ class Nvrtc:
         numbers = (ctypes.c_int * count.value)()
         self._call("nvrtcGetSupportedArchs", numbers)
         self.version, self.targets = f"{major.value}.{minor.value}", tuple(f"sm_{number}" for number in sorted(numbers))
-        # NVRTC opens a second library by its name alone, which the system finds if it is open already.
-        beside = os.path.join(os.path.dirname(path), f"libnvrtc-builtins.so.{self.version}")
-        if os.path.isfile(beside):
-            ctypes.CDLL(beside)
+        # NVRTC opens this by its name alone, which 13.0 finds in the system's folders only, unless it is open already
+        builtins = Path(path).with_name(f"libnvrtc-builtins.so.{self.version}")
+        if builtins.exists():
+            self._builtins = ctypes.CDLL(str(builtins))
 
     def _call(self, name: str, *arguments: object) -> None:
         if status := getattr(self._library, name)(*arguments):
