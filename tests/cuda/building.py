@@ -30,9 +30,8 @@ def build(folder: Path) -> None:
     libraries = [f"-L{home}/lib", "-lc10", "-ltorch_cpu", "-ltorch", f"-Wl,-rpath,{home}/lib"]
     kernels = []
     for op in sorted({op for op, _ in device_code.KERNELS}):
-        expressions = [name for (owner, _), names in device_code.KERNELS.items() if owner == op for name in names]
         kernels.append(folder / f"{op}.cpp")
-        kernels[-1].write_text(for_host(op, (KERNELS / f"{op}.cu").read_text(), expressions))
+        kernels[-1].write_text(for_host(op, (KERNELS / f"{op}.cu").read_text(), device_code.kernels_of(op)))
     commands = [
         [*includes, str(HERE / "fake_device.cpp"), *libraries, "-o", str(folder / "libdevice.so")],
         [f"-I{HERE}", f"-I{KERNELS}", *map(str, kernels), "-o", str(folder / "libkernels.so")],

@@ -115,6 +115,7 @@ WRITERS |= {"savez", "savez_compressed", "copyfile", "copytree", "move", "mknod"
 # `dnnlib.distrust`, or into a file that TensorBoard names.
 REVIEWED = {
     "dnnlib/writing.py",  # the function itself
+    "torch_utils/build/device_code.py",  # the build folder, and a log beside it
     "torch_utils/build/op_builder.py",  # its own build folder
     "torch_utils/build/op_cache.py",  # the cache of compiled code
     "torch_utils/build/custom_ops.py",  # the build folder

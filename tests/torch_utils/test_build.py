@@ -361,7 +361,7 @@ def test_no_compiler(place):
         ("echo 'x.cpp:1: error: No space left on device' >&2; exit 1", "the disk is full"),
         ("kill -9 $$", "log: "),
         ("exit 3", "said nothing"),
-        ("exit 0", "left no library"),
+        ("exit 0", "left no ops.so"),
         ("sleep 60", "was stopped after 2 s"),
     ],
 )

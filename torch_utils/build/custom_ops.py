@@ -169,8 +169,8 @@ def describe_wanted(portable: bool = False) -> Wanted:
     """
     import torch
 
-    facts = (torch.__version__, sys.implementation.cache_tag, sys.platform, platform.machine(), _libc())
-    facts += (op_builder.CXX_FLAGS, op_builder.OPTIONAL_CXX_FLAGS)
+    facts: list[object] = [torch.__version__, sys.implementation.cache_tag, sys.platform, platform.machine(), _libc()]
+    facts += [op_builder.CXX_FLAGS, op_builder.OPTIONAL_CXX_FLAGS]
     sources = _read_sources()
     key = hashlib.sha256(repr((facts, sorted(sources.items()))).encode()).hexdigest()[:16]
     return Wanted(sources, key, tuple(toolchain.cpu_targets()[-1 if portable else 0 :]))

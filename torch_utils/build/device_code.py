@@ -107,26 +107,23 @@ def obtain(
     return [_find(source, name, capability, {})[0] for name in expressions], built
 
 
-def build(targets: Sequence[str] | None = None) -> list[Path]:
-    """Compiles whatever is missing of all kernels that the ops have noted.
+def kernels_of(op: str) -> list[str]:
+    """All expressions that an op has noted."""
+    return [name for (owner, _), names in KERNELS.items() if owner == op for name in names]
 
-    Args:
-        targets: 'sm_90', 'ptx_90'; None = TORCH_CUDA_ARCH_LIST, else the GPUs here, else one for each generation.
 
-    Returns:
-        The folders of the images.
-    """
+def build() -> list[Path]:
+    """Compiles what is missing of all kernels that the ops have noted: for the targets of TORCH_CUDA_ARCH_LIST, else
+    for the GPUs here, else for one of each generation. Returns the folders of the images."""
     compiler = open_compiler()
-    if targets is None:
-        text = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    if text := os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip():
+        targets = toolchain.parse_arch_list(text)
+    else:
         gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-        capabilities = list(map(torch.cuda.get_device_capability, gpus))
-        given = toolchain.parse_arch_list(text) if text else None
-        targets = given or toolchain.choose_targets(compiler.targets, capabilities)
+        targets = toolchain.choose_targets(compiler.targets, [torch.cuda.get_device_capability(gpu) for gpu in gpus])
     return [
-        _compile(op, [(name, target) for name in names for target in targets], compiler, {})[0]
+        _compile(op, [(name, target) for name in kernels_of(op) for target in targets], compiler, {})[0]
         for op in sorted({op for op, _ in KERNELS})
-        for names in [[name for (owner, _), family in KERNELS.items() if owner == op for name in family]]
     ]
 
 
@@ -155,7 +152,7 @@ def _stem(expression: str) -> str:
 def find_compiler() -> str | None:
     """Path of what would compile, found without running anything; None = nothing."""
     nvcc = toolchain.find_nvcc(torch.version.cuda)
-    return nvrtc.find(torch.version.cuda) or (nvcc and nvcc.command[0])
+    return nvrtc.find(torch.version.cuda) or (None if nvcc is None else nvcc.command[0])
 
 
 @functools.cache

@@ -69,7 +69,7 @@ def _call(name: str, *arguments: object) -> None:
 
 
 @functools.cache
-def _context(device: int) -> _Handle:
+def _context(device: int) -> ctypes.c_void_p:
     """The primary context of a device, which is torch's; kept for as long as the process lives."""
     number, context = ctypes.c_int(), _Handle()
     _call("cuDeviceGet", ctypes.byref(number), device)
