@@ -44,11 +44,11 @@ class TrainingRun:
         """Train to the end, from wherever the state is.
 
         Args:
-            monitor, stop: TensorBoard, and what may end the run early; it is asked once an iteration.
+            monitor, stop: Who is told, and what may end the run early; it is asked once an iteration.
 
         Returns:
-            None if the run came to its end (its kimg, no better snapshots, lost recall), 0 if its time was up, or the
-            number of the signal that stopped it. The state is saved in any case.
+            None if the run came to its end (its kimg, no better snapshots, lost recall, a callback's wish), 0 if its
+            time was up, or the number of the signal that stopped it. The state is saved in any case.
 
         Raises:
             ValueError: The numbers diverged, oftener than --rollback allows.
@@ -58,6 +58,7 @@ class TrainingRun:
         self._saved_at, self._clock = time.monotonic(), time.time() - self.progress.elapsed
         if not self.progress.begun:
             self.snapshots.begin(monitor)
+            monitor.tick(0)
             self.progress.begun = True
             if self.config.rollback:  # to where a run goes back that diverges before its first snapshot
                 self._save_state()
@@ -112,6 +113,7 @@ class TrainingRun:
                         self._save_state(self.snapshots.save(monitor))
                         saved = True
                     self._say(line)
+                    monitor.tick(trainer.nimg / 1000)
                 reason = self._between_iterations(stop, saved)
                 if reason > StopReason.SAVE:
                     return StopReason.GO_ON if done else reason
@@ -147,10 +149,8 @@ class TrainingRun:
     def _between_iterations(self, stop: StopRequests, saved: bool = False) -> StopReason:
         """What all processes do now; saves the state where that is due."""
         due = time.monotonic() - self._saved_at >= 60 * self.config.state_minutes
-        reason = StopReason.SAVE if due else StopReason.GO_ON
-        reason = StopReason.TIME_IS_UP if stop.time_is_up() else reason
-        reason = StopReason.SIGNALLED if stop.signal else reason
-        reason = StopReason(distributed.largest(max(reason, self._reason_of_metrics())))
+        reason = max(StopReason.SAVE if due else StopReason.GO_ON, stop.reason(), self._reason_of_metrics())
+        reason = StopReason(distributed.largest(reason))
         # On CUDA skipped steps are looked at now and then only: reading them waits for the device.
         self._iterations += 1
         if self.trainer.device.type != "cuda" or self._iterations % 50 == 0:

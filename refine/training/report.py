@@ -11,6 +11,7 @@ from refine.config import RefineConfig
 from refine.dnnlib import format_time
 from refine.metrics.metric import is_better
 from refine.metrics.named import NamedMetric
+from refine.metrics.own import OwnMetric
 from refine.metrics.registry import METRICS
 from refine.training.snapshots import Best
 from refine.training.stopping import StopReason
@@ -96,6 +97,8 @@ def last_line(reason: StopReason, nimg: int, config: RefineConfig, best: Best | 
         return f"time is up; {how_to_go_on}"
     if reason == StopReason.SIGNALLED:
         return f"stopped; {how_to_go_on}"
+    if reason == StopReason.ASKED:
+        return f"stopped by a callback; {how_to_go_on}"
     if reason == StopReason.NO_BETTER and best is not None:
         return f"no better {best.metric} in {config.patience} snapshots: done, the best is {best.snapshot}"
     if reason == StopReason.RECALL_LOST:
@@ -103,7 +106,7 @@ def last_line(reason: StopReason, nimg: int, config: RefineConfig, best: Best | 
     return None
 
 
-def result_line(folder: Path, metric: NamedMetric, best: Best | None, elapsed: float) -> str:
+def result_line(folder: Path, metric: NamedMetric | OwnMetric, best: Best | None, elapsed: float) -> str:
     """What a run gained by its first metric, at what cost, and which network to take.
 
     Args:

@@ -5,7 +5,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from refine.metrics.named import NamedMetric
-from refine.training.monitor import Monitor
+from refine.training.tensorboard import TensorBoard
 from tests.training.test_trainer import make_run
 
 
@@ -31,7 +31,7 @@ def test_everything_that_is_promised_is_there(tmp_path):
     training = make_run(
         tmp_path, average="ema", kimg=4.0, batch=500, tick=2.0, aux_warmup_kimg=0.0, metrics=[FakeMetric()]
     )
-    monitor = Monitor(tmp_path)
+    monitor = TensorBoard(tmp_path)
     training.run(monitor)
     monitor.close()
     events = read(tmp_path)
@@ -63,7 +63,7 @@ def test_the_best_snapshot_is_kept(tmp_path):
     training = make_run(
         tmp_path, average="ema", kimg=2.0, batch=500, tick=1.0, aux_warmup_kimg=0.0, metrics=[FakeMetric()]
     )
-    monitor = Monitor(tmp_path)
+    monitor = TensorBoard(tmp_path)
     training.run(monitor)
     monitor.close()
     assert training.snapshots.standing.best.value == 1.0 and training.snapshots.standing.best.kimg == 1.0
@@ -81,7 +81,7 @@ def test_a_failing_metric_does_not_end_the_run(tmp_path):
             raise ValueError("images are empty")
 
     training = make_run(tmp_path, metrics=[Failing()])
-    monitor = Monitor(tmp_path)
+    monitor = TensorBoard(tmp_path)
     training.run(monitor)
     monitor.close()
     assert "metric fd10-fake failed: images are empty" in (tmp_path / "log.txt").read_text()
@@ -92,7 +92,7 @@ def test_metrics_do_not_disturb_training(tmp_path):
     states = []
     for name, metrics in (("with", [FakeMetric()]), ("without", [])):
         training = make_run(tmp_path / name, kimg=0.016, metrics=metrics)
-        monitor = Monitor(tmp_path / name)
+        monitor = TensorBoard(tmp_path / name)
         training.run(monitor)
         monitor.close()
         states.append(training.trainer.G.state_dict())

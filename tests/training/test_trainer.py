@@ -14,11 +14,11 @@ from refine.networks.stylegan2 import Generator
 from refine.objectives import REGISTRY
 from refine.pair import check_pair
 from refine.training.loop import TrainingRun
-from refine.training.monitor import Monitor
 from refine.training.observe import GAP_NAMES, SIGMA_EDGES
 from refine.training.run_dir import RunDir
 from refine.training.snapshots import Best, Standing
 from refine.training.state import load_training_state
+from refine.training.tensorboard import TensorBoard
 from refine.training.trainer import Trainer, select_parameters
 from tests.metrics.networks import PlainGenerator
 
@@ -58,7 +58,7 @@ def make_run(path, student=None, teacher=None, metrics=None, metric_names=(), ot
 
 def run(training):
     """To the end; returns the trainer."""
-    monitor = Monitor(training.run_dir.path)
+    monitor = TensorBoard(training.run_dir.path)
     training.run(monitor)
     monitor.close()
     return training.trainer
