@@ -30,6 +30,7 @@ from refine.config.kinds import (
     count_or,
     number,
     optional,
+    some_of,
     text,
     words,
 )
@@ -285,6 +286,11 @@ class RefineConfig:
         BOOLEAN, False, _MONITORING,
         "Run the TorchScript files that --metrics names: programs that can do more than compute.",
         changeable=True, in_snapshots=False,
+    )
+    logger: tuple[str, ...] = option(
+        some_of(("tensorboard", "wandb")), ("tensorboard",), _MONITORING,
+        "Who is told of the run's course, besides its own files: TensorBoard, Weights & Biases, both, or none.",
+        changeable=True, in_snapshots=False, aliases=("log-with", "report-to", "wandb", "tracker"),
     )
     device: str | None = option(
         optional(text("DEVICE"), "cuda where there is one"), None, _SPEED, "cpu, cuda or cuda:N.",

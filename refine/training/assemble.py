@@ -39,13 +39,14 @@ from refine.training.loop import TrainingRun
 from refine.training.monitor import Monitor, Monitors
 from refine.training.others import images_of_data, images_of_teacher
 from refine.training.regularise import set_dropout
-from refine.training.report import result_line
+from refine.training.report import next_commands, outcome, result_line
 from refine.training.resuming import ONE_STEP, Resumed, absolute_place, check_reach, resumed_config
 from refine.training.run_dir import RunDir, create_run_dir, next_run_dir
 from refine.training.stopping import StopRequests
 from refine.training.streams import lasting_streams
 from refine.training.tensorboard import TensorBoard
 from refine.training.trainer import Trainer, select_parameters
+from refine.training.weights_and_biases import WeightsAndBiases, check_available
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,9 @@ def _run(config: RefineConfig, resumed: Resumed | None, dry_run: bool, brought: 
     with one_voice(), option("--batch"):
         if config.batch % distributed.world_size():
             raise ValueError(f"{config.batch} images for {distributed.world_size()} processes; expected a multiple")
+    if "wandb" in config.logger:
+        with one_voice(), option("--logger"):
+            check_available()
     with one_voice(), option("--device"):
         device_name = choose_device(config.device)
     with one_voice():
@@ -366,16 +370,23 @@ def _train(
     with StopRequests(config.time_limit, began) as stop:
         monitor = _open_monitors(training, run_dir, resumed, stop, brought)
         try:
-            stopped = training.run(monitor, stop)
+            stopped, verdict = training.run(monitor, stop), ""
+            snapshots = training.snapshots
+            if stopped is None and snapshots.metrics and distributed.is_main():
+                judged = snapshots.metrics[0], snapshots.standing.best, training.progress.elapsed
+                monitor.outcome(outcome(run_dir.path, *judged))
+                verdict = result_line(run_dir.path, *judged)
         finally:
             monitor.close()
     if stopped is not None:
         return stopped, ""
-    snapshots, verdict = training.snapshots, ""
-    if snapshots.metrics and distributed.is_main():
-        verdict = result_line(run_dir.path, snapshots.metrics[0], snapshots.standing.best, training.progress.elapsed)
+    if verdict:
         run_dir.log(verdict)
-    run_dir.log(f"done; watch it with  tensorboard --logdir={run_dir.path}")
+    if brought.student is None and brought.teacher is None:
+        for line in next_commands(run_dir.path, config, training.snapshots.container):
+            run_dir.log(f"next        {line}")
+    watched = f"; watch it with  tensorboard --logdir={run_dir.path}" if "tensorboard" in config.logger else ""
+    run_dir.log(f"done{watched}")
     return None, verdict.removeprefix("result").strip()
 
 
@@ -385,7 +396,12 @@ def _open_monitors(
     """Who is told; nobody in every process but one."""
     if not distributed.is_main():
         return Monitors()
-    monitors: list[Monitor] = [TensorBoard(run_dir.path, training.trainer.nimg / 1000 if resumed else None)]
+    monitors: list[Monitor] = []
+    with option("--logger"):
+        if "wandb" in training.config.logger:
+            monitors.append(WeightsAndBiases(run_dir.path, training.config.as_dict()))
+    if "tensorboard" in training.config.logger:
+        monitors.append(TensorBoard(run_dir.path, training.trainer.nimg / 1000 if resumed else None))
     if brought.callbacks:
         monitors.append(CallbackMonitor(brought.callbacks, training.snapshots.images, stop.ask))
     return Monitors(monitors)

@@ -67,14 +67,17 @@ class CallbackMonitor:
         for callback in self._callbacks:
             callback(Event(kimg, scalars, metrics, self._draw, self._stop))
 
-    def options(self, options: dict[str, Any]) -> None:
-        """The caller has them."""
+    def begin(self, options: dict[str, Any], leading: Mapping[str, str]) -> None:
+        """The caller knows."""
 
     def image(self, name: str, image: torch.Tensor, kimg: float) -> None:
         """Those of an event are drawn when they are asked for."""
 
     def class_histogram(self, counts: list[float], kimg: float) -> None:
         """Not told."""
+
+    def outcome(self, numbers: Mapping[str, float]) -> None:
+        """The caller gets a result."""
 
     def forget_after(self, kimg: float) -> None:
         self._scalars = {}

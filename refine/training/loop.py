@@ -106,7 +106,8 @@ class TrainingRun:
                 bar.update(config.batch)
                 done, saved = trainer.nimg >= end, False
                 if self._tick_index() > tick or done:
-                    line = self._report(monitor, since, end - trainer.nimg)
+                    # A run may end between two ticks: its last one has a number of its own.
+                    line = self._report(monitor, since, end - trainer.nimg, max(self._tick_index(), tick + 1))
                     since = Clocks()
                     if done or (config.snap and self._tick_index() % config.snap == 0):
                         check_before_saving(trainer, config.max_skips)
@@ -122,12 +123,12 @@ class TrainingRun:
     def _tick_index(self) -> int:
         return int(self.trainer.nimg / (self.config.tick * 1000) + 1e-9)
 
-    def _report(self, monitor: Monitor, since: Clocks, remaining: int) -> str:
+    def _report(self, monitor: Monitor, since: Clocks, remaining: int, tick: int) -> str:
         """Writes the statistics of the tick that ends now, and returns its progress line; every process must come."""
         config, trainer, progress = self.config, self.trainer, self.progress
         progress.elapsed = time.time() - self._clock
         report = TickReport(
-            tick=self._tick_index(),
+            tick=tick,
             nimg=trainer.nimg,
             images=trainer.nimg - progress.tick_start,
             remaining=remaining,

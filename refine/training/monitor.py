@@ -11,8 +11,8 @@ import torch
 class Monitor(Protocol):
     """What the loop tells. Times are in kimg, thousands of images through the student step."""
 
-    def options(self, options: dict[str, Any]) -> None:
-        """All options of a run that begins, as JSON has them."""
+    def begin(self, options: dict[str, Any], leading: Mapping[str, str]) -> None:
+        """A run begins: all options, as JSON has them; and the metrics by name, with the name of the leading number."""
 
     def scalars(self, values: Mapping[str, float], kimg: float) -> None:
         """Numbers by tag, 'Loss/aux'; those of metrics are 'Metrics/<metric>/<number>'."""
@@ -25,6 +25,9 @@ class Monitor(Protocol):
 
     def tick(self, kimg: float) -> None:
         """All that there is to tell of this moment has been told."""
+
+    def outcome(self, numbers: Mapping[str, float]) -> None:
+        """What the run came to by its first metric, see `report.outcome`."""
 
     def forget_after(self, kimg: float) -> None:
         """The run goes back to `kimg`: what was told of the time after it is void."""
@@ -42,9 +45,9 @@ class Monitors:
     def __init__(self, monitors: Sequence[Monitor] = ()):
         self._all = tuple(monitors)
 
-    def options(self, options: dict[str, Any]) -> None:
+    def begin(self, options: dict[str, Any], leading: Mapping[str, str]) -> None:
         for monitor in self._all:
-            monitor.options(options)
+            monitor.begin(options, leading)
 
     def scalars(self, values: Mapping[str, float], kimg: float) -> None:
         for monitor in self._all:
@@ -61,6 +64,10 @@ class Monitors:
     def tick(self, kimg: float) -> None:
         for monitor in self._all:
             monitor.tick(kimg)
+
+    def outcome(self, numbers: Mapping[str, float]) -> None:
+        for monitor in self._all:
+            monitor.outcome(numbers)
 
     def forget_after(self, kimg: float) -> None:
         for monitor in self._all:

@@ -98,7 +98,7 @@ class Snapshots:
         if distributed.is_main():
             save_png(self.run_dir.path / "fakes_init.png", self._init_grid)
         monitor.image("Fakes/before", self._init_grid, 0)
-        monitor.options(self.trainer.config.as_dict())
+        monitor.begin(self.trainer.config.as_dict(), {metric.name: metric.key for metric in self.metrics})
         judged = self._measure({None: self.trainer.G_ema}, "init", monitor)
         if judged.results is not None:
             self.standing.start_recall = judged.results.get("recall")

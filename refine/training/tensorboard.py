@@ -1,6 +1,7 @@
 """TensorBoard: scalars, pictures, texts and hparams of a run, with images on the x axis."""
 
 import json
+import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
+
+SHARES = ("precision", "recall")
 
 
 class TensorBoard:
@@ -33,8 +36,10 @@ class TensorBoard:
         self._writer.close()
         self._writer = self._opened(kimg)
 
-    def options(self, options: dict[str, Any]) -> None:
-        """The options as text and as hparams, in this run itself: `add_hparams` would make a second one."""
+    def begin(self, options: dict[str, Any], leading: Mapping[str, str]) -> None:
+        """The layout of the custom scalars, and the options as text and as hparams, in this run itself: `add_hparams`
+        would make a second one."""
+        self._writer.add_custom_scalars(_layout(leading))
         self._writer.add_text("options", "    " + json.dumps(options, indent=2).replace("\n", "\n    "), 0)
         flat: dict[str, Any] = {}
         for key, value in options.items():
@@ -42,7 +47,9 @@ class TensorBoard:
             flat |= {f"{key}.{name}".rstrip("."): _plain(item) for name, item in items if item is not None}
         file_writer = self._writer.file_writer
         assert file_writer is not None, "add_text opened it"
-        for summary in hparams(flat, {"Loss/aux": None}):
+        keys = [*list(leading.values())[:1], *SHARES]
+        results = ["Result/hours", *(f"Result/{key}{when}" for key in keys for when in ("", "_before"))]
+        for summary in hparams(flat, dict.fromkeys(results)):
             file_writer.add_summary(summary)
 
     def scalars(self, values: Mapping[str, float], kimg: float) -> None:
@@ -59,6 +66,11 @@ class TensorBoard:
         self._writer.add_histogram("Classes/histogram", classes, _step(kimg), bins=len(counts))
         self._writer.add_scalar("Classes/rarest_share", min(counts), _step(kimg))
 
+    def outcome(self, numbers: Mapping[str, float]) -> None:
+        """As the metrics of the hparams; at step 0, as they are of the run as a whole."""
+        for name, value in numbers.items():
+            self._writer.add_scalar(f"Result/{name}", value, 0)
+
     def tick(self, kimg: float) -> None:
         """Everything is written as it comes."""
 
@@ -67,6 +79,34 @@ class TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _layout(leading: Mapping[str, str]) -> dict[str, dict[str, list[Any]]]:
+    """The custom scalars: what people ask of a run, in that order. Tags are regular expressions."""
+
+    def chart(*tags: str) -> list[Any]:
+        return ["Multiline", list(tags)]
+
+    metrics = {name: re.escape(f"Metrics/{name}/") for name in leading}
+    of_averages = r"(_[0-9.]+|_raw)?$"
+    better = {f"{name}: {key}": chart(f"{metrics[name]}{re.escape(key)}{of_averages}") for name, key in leading.items()}
+    better |= {f"{name}: precision": chart(f"{metric}precision{of_averages}") for name, metric in metrics.items()}
+    cost = {f"{name}: recall": chart(f"{metric}recall{of_averages}") for name, metric in metrics.items()}
+    return {
+        "Is it better?": better,
+        "At what cost?": {
+            **cost,
+            "spread of the images": chart("Diversity/.*"),
+            "hours": chart("Timing/total_hours"),
+            "memory in GiB": chart("Resources/.*"),
+        },
+        "Does the auxiliary network keep up?": {
+            "lag": chart("Aux/lag"),
+            "its loss": chart("Loss/aux"),
+            "distance to the teacher, by noise level": chart("Gap/sigma_.*"),
+            "steps left out": chart("Progress/skipped_.*"),
+        },
+    }
 
 
 def _step(kimg: float) -> int:

@@ -207,6 +207,14 @@ def test_states_hold_what_they_always_held(tmp_path):
     assert training.state_dict()["best"] == state["best"]
 
 
+def test_a_run_that_ends_between_two_ticks_numbers_them_once_each(tmp_path):
+    run(make_run(tmp_path, kimg=0.02, batch=4, tick=0.008))
+    lines = [line.split() for line in (tmp_path / "log.txt").read_text().splitlines() if line.startswith("tick")]
+    assert [line[1] for line in lines] == ["1", "2", "3"]
+    rows = [json.loads(line) for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
+    assert [(row["tick"], row["kimg"]) for row in rows] == [(1, 0.008), (2, 0.016), (3, 0.02)]
+
+
 def test_the_loop_fits_on_a_page():
     import refine.training.loop
 
