@@ -246,7 +246,7 @@ def sample(
     Raises:
         ValueError: The network cannot be used, or a class or seed does not exist.
     """
-    from refine.evaluation.sides import Side, check_choice
+    from refine.evaluation.sides import Side, check_choice, check_truncation
     from refine.evaluation.teachers import TeacherOptions
     from refine.networks.sampler_settings import SamplerChoice
 
@@ -260,6 +260,7 @@ def sample(
         side = Side(_network(network), name, batch, noise_mode, truncation_psi, teachers, choice)
         teachers.check_used([side.is_teacher])
         check_choice(choice, side.is_teacher)
+        check_truncation(truncation_psi, {"network": side})
         asked = classes if classes is None or isinstance(classes, int) else list(classes)
         if isinstance(asked, list) and len(asked) != len(seeds):
             raise ValueError(f"found {len(asked)} classes for {len(seeds)} seeds; expected one each")

@@ -144,6 +144,7 @@ def as_text(report: Mapping[str, Any]) -> str:
         f"sha256      {report['sha256']}",
     ]
     lines += [f"problem     {report['problem']}"] if "problem" in report else []
+    lines += [f"use         {report['use']}"] if report.get("use") not in (None, "networks") else []
     for name, network in report.get("networks", {}).items():
         if "problem" in network:
             lines += [f"{name:<11} {network['kind']}", f"  problem   {network['problem']}"]

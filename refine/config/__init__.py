@@ -301,7 +301,9 @@ class RefineConfig:
     )
 
     keep: int = option(
-        count(1), 2, _RESUMING, "How many training states are kept.", changeable=True, in_snapshots=False
+        count(1), 2, _RESUMING,
+        "How many training states are kept; 1 takes half the room, and leaves nothing to fall back on.",
+        changeable=True, in_snapshots=False, aliases=("keep-states", "max-checkpoints", "save-total-limit"),
     )
     state_minutes: float = option(
         number("a number ≥ 0", lambda value: value >= 0), 10.0, _RESUMING,

@@ -24,7 +24,7 @@ from refine.evaluation.paired import ENOUGH_IMAGES
 from refine.evaluation.provenance import describe_run
 from refine.evaluation.run_folder import RunFolder, Snapshot, read_run_folder
 from refine.evaluation.scale import Column, RealColumn, TeacherColumn
-from refine.evaluation.sides import Side, check_choice, check_same_images, load_side
+from refine.evaluation.sides import Side, check_choice, check_same_images, check_truncation, load_side
 from refine.evaluation.space import load_space
 from refine.evaluation.teachers import TeacherOptions
 from refine.evaluation.written import write_comparison
@@ -108,6 +108,7 @@ def compare(
     teachers = teachers or TeacherOptions()
     sampling = (device, batch, noise_mode, truncation_psi, teachers, sampler, sigma_init)
     runs, sides = _opened({"before": before, "after": after}, sampling, gan_kwargs)
+    unreached = check_truncation(truncation_psi, sides)
     drawn = [side for side in sides.values() if side.is_teacher]
     teachers.check_used([bool(drawn), teacher is not None])
     with option("--outdir"):
@@ -123,7 +124,7 @@ def compare(
     with option("--data"):
         real = None if data is None else RealColumn(data, job)
     check_choice(sampler, bool(drawn or taught or reference.is_teacher))
-    notes = _notes(job, sides, runs, taught)
+    notes = [*_notes(job, sides, runs, taught), *unreached]
     if progress and is_first_process():
         for note in notes:
             print(f"note: {note}", file=sys.stderr)

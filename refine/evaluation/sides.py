@@ -43,6 +43,7 @@ class Side:
         sampling: How images are drawn, in words.
         sampling_reason: Why a diffusion model is sampled like this; None for a generator.
         image_shape: [C, H, W].
+        device, batch: As given.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Side:
             self.path, self.name, self.sha256 = str(self.file), self.file.name, sha256_of_file(self.file)
             self.refined_with = refined_with(provenance_of(self.file))
         self.image_shape = [self.network.img_channels, self.network.img_resolution, self.network.img_resolution]
+        self.device, self.batch = device, batch
         self._common: dict[str, Any] = {"device": device, "batch": batch}
         self._own: dict[str, Any] = {"noise_mode": noise_mode, "truncation_psi": truncation_psi}
         self.sampling_reason: str | None = None
@@ -108,6 +110,21 @@ def load_side(name: str, path: str | os.PathLike | torch.nn.Module, *sampling: A
     """A `Side`, whose faults begin with the option of that name."""
     with option(f"--{name}"):
         return Side(path, *sampling)
+
+
+def check_truncation(psi: float, sides: Mapping[str, Side]) -> list[str]:
+    """A line for each network that --trunc does not reach, by the names of their options.
+
+    Raises:
+        ValueError: It reaches none.
+    """
+    without = [name for name, side in sides.items() if side.is_teacher or not side.network.takes_truncation]
+    if psi == 1 or not without:
+        return []
+    if len(without) == len(sides):
+        names = " and ".join(sides[name].name for name in dict.fromkeys(without))
+        raise ValueError(f"--trunc is {psi:g}, but {names} cannot be truncated; expected 1")
+    return [f"--trunc does not reach --{name}: {sides[name].name} cannot be truncated" for name in without]
 
 
 def check_choice(choice: SamplerChoice, is_used: bool) -> None:

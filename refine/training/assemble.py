@@ -344,6 +344,8 @@ def _log_networks(run_dir: RunDir, trainer: Trainer, pair: Pair) -> None:
         run_dir.log(f"            {note}")
     if config.guide is not None and config.guidance == 1:
         run_dir.log("            --guide has no part in the run, because --guidance is 1")
+    if not config.metrics and config.ref not in (None, TEACHER):
+        run_dir.log("            --ref has no part in the run, because --metrics is none")
     judged = config.metrics and config.ref not in (None, TEACHER)
     judge = f"; snapshots are judged against {config.ref}" if judged else ""
     if trainer.adversary is None:

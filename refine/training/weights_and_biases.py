@@ -82,7 +82,7 @@ class WeightsAndBiases:
         """It sends what it has by itself."""
 
     def close(self) -> None:
-        self._run.finish(quiet=True)
+        self._run.finish()
 
 
 def _run_id(folder: Path) -> str:

@@ -116,7 +116,7 @@ class Wandb(types.SimpleNamespace):
     def log(self, values):
         self.told.append(values)
 
-    def finish(self, quiet):
+    def finish(self):
         self.told.append("finished")
 
 
