@@ -9,13 +9,13 @@ ARG TORCH_INDEX=""
 RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/* \
-    && useradd --create-home refine
+    && useradd --create-home --uid 1000 refine
 
 WORKDIR /opt/gan-refine
 COPY . .
 RUN pip install --no-cache-dir -c constraints.txt ${TORCH_INDEX:+--extra-index-url="$TORCH_INDEX"} .
 
-USER refine
+USER 1000
 ENV REFINE_CACHE=/home/refine/.cache/gan-refine
 RUN gan-refine ops build
 

@@ -27,8 +27,10 @@ from refine.images import save_image_grid, to_pil, to_uint8
 from refine.metrics.sampling import latents_of_seeds
 
 FPS = 30
-_UNREADABLE = (ValueError, OSError, KeyError, EOFError, NotImplementedError, MemoryError, RuntimeError, zlib.error)
-_UNREADABLE += (zipfile.BadZipFile, SyntaxError, TypeError, struct.error)  # of zipfile and of numpy
+_UNREADABLE = (  # of zipfile and of numpy, for whatever a file holds
+    *(ValueError, OSError, KeyError, EOFError, NotImplementedError, MemoryError, RuntimeError, SyntaxError, TypeError),
+    *(zlib.error, zipfile.BadZipFile, struct.error),
+)
 _MAX_STYLES = 10_000  # of a file
 _PILLOW = {".gif": "GIF", ".png": "PNG", ".apng": "PNG", ".webp": "WEBP"}
 
