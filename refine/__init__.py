@@ -1,12 +1,16 @@
 """Refine a pretrained GAN with a pretrained diffusion model, data-free, by Diff-Instruct.
 
     import refine
+    result = refine.refine('digits-gan', 'digits-teacher-2', preset='demo')
+    images = refine.sample(result.best, range(16))
+    print(refine.compare('digits-gan', result.best, ref='digits-reference'))
+
     G = refine.load_generator('digits-gan')       # a name from pretrained/index.toml, or a path
     x = G(z, c, truncation_psi=1.0)               # NCHW float32 in about [-1, 1]
     T = refine.load_teacher('digits-teacher')
     D_x = T(x, sigma, class_labels=c)             # denoised image, float32
 
-`import refine` is cheap: torch is imported when a function of this API is first used.
+docs/python.md has the rest. `import refine` is cheap: torch is imported when a function of this API is first used.
 """
 
 import importlib
@@ -16,7 +20,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from refine.checkpoints import load_generator, load_teacher
+    from refine.api import (
+        Bridge,
+        Comparison,
+        Event,
+        Measured,
+        MetricFunction,
+        OwnMetric,
+        Result,
+        bridge,
+        compare,
+        load_generator,
+        load_teacher,
+        refine,
+        sample,
+    )
 
 
 class _BesideFinder:
@@ -39,12 +57,27 @@ if not (Path(__file__).parent / "dnnlib" / "__init__.py").is_file():
     sys.meta_path.insert(0, _BesideFinder)
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_generator", "load_teacher"]
+__all__ = [
+    "Bridge",
+    "Comparison",
+    "Event",
+    "Measured",
+    "MetricFunction",
+    "OwnMetric",
+    "Result",
+    "__version__",
+    "bridge",
+    "compare",
+    "load_generator",
+    "load_teacher",
+    "refine",
+    "sample",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("load_generator", "load_teacher"):
-        return getattr(importlib.import_module("refine.checkpoints"), name)
+    if name in __all__:
+        return getattr(importlib.import_module("refine.api"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,4 +1,4 @@
-"""`python -m refine {refine,compare,generate,inspect,export,doctor,ops} …`, see `refine.cli.main`."""
+"""`python -m refine COMMAND …`; `python -m refine --help` lists the commands, which `refine.cli.main` knows."""
 
 from refine.cli.main import main
 

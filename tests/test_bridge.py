@@ -5,9 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from refine.bridge import lanczos_matrix, plan_bridge, reduce_images
 from refine.guidance import Guided
-from refine.pair import draw_labels
+from refine.pair import draw_labels, lanczos_matrix, plan_bridge, reduce_images
 from tests.training.test_trainer import make_run, make_student, make_teacher, run
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -80,11 +80,15 @@ def _inspect_container(path: str | os.PathLike, kwargs: Mapping[str, Any] | None
 
 def _inspect_member(container: Any, name: str) -> dict[str, Any]:
     try:
-        network, found = container.load(name), container.network(name)
+        found = container.network(name)
+        if found.finish is None:  # the numbers are looked at one tensor after the other
+            network, values = container.outline(name), {key: ref.read for key, ref in found.tensors.items()}
+        else:
+            network, values = container.load(name), None
     except ValueError as error:  # such as a discriminator of another kind beside a generator that can be read
         return {"kind": container.members[name], "problem": str(error)}
     entry = {"class": found.class_name, "init_kwargs": network.init_kwargs}
-    report = inspect_network(network, entry)
+    report = inspect_network(network, entry, values)
     report["dtypes"] = sorted({str(ref.storage.dtype).removeprefix("torch.") for ref in found.tensors.values()})
     return report | ({"notes": found.notes} if found.notes else {})
 
@@ -100,12 +104,20 @@ def role(report: Mapping[str, Any]) -> str | None:
     return f"{own}, with a {partner} for {size} images and {classes}"
 
 
-def inspect_network(network: torch.nn.Module, entry: Mapping[str, Any]) -> dict[str, Any]:
+def inspect_network(
+    network: torch.nn.Module,
+    entry: Mapping[str, Any],
+    values: Mapping[str, Callable[[], torch.Tensor]] | None = None,
+) -> dict[str, Any]:
     """One network: 'class', 'kind', 'init_kwargs', 'img_resolution', 'img_channels', 'classes' (0 = unconditional),
     'parameters' and 'buffers' (numbers of elements), 'dtypes', 'non_finite' (number of elements), 'serves_as' (see
-    `role`), and 'w_avg_norm' where it tracks w_avg."""
+    `role`), and 'w_avg_norm' where it tracks w_avg. `values` give the numbers where the network is only an outline."""
     parameters, buffers = list(network.parameters()), list(network.buffers())
     w_avg = getattr(getattr(network, "mapping", None), "w_avg", None)
+    read = {} if values is None else dict(values)
+    made = [(lambda t=t: t) for key, t in network.state_dict().items() if key not in read and not t.is_meta]
+    if "mapping.w_avg" in read:
+        w_avg = read["mapping.w_avg"]()
     report = {
         "class": entry["class"],
         "kind": registry.kind_of(entry["class"]),
@@ -116,7 +128,7 @@ def inspect_network(network: torch.nn.Module, entry: Mapping[str, Any]) -> dict[
         "parameters": sum(p.numel() for p in parameters),
         "buffers": sum(b.numel() for b in buffers),
         "dtypes": sorted({_dtype(t) for t in parameters + buffers}),
-        "non_finite": sum(int((~torch.isfinite(t)).sum()) for t in parameters + buffers),
+        "non_finite": sum(int((~torch.isfinite(value())).sum()) for value in (*read.values(), *made)),
     }
     report["serves_as"] = role(report)
     return report if w_avg is None else report | {"w_avg_norm": float(w_avg.double().norm())}
@@ -144,6 +156,7 @@ def as_text(report: Mapping[str, Any]) -> str:
         f"sha256      {report['sha256']}",
     ]
     lines += [f"problem     {report['problem']}"] if "problem" in report else []
+    lines += [f"use         {report['use']}"] if report.get("use") not in (None, "networks") else []
     for name, network in report.get("networks", {}).items():
         if "problem" in network:
             lines += [f"{name:<11} {network['kind']}", f"  problem   {network['problem']}"]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from refine.checkpoints import NetworkInfo, load_teacher, peek, source_file
+from refine.checkpoints.given import given_teacher, name_of, recipe_of, weights_sha256
 from refine.checkpoints.sources import custom
 from refine.dnnlib import sha256_of_file
 from refine.errors import option
@@ -30,6 +31,7 @@ class TeacherSource:
         kwargs: How its network is built, where the file does not tell it all, see `load_teacher`.
         guide: The network that guides it; None = none.
         guidance: The strength w, see `refine.guidance`; with w ≠ 1 and no guide, guidance is classifier-free.
+        given: The network, where a caller in Python has it; `name` and `path` then only stand for it.
     """
 
     name: str | Path
@@ -37,23 +39,36 @@ class TeacherSource:
     kwargs: Mapping[str, Any] | None = None
     guide: TeacherSource | None = None
     guidance: float = 1.0
+    given: Denoiser | None = None
 
     @classmethod
-    def of(cls, name: str | os.PathLike | TeacherSource, kwargs: Mapping[str, Any] | None = None) -> TeacherSource:
-        """What a file, URL, name of the index or `package.module:function` means.
+    def of(
+        cls, name: str | os.PathLike | torch.nn.Module | TeacherSource, kwargs: Mapping[str, Any] | None = None
+    ) -> TeacherSource:
+        """What a file, URL, name of the index or `package.module:function` means; or a network as it is.
 
         Raises:
-            ValueError: there is no such file, or no such module.
+            ValueError: there is no such file, or no such module, or the network is no diffusion model.
         """
         if isinstance(name, TeacherSource):
             return name
+        if isinstance(name, torch.nn.Module):
+            if kwargs is not None:
+                raise ValueError(f"a {type(name).__name__} is built already; expected no --teacher-kwargs")
+            stands_for = name_of(name)
+            return cls(stands_for, Path(stands_for), given=given_teacher(name))
         path = source_file(name, "teacher")
         return cls(os.fspath(name) if custom.parse(name) else path, path, kwargs)
 
     @property
     def own(self) -> custom.Reference | None:
-        """The user's function that makes it, if it is not of a file."""
-        return custom.parse(self.name)
+        """The user's function that makes it, if one does."""
+        return None if self.given is not None else custom.parse(self.name)
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is of a file, from which it can be built again."""
+        return self.given is None and self.own is None
 
     @property
     def stem(self) -> str:
@@ -70,14 +85,14 @@ class TeacherSource:
 
     def info(self) -> NetworkInfo:
         """Its sizes, without building the network where it is of a file."""
-        if self.own:
+        if not self.is_file:
             T = self._own_network
             return NetworkInfo("teacher", T.img_resolution, T.img_channels, T.label_dim)
         return peek(self.path, "teacher", self.kwargs)
 
     def load_alone(self) -> Denoiser:
         """The network without what guides it."""
-        return self._own_network if self.own else load_teacher(self.path, self.kwargs)
+        return load_teacher(self.path, self.kwargs) if self.is_file else self._own_network
 
     def load(self) -> Denoiser:
         """The network as it is guided."""
@@ -93,18 +108,14 @@ class TeacherSource:
     @functools.cached_property
     def sha256(self) -> str:
         """Of the file; of a network of the user's own, of its weights."""
-        if not self.own:
-            return sha256_of_file(self.path)
-        digest = hashlib.sha256()
-        for name, tensor in self._own_network.state_dict().items():
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return sha256_of_file(self.path) if self.is_file else weights_sha256(self._own_network)
 
     @functools.cached_property
     def identity(self) -> str:
         """What tells its images apart from those of every other teacher."""
         own = f"{self.sha256} {sha256_of_file(self.path)} {self.own}" if self.own else self.sha256
+        if self.given is not None:
+            own = f"{self.sha256} {recipe_of(self.given)}"
         said = "" if not self.kwargs else f" {sorted(self.kwargs.items())}"
         guide = "" if self.guidance == 1 else f" {self.guidance!r} {self.guide and self.guide.identity}"
         whole = f"{own}{said}{guide}"
@@ -112,4 +123,4 @@ class TeacherSource:
 
     @functools.cached_property
     def _own_network(self) -> Denoiser:
-        return load_teacher(self.name, self.kwargs)
+        return load_teacher(self.name, self.kwargs) if self.given is None else self.given

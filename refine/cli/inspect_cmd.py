@@ -1,7 +1,10 @@
 """`python -m refine inspect FILE`: what a checkpoint is and what is in it."""
 
+import contextlib
 import json
 import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import click
@@ -17,6 +20,8 @@ from refine.cli.options import kwargs_as_typed, kwargs_option, network_file
 @kwargs_option("--teacher-kwargs", "FILE")
 def inspect(file: str, as_json: bool, gan_kwargs: dict[str, Any] | None, teacher_kwargs: dict[str, Any] | None) -> None:
     """Says what FILE is, and which networks it holds. FILE is a path, or a name of pretrained/index.toml.
+
+    Exit code: 0 = a command here can use it, 2 = none can.
 
     Of a run folder it is the best snapshot. Of a name whose file is not here yet, it says what the index knows, and
     downloads nothing.
@@ -38,4 +43,36 @@ def inspect(file: str, as_json: bool, gan_kwargs: dict[str, Any] | None, teacher
             part["problem"] = in_words_typed(part["problem"])
     if known is not None:
         report["index"] = known
+    use = _use(path, report)
+    if use is not None:
+        report |= {"use": use}
+        report.pop("problem", None)
     click.echo(describe.as_json(report) if as_json else describe.as_text(report))
+    if use is None:
+        raise ValueError(f"{path}: nothing in it can be used; it is {report['description']}")
+
+
+def _use(path: Path, report: Mapping[str, Any]) -> str | None:
+    """What a file can serve as, beside what `describe` says of its networks; None if nothing."""
+    from refine.metrics.image_sets import ImageSet
+    from refine.metrics.references import load_reference
+
+    if any("problem" not in network for network in report.get("networks", {}).values()):
+        return "networks"
+    if report["kind"] == "torchscript":
+        return "a detector, with --trust-detector"
+    with contextlib.suppress(ValueError):
+        if report["kind"] == "zip":
+            return f"a set of {len(ImageSet(path))} images, as --data or --ref"
+        if report["kind"] in ("npz", "pickle"):
+            reference = load_reference(path)
+            return f"statistics of images, as --ref{_of(reference)}"
+    return None
+
+
+def _of(reference: Any) -> str:
+    """Number and detector of a reference, where it says them."""
+    from refine.checkpoints.pickles.inert import shown
+
+    number = "" if reference.num is None else f", {reference.num:,} of them"
+    return number + ("" if reference.detector is None else f", seen by the detector {shown(reference.detector)}")

@@ -30,6 +30,7 @@ from refine.config.kinds import (
     count_or,
     number,
     optional,
+    some_of,
     text,
     words,
 )
@@ -291,6 +292,11 @@ class RefineConfig:
         "Run the TorchScript files that --metrics names: programs that can do more than compute.",
         changeable=True, in_snapshots=False,
     )
+    logger: tuple[str, ...] = option(
+        some_of(("tensorboard", "wandb")), ("tensorboard",), _MONITORING,
+        "Who is told of the run's course, besides its own files: TensorBoard, Weights & Biases, both, or none.",
+        changeable=True, in_snapshots=False, aliases=("log-with", "report-to", "wandb", "tracker"),
+    )
     device: str | None = option(
         optional(text("DEVICE"), "cuda where there is one"), None, _SPEED, "cpu, cuda or cuda:N.",
         changeable=True, in_snapshots=False,
@@ -300,7 +306,9 @@ class RefineConfig:
     )
 
     keep: int = option(
-        count(1), 2, _RESUMING, "How many training states are kept.", changeable=True, in_snapshots=False
+        count(1), 2, _RESUMING,
+        "How many training states are kept; 1 takes half the room, and leaves nothing to fall back on.",
+        changeable=True, in_snapshots=False, aliases=("keep-states", "max-checkpoints", "save-total-limit"),
     )
     state_minutes: float = option(
         number("a number ≥ 0", lambda value: value >= 0), 10.0, _RESUMING,

@@ -209,6 +209,24 @@ OBJECTIVE = Kind(
     "a name such as ikl, or a sum such as ikl:0.7+sid:0.3",
     lambda value: bool(_SUM.fullmatch(value)),
 )
+
+
+def some_of(choices: tuple[str, ...]) -> Kind:
+    """Any of the choices, which are lower-case, separated by commas; on the command line in any case."""
+
+    def read(text: str) -> tuple[str, ...]:
+        return () if text.lower() == "none" else tuple(text.lower().split(","))
+
+    return Kind(
+        f"[{'|'.join(choices)}],…",
+        read,
+        f"some of {', '.join(choices)}, or none",
+        lambda value: isinstance(value, tuple) and set(value) <= set(choices),
+        show=lambda value: ",".join(value) or "none",
+        cast=_tuple,
+    )
+
+
 NAMES = Kind(
     "LIST",
     lambda text: () if text == "none" else tuple(text.split(",")),

@@ -14,6 +14,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from refine.dnnlib import check_outdir
 from refine.errors import option
 from refine.evaluation.comparison import compared, differences, in_words, summarise
@@ -22,7 +24,7 @@ from refine.evaluation.paired import ENOUGH_IMAGES
 from refine.evaluation.provenance import describe_run
 from refine.evaluation.run_folder import RunFolder, Snapshot, read_run_folder
 from refine.evaluation.scale import Column, RealColumn, TeacherColumn
-from refine.evaluation.sides import Side, check_choice, check_same_images, load_side
+from refine.evaluation.sides import Side, check_choice, check_same_images, check_truncation, load_side
 from refine.evaluation.space import load_space
 from refine.evaluation.teachers import TeacherOptions
 from refine.evaluation.written import write_comparison
@@ -35,15 +37,15 @@ SHOWN = 400  # images of the teacher and real ones that pictures are chosen from
 
 
 def compare(
-    before: str | os.PathLike,
-    after: str | os.PathLike,
+    before: str | os.PathLike | torch.nn.Module,
+    after: str | os.PathLike | torch.nn.Module,
     ref: str | os.PathLike,
     detector: str | os.PathLike | None = None,
     num: int = 2000,
     seed_ranges: Sequence[int] = (0, 1, 2),
     outdir: str | os.PathLike | None = None,
     *,
-    teacher: str | os.PathLike | None = None,
+    teacher: str | os.PathLike | torch.nn.Module | None = None,
     data: str | os.PathLike | None = None,
     sampler: SamplerChoice = SamplerChoice(),  # noqa: B008 - frozen
     curve: bool = True,
@@ -65,7 +67,7 @@ def compare(
     Args:
         before, after: Files or names of generators or diffusion models, or run folders, of which the snapshot is taken
             that the run itself found best (or else the last one). Of an `after` that is a run folder all snapshots are
-            measured, and the verdict is about that one.
+            measured, and the verdict is about that one. Or the networks themselves.
         ref: Reference, see `refine.metrics.references.load_reference`.
         detector: Feature space, see `refine.metrics.detectors.load_detector`. None = the one that the reference was
             made with, where it says so.
@@ -106,6 +108,7 @@ def compare(
     teachers = teachers or TeacherOptions()
     sampling = (device, batch, noise_mode, truncation_psi, teachers, sampler, sigma_init)
     runs, sides = _opened({"before": before, "after": after}, sampling, gan_kwargs)
+    unreached = check_truncation(truncation_psi, sides)
     drawn = [side for side in sides.values() if side.is_teacher]
     teachers.check_used([bool(drawn), teacher is not None])
     with option("--outdir"):
@@ -121,7 +124,7 @@ def compare(
     with option("--data"):
         real = None if data is None else RealColumn(data, job, batch)
     check_choice(sampler, bool(drawn or taught or reference.is_teacher))
-    notes = _notes(job, sides, runs, taught)
+    notes = [*_notes(job, sides, runs, taught), *unreached]
     if progress and is_first_process():
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
@@ -146,13 +149,13 @@ def is_first_process() -> bool:
 
 
 def _opened(
-    paths: Mapping[str, str | os.PathLike], sampling: tuple, gan_kwargs: Mapping[str, Any] | None
+    paths: Mapping[str, str | os.PathLike | torch.nn.Module], sampling: tuple, gan_kwargs: Mapping[str, Any] | None
 ) -> tuple[dict[str, RunFolder | None], dict[str, Side]]:
     """The run folders that are given, and the networks, by the names of their options."""
     runs, sides = {}, {}
     for name, path in paths.items():
         with option(f"--{name}"):
-            runs[name] = read_run_folder(path)
+            runs[name] = None if isinstance(path, torch.nn.Module) else read_run_folder(path)
     for name, run in runs.items():
         kwargs = gan_kwargs if name == "before" else None
         sides[name] = load_side(name, paths[name] if run is None else run.judged.path, *sampling, kwargs)

@@ -19,17 +19,17 @@ _OF_THE_MACHINE = {"outdir", "desc", "device"}
 _MAX_BYTES = 1 << 20  # of training_options.json
 
 
-def describe_run(run: RunFolder | None, judged: Path) -> dict[str, Any] | None:
+def describe_run(run: RunFolder | None, judged: Path | None) -> dict[str, Any] | None:
     """The run that a network comes from; None where nothing is known of one.
 
     Args:
         run: The run folder, where one was given.
-        judged: The file of the network.
+        judged: The file of the network, if it has one.
 
     Returns:
         JSON-able: `folder` (name), `kimg`, `options`, and `command`, which is what differs from the preset.
     """
-    origins = provenance_of(judged)
+    origins = {} if judged is None else provenance_of(judged)
     options = _of_folder(run) or _of_snapshot(origins)
     if options is None:
         return None

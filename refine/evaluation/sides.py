@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from refine.checkpoints import load_generator, source_file
+from refine.checkpoints.given import given_generator, makes_latents, name_of, weights_sha256
 from refine.checkpoints.native import read_metadata
 from refine.checkpoints.sniff import sniff
 from refine.checkpoints.sources import custom, one_step
@@ -28,7 +29,7 @@ class Side:
     """A network that makes images, a generator or a diffusion model.
 
     Args:
-        path: Its file or name.
+        path: Its file or name, or the network itself, of which a copy is taken.
         device: Where it runs.
         batch: Images per batch; None = what is sensible for their size.
         noise_mode, truncation_psi: Of a StyleGAN2.
@@ -38,15 +39,17 @@ class Side:
         gan_kwargs: How a generator is built, where its file does not tell it all.
 
     Attributes:
+        file: Its file; None of a network that was given as it is.
         sampling: How images are drawn, in words.
         sampling_reason: Why a diffusion model is sampled like this; None for a generator.
         image_shape: [C, H, W].
+        device: As given.
         batch: Images per batch.
     """
 
     def __init__(
         self,
-        path: str | os.PathLike,
+        path: str | os.PathLike | torch.nn.Module,
         device: str,
         batch: int | None,
         noise_mode: str,
@@ -60,12 +63,16 @@ class Side:
         for note in self.network.notes if is_first() else ():
             print(f"note: {note}", file=sys.stderr)
         self.is_teacher = self._source is not None
-        self.file = source_file(path)
-        self.path, self.name, self.sha256 = str(self.file), self.file.name, sha256_of_file(self.file)
-        self.refined_with = refined_with(provenance_of(self.file))
+        self.file, self.refined_with = None, None
+        if isinstance(path, torch.nn.Module):
+            self.path = self.name = name_of(path)
+            self.sha256 = weights_sha256(self.network)
+        else:
+            self.file = source_file(path)
+            self.path, self.name, self.sha256 = str(self.file), self.file.name, sha256_of_file(self.file)
+            self.refined_with = refined_with(provenance_of(self.file))
         self.image_shape = [self.network.img_channels, self.network.img_resolution, self.network.img_resolution]
-        self.batch = batch or sensible_batch(self.network.img_resolution)
-        self._device = device
+        self.device, self.batch = device, batch or sensible_batch(self.network.img_resolution)
         self._own: dict[str, Any] = {"noise_mode": noise_mode, "truncation_psi": truncation_psi}
         self.sampling_reason: str | None = None
         if self._source is None:
@@ -79,14 +86,18 @@ class Side:
         return self.network.label_dim if self.is_teacher else self.network.c_dim
 
     def sample(
-        self, seeds: Sequence[int], classes: int | Sequence[int] | None = None, noise_mode: str | None = None
+        self,
+        seeds: Sequence[int],
+        classes: int | Sequence[int] | None = None,
+        noise_mode: str | None = None,
+        floats: bool = False,
     ) -> Iterator[Batch]:
         """Batches of images for seeds, see `refine.metrics.sampling`; with another noise mode than usual if given."""
-        common: dict[str, Any] = {"classes": classes, "batch": self.batch, "device": self._device}
+        how: dict[str, Any] = {"classes": classes, "floats": floats, "batch": self.batch, "device": self.device}
         if self.is_teacher:
-            return sample_teacher(self.network, seeds, **common, **self._own)
+            return sample_teacher(self.network, seeds, **how, **self._own)
         own = self._own if noise_mode is None else {**self._own, "noise_mode": noise_mode}
-        return sample_images(self.network, seeds, **common, **own)
+        return sample_images(self.network, seeds, **how, **own)
 
     def describe(self) -> dict[str, Any]:
         described = {"path": self.path, "name": self.name, "sha256": self.sha256, "sampling": self.sampling}
@@ -95,10 +106,25 @@ class Side:
         return {**described, **{key: value for key, value in more.items() if value is not None}}
 
 
-def load_side(name: str, path: str | os.PathLike, *sampling: Any) -> Side:
+def load_side(name: str, path: str | os.PathLike | torch.nn.Module, *sampling: Any) -> Side:
     """A `Side`, whose faults begin with the option of that name."""
     with option(f"--{name}"):
         return Side(path, *sampling)
+
+
+def check_truncation(psi: float, sides: Mapping[str, Side]) -> list[str]:
+    """A line for each network that --trunc does not reach, by the names of their options.
+
+    Raises:
+        ValueError: It reaches none.
+    """
+    without = [name for name, side in sides.items() if side.is_teacher or not side.network.takes_truncation]
+    if psi == 1 or not without:
+        return []
+    if len(without) == len(sides):
+        names = " and ".join(sides[name].name for name in dict.fromkeys(without))
+        raise ValueError(f"--trunc is {psi:g}, but {names} cannot be truncated; expected 1")
+    return [f"--trunc does not reach --{name}: {sides[name].name} cannot be truncated" for name in without]
 
 
 def check_choice(choice: SamplerChoice, is_used: bool) -> None:
@@ -143,13 +169,21 @@ def _sampling(G: Generator, truncation_psi: float, noise_mode: str) -> str:
 
 
 def _load_any(
-    path: str | os.PathLike,
+    path: str | os.PathLike | torch.nn.Module,
     device: str,
     teachers: TeacherOptions,
     gan_kwargs: Mapping[str, Any] | None,
     sigma_init: float | None,
 ) -> tuple[Any, TeacherSource | None]:
     """(generator, None), or a diffusion model and its source. Raises ValueError if it is neither."""
+    if isinstance(path, torch.nn.Module):
+        if gan_kwargs is not None:
+            raise ValueError(f"a {type(path).__name__} is built already; expected no --gan-kwargs")
+        if not makes_latents(path):
+            source = teachers.source(path)
+            return source.load().to(device), source
+        given: Any = given_generator(path)
+        return given.to(device, memory_format=torch.channels_last), None
     try:
         # channels_last halves a generator's time on a CPU: no page faults for copies between layouts
         G: Any = load_generator(path, gan_kwargs, sigma_init)

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from refine.checkpoints.teachers import TeacherSource
 from refine.errors import option
 
@@ -25,8 +27,8 @@ class TeacherOptions:
     guidance: float = 1.0
     kwargs: Mapping[str, Any] | None = None
 
-    def source(self, name: str | os.PathLike) -> TeacherSource:
-        """The diffusion model `name`, as it is to be asked.
+    def source(self, name: str | os.PathLike | torch.nn.Module) -> TeacherSource:
+        """The diffusion model `name`, or that network itself, as it is to be asked.
 
         Raises:
             ValueError: there is no such file.

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from refine.bridge import plan_bridge
 from refine.networks.bases import Network, records_init_kwargs
+from refine.pair import plan_bridge
 
 
 class DigitsDetector(Network):
@@ -64,7 +64,7 @@ class DigitsDetector(Network):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """z-scored features, float32 [N, feature_dim], of uint8 images [N, 1, 32, 32].
 
-        Images that are larger by a whole factor are reduced first, see `refine.bridge`; colours are refused.
+        Images that are larger by a whole factor are reduced first, see `refine.pair`; colours are refused.
         """
         return (self.embed_images(self._from_uint8(images)) - self.feature_mean) / self.feature_std
 

@@ -19,7 +19,7 @@ _FRESH = 1  # tells the streams of a stochastic sampler from those of latents
 
 
 class Batch(NamedTuple):
-    """Generated images, uint8 [N, C, H, W], and the classes that were asked for, int64 [N], or None."""
+    """Generated images, uint8 [N, C, H, W] unless floats were asked for, and their classes, int64 [N], or None."""
 
     images: torch.Tensor
     classes: torch.Tensor | None
@@ -76,6 +76,7 @@ def sample_images(
     device: torch.device | str = "cpu",
     truncation_psi: float = 1.0,
     noise_mode: str = "random",
+    floats: bool = False,
 ) -> Iterator[Batch]:
     """Images of a generator for seeds, in batches.
 
@@ -88,6 +89,7 @@ def sample_images(
         truncation_psi: 1 = no truncation, as for metrics in the literature.
         noise_mode: 'random' as in the literature: seeded by the first seed of each batch, and the caller's random
             state is left alone; 'const' makes an image depend on its seed only, not on the batch size.
+        floats: Images as the network gives them, float32, about [-1, 1], instead of uint8.
 
     Yields:
         Batches, images on `device`, classes on the CPU.
@@ -102,7 +104,7 @@ def sample_images(
         with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
             torch.manual_seed(part[0])
             images = G(z.to(device), c, **options)
-        yield Batch(_quantised(images, part), drawn)
+        yield Batch(_finished(images, part, floats), drawn)
 
 
 @torch.no_grad()
@@ -114,6 +116,7 @@ def sample_teacher(
     batch: int = 100,
     device: torch.device | str = "cpu",
     settings: SamplerSettings = SamplerSettings(),  # noqa: B008 - frozen
+    floats: bool = False,
 ) -> Iterator[Batch]:
     """Images of a diffusion model for seeds by the Heun sampler (Karras et al. 2022, algorithms 1 and 2).
 
@@ -124,6 +127,7 @@ def sample_teacher(
         teacher: Denoiser in eval mode on `device`.
         seeds, classes, batch, device: As for `sample_images`; the latent of a seed is an image of unit noise.
         settings: Of the sampler; 18 steps are 35 evaluations of the network.
+        floats: As for `sample_images`.
 
     Yields:
         Batches, images on `device`, classes on the CPU.
@@ -140,7 +144,7 @@ def sample_teacher(
         images = heun_sampler(
             teacher, noise.to(device), labels, num_steps=options.pop("steps"), **options, randn_like=fresh
         )
-        yield Batch(_quantised(images, part), drawn)
+        yield Batch(_finished(images, part, floats), drawn)
 
 
 def _noise_of_seeds(seeds: Sequence[int]) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -168,11 +172,11 @@ def _split(seeds: Sequence[int], classes: int | Sequence[int] | None, batch: int
         yield seeds[part], classes if classes is None or isinstance(classes, int) else classes[part]
 
 
-def _quantised(images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
+def _finished(images: torch.Tensor, seeds: Sequence[int], floats: bool) -> torch.Tensor:
     broken = ~images.isfinite().flatten(1).all(dim=1)
     if broken.any():  # one synchronisation per batch
         seed = seeds[int(broken.nonzero()[0])]
         raise ValueError(
             f"the network gave NaN or infinity in {int(broken.sum())} of {len(seeds)} images, first for seed {seed}"
         )
-    return to_uint8(images)
+    return images.float() if floats else to_uint8(images)

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 import torch
 
-from refine.bridge import plan_bridge
 from refine.networks.bases import Denoiser
+from refine.pair import plan_bridge
 
 #: The noise level that the teacher is asked at, in units of [-1, 1] images.
 SIGMA = 0.1
@@ -74,7 +74,7 @@ class TeacherDetector:
         return "; ".join(bridge.messages(null_label=True)) or None
 
     def _from_uint8(self, images: torch.Tensor) -> torch.Tensor:
-        """Images as the teacher takes them: larger ones are reduced, colours are made to fit, see `refine.bridge`."""
+        """Images as the teacher takes them: larger ones are reduced, colours are made to fit, see `refine.pair`."""
         size, channels = self.teacher.img_resolution, self.teacher.img_channels
         fits = images.dtype == torch.uint8 and images.ndim == 4 and images.shape[2] == images.shape[3]
         if fits:

@@ -1,10 +1,9 @@
 """From checked options to a run: networks are loaded and compared, the run folder is made, the training begins."""
 
 import dataclasses
-import functools
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,25 +11,20 @@ from typing import Any
 import torch
 
 import refine
-from refine.checkpoints import load_generator, peek, source_file
-from refine.checkpoints.export import can_write_like
 from refine.checkpoints.sources import custom
 from refine.checkpoints.sources.fetch import is_url
-from refine.checkpoints.sources.one_step import file_of
-from refine.checkpoints.teachers import TeacherSource
 from refine.config import CHANGEABLE, OPTIONS, TEACHER, RefineConfig
 from refine.config.option import flag
 from refine.device import choose_device, choose_ops
-from refine.dnnlib import check_outdir, sha256_of_file
+from refine.dnnlib import check_outdir
 from refine.errors import option
-from refine.guidance import Guided, check_guide
+from refine.guidance import Guided
 from refine.metrics.image_sets import ImageSet
 from refine.metrics.named import NamedMetric
+from refine.metrics.own import OwnMetric
 from refine.metrics.pipeline import sharing
 from refine.metrics.sampling import sensible_batch
-from refine.networks.one_step import OneStepGenerator
-from refine.noise import SigmaLaw, make_weighting
-from refine.objectives import make_objective
+from refine.networks.bases import Generator
 from refine.pair import check_label_dist, check_pair
 from refine.processes import one_voice, together
 from refine.torch_utils import distributed
@@ -38,17 +32,21 @@ from refine.torch_utils.threads import set_threads
 from refine.training.adversary import Others
 from refine.training.alike import check_options_alike, check_origins_alike
 from refine.training.best import mend_best
+from refine.training.callbacks import CallbackMonitor
 from refine.training.estimate import Estimate, estimate, stand_ins
+from refine.training.loading import Brought, Pair, load_pair, no_container
 from refine.training.loop import TrainingRun
-from refine.training.monitor import Monitor
+from refine.training.monitor import Monitor, Monitors
 from refine.training.others import images_of_data, images_of_teacher
 from refine.training.regularise import set_dropout
-from refine.training.report import result_line
+from refine.training.report import next_commands, outcome, result_line
 from refine.training.resuming import ONE_STEP, Resumed, absolute_place, check_reach, resumed_config
 from refine.training.run_dir import RunDir, create_run_dir, next_run_dir
 from refine.training.stopping import StopRequests
 from refine.training.streams import lasting_streams
+from refine.training.tensorboard import TensorBoard
 from refine.training.trainer import Trainer, select_parameters
+from refine.training.weights_and_biases import WeightsAndBiases, check_available
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,9 @@ class Run:
         stopped: None if it came to its end, else what `TrainingRun.run` says.
         estimate: What it would cost, after a dry run.
         bridge: How images and classes of student and teacher are joined, a line for each difference.
+        training: With the networks as they are in the end; None after a dry run.
+        student: The generator as it came.
+        verdict: What was gained, in a line; empty where nothing was measured or the run did not come to its end.
     """
 
     config: RefineConfig
@@ -70,6 +71,9 @@ class Run:
     stopped: int | None = None
     estimate: Estimate | None = None
     bridge: tuple[str, ...] = ()
+    training: TrainingRun | None = None
+    student: Generator | None = None
+    verdict: str = ""
 
     @property
     def exit_code(self) -> int:
@@ -77,25 +81,12 @@ class Run:
         return 128 + self.stopped if self.stopped else 0
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """The networks, and the files that they came from."""
-
-    student: Any
-    teacher: Any
-    guide: Any
-    student_path: Path
-    source: TeacherSource
-
-    @functools.cached_property
-    def origins(self) -> dict[str, dict[str, str]]:
-        """Name and sha256 of their files."""
-        sources = {"teacher": self.source, **({"guide": self.source.guide} if self.source.guide else {})}
-        found = {name: {"file": source.path.name, "sha256": source.sha256} for name, source in sources.items()}
-        return {"student": {"file": self.student_path.name, "sha256": sha256_of_file(self.student_path)}, **found}
-
-
-def run(config: RefineConfig, dry_run: bool = False, given: Mapping[str, Any] | None = None) -> Run:
+def run(
+    config: RefineConfig,
+    dry_run: bool = False,
+    given: Mapping[str, Any] | None = None,
+    brought: Brought = Brought(),  # noqa: B008 - frozen
+) -> Run:
     """Refine by `config`; everything is checked before anything is written.
 
     Args:
@@ -103,6 +94,7 @@ def run(config: RefineConfig, dry_run: bool = False, given: Mapping[str, Any] | 
         dry_run: Check, and write nothing.
         given: Where the options come from a file, those that the command line gave: what would be imported or
             downloaded has to be among them.
+        brought: What a caller in Python brings.
 
     Raises:
         ValueError, OSError: Something the user can put right; the message names the option.
@@ -113,10 +105,15 @@ def run(config: RefineConfig, dry_run: bool = False, given: Mapping[str, Any] | 
     if given is not None:
         with one_voice(), option("--config"):
             check_reach(given, config, "the file")
-    return _run(config, None, dry_run)
+    return _run(config, None, dry_run, brought)
 
 
-def resume(state_paths: list[Path], given: Mapping[str, Any], dry_run: bool = False) -> Run:
+def resume(
+    state_paths: list[Path],
+    given: Mapping[str, Any],
+    dry_run: bool = False,
+    brought: Brought = Brought(),  # noqa: B008 - frozen
+) -> Run:
     """Go on from a training state, with other options where `given` holds some.
 
     Args:
@@ -124,30 +121,36 @@ def resume(state_paths: list[Path], given: Mapping[str, Any], dry_run: bool = Fa
         given: Fields of RefineConfig: those that are CHANGEABLE; `gan` and `teacher`, the same files in another place;
             and others as they are in the state.
         dry_run: Check, and write nothing.
+        brought: What a caller in Python brings.
 
     Raises:
         ValueError, OSError, SystemExit: As for `run`.
     """
     with one_voice(), option("--resume"):
-        resumed, config = resumed_config(state_paths, given)
-    return _run(config, resumed, dry_run)
+        resumed, config = resumed_config(state_paths, given, {metric.name for metric in brought.metrics})
+    return _run(config, resumed, dry_run, brought)
 
 
-def _run(config: RefineConfig, resumed: Resumed | None, dry_run: bool) -> Run:
+def _run(config: RefineConfig, resumed: Resumed | None, dry_run: bool, brought: Brought) -> Run:
     began = time.monotonic()  # what the teacher draws first is part of --time-limit
     set_threads()
     with one_voice(), option("--batch"):
         if config.batch % distributed.world_size():
             raise ValueError(f"{config.batch} images for {distributed.world_size()} processes; expected a multiple")
+    if "wandb" in config.logger:
+        with one_voice(), option("--logger"):
+            check_available()
     with one_voice(), option("--device"):
         device_name = choose_device(config.device)
     with one_voice():
         choose_ops(config.ops, device_name.partition(":")[0])
     with lasting_streams(), together(cuda=device_name.startswith("cuda")):
-        return _run_together(config, resumed, device_name, dry_run, began)
+        return _run_together(config, resumed, device_name, dry_run, began, brought)
 
 
-def _run_together(config: RefineConfig, resumed: Resumed | None, device_name: str, dry_run: bool, began: float) -> Run:
+def _run_together(
+    config: RefineConfig, resumed: Resumed | None, device_name: str, dry_run: bool, began: float, brought: Brought
+) -> Run:
     """The part of `run` that all processes do together."""
     with option("--device"):
         device = torch.device(distributed.local_device(device_name))
@@ -156,16 +159,16 @@ def _run_together(config: RefineConfig, resumed: Resumed | None, device_name: st
         torch.cuda.set_device(device)
     check_options_alike(config, None if resumed is None else resumed.found.state["nimg"], dry_run)
     if distributed.is_main():  # which may download files; the others find them afterwards
-        pair = _load_pair(config)
+        pair = load_pair(config, brought)
     distributed.wait_for_main()
     if not distributed.is_main():
-        pair = _load_pair(config)
+        pair = load_pair(config, brought)
     check_origins_alike(pair.origins)
     _check_against_options(pair, config)
     if resumed is not None:
         resumed.check_files(_checksums(config, pair, []))  # before images of another teacher are drawn
     images = _open_data(config)
-    metrics = _load_metrics(config, pair, device, dry_run)
+    metrics = _load_metrics(config, pair, device, dry_run, brought)
     distributed.wait_for_main()
     files = _checksums(config, pair, metrics)
     if images is not None:
@@ -181,10 +184,10 @@ def _run_together(config: RefineConfig, resumed: Resumed | None, device_name: st
     if dry_run:
         place = next_run_dir(config.outdir, desc) if resumed is None else resumed.found.path.parent
         return _estimated(config, pair, device, others, metrics, place)
-    run_dir = _open_run_dir(config, desc, resumed)
+    run_dir = _open_run_dir(config, desc, resumed, brought.quiet)
     trainer = Trainer(config, pair.student, pair.teacher, device, others, pair.guide)
-    no_container = _no_container(config.gan, pair)
-    container = None if no_container else pair.student_path
+    unwritten = no_container(config.gan, pair)
+    container = None if unwritten else pair.student_path
     origins = dict(pair.origins)
     if images is not None:
         origins["data"] = {"file": images.path.name, "sha256": files["data"]}
@@ -196,19 +199,21 @@ def _run_together(config: RefineConfig, resumed: Resumed | None, device_name: st
         if (best := training.snapshots.standing.best) is not None:
             mend_best(run_dir, best.snapshot)
     _write_options(run_dir, config, pair, device)
-    _log_files(run_dir, config, no_container, resumed)
+    _log_files(run_dir, config, unwritten, resumed)
     if resumed is not None:
         _log_changes(run_dir, config, resumed, trainer.nimg)
     _log_networks(run_dir, trainer, pair)
-    return Run(config, str(device), run_dir.path, _train(training, run_dir, resumed is not None, began))
+    stopped, verdict = _train(training, run_dir, resumed is not None, began, brought)
+    ended: dict[str, Any] = {"training": training, "student": pair.student, "verdict": verdict}
+    return Run(config, str(device), run_dir.path, stopped, **ended)
 
 
 def _estimated(
     config: RefineConfig,
-    pair: _Pair,
+    pair: Pair,
     device: torch.device,
     others: Others | None,
-    metrics: list[NamedMetric],
+    metrics: list[NamedMetric | OwnMetric],
     place: Path,
 ) -> Run:
     """A dry run: a trainer that makes a few iterations, and is thrown away."""
@@ -217,42 +222,13 @@ def _estimated(
         others = stand_ins(bridge.student, bridge.teacher, device)
     trainer = Trainer(config, pair.student, pair.teacher, device, others, pair.guide)
     images = sum(metric.num for metric in metrics[:1])  # of every average; further metrics only of the best
-    found = estimate(trainer, images, _no_container(config.gan, pair) is None)
+    found = estimate(trainer, images, no_container(config.gan, pair) is None)
     return Run(config, str(device), place, None, found, tuple(bridge.messages(trainer.null_label)))
 
 
-def _load_pair(config: RefineConfig) -> _Pair:
-    """The networks, and their files; those that do not fit are refused before any is built."""
-    one_step = config.gan == ONE_STEP
-    _check_laws(config)
-    with option("--gan"):
-        student_path = None if one_step else source_file(config.gan, "generator")
-        student_info = None if one_step else peek(config.gan, "generator", config.gan_kwargs)
-    with option("--teacher"):
-        source = TeacherSource.of(config.teacher, config.teacher_kwargs)
-        teacher_info = source.info()
-    if not one_step:
-        check_pair(student_info, teacher_info)
-    with option("--guide"):
-        by = None if config.guide is None else TeacherSource.of(config.guide)
-        if by is not None:
-            check_guide(teacher_info, by.info())
-            source = dataclasses.replace(source, guide=by, guidance=config.guidance)
-    with option("--gan"):
-        if one_step and source.own:
-            raise ValueError(f"one-step needs a teacher of a file, which can be built again; found {source.own}")
-        student = None if one_step else load_generator(config.gan, config.gan_kwargs, config.sigma_init)
-    with option("--teacher"):
-        teacher = source.load_alone()
-    with option("--guide"):
-        guide = None if by is None else by.load_alone()
-    if one_step:
-        with option("--sigma-init"):
-            student = OneStepGenerator.from_teacher(teacher, config.sigma_init)
-    return _Pair(student, teacher, guide, student_path or source.path, source)
-
-
-def _load_metrics(config: RefineConfig, pair: _Pair, device: torch.device, dry_run: bool) -> list[NamedMetric]:
+def _load_metrics(
+    config: RefineConfig, pair: Pair, device: torch.device, dry_run: bool, brought: Brought
+) -> list[NamedMetric | OwnMetric]:
     """With what they compare with: all processes look at the images of --ref, and draw those of the teacher."""
     size = pair.student.img_resolution
     batch = config.metrics_batch or sensible_batch(max(size, pair.teacher.img_resolution))
@@ -260,7 +236,8 @@ def _load_metrics(config: RefineConfig, pair: _Pair, device: torch.device, dry_r
     options |= {"batch": batch, "image_shape": [pair.student.img_channels, size, size]}
     options |= {"draw": not dry_run, "progress": True}
     with option("--metrics"), sharing():
-        return [NamedMetric(name, config.ref, **options) for name in config.metrics]
+        own = {metric.name: metric for metric in brought.metrics}
+        return [own.get(name) or NamedMetric(name, config.ref, **options) for name in config.metrics]
 
 
 def _open_data(config: RefineConfig) -> ImageSet | None:
@@ -272,7 +249,7 @@ def _open_data(config: RefineConfig) -> ImageSet | None:
         return ImageSet(Path(config.data))
 
 
-def _load_others(config: RefineConfig, pair: _Pair, images: ImageSet | None, device: torch.device) -> Others | None:
+def _load_others(config: RefineConfig, pair: Pair, images: ImageSet | None, device: torch.device) -> Others | None:
     """What the critic compares with, if there is one: real images, or the teacher's."""
     if not config.adversarial:
         return None
@@ -284,7 +261,7 @@ def _load_others(config: RefineConfig, pair: _Pair, images: ImageSet | None, dev
         return images_of_teacher(pair.source, config.bank, bridge, device)
 
 
-def _checksums(config: RefineConfig, pair: _Pair, metrics: list[NamedMetric]) -> dict[str, str]:
+def _checksums(config: RefineConfig, pair: Pair, metrics: Sequence[NamedMetric | OwnMetric]) -> dict[str, str]:
     """SHA-256 of the files that a run which is resumed must find again, by option; code of the user's may change."""
     names = [name for name in pair.origins if name != "student"]
     files = {name: pair.origins[name]["sha256"] for name in names}
@@ -298,18 +275,7 @@ def _checksums(config: RefineConfig, pair: _Pair, metrics: list[NamedMetric]) ->
     return files
 
 
-def _check_laws(config: RefineConfig) -> None:
-    """What only torch can tell of the options, before anything is loaded."""
-    for name, law in (("--sigma", config.sigma), ("--aux-sigma", config.aux_sigma)):
-        with option(name):
-            SigmaLaw(**vars(law)).sample(1)
-    with option("--weighting"):
-        make_weighting(config.weighting)
-    with option("--objective"):
-        make_objective(config.objective)
-
-
-def _check_against_options(pair: _Pair, config: RefineConfig) -> None:
+def _check_against_options(pair: Pair, config: RefineConfig) -> None:
     check_label_dist(config.label_dist, pair.student, pair.teacher)
     if config.guidance != 1 and pair.guide is None:
         Guided(pair.teacher, config.guidance)
@@ -329,7 +295,7 @@ def _with_absolute_paths(config: RefineConfig) -> RefineConfig:
     return dataclasses.replace(config, **places)
 
 
-def _open_run_dir(config: RefineConfig, desc: str, resumed: Resumed | None) -> RunDir:
+def _open_run_dir(config: RefineConfig, desc: str, resumed: Resumed | None, quiet: bool) -> RunDir:
     """A new run folder, or the one of the state that the run goes on from."""
     with option("--outdir"):
         if resumed is not None:
@@ -337,34 +303,23 @@ def _open_run_dir(config: RefineConfig, desc: str, resumed: Resumed | None) -> R
         else:  # made by the first process; the others need its name only
             made = create_run_dir(config.outdir, desc) if distributed.is_main() else None
             folder = Path(distributed.text_of_main(str(made)))
-    return RunDir(folder, writes=distributed.is_main())
+    return RunDir(folder, quiet, writes=distributed.is_main())
 
 
-def _no_container(gan: str, pair: _Pair) -> str | None:
-    """Why snapshots are not written into copies of the file that the GAN came in; None = they are."""
-    if gan == ONE_STEP:
-        return "the one-step generator is made here, from the teacher"
-    if file_of(gan) is not None:
-        return "refine export --like=FILE puts a one-step generator back into the pickle it came from"
-    if reference := custom.parse(gan):
-        return f"use them as {reference}@FILE"
-    return can_write_like(pair.student_path)
-
-
-def _write_options(run_dir: RunDir, config: RefineConfig, pair: _Pair, device: torch.device) -> None:
+def _write_options(run_dir: RunDir, config: RefineConfig, pair: Pair, device: torch.device) -> None:
     versions = {"gan-refine": refine.__version__, "torch": torch.__version__, "python": sys.version.split()[0]}
     machine = {"device": str(device), "processes": distributed.world_size(), "versions": versions}
     place = {"run_dir": str(run_dir.path), "files": pair.origins}
     run_dir.write_json("training_options.json", {**config.as_dict(), **machine, **place})
 
 
-def _log_files(run_dir: RunDir, config: RefineConfig, no_container: str | None, resumed: Resumed | None) -> None:
+def _log_files(run_dir: RunDir, config: RefineConfig, unwritten: str | None, resumed: Resumed | None) -> None:
     run_dir.log(f"run folder  {run_dir.path}")
     for message in resumed.found.damaged if resumed is not None else ():
         run_dir.log(f"damaged     {message}; going on from the state before it")
     if distributed.world_size() > 1:
         run_dir.log(f"processes   {distributed.world_size()}, {config.batch // distributed.world_size()} images each")
-    pickles = f" only: {no_container}" if no_container else " and .pkl, the container that the GAN came in"
+    pickles = f" only: {unwritten}" if unwritten else " and .pkl, the container that the GAN came in"
     run_dir.log(f"snapshots   .safetensors{pickles}")
 
 
@@ -378,7 +333,7 @@ def _log_changes(run_dir: RunDir, config: RefineConfig, resumed: Resumed, nimg: 
             run_dir.log(f"changed     {flag(name)} from {known.kind.format(before)} to {known.kind.format(now)}")
 
 
-def _log_networks(run_dir: RunDir, trainer: Trainer, pair: _Pair) -> None:
+def _log_networks(run_dir: RunDir, trainer: Trainer, pair: Pair) -> None:
     config, device = trainer.config, trainer.device
     student, teacher = (
         sum(p.numel() for p in parameters) for parameters in (trainer.student_parameters, pair.teacher.parameters())
@@ -391,6 +346,8 @@ def _log_networks(run_dir: RunDir, trainer: Trainer, pair: _Pair) -> None:
         run_dir.log(f"            {note}")
     if config.guide is not None and config.guidance == 1:
         run_dir.log("            --guide has no part in the run, because --guidance is 1")
+    if not config.metrics and config.ref not in (None, TEACHER):
+        run_dir.log("            --ref has no part in the run, because --metrics is none")
     judged = config.metrics and config.ref not in (None, TEACHER)
     judge = f"; snapshots are judged against {config.ref}" if judged else ""
     if trainer.adversary is None:
@@ -414,20 +371,46 @@ def _log_networks(run_dir: RunDir, trainer: Trainer, pair: _Pair) -> None:
         )
 
 
-def _train(training: TrainingRun, run_dir: RunDir, resumed: bool, began: float) -> int | None:
-    """Train to the end, or to a reason to stop, as `TrainingRun.run` says."""
+def _train(
+    training: TrainingRun, run_dir: RunDir, resumed: bool, began: float, brought: Brought
+) -> tuple[int | None, str]:
+    """Train to the end, or to a reason to stop, as `TrainingRun.run` says; and what was gained."""
     config = training.config
-    start_kimg = training.trainer.nimg / 1000 if resumed else None
-    monitor = Monitor(run_dir.path, start_kimg, writes=distributed.is_main())
-    try:
-        with StopRequests(config.time_limit, began) as stop:
-            stopped = training.run(monitor, stop)
-    finally:
-        monitor.close()
+    with StopRequests(config.time_limit, began) as stop:
+        monitor = _open_monitors(training, run_dir, resumed, stop, brought)
+        try:
+            stopped, verdict = training.run(monitor, stop), ""
+            snapshots = training.snapshots
+            if stopped is None and snapshots.metrics and distributed.is_main():
+                judged = snapshots.metrics[0], snapshots.standing.best, training.progress.elapsed
+                monitor.outcome(outcome(run_dir.path, *judged))
+                verdict = result_line(run_dir.path, *judged)
+        finally:
+            monitor.close()
     if stopped is not None:
-        return stopped
-    snapshots = training.snapshots
-    if snapshots.metrics and distributed.is_main():
-        run_dir.log(result_line(run_dir.path, snapshots.metrics[0], snapshots.standing.best, training.progress.elapsed))
-    run_dir.log(f"done; watch it with  tensorboard --logdir={run_dir.path}")
-    return None
+        return stopped, ""
+    if verdict:
+        run_dir.log(verdict)
+    if brought.student is None and brought.teacher is None:
+        for line in next_commands(run_dir.path, config, training.snapshots.container):
+            run_dir.log(f"next        {line}")
+    watched = f"; watch it with  tensorboard --logdir={run_dir.path}" if "tensorboard" in config.logger else ""
+    run_dir.log(f"done{watched}")
+    return None, verdict.removeprefix("result").strip()
+
+
+def _open_monitors(
+    training: TrainingRun, run_dir: RunDir, resumed: bool, stop: StopRequests, brought: Brought
+) -> Monitors:
+    """Who is told; nobody in every process but one."""
+    if not distributed.is_main():
+        return Monitors()
+    monitors: list[Monitor] = []
+    with option("--logger"):
+        if "wandb" in training.config.logger:
+            monitors.append(WeightsAndBiases(run_dir.path, training.config.as_dict()))
+    if "tensorboard" in training.config.logger:
+        monitors.append(TensorBoard(run_dir.path, training.trainer.nimg / 1000 if resumed else None))
+    if brought.callbacks:
+        monitors.append(CallbackMonitor(brought.callbacks, training.snapshots.images, stop.ask))
+    return Monitors(monitors)

@@ -85,7 +85,7 @@ class Batches:
         return z, draw_labels(self.batch, c_dim, self.label_prior, self.device) if c_dim else None
 
     def teacher_labels(self, c: torch.Tensor | None, n: int) -> torch.Tensor | None:
-        """What teacher and aux are told of n images with the student's labels c, by the rules of `refine.bridge`."""
+        """What teacher and aux are told of n images with the student's labels c, by the rules of `refine.pair`."""
         if self.teacher_classes and c is None and not self.null_label:
             return draw_labels(n, self.teacher_classes, self.label_prior, self.device)
         return c if self.teacher_classes else None

@@ -111,7 +111,7 @@ def in_words(found: Estimate, config: RefineConfig, device: str, run_dir: str, b
         (
             "disk",
             f"{format_bytes(found.disk_bytes)}: snapshots of {format_bytes(found.snapshot_bytes)}, "
-            f"{config.keep} training states of {format_bytes(found.state_bytes)}",
+            f"{_states(config.keep)} of {format_bytes(found.state_bytes)}",
         ),
         ("options", " ".join(differing(config)) or f"those of --preset={config.preset}"),
         ("run folder", f"{run_dir} (nothing has been written)"),
@@ -127,6 +127,10 @@ def differing(config: RefineConfig) -> list[str]:
         if name != "preset" and getattr(config, name) != usual:
             found.append(f"{flag(name)}={known.kind.format(getattr(config, name))}")
     return found
+
+
+def _states(keep: int) -> str:
+    return "one training state" if keep == 1 else f"{keep} training states (--keep=1 keeps one)"
 
 
 def _seconds(trainer: Trainer, step: Callable[[], None]) -> float:

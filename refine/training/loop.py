@@ -45,11 +45,11 @@ class TrainingRun:
         """Train to the end, from wherever the state is.
 
         Args:
-            monitor, stop: TensorBoard, and what may end the run early; it is asked once an iteration.
+            monitor, stop: Who is told, and what may end the run early; it is asked once an iteration.
 
         Returns:
-            None if the run came to its end (its kimg, no better snapshots, lost recall), 0 if its time was up, or the
-            number of the signal that stopped it. The state is saved in any case.
+            None if the run came to its end (its kimg, no better snapshots, lost recall, a callback's wish), 0 if its
+            time was up, or the number of the signal that stopped it. The state is saved in any case.
 
         Raises:
             ValueError: The numbers diverged, oftener than --rollback allows.
@@ -59,6 +59,7 @@ class TrainingRun:
         self._saved_at, self._clock = time.monotonic(), time.time() - self.progress.elapsed
         if not self.progress.begun:
             self.snapshots.begin(monitor)
+            monitor.tick(0)
             self.progress.begun = True
             if self.config.rollback:  # to where a run goes back that diverges before its first snapshot
                 self._save_state()
@@ -106,13 +107,15 @@ class TrainingRun:
                 bar.update(config.batch)
                 done, saved = trainer.nimg >= end, False
                 if self._tick_index() > tick or done:
-                    line = self._report(monitor, since, end - trainer.nimg)
+                    # A run may end between two ticks: its last one has a number of its own.
+                    line = self._report(monitor, since, end - trainer.nimg, max(self._tick_index(), tick + 1))
                     since = Clocks()
                     if done or (config.snap and self._tick_index() % config.snap == 0):
                         check_before_saving(trainer, config.max_skips)
                         self._save_state(self.snapshots.save(monitor))
                         saved = True
                     self._say(line)
+                    monitor.tick(trainer.nimg / 1000)
                 reason = self._between_iterations(stop, saved)
                 if reason > StopReason.SAVE:
                     return StopReason.GO_ON if done else reason
@@ -121,12 +124,12 @@ class TrainingRun:
     def _tick_index(self) -> int:
         return int(self.trainer.nimg / (self.config.tick * 1000) + 1e-9)
 
-    def _report(self, monitor: Monitor, since: Clocks, remaining: int) -> str:
+    def _report(self, monitor: Monitor, since: Clocks, remaining: int, tick: int) -> str:
         """Writes the statistics of the tick that ends now, and returns its progress line; every process must come."""
         config, trainer, progress = self.config, self.trainer, self.progress
         progress.elapsed = time.time() - self._clock
         report = TickReport(
-            tick=self._tick_index(),
+            tick=tick,
             nimg=trainer.nimg,
             images=trainer.nimg - progress.tick_start,
             remaining=remaining,
@@ -148,10 +151,8 @@ class TrainingRun:
     def _between_iterations(self, stop: StopRequests, saved: bool = False) -> StopReason:
         """What all processes do now; saves the state where that is due."""
         due = time.monotonic() - self._saved_at >= 60 * self.config.state_minutes
-        reason = StopReason.SAVE if due else StopReason.GO_ON
-        reason = StopReason.TIME_IS_UP if stop.time_is_up() else reason
-        reason = StopReason.SIGNALLED if stop.signal else reason
-        reason = StopReason(distributed.largest(max(reason, self._reason_of_metrics())))
+        reason = max(StopReason.SAVE if due else StopReason.GO_ON, stop.reason(), self._reason_of_metrics())
+        reason = StopReason(distributed.largest(reason))
         # On CUDA skipped steps are looked at now and then only: reading them waits for the device.
         self._iterations += 1
         if self.trainer.device.type != "cuda" or self._iterations % 50 == 0:

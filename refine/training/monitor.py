@@ -1,86 +1,82 @@
-"""TensorBoard: scalars, pictures, texts and hparams of a run, with images on the x axis."""
+"""Who is told of the course of a run: TensorBoard, Weights & Biases, functions of a caller in Python."""
 
-import json
-import secrets
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
 
-class Monitor:
-    """Writes the TensorBoard events of one run folder.
+class Monitor(Protocol):
+    """What the loop tells. Times are in kimg, thousands of images through the student step."""
 
-    Args:
-        path: The run folder.
-        resumed_kimg: Where a resumed run goes on: TensorBoard leaves out what an earlier process wrote after it.
-        writes: False: nothing at all, in every process of a run but one.
-    """
+    def begin(self, options: dict[str, Any], leading: Mapping[str, str]) -> None:
+        """A run begins: all options, as JSON has them; and the metrics by name, with the name of the leading number."""
 
-    def __init__(self, path: str | Path, resumed_kimg: float | None = None, writes: bool = True):
-        self._path = str(path)
-        self._writer: SummaryWriter | None = None
-        if writes:
-            self._open(resumed_kimg)
-
-    def _open(self, after_kimg: float | None) -> None:
-        purge = None if after_kimg is None else _step(after_kimg) + 1
-        suffix = f".{secrets.token_hex(4)}"  # a name that nobody can have put a link at
-        self._writer = SummaryWriter(self._path, flush_secs=20, purge_step=purge, filename_suffix=suffix)
-
-    def forget_after(self, kimg: float) -> None:
-        """The run goes back to `kimg`: TensorBoard leaves out what was written of the time after it."""
-        if self._writer is not None:
-            self._writer.close()
-            self._open(kimg)
-
-    def options(self, options: dict[str, Any]) -> None:
-        """The options as text and as hparams, in this run itself: `add_hparams` would make a second one."""
-        if self._writer is None:
-            return
-        self._writer.add_text("options", "    " + json.dumps(options, indent=2).replace("\n", "\n    "), 0)
-        flat: dict[str, Any] = {}
-        for key, value in options.items():
-            items = value.items() if isinstance(value, dict) else [("", value)]
-            flat |= {f"{key}.{name}".rstrip("."): _plain(item) for name, item in items if item is not None}
-        file_writer = self._writer.file_writer
-        assert file_writer is not None, "add_text opened it"
-        for summary in hparams(flat, {"Loss/aux": None}):
-            file_writer.add_summary(summary)
-
-    def scalars(self, values: dict[str, float], kimg: float) -> None:
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, _step(kimg))
+    def scalars(self, values: Mapping[str, float], kimg: float) -> None:
+        """Numbers by tag, 'Loss/aux'; those of metrics are 'Metrics/<metric>/<number>'."""
 
     def image(self, name: str, image: torch.Tensor, kimg: float) -> None:
-        """uint8 (C, H, W)."""
-        if self._writer is not None:
-            self._writer.add_image(name, image, _step(kimg))
+        """A picture, uint8 (C, H, W)."""
 
     def class_histogram(self, counts: list[float], kimg: float) -> None:
-        """Share of each class, as one histogram over class numbers and one scalar for the rarest."""
-        if self._writer is None:
-            return
-        classes = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts).mul(1000).round().long())
-        self._writer.add_histogram("Classes/histogram", classes, _step(kimg), bins=len(counts))
-        self._writer.add_scalar("Classes/rarest_share", min(counts), _step(kimg))
+        """Share of each class among the images of a metric."""
+
+    def tick(self, kimg: float) -> None:
+        """All that there is to tell of this moment has been told."""
+
+    def outcome(self, numbers: Mapping[str, float]) -> None:
+        """What the run came to by its first metric, see `report.outcome`."""
+
+    def forget_after(self, kimg: float) -> None:
+        """The run goes back to `kimg`: what was told of the time after it is void."""
 
     def flush(self) -> None:
-        if self._writer is not None:
-            self._writer.flush()
+        """What was told is to be seen."""
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        """Nothing more will be told."""
 
 
-def _step(kimg: float) -> int:
-    """TensorBoard's steps are images in every run, however short or long: whole numbers that --kimg does not change."""
-    return round(kimg * 1000)
+class Monitors:
+    """Several as one; none at all in the processes of a run that do not speak."""
 
+    def __init__(self, monitors: Sequence[Monitor] = ()):
+        self._all = tuple(monitors)
 
-def _plain(value: Any) -> bool | str | float | int:
-    return value if isinstance(value, bool | str | float | int) else json.dumps(value)
+    def begin(self, options: dict[str, Any], leading: Mapping[str, str]) -> None:
+        for monitor in self._all:
+            monitor.begin(options, leading)
+
+    def scalars(self, values: Mapping[str, float], kimg: float) -> None:
+        for monitor in self._all:
+            monitor.scalars(values, kimg)
+
+    def image(self, name: str, image: torch.Tensor, kimg: float) -> None:
+        for monitor in self._all:
+            monitor.image(name, image, kimg)
+
+    def class_histogram(self, counts: list[float], kimg: float) -> None:
+        for monitor in self._all:
+            monitor.class_histogram(counts, kimg)
+
+    def tick(self, kimg: float) -> None:
+        for monitor in self._all:
+            monitor.tick(kimg)
+
+    def outcome(self, numbers: Mapping[str, float]) -> None:
+        for monitor in self._all:
+            monitor.outcome(numbers)
+
+    def forget_after(self, kimg: float) -> None:
+        for monitor in self._all:
+            monitor.forget_after(kimg)
+
+    def flush(self) -> None:
+        for monitor in self._all:
+            monitor.flush()
+
+    def close(self) -> None:
+        for monitor in self._all:
+            monitor.close()

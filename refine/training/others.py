@@ -5,13 +5,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from refine.bridge import Bridge
 from refine.checkpoints.teachers import TeacherSource
 from refine.images import to_uint8
 from refine.metrics.bank import teacher_bank
 from refine.metrics.image_sets import ImageSet
 from refine.metrics.pipeline import rank_and_world
 from refine.metrics.sampling import sensible_batch
+from refine.pair import Bridge
 from refine.training.adversary import Others
 
 MAX_BYTES = 4 << 30  # of images that are kept in memory, as the teacher takes them

@@ -1,19 +1,25 @@
 """The progress line of a tick, what goes into TensorBoard and stats.jsonl, and the last lines of a run."""
 
+import contextlib
 import json
 import math
+import shlex
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from refine.config import RefineConfig
+from refine.config import TEACHER, RefineConfig
 from refine.dnnlib import format_time
 from refine.metrics.metric import is_better
-from refine.metrics.named import NamedMetric
+from refine.metrics.named import NamedMetric, detector_of
+from refine.metrics.own import OwnMetric
 from refine.metrics.registry import METRICS
+from refine.training.resuming import ONE_STEP
 from refine.training.snapshots import Best
 from refine.training.stopping import StopReason
+
+_SHARES = [row.name for one in METRICS for row in one.rows if row.in_curve]  # precision, recall, …
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,8 @@ def last_line(reason: StopReason, nimg: int, config: RefineConfig, best: Best | 
         return f"time is up; {how_to_go_on}"
     if reason == StopReason.SIGNALLED:
         return f"stopped; {how_to_go_on}"
+    if reason == StopReason.ASKED:
+        return f"stopped by a callback; {how_to_go_on}"
     if reason == StopReason.NO_BETTER and best is not None:
         return f"no better {best.metric} in {config.patience} snapshots: done, the best is {best.snapshot}"
     if reason == StopReason.RECALL_LOST:
@@ -103,7 +111,7 @@ def last_line(reason: StopReason, nimg: int, config: RefineConfig, best: Best | 
     return None
 
 
-def result_line(folder: Path, metric: NamedMetric, best: Best | None, elapsed: float) -> str:
+def result_line(folder: Path, metric: NamedMetric | OwnMetric, best: Best | None, elapsed: float) -> str:
     """What a run gained by its first metric, at what cost, and which network to take.
 
     Args:
@@ -125,13 +133,51 @@ def result_line(folder: Path, metric: NamedMetric, best: Best | None, elapsed: f
     if metric.key not in before:
         now = f"{metric.key} {after[metric.key]:.3g}, not measured at the start"
         return f"result      {now}, in {time}; take {file} ({which})"
-    shares = [row.name for one in METRICS for row in one.rows if row.in_curve and row.name != metric.key]
+    shares = [name for name in _SHARES if name != metric.key]
     pairs = [f"{metric.key} {before[metric.key]:.3g} → {after[metric.key]:.3g}"]
     pairs += [f"{key} {before[key]:.3f} → {after[key]:.3f}" for key in shares if key in before and key in after]
     numbers = f"{', '.join(pairs)} in {time}"
     if not is_better(metric.direction, after[metric.key], before[metric.key]):
         return f"result      nothing gained: {numbers} at best ({which}); keep the generator as it came"
     return f"result      {numbers}; take {file} ({which})"
+
+
+def outcome(folder: Path, metric: NamedMetric | OwnMetric, best: Best | None, elapsed: float) -> dict[str, float]:
+    """The numbers of `result_line` by name, for tables of many runs: the best ones, those before, and the hours."""
+    measured = _measured(folder, metric.name)
+    found = {"hours": elapsed / 3600}
+    for when, name in (("before", "init"), ("after", best.snapshot if best is not None else "")):
+        for key, value in measured.get(name, {}).items():
+            if key == metric.key or key in _SHARES:
+                found[key if when == "after" else f"{key}_before"] = value
+    return found
+
+
+def next_commands(folder: Path, config: RefineConfig, like: Path | None) -> list[str]:
+    """What to type after a run: a comparison, images, and a file for other tools.
+
+    Args:
+        folder: Of the run.
+        config: Its options, with absolute paths.
+        like: The pickle that the GAN came in, if it did.
+    """
+    before = f"one-step:{config.teacher}" if config.gan == ONE_STEP else config.gan
+    judge = []
+    if config.ref is not None:
+        judge.append(f"--ref={config.teacher if config.ref == TEACHER else config.ref}")
+    if config.metrics:
+        with contextlib.suppress(ValueError):  # a metric of the caller's own
+            of_fid = detector_of(config.metrics[0])
+            detector = config.metrics[0].partition("-")[2] or of_fid
+            judge.append(f"--detector={config.teacher if detector == TEACHER else detector}")
+    out = folder / "out"
+    lines = []
+    if config.ref is not None:
+        lines.append(["compare", f"--before={before}", f"--after={folder}", *judge, f"--outdir={out / 'comparison'}"])
+    lines.append(["generate", f"--network={folder}", "--seeds=0-63", f"--outdir={out / 'images'}"])
+    to = [f"--like={like}", f"--out={out}.pkl"] if like is not None else ["--format=plain", f"--out={out}.safetensors"]
+    lines.append(["export", f"--network={folder}", *to])
+    return [f"python -m refine {shlex.join(line)}" for line in lines]
 
 
 def _measured(folder: Path, name: str) -> dict[str, dict[str, Any]]:

@@ -8,7 +8,7 @@ with the checksums in the state.
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,15 @@ class Resumed:
                 )
 
 
-def resumed_config(state_paths: list[Path], given: Mapping[str, Any]) -> tuple[Resumed, RefineConfig]:
+def resumed_config(
+    state_paths: list[Path], given: Mapping[str, Any], own_metrics: Collection[str] = ()
+) -> tuple[Resumed, RefineConfig]:
     """The state to go on from, and all options.
 
     Args:
         state_paths: The first one that can be read is taken.
         given: Fields of RefineConfig that the command line holds.
+        own_metrics: Names of metrics that a caller in Python brings.
 
     Raises:
         ValueError: No state can be read, an option cannot be changed, or has to be given again.
@@ -66,7 +69,7 @@ def resumed_config(state_paths: list[Path], given: Mapping[str, Any]) -> tuple[R
     except (TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{found.path} holds options that cannot be read: {error}") from None
     _check_unchanged(given, saved)
-    check_reach(given, saved, "the training state")
+    check_reach(given, saved, "the training state", own_metrics)
     _check_places(given, saved)
     changes = {name: value for name, value in given.items() if name in CHANGEABLE or name in MOVABLE}
     if changes.get("metrics") == ():
@@ -106,19 +109,20 @@ def _kind_of(network: str | None) -> str | None:
     return network if network in (ONE_STEP, None) else "a file"
 
 
-def check_reach(given: Mapping[str, Any], saved: RefineConfig, source: str) -> None:
+def check_reach(given: Mapping[str, Any], saved: RefineConfig, source: str, own_metrics: Collection[str] = ()) -> None:
     """What options from a file would import, download or run has to be given on the command line.
 
     Args:
         given: Fields of RefineConfig that the command line holds.
         saved: All options, as the file has them.
         source: The file, for messages.
+        own_metrics: Names of metrics that a caller in Python brings.
 
     Raises:
         ValueError: It is not.
     """
     names = [(name, getattr(saved, name) or "", False) for name in ("gan", "teacher", "guide", "ref")]
-    names += [("metrics", detector_of(metric), True) for metric in saved.metrics]
+    names += [("metrics", detector_of(metric), True) for metric in saved.metrics if metric not in own_metrics]
     for name, text, is_detector in names:
         if name not in given and text not in (ONE_STEP, TEACHER) and (reach := reach_of(text, is_detector)):
             again = f"{flag(name)}={OPTIONS[name].kind.format(getattr(saved, name))}"

@@ -1,7 +1,7 @@
 """What a run leaves at every snapshot: the networks, pictures of fixed latents, metrics, and a copy of the best."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from refine.diff_instruct import evaluating
 from refine.images import save_png
 from refine.metrics.metric import is_better
 from refine.metrics.named import NamedMetric
+from refine.metrics.own import OwnMetric
 from refine.metrics.pipeline import sharing
 from refine.metrics.registry import METRICS
+from refine.metrics.sampling import sample_images
 from refine.networks.bases import Generator
 from refine.torch_utils import distributed
 from refine.training.averages import average_name
@@ -81,12 +83,12 @@ class Snapshots:
         self,
         trainer: Trainer,
         run_dir: RunDir,
-        metrics: list[NamedMetric] | None = None,
+        metrics: Sequence[NamedMetric | OwnMetric] | None = None,
         provenance: dict[str, Any] | None = None,
         container: Path | None = None,
     ):
         self.trainer, self.run_dir = trainer, run_dir
-        self.metrics, self.provenance, self.container = metrics or [], provenance or {}, container
+        self.metrics, self.provenance, self.container = list(metrics or []), provenance or {}, container
         self.standing = Standing()
         self._fakes = FakesGrid(trainer.G, trainer.device)
         self._init_grid = self._fakes.draw(trainer.G_ema)
@@ -96,7 +98,7 @@ class Snapshots:
         if distributed.is_main():
             save_png(self.run_dir.path / "fakes_init.png", self._init_grid)
         monitor.image("Fakes/before", self._init_grid, 0)
-        monitor.options(self.trainer.config.as_dict())
+        monitor.begin(self.trainer.config.as_dict(), {metric.name: metric.key for metric in self.metrics})
         judged = self._measure({None: self.trainer.G_ema}, "init", monitor)
         if judged.results is not None:
             self.standing.start_recall = judged.results.get("recall")
@@ -119,6 +121,12 @@ class Snapshots:
             self._compare_with_best(name, judged)
         distributed.wait_for_main()
         return number
+
+    def images(self, seeds: Sequence[int]) -> torch.Tensor:
+        """Images of the average as it is now, uint8 [N, C, H, W] on the CPU; the random state is left alone."""
+        trainer = self.trainer
+        batches = sample_images(trainer.G_ema, seeds, batch=16, device=trainer.device, noise_mode="const")
+        return torch.cat([batch.images.cpu() for batch in batches])
 
     def _save(self, name: str, judged: Judged, monitor: Monitor) -> None:
         trainer, kimg = self.trainer, self._kimg
@@ -175,7 +183,7 @@ class Snapshots:
         distributed.wait_for_main()  # processes are not equally fast, and other exchanges are not so patient
         return best
 
-    def _judge(self, metric: NamedMetric, network: Generator, length: float | None) -> Judged:
+    def _judge(self, metric: NamedMetric | OwnMetric, network: Generator, length: float | None) -> Judged:
         """One average in one metric; without a value where that fails or is not finite."""
         device = self.trainer.device
         try:
@@ -195,7 +203,12 @@ class Snapshots:
         return self.trainer.nimg / 1000
 
     def _record(
-        self, metric: NamedMetric, results: dict[str, Any], snapshot: str, monitor: Monitor, length: float | None
+        self,
+        metric: NamedMetric | OwnMetric,
+        results: dict[str, Any],
+        snapshot: str,
+        monitor: Monitor,
+        length: float | None,
     ) -> None:
         if not distributed.is_main():
             return
@@ -232,7 +245,7 @@ class Snapshots:
             copy_best(self.run_dir.path, snapshot)
 
 
-def _leading(metric: NamedMetric, results: Mapping[str, Any]) -> dict[str, float]:
+def _leading(metric: NamedMetric | OwnMetric, results: Mapping[str, Any]) -> dict[str, float]:
     """The number that a metric is led by, and the shares that stand beside it in curves, such as recall."""
     shares = {row.name for one in METRICS for row in one.rows if row.in_curve}
     return {key: value for key, value in results.items() if key == metric.key or key in shares}

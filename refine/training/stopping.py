@@ -27,6 +27,7 @@ class StopReason(IntEnum):
     SIGNALLED = 3
     NO_BETTER = 4  # than the best of the last snapshots
     RECALL_LOST = 5
+    ASKED = 6  # by a callback
 
 
 class StopRequests:
@@ -35,10 +36,15 @@ class StopRequests:
     Args:
         time_limit: Seconds after which the run is to have ended, its state saved. None = no limit.
         since: From when they count, by `time.monotonic`; None = from now.
+
+    Attributes:
+        signal: The first signal that came.
+        asked: Whether a callback asked for the end.
     """
 
     def __init__(self, time_limit: float | None = None, since: float | None = None):
         self.signal: int | None = None
+        self.asked = False
         self._limit, self._begin = time_limit, time.monotonic() if since is None else since
         self._slowest, self._last = 0.0, time.monotonic()
         self._noted_at = 0.0
@@ -67,6 +73,19 @@ class StopRequests:
             for other in self._before:
                 signal.signal(other, signal.SIG_DFL)  # and a third one, should we hang, is not ours to handle
             raise KeyboardInterrupt
+
+    def ask(self) -> None:
+        """For a callback: the run is to end."""
+        self.asked = True
+
+    def reason(self) -> StopReason:
+        """What has been asked for; to be called once an iteration, see `time_is_up`."""
+        time_is_up = self.time_is_up()
+        if self.asked:
+            return StopReason.ASKED
+        if self.signal:
+            return StopReason.SIGNALLED
+        return StopReason.TIME_IS_UP if time_is_up else StopReason.GO_ON
 
     def time_is_up(self) -> bool:
         """Whether another iteration as slow as the slowest so far, twice, might end past the limit.

@@ -1,10 +1,14 @@
 import hashlib
 import json
+import zipfile
 
+import numpy as np
 import pytest
+import torch
 
 from refine.checkpoints import native
 from refine.cli.main import run_command
+from refine.images import png_bytes
 from refine.networks.edm import EDMPrecond
 from refine.networks.stylegan2 import Generator
 
@@ -66,8 +70,9 @@ def test_text(capsys, file):
 
 def test_other_files(capsys, tmp_path):
     (tmp_path / "x.pkl").write_text("<html></html>")
-    code, out, _ = run(capsys, tmp_path / "x.pkl")
-    assert code == 0 and "an HTML page" in out
+    code, out, err = run(capsys, tmp_path / "x.pkl")
+    assert code == 2 and "an HTML page" in out
+    assert err.count("\n") == 1 and "nothing in it can be used; it is an HTML page" in err
     assert json.loads(run(capsys, tmp_path / "x.pkl", "--json")[1])["kind"] == "html"
 
 
@@ -77,4 +82,20 @@ def test_failures(capsys, file):
     assert (code, out, err) == (2, "", "Error: nothing.pkl: no such file\n")
     path.write_bytes(path.read_bytes()[:-1])
     code, out, _ = run(capsys, path)
-    assert code == 0 and "cut off" in out  # what it is can be told: a broken file
+    assert code == 2 and "cut off" in out  # what it is can be told: a broken file
+
+
+def test_what_is_no_network_may_be_of_use(capsys, tmp_path, root):
+    code, out, err = run(capsys, root / "pretrained/digits-reference.npz")
+    assert (code, err) == (0, "") and "statistics of images, as --ref, 5,000 of them" in out and "problem" not in out
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for index in range(2):
+            archive.writestr(f"{index}.png", png_bytes(torch.zeros(1, 4, 4)))
+    assert json.loads(run(capsys, tmp_path / "x.zip", "--json")[1])["use"] == "a set of 2 images, as --data or --ref"
+    with zipfile.ZipFile(tmp_path / "y.zip", "w") as archive:
+        archive.writestr("x.txt", "hello")
+    code, _, err = run(capsys, tmp_path / "y.zip")
+    assert code == 2 and err.count("\n") == 1 and "nothing in it can be used" in err
+    np.savez(tmp_path / "z.npz", a=np.zeros(3, dtype=np.int64))
+    code, out, err = run(capsys, tmp_path / "z.npz", "--json")
+    assert code == 2 and "problem" in json.loads(out) and err.count("\n") == 1

@@ -5,11 +5,11 @@ import sys
 import pytest
 import torch
 
-from refine.bridge import reduce_images
 from refine.checkpoints.native import save_networks
 from refine.metrics import detectors
 from refine.metrics.detectors import ModuleDetector, load_detector, observe
 from refine.metrics.digits import DigitsDetector
+from refine.pair import reduce_images
 from tests.metrics.networks import PixelDetector, metric_names, score_name
 
 # torch has deprecated the format that published detectors come in

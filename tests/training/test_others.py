@@ -7,12 +7,12 @@ import zipfile
 import pytest
 import torch
 
-from refine.bridge import plan_bridge
 from refine.checkpoints.native import read_metadata, save_networks
 from refine.config import RefineConfig
 from refine.evaluation.compare import Side
 from refine.images import png_bytes
 from refine.metrics.image_sets import ImageSet
+from refine.pair import plan_bridge
 from refine.training import assemble, others
 from refine.training.others import images_of_data, images_of_teacher
 from tests.training.test_trainer import make_student, make_teacher

@@ -2,9 +2,12 @@
 
 import dataclasses
 import math
+import shlex
 import types
 
-from refine.training.report import TickReport, result_line
+from refine.cli.main import cli
+from refine.config import RefineConfig
+from refine.training.report import TickReport, next_commands, outcome, result_line
 from refine.training.run_dir import RunDir
 from refine.training.snapshots import Best
 
@@ -76,6 +79,40 @@ def test_the_result_is_one_line(tmp_path):
         "result      fd_x 7.22 → 0.841, precision 0.471 → 0.790, recall 0.315 → 0.420 in 31m 00s; "
         "take network-snapshot-best.safetensors (average 0.1, 9.6 kimg)"
     )
+
+
+def test_the_outcome_for_tables_of_runs(tmp_path):
+    say_result(tmp_path)
+    best = Best("fd2k-x", 0.8412, "network-snapshot-000010.safetensors", 9.6)
+    metric = types.SimpleNamespace(name="fd2k-x", key="fd_x")
+    assert outcome(tmp_path, metric, best, 1800.0) == {
+        "hours": 0.5,
+        "fd_x_before": 7.218,
+        "precision_before": 0.4711,
+        "recall_before": 0.3152,
+        "fd_x": 0.8412,
+        "precision": 0.7903,
+        "recall": 0.4201,
+    }
+
+
+def test_the_commands_that_follow_a_run_can_be_typed(tmp_path):
+    folder = tmp_path / "my runs" / "00000-x"
+    config = RefineConfig("/x/g.pkl", "/x/t.pkl", metrics=("fd2k-teacher",))
+    lines = [shlex.split(line) for line in next_commands(folder, config, tmp_path / "g.pkl")]
+    assert [line[:3] for line in lines] == [["python", "-m", "refine"]] * 3
+    assert [line[3] for line in lines] == ["compare", "generate", "export"]
+    assert {"--before=/x/g.pkl", f"--after={folder}", "--ref=/x/t.pkl", "--detector=/x/t.pkl"} <= set(lines[0])
+    assert f"--like={tmp_path / 'g.pkl'}" in lines[2] and f"--out={folder / 'out'}.pkl" in lines[2]
+    other = dataclasses.replace(config, gan="one-step", metrics=("fd2k-digits",), ref="digits-reference")
+    lines = [shlex.split(line) for line in next_commands(folder, other, None)]
+    assert {"--before=one-step:/x/t.pkl", "--ref=digits-reference", "--detector=digits"} <= set(lines[0])
+    assert lines[2][-1] == f"--out={folder / 'out'}.safetensors"
+    for line in lines:
+        command = cli.get_command(None, line[3])
+        command.make_context(line[3], line[4:])  # its options exist and are complete
+    unmeasured = dataclasses.replace(config, metrics=(), ref=None, patience=0)
+    assert [line.split()[3] for line in next_commands(folder, unmeasured, None)] == ["generate", "export"]
 
 
 def test_a_result_that_is_none_says_so(tmp_path):

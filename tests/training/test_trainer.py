@@ -14,11 +14,11 @@ from refine.networks.stylegan2 import Generator
 from refine.objectives import REGISTRY
 from refine.pair import check_pair
 from refine.training.loop import TrainingRun
-from refine.training.monitor import Monitor
 from refine.training.observe import GAP_NAMES, SIGMA_EDGES
 from refine.training.run_dir import RunDir
 from refine.training.snapshots import Best, Standing
 from refine.training.state import load_training_state
+from refine.training.tensorboard import TensorBoard
 from refine.training.trainer import Trainer, select_parameters
 from tests.metrics.networks import PlainGenerator
 
@@ -58,7 +58,7 @@ def make_run(path, student=None, teacher=None, metrics=None, metric_names=(), ot
 
 def run(training):
     """To the end; returns the trainer."""
-    monitor = Monitor(training.run_dir.path)
+    monitor = TensorBoard(training.run_dir.path)
     training.run(monitor)
     monitor.close()
     return training.trainer
@@ -205,6 +205,14 @@ def test_states_hold_what_they_always_held(tmp_path):
     training.load_state_dict({key: value for key, value in state.items() if key not in later})
     assert training.snapshots.standing == Standing(Best("fd", 1.0, "x.safetensors", 0.008))
     assert training.state_dict()["best"] == state["best"]
+
+
+def test_a_run_that_ends_between_two_ticks_numbers_them_once_each(tmp_path):
+    run(make_run(tmp_path, kimg=0.02, batch=4, tick=0.008))
+    lines = [line.split() for line in (tmp_path / "log.txt").read_text().splitlines() if line.startswith("tick")]
+    assert [line[1] for line in lines] == ["1", "2", "3"]
+    rows = [json.loads(line) for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
+    assert [(row["tick"], row["kimg"]) for row in rows] == [(1, 0.008), (2, 0.016), (3, 0.02)]
 
 
 def test_the_loop_fits_on_a_page():

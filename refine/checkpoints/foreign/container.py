@@ -61,10 +61,8 @@ class FileNetwork:
             Refused: names, shapes or dtypes are not those of the class, or too much memory is asked for.
             ValueError: the class cannot be built from these arguments.
         """
-        held = len(self.tensors), sum(ref.numel for ref in self.tensors.values())
-        network = registry.build_empty(self.class_name, self.init_kwargs, held)
+        network: Any = self.outline(limit)
         expected = network.state_dict()
-        self._check(expected, limit)
         state, rng = {}, torch.Generator().manual_seed(0)
         for name, made in expected.items():
             if name in self.tensors:
@@ -78,6 +76,13 @@ class FileNetwork:
         if self.finish is not None:
             self.finish(network)
         network.notes = tuple(self.notes)
+        return network
+
+    def outline(self, limit: int) -> torch.nn.Module:
+        """The network without its numbers, of which none is read; the same checks and faults as those of `build`."""
+        held = len(self.tensors), sum(ref.numel for ref in self.tensors.values())
+        network = registry.build_empty(self.class_name, self.init_kwargs, held)
+        self._check(network.state_dict(), limit)
         return network
 
     def _check(self, expected: Mapping[str, torch.Tensor], limit: int) -> None:
@@ -156,6 +161,12 @@ class Container:
         network = self.network(name)
         with saying(f"{self.path}: {name}"):
             return network.build(self._limit)
+
+    def outline(self, name: str) -> torch.nn.Module:
+        """One network without its numbers, see `FileNetwork.outline`; faults as those of `load`."""
+        network = self.network(name)
+        with saying(f"{self.path}: {name}"):
+            return network.outline(self._limit)
 
 
 @contextmanager

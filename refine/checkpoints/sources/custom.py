@@ -2,8 +2,9 @@
 
 The function takes no arguments and gives a module: a generator (docs/generators.md), or a diffusion model
 (docs/teachers.md), which is not saved and has no FILE. It is code that the user names and that Python imports like any
-other. A file can never do that: what is written of such a network are its tensors and, for people, its reference;
-reading it takes the reference from the user again.
+other; or the caller in Python gives the module itself (`refine.checkpoints.given`). A file can never do that: what is
+written of such a network are its tensors and, for people, its reference; reading it takes the reference from the user
+again.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def load_custom(reference: Reference) -> OwnGenerator:
     Raises:
         ValueError: The function cannot be found or fails, its result is not a generator, or the file does not fit it.
     """
-    G = _wrapped(_call(reference), reference)
+    G = wrap_generator(_call(reference), str(reference), f"{reference}() gave")
     if reference.file is not None:
         _load_weights(G, reference, reference.file)
     return G.cpu().float().eval().requires_grad_(False)
@@ -73,20 +74,54 @@ def load_custom_teacher(reference: Reference) -> OwnTeacher:
     """
     if reference.file is not None:
         raise ValueError(f"{reference}@{reference.file}: a teacher of your own code has no file; expected {reference}")
-    network = _call(reference)
+    return wrap_teacher(_call(reference), str(reference), f"{reference}() gave")
+
+
+def wrap_generator(network: Any, reference: str, gave: str) -> OwnGenerator:
+    """The user's network as one of ours, if it fulfils the protocol: four sizes, and what one call gives.
+
+    Args:
+        network: It is put on the CPU, in eval mode and float32.
+        reference: What files call it.
+        gave: Subject and verb of messages.
+
+    Raises:
+        ValueError: It is not a generator.
+    """
     if not isinstance(network, torch.nn.Module):
-        raise ValueError(f"{reference}() gave {type(network).__name__}; expected a torch.nn.Module")
+        raise ValueError(f"{gave} {type(network).__name__}; expected a torch.nn.Module")
+    sizes: dict[str, Any] = {name: getattr(network, name, None) for name in _SIZES}
+    for name, value in sizes.items():
+        if type(value) is not int or value < (name != "c_dim"):
+            raise ValueError(f"{gave} a generator whose {name} is {value!r}; expected a whole number")
+    network.cpu().float().eval().requires_grad_(True)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            z = torch.randn(2, sizes["z_dim"])
+            c = torch.eye(sizes["c_dim"])[:1].repeat(2, 1) if sizes["c_dim"] else None
+            options = _accepted_options(network, z, c)
+            images = network(z, c, **options)
+    except Exception as error:  # whatever the user's network does
+        raise ValueError(f"{gave} a generator that fails at G(z, c): {_line(error)}") from error
+    _check_images(images, (2, sizes["img_channels"], *[sizes["img_resolution"]] * 2), f"{gave} a generator", "latents")
+    return OwnGenerator(network, reference, options)
+
+
+def wrap_teacher(network: Any, reference: str, gave: str) -> OwnTeacher:
+    """The user's diffusion model as one of ours; arguments and faults as for `wrap_generator`."""
+    if not isinstance(network, torch.nn.Module):
+        raise ValueError(f"{gave} {type(network).__name__}; expected a torch.nn.Module")
     for name, least in (("img_resolution", 1), ("img_channels", 1), ("label_dim", 0)):
         value = getattr(network, name, 0 if name == "label_dim" else None)
         if type(value) is not int or value < least:
-            raise ValueError(f"{reference}() gave a teacher whose {name} is {value!r}; expected a whole number")
+            raise ValueError(f"{gave} a teacher whose {name} is {value!r}; expected a whole number")
     if getattr(network, "predicts", DENOISED) != DENOISED and not hasattr(network, "alphas_cumprod"):
-        raise ValueError(f"{reference}() gave a teacher that predicts {network.predicts!r} without alphas_cumprod")
+        raise ValueError(f"{gave} a teacher that predicts {network.predicts!r} without alphas_cumprod")
     network.cpu().float().eval().requires_grad_(True)
     try:
-        teacher = copy.deepcopy(OwnTeacher(network, str(reference))).eval()  # as the auxiliary network will be
+        teacher = copy.deepcopy(OwnTeacher(network, reference)).eval()  # as the auxiliary network will be
     except Exception as error:  # of impossible attributes, or of what cannot be copied
-        raise ValueError(f"{reference}() gave a teacher that cannot be used: {_line(error)}") from error
+        raise ValueError(f"{gave} a teacher that cannot be used: {_line(error)}") from error
     shape = (2, teacher.img_channels, teacher.img_resolution, teacher.img_resolution)
     sigma = min(max(1.0, teacher.sigma_min), teacher.sigma_max)
     try:
@@ -95,8 +130,8 @@ def load_custom_teacher(reference: Reference) -> OwnTeacher:
             images = teacher(torch.randn(shape), torch.full([2], sigma), c)
     except Exception as error:  # whatever the user's network does
         asked = "D(x, sigma, class_labels)" if teacher.predicts == DENOISED else "network(x, t, class_labels)"
-        raise ValueError(f"{reference}() gave a teacher that fails at {asked}: {_line(error)}") from error
-    _check_images(images, shape, reference, "teacher", "images")
+        raise ValueError(f"{gave} a teacher that fails at {asked}: {_line(error)}") from error
+    _check_images(images, shape, f"{gave} a teacher", "images")
     return teacher.requires_grad_(False)
 
 
@@ -128,27 +163,6 @@ def _call(reference: Reference) -> Any:
         raise ValueError(f"{reference}() failed: {_line(error)}") from error
 
 
-def _wrapped(network: Any, reference: Reference) -> OwnGenerator:
-    """The user's network as one of ours, if it fulfils the protocol: four sizes, and what one call gives."""
-    if not isinstance(network, torch.nn.Module):
-        raise ValueError(f"{reference}() gave {type(network).__name__}; expected a torch.nn.Module")
-    sizes: dict[str, Any] = {name: getattr(network, name, None) for name in _SIZES}
-    for name, value in sizes.items():
-        if type(value) is not int or value < (name != "c_dim"):
-            raise ValueError(f"{reference}() gave a generator whose {name} is {value!r}; expected a whole number")
-    network.cpu().float().eval().requires_grad_(True)
-    try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            z = torch.randn(2, sizes["z_dim"])
-            c = torch.eye(sizes["c_dim"])[:1].repeat(2, 1) if sizes["c_dim"] else None
-            options = _accepted_options(network, z, c)
-            images = network(z, c, **options)
-    except Exception as error:  # whatever the user's network does
-        raise ValueError(f"{reference}() gave a generator that fails at G(z, c): {_line(error)}") from error
-    _check_images(images, (2, sizes["img_channels"], *[sizes["img_resolution"]] * 2), reference, "generator", "latents")
-    return OwnGenerator(network, str(reference), options)
-
-
 def _accepted_options(network: torch.nn.Module, z: torch.Tensor, c: torch.Tensor | None) -> dict[str, Any]:
     """Those of `_OPTIONS` that a call takes: what its forward names, and what goes through its `**kwargs`."""
     try:
@@ -165,15 +179,15 @@ def _accepted_options(network: torch.nn.Module, z: torch.Tensor, c: torch.Tensor
     return named
 
 
-def _check_images(images: Any, expected: tuple[int, ...], reference: Reference, kind: str, given: str) -> None:
+def _check_images(images: Any, expected: tuple[int, ...], what: str, given: str) -> None:
     """Raises ValueError unless what a network gave for two inputs is finite floats of that shape with a gradient."""
     if not isinstance(images, torch.Tensor) or tuple(images.shape) != expected or not images.is_floating_point():
         found = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, torch.Tensor) else type(images).__name__
-        raise ValueError(f"{reference}() gave a {kind} of {found} for two {given}; expected floats {expected}")
+        raise ValueError(f"{what} of {found} for two {given}; expected floats {expected}")
     if not images.isfinite().all():
-        raise ValueError(f"{reference}() gave a {kind} whose images hold NaN or infinity")
+        raise ValueError(f"{what} whose images hold NaN or infinity")
     if not images.requires_grad:
-        raise ValueError(f"{reference}() gave a {kind} whose images do not depend differentiably on its parameters")
+        raise ValueError(f"{what} whose images do not depend differentiably on its parameters")
 
 
 def _load_weights(G: OwnGenerator, reference: Reference, path: str) -> None:
