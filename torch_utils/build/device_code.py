@@ -156,8 +156,10 @@ def _stem(expression: str) -> str:
 
 def find_compiler() -> str | None:
     """Path of what would compile, found without running anything; None = nothing."""
+    if library := nvrtc.find(torch.version.cuda):
+        return library
     nvcc = toolchain.find_nvcc(torch.version.cuda)
-    return nvrtc.find(torch.version.cuda) or (nvcc and nvcc.command[0])
+    return nvcc.command[0] if nvcc else None
 
 
 @functools.cache

@@ -88,7 +88,7 @@ class Nvrtc:
         # NVRTC opens this by its name alone, which 13.0 finds in the system's folders only, unless it is open already
         builtins = Path(path).with_name(f"libnvrtc-builtins.so.{self.version}")
         if builtins.exists():
-            self._builtins = ctypes.CDLL(str(builtins))
+            ctypes.CDLL(str(builtins))
 
     def _call(self, name: str, *arguments: object) -> None:
         if status := getattr(self._library, name)(*arguments):
