@@ -31,14 +31,13 @@ class Part:
     lines: int | None = None
 
 
+TESTS = ("-m", "pytest", "-v", "-m", "gpu", "-n", "4", "--tb=line", "tests")  # each is told of as it ends
 PARTS = {
     "doctor": Part("Compiled ops", ("-m", "refine", "doctor"), 120),
     "ops": Part("Ops, against plain torch and device copies", ("benchmarks/gpu_ops.py",), 90),
     "iteration": Part("One iteration at CIFAR-10's official sizes", ("benchmarks/steps.py",), 120),
     "metrics": Part("Images per second of metrics", ("benchmarks/metrics.py", "--quick"), 90),
-    "tests": Part(
-        "Tests that need a GPU", ("-m", "pytest", "-v", "-m", "gpu", "-n", "4", "--tb=line", "tests"), 400, lines=60
-    ),
+    "tests": Part("Tests that need a GPU", TESTS, 400, lines=60),
     "demo": Part("The demo", ("-m", "refine.cli.demo", "--outdir={scratch}"), 240, lines=16),
 }
 
