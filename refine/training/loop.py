@@ -142,8 +142,7 @@ class TrainingRun:
             aux_lr=trainer.rate_factor * trainer.aux_lr,
             memory=peak_memory(trainer.device),
         )
-        progress.tick_start = trainer.nimg
-        kimg, scalars = trainer.nimg / 1000, report.scalars()
+        progress.tick_start, kimg, scalars = trainer.nimg, trainer.nimg / 1000, report.scalars()
         self.run_dir.append_stats({"kimg": kimg, "tick": report.tick, **scalars})
         monitor.scalars(scalars, kimg)
         return report.line()

@@ -120,6 +120,7 @@ REVIEWED = {
     "torch_utils/build/op_cache.py",  # the cache of compiled code
     "torch_utils/build/custom_ops.py",  # the build folder
     "refine/checkpoints/sources/fetch.py",  # a download's own folder
+    "refine/evaluation/styles.py",  # films: the temporary file, as below
     "refine/checkpoints/deploy.py",  # the temporary file that `write_graph` gets of `replaced_atomically`
 }
 REVIEWED_CALLS = {

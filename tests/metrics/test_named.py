@@ -145,5 +145,5 @@ def test_as_many_images_at_once_as_are_asked_for_or_fit(monkeypatch, asked, reso
     student, teacher = (types.SimpleNamespace(img_resolution=resolution, img_channels=1) for resolution in resolutions)
     pair = types.SimpleNamespace(student=student, teacher=teacher, source=None)
     config = RefineConfig("g", "t", metrics=("fd2k-digits",), metrics_batch=asked)
-    assemble._load_metrics(config, pair, torch.device("cpu"), dry_run=True)
+    assemble._load_metrics(config, pair, torch.device("cpu"), dry_run=True, brought=assemble.Brought())
     assert seen == [expected]

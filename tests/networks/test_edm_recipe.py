@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from refine.checkpoints.native import load_networks, read_metadata
 
 OPTIONS = {"kimg": 0.1, "batch": 8, "lr": 1e-3, "ema_halflife_kimg": 0.02, "p_mean": -0.5, "p_std": 1.2, "seed": 0}
+OPTIONS |= {"dropout": 0.0, "device": "cpu"}
 
 
 @pytest.fixture

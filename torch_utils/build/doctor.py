@@ -15,6 +15,7 @@ from refine.torch_utils.build import custom_ops, device_code, op_cache, toolchai
 from refine.torch_utils.build.progress import line
 from refine.torch_utils.ops.bias_act import bias_act
 from refine.torch_utils.ops.conv3x3 import conv3x3
+from refine.torch_utils.ops.filtered_lrelu import filtered_lrelu
 from refine.torch_utils.ops.group_norm_silu import group_norm_silu
 from refine.torch_utils.ops.upfirdn2d import setup_filter, upfirdn2d
 
@@ -124,8 +125,10 @@ def _example(op: str, device: str, impl: str) -> Callable[[], tuple[torch.Tensor
 
     x, b, w = randn(4, 64, 64, 64).requires_grad_(), randn(64), randn(64, 64, 3, 3)
     dy, f = randn(4, 64, *([128, 128] if op == "upfirdn2d" else [64, 64])), setup_filter([1, 3, 3, 1], device=device)
+    taps = setup_filter([1, 3, 6, 10, 13, 15, 15, 13, 10, 6, 3, 1], device=device, separable=True)
     call: Callable[[], torch.Tensor] = {
         "bias_act": lambda: bias_act(x, b, act="lrelu", impl=impl),
+        "filtered_lrelu": lambda: filtered_lrelu(x, taps, taps, b, 2, 2, (11, 10, 11, 10), impl=impl),
         "group_norm_silu": lambda: group_norm_silu(x, 16, 1 + b, b, impl=impl),
         "conv3x3": lambda: conv3x3(x, w, b, impl=impl),
         "upfirdn2d": lambda: upfirdn2d(x, f, up=2, padding=(2, 1, 2, 1), gain=4, impl=impl),

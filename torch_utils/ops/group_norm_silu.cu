@@ -161,8 +161,9 @@ REFINE_DEVICE void in_rounds(int from, int count, Read read, Use use) {
     }
 }
 
-constexpr int kMostThreads = 512;                          // each may have 128 registers
-constexpr int kHeld = 16, kHeldPairs = 4, kAhead = 2;  // packs that a thread keeps; forward, of x and dy, and of the rest
+constexpr int kMostThreads = 512;  // each may have 128 registers
+// Packs that a thread keeps: forward, of x and dy, and of the rest.
+[[maybe_unused]] constexpr int kHeld = 16, kHeldPairs = 4, kAhead = 2;
 
 template <class Number, bool Last, bool Wide>
 __global__ void __launch_bounds__(kMostThreads) group_norm_forward(const GroupNormSiluRecord record) {
