@@ -295,7 +295,7 @@ def test_a_run_with_such_a_teacher_goes_on_without_saying_it_again(tmp_path, cap
 def test_the_same_names_in_other_files(suffix, name, tmp_path):
     """What a .pt holds, saved as safetensors or .npz, is the same teacher, told in the same way."""
     pt, path = save(tmp_path / "x.pt", name=name), tmp_path / f"y.{suffix}"
-    state = torch.load(pt)
+    state = torch.load(pt, weights_only=True)
     if suffix == "npz":
         np.savez(path, **{key: value.numpy() for key, value in state.items()})
     else:
