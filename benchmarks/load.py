@@ -1,11 +1,10 @@
-"""Time and peak memory of loading checkpoints of CIFAR-10 size, against reading their bytes and building the networks.
+"""Time and peak memory of loading checkpoints of official sizes, against reading the bytes of their files.
 
-    python benchmarks/load.py [--folder=/tmp/x]
+    python benchmarks/load.py [--folder=FOLDER] [--only=edm,adm]
 
-Builds a StyleGAN2 pickle (G, D, G_ema; 20 M parameters a generator), an EDM pickle (56 M parameters) and a `.pt` of
-guided-diffusion (125 M) with random weights once, then measures in fresh processes: (a) reading the file's bytes, (b)
-constructing the network, initialised as for training, (c) loading it from the file. Prints (c) / (a + b), and the peak
-memory of (c) above that of a process that has imported everything, in units of the file.
+Builds a file of each family with random weights (4 GB in all; those already in FOLDER are used again). Fresh processes
+that have imported everything then load it and read it. Printed are the smallest processor seconds of each, and the peak
+memory of loading above what the process had before, in units of the file and of its tensors in float32.
 """
 
 import argparse
@@ -13,82 +12,139 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-GENERATOR = {"z_dim": 512, "c_dim": 10, "w_dim": 512, "img_resolution": 32, "img_channels": 3}
-GENERATOR["mapping_kwargs"] = {"num_layers": 2}
-GENERATOR["synthesis_kwargs"] = {"channel_base": 16384, "channel_max": 512, "num_fp16_res": 4, "conv_clamp": 256}
-DISCRIMINATOR = {"c_dim": 10, "img_resolution": 32, "img_channels": 3, "architecture": "orig", "channel_base": 16384}
-TEACHER = {"img_resolution": 32, "img_channels": 3, "label_dim": 10, "model_type": "SongUNet", "augment_dim": 9}
-TEACHER |= {"channel_mult": [2, 2, 2], "dropout": 0.13}
-ADM = {"img_resolution": 64, "img_channels": 3, "label_dim": 1000, "model_channels": 192, "num_blocks": 1}
-ADM |= {"widths": [192, 384, 576, 576], "attention_levels": [1, 2, 3]}
-SAID = {"image_size": 64, "num_head_channels": 64, "use_new_attention_order": True, "noise_schedule": "cosine"}
+from refine.networks import adm, edm, edm2, r3gan, stylegan2, stylegan3, stylegan_xl
+from tests.checkpoints.builders import Format, edm2_file, edm_file, stylegan2_file
+from tests.checkpoints.rosinality_reference import random_generator
+from tests.checkpoints.stylegan3_files import Form, projected_discriminator, stylegan3_file
+from tests.golden import read_json
+from tests.networks.stylegan3_tables import xl_kwargs
+from tests.networks.test_golden_r3gan import kwargs_of
 
-# One measurement: {what} of {kind} on {path}; prints seconds of wall clock, of processor time, and bytes of memory.
+# Loads by the function `load` what is called `name`, then reads `path`: seconds of both, bytes of memory, of tensors.
 CHILD = """
-import json, sys, time
+import gc, importlib, importlib.util, json, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from refine.checkpoints.foreign import container, nvidia, raw_pickle, state_dicts
-from refine.checkpoints import load_generator, load_teacher
-from refine.networks.adm import ADMPrecond
-from refine.networks.edm import EDMPrecond
-from refine.networks.stylegan2 import Generator
-import benchmarks.load as sizes
+from refine import checkpoints
+from refine.checkpoints.foreign import opening
+from refine.checkpoints.registry import NETWORK_CLASSES
+for entry in NETWORK_CLASSES.values():
+    importlib.import_module(entry.module)
+if importlib.util.find_spec('diffusers'):
+    from diffusers import UNet2DModel
 
 def peak():
     lines = Path('/proc/self/status').read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith('VmHWM'))
 
-what, kind, path = sys.argv[1:]
-warm = nvidia.COMMON_RULES
-before, cpu, wall = peak(), time.process_time(), time.perf_counter()
-if what == 'read':
-    data = Path(path).read_bytes()
-elif what == 'build':
-    makers = {'generator': (Generator, sizes.GENERATOR), 'teacher': (EDMPrecond, sizes.TEACHER)}
-    cls, kwargs = makers.get(kind, (ADMPrecond, sizes.ADM))
-    net = cls(**kwargs)
-else:
-    net = load_generator(path) if kind == 'generator' else load_teacher(path)
-print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu, peak() - before]))
+load, name, path = sys.argv[1:]
+before, start = peak(), time.process_time()
+network = getattr(checkpoints, load)(name)
+seconds, memory = time.process_time() - start, peak() - before
+tensors = sum(value.nbytes for value in network.state_dict().values())
+del network
+gc.collect()
+start = time.process_time()
+data = Path(path).read_bytes()
+print(json.dumps([seconds, time.process_time() - start, memory, tensors]))
 """
 
-
-def build_files(folder: Path) -> dict[str, Path]:
-    """The three files; existing ones are used again."""
-    import torch
-
-    from refine.networks.adm import ADMPrecond
-    from refine.networks.edm import EDMPrecond
-    from refine.networks.stylegan2 import Discriminator, Generator
-    from tests.checkpoints.builders import Format, edm_file, stylegan2_file
-
-    files = {kind: folder / f"{kind}.pkl" for kind in ("generator", "teacher")}
-    torch.manual_seed(0)
-    if not files["generator"].exists():
-        G, form = Generator(**GENERATOR), Format(protocol=3, numpy=1, torch_style=1)
-        files["generator"].write_bytes(stylegan2_file(form, G, G=G, D=Discriminator(**DISCRIMINATOR)))
-    if not files["teacher"].exists():
-        files["teacher"].write_bytes(edm_file(Format(), EDMPrecond(**TEACHER)))
-    files["adm"] = folder / "adm.pt"
-    if not files["adm"].exists():
-        state = ADMPrecond(**ADM).state_dict()
-        torch.save({name.removeprefix("model."): value for name, value in state.items()}, files["adm"])
-        files["adm"].with_suffix(".json").write_text(json.dumps(SAID))
-    return files
+EDM = {"img_resolution": 32, "img_channels": 3, "label_dim": 10, "model_type": "SongUNet", "augment_dim": 9}
+EDM |= {"channel_mult": [2, 2, 2], "dropout": 0.13}
 
 
-def measure(what: str, kind: str, path: Path, repeats: int) -> list[float]:
-    """Smallest wall-clock seconds, processor seconds and peak bytes of a few fresh processes."""
+def write_stylegan2(path: Path) -> None:
+    synthesis = {"channel_base": 16384, "channel_max": 512, "num_fp16_res": 4, "conv_clamp": 256}
+    G = stylegan2.Generator(512, 10, 512, 32, 3, {"num_layers": 2}, synthesis)
+    D = stylegan2.Discriminator(10, 32, 3, architecture="orig", channel_base=16384)
+    path.write_bytes(stylegan2_file(Format(protocol=3, numpy=1, torch_style=1), G, G=G, D=D))
+
+
+def write_stylegan3(path: Path) -> None:
+    G = stylegan3.Generator(**read_json("stylegan3/names/t256")["init_kwargs"])
+    path.write_bytes(stylegan3_file(Form(), G, G=G, D=stylegan2.Discriminator(0, 256, 3)))
+
+
+def write_stylegan_xl(path: Path) -> None:
+    case, form = read_json("stylegan3/names/xl_imagenet64"), Form(dill=1)
+    G = stylegan_xl.Generator(**xl_kwargs(case, dict([*case["parameters"], *case["buffers"]])))
+    path.write_bytes(stylegan3_file(form, G, D=projected_discriminator(form)))
+
+
+def write_r3gan(path: Path) -> None:
+    table, form = read_json("r3gan/names/imagenet32")["G"], Format()
+    G = form.module(r3gan.Generator(**kwargs_of(table["init_kwargs"], table["stage_dtypes"])))
+    state: dict[str, Any] = {"_parameters": {}, "_buffers": {}, "_modules": {"Model": G}}
+    path.write_bytes(form.dumps({"G_ema": form.persistent("Generator", state)}))
+
+
+def write_rosinality(path: Path) -> None:
+    torch.save({"g_ema": random_generator(256, layers=8), "latent_avg": torch.zeros(512)}, path)
+
+
+def write_edm(path: Path) -> None:
+    path.write_bytes(edm_file(Format(), edm.EDMPrecond(**EDM)))
+
+
+def write_edm2(path: Path) -> None:
+    channels = {"edm2.pkl": 192, "edm2-xs.pkl": 128}[path.name]
+    net = edm2.Precond(64, 3, 1000, model_channels=channels)
+    path.write_bytes(edm2_file(Format(dtype=torch.float16), net))
+
+
+def write_adm(path: Path) -> None:
+    sizes = {"model_channels": 192, "widths": [192, 384, 576, 768], "num_blocks": 3, "attention_levels": [1, 2, 3]}
+    state = adm.ADMPrecond(64, 3, 1000, **sizes, learn_sigma=True).state_dict()
+    torch.save({name.removeprefix("model."): value for name, value in state.items()}, path)
+
+
+def write_diffusers(path: Path) -> None:
+    from diffusers import DDPMScheduler, UNet2DModel  # type: ignore[import-not-found]  # an optional package
+
+    down = ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"]
+    up = ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"]
+    widths = {"block_out_channels": [128, 256, 256, 256], "attention_head_dim": None}
+    UNet2DModel(32, down_block_types=down, up_block_types=up, **widths).save_pretrained(path.parent)
+    DDPMScheduler().save_pretrained(path.parent)
+
+
+def write_native(path: Path) -> None:
+    from refine.checkpoints.native import save_networks
+
+    save_networks(path, {"ema": edm.EDMPrecond(**EDM)}, provenance={})
+
+
+ROWS: list[tuple[str, str, Callable[[Path], None], str]] = [  # what, file, who writes it, who loads it
+    ("StyleGAN2, CIFAR-10, with D and G_ema", "stylegan2.pkl", write_stylegan2, "load_generator"),
+    ("StyleGAN3-t, 256×256, with D and G_ema", "stylegan3.pkl", write_stylegan3, "load_generator"),
+    ("StyleGAN-XL, ImageNet-64", "stylegan_xl.pkl", write_stylegan_xl, "load_generator"),
+    ("R3GAN, ImageNet-32", "r3gan.pkl", write_r3gan, "load_generator"),
+    ("rosinality `.pt`, 256×256", "rosinality.pt", write_rosinality, "load_generator"),
+    ("EDM, CIFAR-10", "edm.pkl", write_edm, "load_teacher"),
+    ("the same as a one-step generator", "one-step:edm.pkl", write_edm, "load_generator"),
+    ("EDM2, ImageNet-64 S, float16", "edm2.pkl", write_edm2, "load_teacher"),
+    ("EDM2, ImageNet-64 XS, float16 (a guide)", "edm2-xs.pkl", write_edm2, "load_teacher"),
+    ("guided-diffusion `.pt`, ImageNet-64", "adm.pt", write_adm, "load_teacher"),
+    ("diffusers, CIFAR-10", "diffusers/diffusion_pytorch_model.safetensors", write_diffusers, "load_teacher"),
+    ("EDM, CIFAR-10, as a native file", "native.safetensors", write_native, "load_teacher"),
+]
+
+
+def measure(load: str, name: str, path: Path, repeats: int) -> list[float]:
+    """Smallest seconds of loading and of reading, peak bytes, and bytes of the tensors."""
     results = []
     for _ in range(repeats):
-        command = [sys.executable, "-c", CHILD, what, kind, str(path)]
+        command = [sys.executable, "-c", CHILD, load, name, str(path)]
         done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
         results.append(json.loads(done.stdout))
     return [min(column) for column in zip(*results, strict=True)]
@@ -97,21 +153,26 @@ def measure(what: str, kind: str, path: Path, repeats: int) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, help="Where the files are built. Default: a temporary folder.")
-    parser.add_argument("--kind", choices=("generator", "teacher", "adm"), help="Only this one.")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", default="", help="Names of files without suffix, separated by commas. Default: all.")
+    parser.add_argument("--repeats", type=int, default=3, help="Processes for each file. Default: 3.")
     options = parser.parse_args()
+    torch.set_num_threads(1)
+    print("| file | MB | reading, s | loading, s | ratio | peak memory / file | / tensors |\n|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as temporary:
-        for kind, path in build_files(options.folder or Path(temporary)).items():
-            if options.kind not in (None, kind):
+        folder = options.folder or Path(temporary)
+        for what, name, write, load in ROWS:
+            path = folder / name.removeprefix("one-step:")
+            if options.only and path.relative_to(folder).parts[0].partition(".")[0] not in options.only.split(","):
                 continue
-            rows = {what: measure(what, kind, path, options.repeats) for what in ("read", "build", "load")}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.is_file():
+                torch.manual_seed(0)
+                write(path)
+            source = name.replace(path.relative_to(folder).as_posix(), str(path))
+            seconds, reading, memory, tensors = measure(load, source, path, options.repeats)
             size = path.stat().st_size
-            base = [rows["read"][i] + rows["build"][i] for i in range(2)]
-            print(f"{kind}, {size / 2**20:.0f} MiB")
-            for what, (wall, cpu, memory) in rows.items():
-                print(f"  {what:<6} {wall:6.3f} s wall  {cpu:6.3f} s processor  {memory / size:5.2f} x the file")
-            wall, cpu = (rows["load"][i] / base[i] for i in range(2))
-            print(f"  load / (read + build): {wall:.2f} wall, {cpu:.2f} processor")
+            row = [what, f"{size / 1e6:.0f}", f"{reading:.3f}", f"{seconds:.3f}", f"{seconds / reading:.2f}"]
+            print(f"| {' | '.join([*row, f'{memory / size:.2f}', f'{memory / tensors:.2f}'])} |", flush=True)
 
 
 if __name__ == "__main__":

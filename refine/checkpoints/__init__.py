@@ -193,7 +193,7 @@ def _reference(path_or_name: str | os.PathLike) -> Reference | None:
 def _load(path_or_name: str | os.PathLike, kind: str, kwargs: Mapping[str, Any] | None = None) -> Any:
     path = resolve(path_or_name, kind)
     network = _reader(path, kind)(path, kind, kwargs, build=True)
-    return network.cpu().float().eval().requires_grad_(False)
+    return network.eval().requires_grad_(False)
 
 
 def _reader(path: Path, kind: str) -> Any:

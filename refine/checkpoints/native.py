@@ -122,8 +122,8 @@ def load_networks(path: str | os.PathLike, names: Iterable[str] | None = None) -
     for name, network in networks.items():
         keys = list(network.state_dict())
         values = _read_tensors(path, [f"{name}.{key}" for key in keys])
-        # assign: the tensors read become the parameters, so no weight exists twice and none is initialised in vain
-        network.load_state_dict(dict(zip(keys, values, strict=True)), strict=True, assign=True)
+        # The tensors read become the parameters, so no weight exists twice and none is initialised in vain.
+        registry.fill(network, dict(zip(keys, values, strict=True)))
         homeless = [key for key, t in [*network.named_parameters(), *network.named_buffers()] if t.is_meta]
         assert not homeless, (
             f"{type(network).__name__} keeps {homeless[0]} out of its state_dict, so it cannot be loaded"

@@ -6,7 +6,7 @@ A file names a class by a string of this table; nothing else can be imported thr
 import importlib
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +110,21 @@ def build_empty(class_name: str, init_kwargs: dict[str, Any], held: tuple[int, i
         raise ValueError(f"{class_name} cannot be built from these init kwargs: {reason}") from None
 
 
+def fill(network: torch.nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Puts tensors into a network in the places of its own, by their names in its state_dict; no number is copied.
+
+    As `load_state_dict(values, assign=True)`, several times faster, for names and shapes that have been checked.
+    """
+    for path, module in network.named_modules():
+        prefix = f"{path}." if path else ""
+        for name, made in module._parameters.items():
+            if made is not None and prefix + name in values:
+                module._parameters[name] = torch.nn.Parameter(values[prefix + name], made.requires_grad)
+        for name in module._buffers:
+            if prefix + name in values:
+                module._buffers[name] = values[prefix + name]
+
+
 class _LargeTensorsOnMeta(TorchFunctionMode):
     """Creates tensors of more than 4096 elements on the meta device, and no more tensors than a file can fill.
 
@@ -125,7 +140,7 @@ class _LargeTensorsOnMeta(TorchFunctionMode):
         self.tensors = self.elements = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
+        kwargs = kwargs or {}
         if func in _FACTORIES:
             size = kwargs.get("size", args[0] if args and isinstance(args[0], tuple | list) else args)
             elements = math.prod(size if isinstance(size, tuple | list) else (size,))
@@ -135,7 +150,7 @@ class _LargeTensorsOnMeta(TorchFunctionMode):
             if self.elements > self.most_elements:
                 raise ValueError("they ask for many more numbers than the file has")
             if elements > 4096:
-                kwargs["device"] = "meta"
+                kwargs = {**kwargs, "device": "meta"}
                 if func in (torch.randn, torch.rand):  # on meta these two import torch's symbolic shapes (1 s)
                     func = torch.empty
         elif func in _SCALINGS and len(args) == 2 and args[0].is_meta and isinstance(args[1], int | float):

@@ -47,7 +47,7 @@ class Init:
             values = (torch.rand(*shape) * 2 - 1) * math.sqrt(3 * variance)
         else:
             values = torch.randn(*shape) * math.sqrt(variance)
-        return nn.Parameter(values * gain)
+        return nn.Parameter(values if gain == 1 else values * gain)
 
 
 class Linear(nn.Module):
@@ -99,9 +99,11 @@ class Conv2d(nn.Module):
         self.conv_pad = kernel // 2
         self.filter_pad = (len(resample_filter) - 1) // 2
         self.box_filter = list(resample_filter) == [1, 1]
-        taps = torch.as_tensor(resample_filter, dtype=torch.float32)
-        kernel_2d = taps.outer(taps)[None, None] / taps.sum() ** 2
-        self.register_buffer("resample_filter", kernel_2d if up or down else None)
+        kernel_2d = None
+        if up or down:
+            taps = torch.as_tensor(resample_filter, dtype=torch.float32)
+            kernel_2d = taps.outer(taps)[None, None] / taps.sum() ** 2
+        self.register_buffer("resample_filter", kernel_2d)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [N C_in H W] → [N C_out H' W']
         conv_pad, filter_pad = self.conv_pad, self.filter_pad

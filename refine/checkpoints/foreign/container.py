@@ -61,15 +61,14 @@ class FileNetwork:
             Refused: names, shapes or dtypes are not those of the class, or too much memory is asked for.
             ValueError: the class cannot be built from these arguments.
         """
-        network: Any = self.outline(limit)
-        expected = network.state_dict()
+        network, expected = self._outlined(limit)
         state, rng = {}, torch.Generator().manual_seed(0)
         for name, made in expected.items():
             if name in self.tensors:
                 state[name] = self.tensors[name].read()
-            else:  # constant noise that a file lacks is the same at every loading
-                state[name] = torch.randn(made.shape, generator=rng) if name.endswith("noise_const") else made
-        network.load_state_dict(state, strict=True, assign=True)
+            elif name.endswith("noise_const"):  # that a file lacks: the same at every loading
+                state[name] = torch.randn(made.shape, generator=rng)
+        registry.fill(network, state)
         for name, value in self.attributes.items():
             setattr(network, name, value)
         network.notes = tuple(self.notes)
@@ -80,10 +79,15 @@ class FileNetwork:
 
     def outline(self, limit: int) -> torch.nn.Module:
         """The network without its numbers, of which none is read; the same checks and faults as those of `build`."""
+        return self._outlined(limit)[0]
+
+    def _outlined(self, limit: int) -> tuple[Any, dict[str, torch.Tensor]]:
+        """The network without its numbers, and its state_dict."""
         held = len(self.tensors), sum(ref.numel for ref in self.tensors.values())
         network = registry.build_empty(self.class_name, self.init_kwargs, held)
-        self._check(network.state_dict(), limit)
-        return network
+        expected = network.state_dict(keep_vars=True)
+        self._check(expected, limit)
+        return network, expected
 
     def _check(self, expected: Mapping[str, torch.Tensor], limit: int) -> None:
         missing = [name for name in expected if name not in self.tensors and not self.computed(name)]

@@ -15,7 +15,6 @@ one place of a table, where each is compared with all. No torch.
 
 from __future__ import annotations
 
-import io
 import struct
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
@@ -39,7 +38,9 @@ MAX_OPCODES = 300_000  # EDM of CIFAR-10 size has 41,000, three StyleGAN2 networ
 MAX_TEXT = 200  # bytes; longer text stays in the file. The smallest storage written as text (protocol 2) is longer.
 MAX_NUMBER_KEYS = 4096  # in tables and sets, together; optimisers number the parameters of one network
 _MAX_NAME = 200
-_KEY_TYPES = (str, int)
+_CUT_OFF = "the pickle is cut off"
+_KEY_TYPES, _TEXT = (str, int), {str, PlacedText}
+_COPIED = (list, tuple, set, dict)  # whose items a call may copy
 
 
 class Machine:
@@ -59,7 +60,6 @@ class Machine:
         protocol: As declared by the file.
         framed: Whether the file is divided into frames (protocol 4), so that lengths cannot be changed.
         globals: Every global named so far, in order.
-        count: Opcodes run so far.
         copied: Items given to calls so far, and what the calls themselves count as.
         numbers: Numbers taken as keys so far.
     """
@@ -75,24 +75,25 @@ class Machine:
         harmless: Callable[[str, str], bool] = is_harmless,
     ):
         self.stream, self.size, self.rules, self.persistent_load = stream, size, rules, persistent_load
+        self.read, self.text_is_bytes = stream.read, "_codecs.encode" in rules
         self.lenient, self.harmless, self.unknown = lenient, harmless, dict[str, Stub]()
         self.budget = MAX_OPCODES if budget is None else budget
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
         self.globals: dict[str, None] = {}
-        self.protocol, self.framed, self.count = 2, False, 0
+        self.protocol, self.framed = 2, False
         self.copied = self.numbers = 0
 
     def load(self) -> Any:
-        """The value of the pickle; the stream is left behind it.
+        """The value of the pickle; the stream is left behind it, where the next one may begin.
 
         Raises:
             Refused: the file is broken, or holds what is not allowed. Nothing of it has been run.
         """
-        read, dispatch, budget = self.stream.read, _DISPATCH, self.budget
+        read, dispatch = self.read, _DISPATCH
         try:
-            for self.count in range(1, budget + 1):
+            for _ in range(self.budget):
                 code = read(1)
                 if code == b".":
                     return self.stack.pop()
@@ -103,42 +104,45 @@ class Machine:
         except Refused:
             raise
         except (IndexError, KeyError, TypeError, ValueError, AttributeError, OverflowError, struct.error):
-            raise Refused(f"the pickle is broken at byte {self.stream.tell()}") from None
-        raise Refused(f"the pickle has more than {budget:,} opcodes")
+            raise self._broken() from None
+        raise Refused(f"the pickle has more than {self.budget:,} opcodes")
+
+    def _broken(self) -> Refused:
+        where = self.stream.tell()
+        return Refused(f"the pickle is broken at byte {where}" if self.read(1) else _CUT_OFF)
 
     def _unknown(self, code: bytes) -> Refused:
         if not code:
-            return Refused("the pickle is cut off")
+            return Refused(_CUT_OFF)
         where = f"at byte {self.stream.tell() - 1}"
         return Refused(f"the pickle holds the opcode 0x{code.hex()} {where}, which no checkpoint needs, or is broken")
 
-    # Reading.
+    # Reading. `read` may give less at the end of the file, where there is no opcode either.
 
     def take(self, length: int) -> bytes:
-        data = self.stream.read(length) if length <= self.size else b""
+        data = self.read(length) if length <= self.size else b""
         if len(data) != length:
-            raise Refused("the pickle is cut off")
+            raise Refused(_CUT_OFF)
         return data
 
     def skip(self, length: int) -> int:
         """Steps over `length` bytes; returns where they begin."""
         start = self.stream.tell()
         if length > self.size - start:
-            raise Refused("the pickle is cut off")
+            raise Refused(_CUT_OFF)
         self.stream.seek(start + length)
         return start
 
     def push_text(self, length: int) -> None:
         if length > MAX_TEXT:
             self.stack.append(Text(self.stream, self.skip(length), length))
-            return
-        if self.protocol > 2:
-            self.stack.append(self.take(length).decode("utf-8"))
-            return
-        start = self.stream.tell()
-        text = PlacedText(self.take(length).decode("utf-8"))
-        text.place = (self.stream, start, length)
-        self.stack.append(text)
+        elif self.protocol > 2 or not self.text_is_bytes:
+            self.stack.append(self.take(length).decode())
+        else:
+            start = self.stream.tell()
+            text = PlacedText(self.take(length).decode())
+            text.place = (self.stream, start, length)
+            self.stack.append(text)
 
     def push_blob(self, length: int) -> None:
         self.stack.append(Blob(self.stream, self.skip(length), length))
@@ -168,7 +172,9 @@ class Machine:
         if not isinstance(args, tuple):
             raise Refused(f"it calls {function.name} with something that is no tuple")
         self.copied += function.cost + len(args)
-        self.copied += sum(len(arg) for arg in args if isinstance(arg, list | tuple | set | dict))
+        for arg in args:
+            if isinstance(arg, _COPIED):
+                self.copied += len(arg)
         if self.copied > self.budget:
             raise Refused(f"its calls copy more than {self.budget:,} values")
         if function.call is make_set and args and self.lenient and isinstance(args[0], list | tuple):
@@ -204,10 +210,10 @@ class Machine:
         if not isinstance(table, dict) or len(items) % 2:
             raise Refused(f"it sets items of {_what(table)}")
         pairs = list(zip(items[::2], items[1::2], strict=True))
-        if self.lenient:
-            pairs = [(key, value) for key, value in pairs if isinstance(key, _KEY_TYPES)]
-            items = [part for pair in pairs for part in pair]
-        self.check_keys(items[::2], "a dict")
+        if not _TEXT.issuperset(map(type, items[::2])):
+            if self.lenient:
+                pairs = [(key, value) for key, value in pairs if isinstance(key, _KEY_TYPES)]
+            self.check_keys([key for key, _ in pairs], "a dict")
         table.update(pairs)
 
     def append_items(self, items: list[Any]) -> None:
@@ -234,9 +240,10 @@ class Machine:
         if not isinstance(keys, list | tuple):
             raise Refused(f"it makes {where} of {_what(keys)}")
         for key in keys:
-            if not isinstance(key, _KEY_TYPES):
+            if isinstance(key, int):
+                self.numbers += 1
+            elif not isinstance(key, str):
                 raise Refused(f"it has {where} with {_what(key)} as a key")
-        self.numbers += sum(isinstance(key, int) for key in keys)
         if self.numbers > MAX_NUMBER_KEYS:
             raise Refused(f"it has more than {MAX_NUMBER_KEYS:,} numbers as keys")
 
@@ -289,13 +296,6 @@ COMMON_RULES = _rules(
 )
 
 
-def load_bytes(data: bytes, rules: Mapping[str, Stub], **options: Any) -> tuple[Any, int]:
-    """The value of a small pickle in memory, and the number of bytes it took."""
-    stream = io.BytesIO(data)
-    value = Machine(stream, len(data), rules, **options).load()
-    return value, stream.tell()
-
-
 # The opcodes: every one that the picklers of protocols 2 to 5 write for plain data, and no other.
 
 
@@ -307,20 +307,24 @@ def _proto(m: Machine) -> None:
 
 def _frame(m: Machine) -> None:
     if int.from_bytes(m.take(8), "little") > m.size - m.stream.tell():
-        raise Refused("the pickle is cut off")
+        raise Refused(_CUT_OFF)
     m.framed = True
 
 
 def _length(size: int, then: Callable[[Machine, int], None]) -> Callable[[Machine], None]:
     def operation(m: Machine) -> None:
-        then(m, int.from_bytes(m.take(size), "little"))
+        then(m, int.from_bytes(m.read(size), "little"))
 
     return operation
 
 
+def _byte(m: Machine) -> None:
+    m.stack.append(m.read(1)[0])
+
+
 def _integer(size: int, signed: bool) -> Callable[[Machine], None]:
     def operation(m: Machine) -> None:
-        m.stack.append(int.from_bytes(m.take(size), "little", signed=signed))
+        m.stack.append(int.from_bytes(m.read(size), "little", signed=signed))
 
     return operation
 
@@ -375,11 +379,19 @@ def _mark(m: Machine) -> None:
     m.stack = []
 
 
-def _put(m: Machine, index: int) -> None:
+def _put(m: Machine) -> None:
+    m.memo[m.read(1)[0]] = m.stack[-1]
+
+
+def _get(m: Machine) -> None:
+    m.stack.append(m.memo[m.read(1)[0]])
+
+
+def _put_far(m: Machine, index: int) -> None:
     m.memo[index] = m.stack[-1]
 
 
-def _get(m: Machine, index: int) -> None:
+def _get_far(m: Machine, index: int) -> None:
     m.stack.append(m.memo[index])
 
 
@@ -425,7 +437,7 @@ _DISPATCH: dict[bytes, Callable[[Machine], object]] = {
     b"\x88": _constant(True),
     b"\x89": _constant(False),
     b"J": _integer(4, signed=True),
-    b"K": _integer(1, signed=False),
+    b"K": _byte,
     b"M": _integer(2, signed=False),
     b"\x8a": _length(1, _long),
     b"\x8b": _length(4, _long),
@@ -455,11 +467,11 @@ _DISPATCH: dict[bytes, Callable[[Machine], object]] = {
     b"s": _single(2, Machine.set_items),
     b"u": _marked(Machine.set_items),
     b"\x90": _marked(Machine.add_items),
-    b"q": _length(1, _put),
-    b"r": _length(4, _put),
+    b"q": _put,
+    b"r": _length(4, _put_far),
     b"\x94": _memoize,
-    b"h": _length(1, _get),
-    b"j": _length(4, _get),
+    b"h": _get,
+    b"j": _length(4, _get_far),
     b"c": _global,
     b"\x93": _stack_global,
     b"R": Machine.reduce,

@@ -9,17 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from io import BytesIO
+from typing import Any, NamedTuple
 
 import torch
 
 from refine.checkpoints.pickles.inert import Blob, Buildable, Refused, Stub, shown
-from refine.checkpoints.pickles.machine import load_bytes, make_ordered
+from refine.checkpoints.pickles.machine import Machine, make_ordered
 
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001  # of torch.save before torch 1.6
 _HEADER_BYTES = 1024  # of a legacy stream of one storage; about 244 are used
 _HEADER_OPCODES = 200
 _STORAGE_COST = 40  # opcodes in a usual header
+_PIECE = 1 << 18  # numbers that are converted at a time: few enough to stay in the processor's cache
 
 _STORAGE_DTYPES = {
     "FloatStorage": torch.float32,
@@ -89,7 +91,8 @@ class TensorRef:
         if not isinstance(storage, Storage) or not isinstance(shape, tuple) or not isinstance(stride, tuple):
             raise Refused("it makes a tensor of something that is not a storage, or with an impossible shape")
         numbers = (offset, *shape, *stride)
-        if len(shape) != len(stride) or len(shape) > 8 or not all(type(n) is int and 0 <= n < 1 << 48 for n in numbers):
+        whole = {*map(type, numbers)} == {int} and min(numbers) >= 0 and max(numbers) < 1 << 48
+        if len(shape) != len(stride) or len(shape) > 8 or not whole:
             raise Refused("it has a tensor with an impossible shape, stride or offset")
         ref = cls(storage, offset, shape, stride)
         if offset + ref.span > storage.numel:
@@ -97,8 +100,8 @@ class TensorRef:
                 f"it has a tensor of shape {list(shape)} that reaches beyond its storage of {storage.numel} numbers"
             )
         reach = 1  # elements spanned by the axes of smaller stride
-        for step, size in sorted((step, size) for step, size in zip(stride, shape, strict=True) if size > 1):
-            if step < reach:
+        for step, size in sorted(zip(stride, shape, strict=True)):
+            if size > 1 and step < reach:
                 raise Refused(f"it has a tensor of shape {list(shape)} whose elements overlap in memory")
             reach += step * (size - 1)
         return ref
@@ -112,7 +115,10 @@ class TensorRef:
         """Elements of the storage from the first to the last one used."""
         if 0 in self.shape:
             return 0
-        return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+        last = 0
+        for size, step in zip(self.shape, self.stride, strict=True):
+            last += (size - 1) * step
+        return last + 1
 
     @property
     def nbytes(self) -> int:
@@ -150,27 +156,27 @@ class TensorRef:
 
     def read(self) -> torch.Tensor:
         """The values: float32, contiguous, on the CPU, in memory of their own."""
-        values = self.read_exact().to(torch.float32)
-        return values * self.scale + self.shift if self.scale != 1 or self.shift != 0 else values
+        dense = self.numel == self.span  # otherwise more is read than used, and not worth to be converted
+        values = self._arranged(self._flat(torch.float32 if dense else self.storage.dtype)).to(torch.float32)
+        return values.mul_(self.scale).add_(self.shift) if self.scale != 1 or self.shift != 0 else values
 
     def read_exact(self) -> torch.Tensor:
         """The values as the file has them, in its dtype, contiguous; without scale and shift."""
-        values = self._view(self._flat())
-        return (values.flip(self.flip) if self.flip else values).contiguous()
+        return self._arranged(self._flat(self.storage.dtype))
 
     def read_as_laid_out(self) -> torch.Tensor:
         """The values as the file has them, in its dtype and in its order in memory; without flip, scale and shift."""
-        return self._view(self._flat())
+        return self._view(self._flat(self.storage.dtype))
 
     def item(self) -> float | int | bool:
         """The one value of a tensor of no axes, as the file has it."""
         if self.shape:
             raise Refused(f"an array of shape {list(self.shape)} stands where a number is expected")
-        return self._flat().item()
+        return self._flat(self.storage.dtype).item()
 
     def encoded(self, values: torch.Tensor) -> bytes:
         """What must stand from element `offset` on so that `read` gives `values`; unchanged ones keep their bits."""
-        flat = self._flat()
+        flat = self._flat(self.storage.dtype)
         view = self._view(flat)
         values = values.detach().to("cpu", torch.float32).reshape(self.shape)
         wanted = (values.double() - self.shift) / self.scale if self.scale != 1 or self.shift != 0 else values
@@ -184,12 +190,26 @@ class TensorRef:
         """The blob, and the byte within it from which on `encoded` belongs."""
         return self.storage.blob, self.storage.start + self.offset * self.storage.dtype.itemsize
 
-    def _flat(self) -> torch.Tensor:
-        flat = torch.empty(self.span, dtype=self.storage.dtype)
-        if self.span:
-            blob, start = self.place()
+    def _flat(self, dtype: torch.dtype) -> torch.Tensor:
+        """The numbers from the first to the last one, in their order in the file, as another dtype."""
+        flat, stored = torch.empty(self.span, dtype=dtype), self.storage.dtype
+        if not self.span:
+            return flat
+        blob, start = self.place()
+        if dtype == stored:
             blob.read_into(start, _as_bytes(flat))
+            return flat
+        size = min(_PIECE if blob.text_length is None else self.span, self.span)  # text is decoded from its beginning
+        piece = torch.empty(size, dtype=stored)
+        for part in flat.split(size):
+            blob.read_into(start, _as_bytes(piece[: len(part)]))
+            part.copy_(piece[: len(part)])
+            start += size * stored.itemsize
         return flat
+
+    def _arranged(self, flat: torch.Tensor) -> torch.Tensor:
+        values = self._view(flat)
+        return (values.flip(self.flip) if self.flip else values).contiguous()
 
     def _view(self, flat: torch.Tensor) -> torch.Tensor:
         return flat.as_strided(self.shape, self.stride) if self.span else flat.reshape(self.shape)
@@ -225,35 +245,32 @@ def load_storage(blob: Any) -> Storage:
 
 def _parse_storage(blob: Blob) -> Storage:
     behind = blob.stream.tell()
-    header = blob.read(0, min(blob.length, _HEADER_BYTES))
+    header = BytesIO(blob.read(0, min(blob.length, _HEADER_BYTES)))
     blob.stream.seek(behind)  # the pickle around goes on from there
-    position = _usual_beginning(header)
-    (dtype, key, numel), used = load_bytes(
-        header[position:], STORAGE_RULES, persistent_load=_persistent_storage, budget=_HEADER_OPCODES
-    )
-    position += used
-    keys, used = load_bytes(header[position:], {}, budget=_HEADER_OPCODES)
-    position += used
-    if not isinstance(dtype, torch.dtype) or keys != [key] or blob.length != position + 8 + numel * dtype.itemsize:
+    _skip_beginning(header)
+    machine = Machine(header, _HEADER_BYTES, STORAGE_RULES, _persistent_storage, _HEADER_OPCODES)
+    found, keys = machine.load(), machine.load()
+    if not isinstance(found, StorageId) or keys != [found.key]:
+        raise Refused("it holds a storage that is not a stream of torch.save")
+    numel, start = found.numel, header.tell() + 8
+    if blob.length != start + numel * found.dtype.itemsize:
         raise Refused(f"it holds a storage that does not have the {numel} numbers it claims")
-    if int.from_bytes(header[position : position + 8], "little") != numel:
+    if int.from_bytes(header.read(8), "little") != numel:
         raise Refused("it holds a storage that tells two numbers of elements")
-    return Storage(dtype, numel, blob, position + 8)
+    return Storage(found.dtype, numel, blob, start)
 
 
 _beginnings = [b""]  # the last one that was found right: those of a file are the same, bytes for bytes
 
 
-def _usual_beginning(header: bytes) -> int:
-    """Checks magic number, version and system, and tells where they end."""
-    if (known := _beginnings[0]) and header.startswith(known):
-        return len(known)
-    position, values = 0, []
-    for _ in range(3):
-        value, used = load_bytes(header[position:], {}, budget=_HEADER_OPCODES)
-        values.append(value)
-        position += used
-    magic, version, system = values
+def _skip_beginning(header: BytesIO) -> None:
+    """Checks magic number, version and system, and steps over them."""
+    known = _beginnings[0]
+    if known and header.read(len(known)) == known:
+        return
+    header.seek(0)
+    machine = Machine(header, _HEADER_BYTES, {}, budget=_HEADER_OPCODES)
+    magic, version, system = machine.load(), machine.load(), machine.load()
     if (
         magic != _MAGIC
         or version != _VERSION
@@ -261,19 +278,26 @@ def _usual_beginning(header: bytes) -> int:
         or system.get("little_endian") is not True
     ):
         raise Refused("it holds a storage that is not a little-endian stream of torch.save")
-    _beginnings[0] = header[:position]
-    return position
+    _beginnings[0] = header.getvalue()[: header.tell()]
 
 
-def _persistent_storage(value: Any) -> tuple[torch.dtype, str, int]:
-    dtype, key, numel = storage_id(value)
+def _persistent_storage(value: Any) -> StorageId:
+    found = storage_id(value)
     if len(value) == 6 and value[5] is not None:
         raise Refused("it holds a storage that is a view of another one")
-    return dtype, key, numel
+    return found
 
 
-def storage_id(value: Any) -> tuple[torch.dtype, str, int]:
-    """dtype, key and number of elements of a persistent id ('storage', type, key, location, numel[, view])."""
+class StorageId(NamedTuple):
+    """What a file says of a storage: type of its numbers, name, how many there are."""
+
+    dtype: torch.dtype
+    key: str
+    numel: int
+
+
+def storage_id(value: Any) -> StorageId:
+    """What a persistent id ('storage', type, key, location, numel[, view]) says."""
     if not isinstance(value, tuple) or len(value) not in (5, 6) or value[0] != "storage":
         raise Refused("it refers to something outside that is not a storage")
     kind, key, location, numel = value[1:5]
@@ -281,7 +305,7 @@ def storage_id(value: Any) -> tuple[torch.dtype, str, int]:
         raise Refused("it refers to a storage of unknown type or name")
     if not isinstance(location, str) or type(numel) is not int or not 0 <= numel < 1 << 48:
         raise Refused("it refers to a storage of impossible size or place")
-    return _STORAGE_DTYPES[kind.name.removeprefix("torch.")], key, numel
+    return StorageId(_STORAGE_DTYPES[kind.name.removeprefix("torch.")], key, numel)
 
 
 def _rebuild_tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None) -> TensorRef:
