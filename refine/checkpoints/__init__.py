@@ -101,11 +101,14 @@ def load_generator(
 
 
 def _one_step(file: str, kwargs: Mapping[str, Any] | None, sigma_init: float) -> Generator:
+    from refine.checkpoints import registry
     from refine.networks.one_step import OneStepGenerator
 
     with _as_generator():
         teacher = load_teacher(file, kwargs)
-    G = OneStepGenerator.from_teacher(teacher, sigma_init).eval().requires_grad_(False)
+    with registry.without_weights():
+        G = OneStepGenerator.like(teacher, sigma_init).eval().requires_grad_(False)
+    registry.fill(G.denoiser, teacher.state_dict())
     G.notes = teacher.notes
     return G
 

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,12 +103,19 @@ def build_empty(class_name: str, init_kwargs: dict[str, Any], held: tuple[int, i
     cls = getattr(importlib.import_module(entry.module), entry.name)
     try:
         inspect.signature(cls).bind(**init_kwargs)
-        with torch.random.fork_rng(devices=[]), _LargeTensorsOnMeta(held):
+        with without_weights(held):
             return cls(**init_kwargs)
     except (TypeError, ValueError, AssertionError, ArithmeticError, LookupError, AttributeError, RuntimeError) as error:
         lines = str(error).strip().splitlines()
         reason = lines[0][:200] if lines else type(error).__name__
         raise ValueError(f"{class_name} cannot be built from these init kwargs: {reason}") from None
+
+
+@contextmanager
+def without_weights(held: tuple[int, int] | None = None) -> Iterator[None]:
+    """What is built within has no memory for its weights, see `build_empty`."""
+    with torch.random.fork_rng(devices=[]), _LargeTensorsOnMeta(held):
+        yield
 
 
 def fill(network: torch.nn.Module, values: Mapping[str, torch.Tensor]) -> None:
@@ -151,7 +159,7 @@ class _LargeTensorsOnMeta(TorchFunctionMode):
                 raise ValueError("they ask for many more numbers than the file has")
             if elements > 4096:
                 kwargs = {**kwargs, "device": "meta"}
-                if func in (torch.randn, torch.rand):  # on meta these two import torch's symbolic shapes (1 s)
+                if func is not torch.full:  # on meta, random numbers import torch's symbolic shapes (1 s)
                     func = torch.empty
         elif func in _SCALINGS and len(args) == 2 and args[0].is_meta and isinstance(args[1], int | float):
             return args[0]  # has no values to scale; the first arithmetic on meta would import torch's compiler (5 s)

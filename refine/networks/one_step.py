@@ -69,7 +69,14 @@ class OneStepGenerator(Generator):
 
     @classmethod
     def from_teacher(cls, teacher: Denoiser, sigma_init: float) -> OneStepGenerator:
-        """A generator that begins as a copy of `teacher`, float32.
+        """A generator that begins as a copy of `teacher`, float32; faults as those of `like`."""
+        G = cls.like(teacher, sigma_init)
+        G.denoiser.load_state_dict(teacher.state_dict())
+        return G.float()
+
+    @classmethod
+    def like(cls, teacher: Denoiser, sigma_init: float) -> OneStepGenerator:
+        """A generator of the same structure as `teacher`.
 
         Raises:
             ValueError: The teacher is of no class of `DENOISERS`, or sigma_init is not in its range.
@@ -80,9 +87,7 @@ class OneStepGenerator(Generator):
         sizes = teacher.img_resolution, teacher.img_channels, teacher.label_dim
         given = ("img_resolution", "img_channels", "label_dim")
         kwargs = {key: value for key, value in teacher.init_kwargs.items() if key not in given}
-        G = cls(name, sigma_init, *sizes, kwargs)
-        G.denoiser.load_state_dict(teacher.state_dict())
-        return G.float()
+        return cls(name, sigma_init, *sizes, kwargs)
 
     def forward(self, z: torch.Tensor, c: torch.Tensor | None = None) -> torch.Tensor:
         """Images for latents.

@@ -95,12 +95,13 @@ class Machine:
         try:
             for _ in range(self.budget):
                 code = read(1)
-                if code == b".":
-                    return self.stack.pop()
                 operation = dispatch.get(code)
-                if operation is None:
+                if operation is not None:
+                    operation(self)
+                elif code == b".":
+                    return self.stack.pop()
+                else:
                     raise self._unknown(code)
-                operation(self)
         except Refused:
             raise
         except (IndexError, KeyError, TypeError, ValueError, AttributeError, OverflowError, struct.error):
@@ -177,9 +178,9 @@ class Machine:
                 self.copied += len(arg)
         if self.copied > self.budget:
             raise Refused(f"its calls copy more than {self.budget:,} values")
-        if function.call is make_set and args and self.lenient and isinstance(args[0], list | tuple):
-            args = ([item for item in args[0] if isinstance(item, _KEY_TYPES)],)
         if function.call is make_set and args:
+            if self.lenient and isinstance(args[0], list | tuple):
+                args = ([item for item in args[0] if isinstance(item, _KEY_TYPES)],)
             self.check_keys(args[0], "a set")
         try:
             self.stack.append(function.call(*args))
@@ -366,12 +367,13 @@ def _marked(then: Callable[[Machine, list], None]) -> Callable[[Machine], None]:
     return operation
 
 
-def _single(count: int, then: Callable[[Machine, list], None]) -> Callable[[Machine], None]:
-    def operation(m: Machine) -> None:
-        items = [m.stack.pop() for _ in range(count)][::-1]
-        then(m, items)
+def _append(m: Machine) -> None:
+    m.append_items([m.stack.pop()])
 
-    return operation
+
+def _set_item(m: Machine) -> None:
+    value, key = m.stack.pop(), m.stack.pop()
+    m.set_items([key, value])
 
 
 def _mark(m: Machine) -> None:
@@ -404,10 +406,10 @@ def _float(m: Machine) -> None:
 
 
 def _global(m: Machine) -> None:
-    module, name = (m.stream.readline(_MAX_NAME) for _ in range(2))
+    module, name = m.stream.readline(_MAX_NAME), m.stream.readline(_MAX_NAME)
     if not (module.endswith(b"\n") and name.endswith(b"\n")):
         raise Refused("it names a global that is cut off or too long")
-    m.find(module[:-1].decode("utf-8"), name[:-1].decode("utf-8"))
+    m.find(module[:-1].decode(), name[:-1].decode())
 
 
 def _stack_global(m: Machine) -> None:
@@ -462,9 +464,9 @@ _DISPATCH: dict[bytes, Callable[[Machine], object]] = {
     b"t": _marked(_push_marked_tuple),
     b"l": _marked(_push_marked_list),
     b"\x91": _marked(_push_marked_frozenset),
-    b"a": _single(1, Machine.append_items),
+    b"a": _append,
     b"e": _marked(Machine.append_items),
-    b"s": _single(2, Machine.set_items),
+    b"s": _set_item,
     b"u": _marked(Machine.set_items),
     b"\x90": _marked(Machine.add_items),
     b"q": _put,

@@ -156,8 +156,10 @@ class TensorRef:
 
     def read(self) -> torch.Tensor:
         """The values: float32, contiguous, on the CPU, in memory of their own."""
-        dense = self.numel == self.span  # otherwise more is read than used, and not worth to be converted
-        values = self._arranged(self._flat(torch.float32 if dense else self.storage.dtype)).to(torch.float32)
+        if self.numel == self.span:
+            values = self._arranged(self._flat(torch.float32))
+        else:  # more is read than used
+            values = self.read_exact().to(torch.float32)
         return values.mul_(self.scale).add_(self.shift) if self.scale != 1 or self.shift != 0 else values
 
     def read_exact(self) -> torch.Tensor:
@@ -192,14 +194,15 @@ class TensorRef:
 
     def _flat(self, dtype: torch.dtype) -> torch.Tensor:
         """The numbers from the first to the last one, in their order in the file, as another dtype."""
-        flat, stored = torch.empty(self.span, dtype=dtype), self.storage.dtype
-        if not self.span:
+        span, stored = self.span, self.storage.dtype
+        flat = torch.empty(span, dtype=dtype)
+        if not span:
             return flat
         blob, start = self.place()
         if dtype == stored:
             blob.read_into(start, _as_bytes(flat))
             return flat
-        size = min(_PIECE if blob.text_length is None else self.span, self.span)  # text is decoded from its beginning
+        size = min(_PIECE, span) if blob.text_length is None else span  # text is decoded from its beginning
         piece = torch.empty(size, dtype=stored)
         for part in flat.split(size):
             blob.read_into(start, _as_bytes(piece[: len(part)]))
@@ -212,7 +215,7 @@ class TensorRef:
         return (values.flip(self.flip) if self.flip else values).contiguous()
 
     def _view(self, flat: torch.Tensor) -> torch.Tensor:
-        return flat.as_strided(self.shape, self.stride) if self.span else flat.reshape(self.shape)
+        return flat.as_strided(self.shape, self.stride) if len(flat) else flat.reshape(self.shape)
 
 
 def _as_bytes(flat: torch.Tensor) -> memoryview:
