@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from refine.networks import adm, edm, edm2, r3gan, stylegan2, stylegan3, stylegan_xl
-from tests.checkpoints.builders import Format, edm2_file, edm_file, stylegan2_file
+from tests.checkpoints.builders import Format, New, edm2_file, edm_file, plain_module, stylegan2_file
 from tests.checkpoints.rosinality_reference import random_generator
 from tests.checkpoints.stylegan3_files import Form, projected_discriminator, stylegan3_file
 from tests.golden import read_json
@@ -83,9 +83,14 @@ def write_stylegan_xl(path: Path) -> None:
 
 def write_r3gan(path: Path) -> None:
     table, form = read_json("r3gan/names/imagenet32")["G"], Format()
-    G = form.module(r3gan.Generator(**kwargs_of(table["init_kwargs"], table["stage_dtypes"])))
-    state: dict[str, Any] = {"_parameters": {}, "_buffers": {}, "_modules": {"Model": G}}
-    path.write_bytes(form.dumps({"G_ema": form.persistent("Generator", state)}))
+
+    def pickled(module: torch.nn.Module) -> New:
+        children = {name: pickled(child) for name, child in module.named_children()}
+        tensors = {**module._parameters, **module._buffers}
+        return plain_module(form, f"R3GAN.Networks.{type(module).__name__}", tensors, children)
+
+    G = pickled(r3gan.Generator(**kwargs_of(table["init_kwargs"], table["stage_dtypes"])))
+    path.write_bytes(form.dumps({"G_ema": plain_module(form, "training.networks.Generator", {}, {"Model": G})}))
 
 
 def write_rosinality(path: Path) -> None:
@@ -157,7 +162,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="Processes for each file. Default: 3.")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print("| file | MB | reading, s | loading, s | ratio | peak memory / file | / tensors |\n|---|---|---|---|---|---|---|")
+    print(
+        "| file | MB | reading, s | loading, s | ratio | peak memory / file | / tensors |\n|---|---|---|---|---|---|---|"
+    )
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         for what, name, write, load in ROWS:

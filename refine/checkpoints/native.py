@@ -18,7 +18,6 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 
@@ -121,7 +120,7 @@ def load_networks(path: str | os.PathLike, names: Iterable[str] | None = None) -
         networks[name] = network
     for name, network in networks.items():
         keys = list(network.state_dict())
-        values = _read_tensors(path, [f"{name}.{key}" for key in keys])
+        values = _read_tensors(path, [infos[f"{name}.{key}"] for key in keys])
         # The tensors read become the parameters, so no weight exists twice and none is initialised in vain.
         registry.fill(network, dict(zip(keys, values, strict=True)))
         homeless = [key for key, t in [*network.named_parameters(), *network.named_buffers()] if t.is_meta]
@@ -139,7 +138,8 @@ def load_loose(path: str | os.PathLike, name: str) -> dict[str, torch.Tensor]:
     """
     _, infos = _read_header(path)
     keys = [key for key in infos if key.startswith(f"{name}.")]
-    return dict(zip([key.removeprefix(f"{name}.") for key in keys], _read_tensors(path, keys), strict=True))
+    values = _read_tensors(path, [infos[key] for key in keys])
+    return dict(zip([key.removeprefix(f"{name}.") for key in keys], values, strict=True))
 
 
 def load_into(path: str | os.PathLike, name: str, network: torch.nn.Module) -> None:
@@ -250,13 +250,20 @@ def _check_state(
             raise ValueError(f"{what}: {key} has dtype {dtype}; expected {tensor.dtype}")
 
 
-def _read_tensors(path: str | os.PathLike, keys: Iterable[str]) -> list[torch.Tensor]:
+def _read_tensors(path: str | os.PathLike, infos: Iterable[TensorInfo]) -> list[torch.Tensor]:
+    """Tensors in memory of their own: a map of the file would change or die with it."""
+    tensors = []
     try:
-        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-            # clone: what safe_open gives is a map of the file, and would change or die with it
-            return [file.get_tensor(key).clone() for key in keys]
-    except (safetensors.SafetensorError, OSError) as error:
+        with open(path, "rb") as file:
+            for info in infos:
+                flat = torch.empty(info.numel, dtype=_DTYPES[info.dtype])
+                file.seek(info.start)
+                if info.numel and file.readinto(flat.view(torch.uint8).numpy()) != info.end - info.start:
+                    raise ValueError(f"{path} was cut off while it was read")
+                tensors.append(flat.reshape(info.shape))
+    except (OSError, KeyError) as error:
         raise ValueError(f"{path} cannot be read as safetensors ({error})") from None
+    return tensors
 
 
 def _to_json(value: Any, what: str) -> str:

@@ -163,6 +163,8 @@ class _LargeTensorsOnMeta(TorchFunctionMode):
                     func = torch.empty
         elif func in _SCALINGS and len(args) == 2 and args[0].is_meta and isinstance(args[1], int | float):
             return args[0]  # has no values to scale; the first arithmetic on meta would import torch's compiler (5 s)
+        elif getattr(func, "__module__", None) == "torch.nn.init" and "tensor" in kwargs and kwargs["tensor"].is_meta:
+            return kwargs["tensor"]
         return func(*args, **kwargs)
 
 

@@ -99,10 +99,8 @@ class Conv2d(nn.Module):
         self.conv_pad = kernel // 2
         self.filter_pad = (len(resample_filter) - 1) // 2
         self.box_filter = list(resample_filter) == [1, 1]
-        kernel_2d = None
-        if up or down:
-            taps = torch.as_tensor(resample_filter, dtype=torch.float32)
-            kernel_2d = taps.outer(taps)[None, None] / taps.sum() ** 2
+        taps = torch.as_tensor(resample_filter, dtype=torch.float32)
+        kernel_2d = taps.outer(taps)[None, None] / taps.sum() ** 2 if up or down else None
         self.register_buffer("resample_filter", kernel_2d)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [N C_in H W] → [N C_out H' W']

@@ -53,16 +53,14 @@ def open_zip(path: Path, stream: BinaryIO, expected: str, kwargs: Mapping[str, A
     Raises:
         ValueError: it is broken, holds what is not allowed, or is of another family.
     """
-    value, seen = read_zip(path, stream, expected, lenient=True)
-    with archives.opened(stream) as archive:
-        inflated = sum(info.file_size for info in archive.infolist())
+    value, seen, inflated = read_zip(path, stream, expected, lenient=True)
     return _container(path, stream, value, seen, expected, kwargs, inflated)
 
 
 def read_zip(
     path: Path, stream: BinaryIO, expected: str, budget: int | None = None, lenient: bool = False
-) -> tuple[Any, list[str]]:
-    """What was saved, tensors as `TensorRef`, and the names of NVIDIA's classes met on the way; zip format.
+) -> tuple[Any, list[str], int]:
+    """What was saved, tensors as `TensorRef`; the names of NVIDIA's classes met on the way; bytes when unpacked.
 
     Args:
         path, stream: The file, open.
@@ -97,7 +95,7 @@ def read_zip(
     seen: list[str] = []
     machine = Machine(BytesIO(data), len(data), _rules(seen), persistent_load, budget, lenient)
     value = _unpickle(path, machine, seen, expected)
-    return value, seen
+    return value, seen, sum(info.file_size for info in entries.values())
 
 
 def load_plain(path: Path) -> Any:
@@ -108,7 +106,7 @@ def load_plain(path: Path) -> Any:
     """
     try:
         with open(path, "rb") as stream, saying(str(path)):
-            value, _ = read_zip(path, stream, "plain tensors and numbers", _STATE_OPCODES)
+            value = read_zip(path, stream, "plain tensors and numbers", _STATE_OPCODES)[0]
             return _Plain(os.fstat(stream.fileno()).st_size).value(value, 0)
     except ValueError as error:
         raise ValueError(str(error).removeprefix(f"{path}: ")) from None
@@ -121,7 +119,7 @@ def load_entry(path: Path, name: str) -> Any:
         ValueError: The file is broken, or holds something else.
     """
     with open(path, "rb") as stream, saying(str(path)):
-        table, _ = read_zip(path, stream, "plain tensors and numbers", _STATE_OPCODES)
+        table = read_zip(path, stream, "plain tensors and numbers", _STATE_OPCODES)[0]
         if not isinstance(table, dict) or not isinstance(table.get(name), bool | int | float | str):
             raise Refused(f"it holds no {name}")
         return table[name]
@@ -205,7 +203,7 @@ def open_legacy(path: Path, stream: BinaryIO, expected: str, kwargs: Mapping[str
 
 
 def read_legacy(path: Path, stream: BinaryIO, expected: str, lenient: bool = False) -> tuple[Any, list[str]]:
-    """As `read_zip`, of the stream format.
+    """As `read_zip`, of the stream format, in which nothing is packed.
 
     Raises:
         ValueError: it is broken, or holds what is not allowed.
