@@ -14,12 +14,10 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from refine.networks import adm, edm, edm2, r3gan, stylegan2, stylegan3, stylegan_xl
 from tests.checkpoints.builders import Format, New, edm2_file, edm_file, plain_module, stylegan2_file
@@ -150,7 +148,9 @@ def measure(load: str, name: str, path: Path, repeats: int) -> list[float]:
     results = []
     for _ in range(repeats):
         command = [sys.executable, "-c", CHILD, load, name, str(path)]
-        done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=Path(__file__).resolve().parents[1], check=True, capture_output=True, text=True
+        )
         results.append(json.loads(done.stdout))
     return [min(column) for column in zip(*results, strict=True)]
 
@@ -162,9 +162,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="Processes for each file. Default: 3.")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(
-        "| file | MB | reading, s | loading, s | ratio | peak memory / file | / tensors |\n|---|---|---|---|---|---|---|"
-    )
+    print("| file | MB | reading, s | loading, s | ratio | peak memory / file | / tensors |")
+    print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         for what, name, write, load in ROWS:

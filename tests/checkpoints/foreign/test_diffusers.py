@@ -157,7 +157,7 @@ def test_inspect_and_a_short_refinement(pipeline, tmp_path, capsys, monkeypatch)
     monkeypatch.chdir(pipeline[1])  # a relative folder, so that --resume must have made it absolute
     native.save_networks(tmp_path / "gan", {"G_ema": make_student()}, provenance={})
     options = ["--kimg=0.008", "--batch=4", "--tick=0.004", "--snap=1", "--lr=0.001", f"--outdir={tmp_path / 'runs'}"]
-    options.append("--metrics=none", "--adversarial=0")
+    options += ["--metrics=none", "--adversarial=0"]
     command("refine", capsys, f"--gan={tmp_path / 'gan'}", "--teacher=nested", *options)
     (run,) = (tmp_path / "runs").iterdir()
     G, before = load_generator(next(run.glob("network-snapshot-*.safetensors"))), make_student()
