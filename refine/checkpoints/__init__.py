@@ -23,6 +23,7 @@ Importing this package does not import torch.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from refine.checkpoints.sniff import sniff
+from refine.checkpoints.sniff import Sniffed, sniff
 from refine.checkpoints.sources import one_step
 from refine.checkpoints.sources.index import resolve
 
@@ -206,7 +207,7 @@ def _reader(path: Path, kind: str) -> Any:
     if found.kind == "native":
         return _read_native
     if found.kind in ("pickle", "torch", "npz", "safetensors"):
-        return _read_container
+        return functools.partial(_read_container, found)
     raise ValueError(f"{path} is {found.description}; expected {_EXPECTED[kind]}")
 
 
@@ -234,19 +235,19 @@ def _read_native(path: Path, kind: str, kwargs: Mapping[str, Any] | None, build:
     return native.load_networks(path, [name])[name] if build else (entry["class"], entry["init_kwargs"])
 
 
-def _read_container(path: Path, kind: str, kwargs: Mapping[str, Any] | None, build: bool) -> Any:
+def _read_container(found: Sniffed, path: Path, kind: str, kwargs: Mapping[str, Any] | None, build: bool) -> Any:
     from refine.checkpoints.foreign.opening import open_container
 
-    with open_container(path, _EXPECTED[kind], kwargs) as container:
-        of_kind = [name for name, found in container.members.items() if found == kind]
+    with open_container(path, _EXPECTED[kind], kwargs, found=found) as container:
+        of_kind = [name for name, its_kind in container.members.items() if its_kind == kind]
         if not of_kind:
             hint = "; a denoiser that is used once is one-step:FILE" if "teacher" in container.members.values() else ""
             raise ValueError(f"{path} is {container.family}; expected {_EXPECTED[kind]}{hint}")
         name = _PREFERRED[kind] if _PREFERRED[kind] in of_kind else of_kind[0]
         if build:
             return container.load(name)
-        found = container.network(name)
-        return found.class_name, found.init_kwargs
+        network = container.network(name)
+        return network.class_name, network.init_kwargs
 
 
 _PREFERRED = {"generator": "G_ema", "teacher": "ema"}

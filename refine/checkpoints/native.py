@@ -258,7 +258,7 @@ def _read_tensors(path: str | os.PathLike, infos: Iterable[TensorInfo]) -> list[
             for info in infos:
                 flat = torch.empty(info.numel, dtype=_DTYPES[info.dtype])
                 file.seek(info.start)
-                if info.numel and file.readinto(flat.view(torch.uint8).numpy()) != info.end - info.start:
+                if info.numel and file.readinto(flat.view(torch.uint8).numpy().data) != info.end - info.start:
                     raise ValueError(f"{path} was cut off while it was read")
                 tensors.append(flat.reshape(info.shape))
     except (OSError, KeyError) as error:

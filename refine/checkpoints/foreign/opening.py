@@ -10,7 +10,7 @@ from typing import Any
 
 from refine.checkpoints.foreign import raw_pickle, state_dicts, torch_save
 from refine.checkpoints.foreign.container import Container
-from refine.checkpoints.sniff import sniff
+from refine.checkpoints.sniff import Sniffed, sniff
 
 
 @contextmanager
@@ -19,6 +19,7 @@ def open_container(
     expected: str | None = None,
     kwargs: Mapping[str, Any] | None = None,
     class_name: str | None = None,
+    found: Sniffed | None = None,
 ) -> Iterator[Container]:
     """Opens a pickle, a `.pt`, `.npz` or safetensors file of another program, for as long as the block lasts.
 
@@ -28,11 +29,12 @@ def open_container(
         kwargs: How its networks are built, for files that do not tell it all: arguments of a state dict, laid over what
             names and shapes tell, or the options of the program that a `.pt` comes from (see `adm`).
         class_name: Of a network in safetensors or `.npz`, see `state_dicts`.
+        found: What `sniff(path)` has said.
 
     Raises:
         ValueError: the file is broken or none of those; one sentence says what it is and what was expected.
     """
-    found, expected = sniff(path), expected or EXPECTED
+    found, expected = found or sniff(path), expected or EXPECTED
     openers: dict[str, Any] = {
         "pickle": raw_pickle.open_pickle,
         "torch": torch_save.open_zip,
