@@ -17,11 +17,17 @@ import numpy as np
 import pytest
 import torch
 
+from refine.training import fakes
+
 ROOT = Path(__file__).resolve().parents[1]
+
+
+PICTURE = fakes.WIDTH, fakes.HEIGHT
 
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+    fakes.WIDTH = fakes.HEIGHT = 1  # 28 images in the pictures of a run, not 1024, which would cost most of its time
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,6 +42,13 @@ def _fixed_seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def full_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of a run as users have them."""
+    monkeypatch.setattr(fakes, "WIDTH", PICTURE[0])
+    monkeypatch.setattr(fakes, "HEIGHT", PICTURE[1])
 
 
 @pytest.fixture(scope="session")
