@@ -22,6 +22,7 @@ from refine.training import fakes
 ROOT = Path(__file__).resolve().parents[1]
 
 
+LONG = ("test_silence.py", "test_iteration.py", "test_shipped.py", "test_device_code.py", "test_distributed.py")
 PICTURE = fakes.WIDTH, fakes.HEIGHT
 
 
@@ -30,7 +31,14 @@ def pytest_configure() -> None:
     fakes.WIDTH = fakes.HEIGHT = 1  # 28 images in the pictures of a run, not 1024, which would cost most of its time
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """For `-n auto`: one more than there are cores, for whose tests wait for something together a minute or two."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)  # first, so that no worker is left alone with one
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
