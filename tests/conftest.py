@@ -17,14 +17,28 @@ import numpy as np
 import pytest
 import torch
 
+from refine.training import fakes
+
 ROOT = Path(__file__).resolve().parents[1]
+
+
+LONG = ("test_silence.py", "test_iteration.py", "test_shipped.py", "test_device_code.py", "test_distributed.py")
+PICTURE = fakes.WIDTH, fakes.HEIGHT
 
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+    fakes.WIDTH = fakes.HEIGHT = 1  # 28 images in the pictures of a run, not 1024, which would cost most of its time
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """For `-n auto`: one more than there are cores, for whose tests wait for something together a minute or two."""
+    return (os.cpu_count() or 1) + 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)  # first, so that no worker is left alone with one
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -36,6 +50,13 @@ def _fixed_seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def full_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of a run as users have them."""
+    monkeypatch.setattr(fakes, "WIDTH", PICTURE[0])
+    monkeypatch.setattr(fakes, "HEIGHT", PICTURE[1])
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,8 @@
-"""Commands in processes of their own, forked from one that has imported everything: a tenth of a second each."""
+"""Processes of their own, forked from one that has imported everything: a tenth of a second each.
+
+The commands import torch when they need it, so that importing one of them is not enough: without what is named here
+every process would spend three seconds on it.
+"""
 
 import multiprocessing
 import os
@@ -7,7 +11,13 @@ import sys
 import time
 from pathlib import Path
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as `run_command` does before it loads torch
+
+import torch._dynamo  # noqa: F401 - torch's optimisers import it
+
+from refine import evaluation  # noqa: F401
 from refine.cli.main import run_command
+from refine.training import assemble, fakes  # noqa: F401
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.launch"])
@@ -58,6 +68,7 @@ def _main(command: str, args: list[str], log: str, environment: dict[str, str], 
     os.dup2(file, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     os.environ.update(environment)
+    fakes.WIDTH = fakes.HEIGHT = 1  # as in tests/conftest.py
     if prepare is not None:
         prepare()
     run_command(command, args)

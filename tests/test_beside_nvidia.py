@@ -87,7 +87,9 @@ def start(request, root, tmp_path_factory) -> Callable[..., str]:
         wheel = getattr(request.getfixturevalue("distributions"), request.param)
     python = interpreter(tmp_path_factory.mktemp(request.param) / "venv", wheel)
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "REFINE_"))}
-    env |= {"REFINE_OPS": "ref", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    env |= {"REFINE_OPS": "ref", "PYTHONPATH": os.pathsep.join(paths)}
+    if request.param == "checkout":
+        env["PYTHONDONTWRITEBYTECODE"] = "1"
 
     def start(folder: Path, *args: str) -> str:
         result = subprocess.run([python, *args], cwd=folder, env=env, capture_output=True, text=True, check=False)

@@ -1,8 +1,8 @@
 """The recipes of the shipped networks: killed (SIGKILL) and started again, each ends with the very same network."""
 
 import importlib
-import json
-import subprocess
+import os
+import signal
 import sys
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from click.testing import CliRunner
 
 from refine.checkpoints.native import load_networks
+from tests.launch import CONTEXT, wait
 
 # Recipe → the method that a step is, the step in which it is killed, and options that make it short.
 RECIPES = {
@@ -19,22 +20,22 @@ RECIPES = {
     "train_classifier": ("DetectorTraining.step", 3, ["--epochs=4", "--batch=20"]),
 }
 
-# In another process, because it does not survive.
-KILLED = """
-import json, os, signal, sys
-sys.path[:0] = json.loads(sys.argv[1])
-from tests.test_recipes import RECIPES, shortened
-name, args = sys.argv[2], sys.argv[3:]
-recipe = shortened(name, setattr)
-method, last, _ = RECIPES[name]
-cls, method = getattr(recipe, method.split(".")[0]), method.split(".")[1]
-step, count = getattr(cls, method), []
-def counted(*given):
-    count.append(0)
-    return os.kill(os.getpid(), signal.SIGKILL) if len(count) == last else step(*given)
-setattr(cls, method, counted)
-recipe.main(args)
-"""
+
+def killed(paths, name, args):
+    """Runs a recipe up to its kill; in another process, because it does not survive."""
+    sys.path[:0] = paths
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    recipe = shortened(name, setattr)
+    method, last, _ = RECIPES[name]
+    cls, method = getattr(recipe, method.split(".")[0]), method.split(".")[1]
+    step, count = getattr(cls, method), []
+
+    def counted(*given):
+        count.append(0)
+        return os.kill(os.getpid(), signal.SIGKILL) if len(count) == last else step(*given)
+
+    setattr(cls, method, counted)
+    recipe.main(args)
 
 
 def shortened(name, setattr):
@@ -56,8 +57,9 @@ def test_a_killed_run_goes_on_to_the_same_network(name, root, tmp_path, monkeypa
     for path in reversed(paths):
         monkeypatch.syspath_prepend(path)
     recipe, options = shortened(name, monkeypatch.setattr), RECIPES[name][2]
-    command = [sys.executable, "-c", KILLED, json.dumps(paths), name, *options, f"--out={tmp_path / 'killed'}"]
-    assert subprocess.run(command, stderr=subprocess.DEVNULL).returncode == -9
+    process = CONTEXT.Process(target=killed, args=(paths, name, [*options, f"--out={tmp_path / 'killed'}"]))
+    process.start()
+    assert wait([process]) == [-9]
     assert not (tmp_path / "killed").exists()
     for out in ("killed", "straight"):
         result = CliRunner().invoke(recipe.main, [*options, f"--out={tmp_path / out}"])

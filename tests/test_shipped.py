@@ -31,7 +31,7 @@ def test_the_gan_draws_all_digits_and_different_ones(space):
 
 def test_the_teacher_is_clearly_better_than_the_gan(space):
     G, T = refine.load_generator("digits-gan"), refine.load_teacher("digits-teacher")
-    seeds = range(128)  # the sampler takes 35 evaluations per image
+    seeds = range(64)  # the sampler takes 35 evaluations per image
     before = evaluate(sample_images(G, seeds), *space)
     best = evaluate(sample_teacher(T, seeds), *space)
     assert best["fd_digits"] < 0.6 * before["fd_digits"]

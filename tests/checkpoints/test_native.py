@@ -4,8 +4,6 @@ import io
 import json
 import os
 import pickle
-import subprocess
-import sys
 import zipfile
 
 import numpy as np
@@ -20,6 +18,7 @@ from refine.networks.edm import EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond
 from refine.networks.edm_layers import Init
 from refine.networks.own import OwnGenerator
 from refine.networks.stylegan2 import Discriminator, Generator
+from tests.launch import CONTEXT, wait
 
 UNET = {
     "img_resolution": 8,
@@ -499,16 +498,15 @@ def test_tensors_that_cannot_be_written(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def write_up_to_the_renaming(file):
+    os.replace = lambda *_: os._exit(9)
+    native.save_networks(file, native.load_networks(file), provenance={})
+
+
 def test_killed_while_writing_leaves_the_old_file(file):
     """A process that dies between writing and renaming has not touched the target."""
     old = file.read_bytes()
-    code = (
-        "import os, sys, torch\n"
-        "os.replace = lambda *a: os._exit(9)\n"
-        "from refine.checkpoints import native\n"
-        "networks = native.load_networks(sys.argv[1])\n"
-        "native.save_networks(sys.argv[1], networks, provenance={})\n"
-    )
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    assert subprocess.run([sys.executable, "-c", code, str(file)], cwd=root, check=False).returncode == 9
+    process = CONTEXT.Process(target=write_up_to_the_renaming, args=(file,))
+    process.start()
+    assert wait([process]) == [9]
     assert file.read_bytes() == old

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -89,12 +88,11 @@ def test_choose_ops(fresh, monkeypatch):
 
 
 @needs_gxx
-def test_doctor_on_this_machine(root):
+def test_doctor_on_this_machine(capsys):
     """The real ops; what they are built into is the user's cache, as in every other test of theirs."""
-    command = [sys.executable, "-m", "refine", "doctor", "--json"]
-    result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    report = json.loads(result.stdout)
-    assert result.returncode == (0 if report["ok"] else 1), result.stderr
+    code, out, err = run(capsys, "doctor", "--json")
+    report = json.loads(out)
+    assert code == (0 if report["ok"] else 1), err
     for op in custom_ops.OPS["cpu"]:
         found = report[op]["cpu"]
         assert found["ok"] and found["max_error"] <= doctor.TOLERANCE and os.path.isfile(found["path"]), found

@@ -1,5 +1,6 @@
 """How commands start (without torch) and fail (one line, a fitting exit code)."""
 
+import os
 import re
 import subprocess
 import sys
@@ -114,6 +115,15 @@ def test_exit_codes_of_commands(capsys):
 
 def test_system_exit_passes(capsys):
     assert run(capsys, raising(SystemExit(7)))[0] == 7
+
+
+@pytest.mark.parametrize(("size", "level"), [("1", "None"), ("2", "ERROR")])
+def test_of_several_processes_none_prints_torch_s_page_about_a_closed_connection(capsys, monkeypatch, size, level):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "")  # so that it is put back
+    monkeypatch.delenv("TORCH_CPP_LOG_LEVEL")
+    command = click.Command("x", callback=lambda: click.echo(str(os.environ.get("TORCH_CPP_LOG_LEVEL"))))
+    assert run(capsys, command)[:2] == (0, f"{level}\n")
 
 
 def test_option_names_the_option():

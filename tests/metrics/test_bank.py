@@ -21,6 +21,7 @@ from refine.metrics.sampling import sample_teacher
 from refine.networks.edm import EDMPrecond
 from refine.networks.sampler_settings import SamplerChoice, SamplerSettings
 from refine.torch_utils import distributed
+from tests.launch import CONTEXT, wait
 from tests.metrics.networks import PixelDetector, PlainGenerator
 from tests.training.test_trainer import make_teacher
 
@@ -188,7 +189,10 @@ def test_ranks_share_the_work_and_hold_the_same_bank(cache, teacher, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     args = (port, str(tmp_path / "cache"), teacher, str(tmp_path / "out"))
-    torch.multiprocessing.spawn(process, args, nprocs=2)
+    processes = [CONTEXT.Process(target=process, args=(rank, *args)) for rank in range(2)]
+    for child in processes:
+        child.start()
+    assert wait(processes) == [0, 0]
     alone = draw(teacher, cache=False)
     mu = load_reference(teacher, PixelDetector(), Looking(batch=4, bank=20, cache=False)).mu
     counts = []

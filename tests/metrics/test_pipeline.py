@@ -7,7 +7,6 @@ import time
 
 import pytest
 import torch
-import torch.multiprocessing
 from PIL import Image
 
 from refine.metrics.evaluate import measure
@@ -17,6 +16,7 @@ from refine.metrics.registry import METRICS
 from refine.metrics.sampling import sample_images
 from refine.metrics.statistics import FeatureStatistics
 from refine.torch_utils import distributed
+from tests.launch import CONTEXT, wait
 from tests.metrics.networks import PixelDetector, PlainGenerator
 
 
@@ -102,8 +102,11 @@ def test_two_processes_hold_the_numbers_of_one(tmp_path):
     _broken_folder(tmp_path / "broken")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(process, (port, tmp_path / "r.npz", str(tmp_path / "out")), nprocs=2)
+        args = (free.getsockname()[1], tmp_path / "r.npz", str(tmp_path / "out"))
+    processes = [CONTEXT.Process(target=process, args=(rank, *args)) for rank in range(2)]
+    for child in processes:
+        child.start()
+    assert wait(processes) == [0, 0]
     expected = numbers(tmp_path / "r.npz")
     for rank in range(2):
         values, contributions, num = torch.load(tmp_path / f"out{rank}", weights_only=True)

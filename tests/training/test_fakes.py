@@ -6,6 +6,8 @@ import torch
 from refine.training.fakes import COLUMNS, ROWS, FakesGrid, grid_classes, grid_shape
 from tests.training.test_trainer import make_student
 
+pytestmark = pytest.mark.usefixtures("full_pictures")
+
 
 @pytest.mark.parametrize(
     ("resolution", "shape"),

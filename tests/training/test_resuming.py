@@ -9,6 +9,7 @@ import torch
 from refine.checkpoints.native import save_networks
 from refine.checkpoints.sources import fetch
 from refine.checkpoints.sources.reach import reach_of
+from refine.cli.main import run_command
 from refine.training.best import mend_best
 from refine.training.finding import training_states
 from refine.training.run_dir import RunDir
@@ -30,16 +31,34 @@ RUN = (
 )
 
 
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A folder with a finished run beside its files."""
+    folder = tmp_path_factory.mktemp("first")
+    save_networks(folder / "gan.safetensors", {"G_ema": make_student()}, provenance={})
+    save_networks(folder / "teacher.safetensors", {"ema": make_teacher()}, provenance={})
+    with pytest.raises(SystemExit) as caught:
+        run_command("refine", [*arguments(folder), "--resume=auto"])
+    assert caught.value.code == 0
+    return folder
+
+
+def arguments(folder):
+    files = (f"--gan={folder}/gan.safetensors", f"--teacher={folder}/teacher.safetensors")
+    return [*files, *RUN, f"--outdir={folder}/out"]
+
+
 @pytest.fixture
-def begun(tmp_path, capsys):
-    """A finished run beside its files; the arguments that began it."""
-    save_networks(tmp_path / "gan.safetensors", {"G_ema": make_student()}, provenance={})
-    save_networks(tmp_path / "teacher.safetensors", {"ema": make_teacher()}, provenance={})
-    args = [f"--gan={tmp_path}/gan.safetensors", f"--teacher={tmp_path}/teacher.safetensors", *RUN]
-    args.append(f"--outdir={tmp_path}/out")
-    code, _, err = call(capsys, *args, "--resume=auto")
-    assert code == 0, err
-    return args
+def begun(first, tmp_path):
+    """That folder as if the run had been made in `tmp_path`; the arguments that begin it there."""
+    shutil.copytree(first, tmp_path, dirs_exist_ok=True)
+    run = tmp_path / "out" / "00000-x"
+    for path in (run / "training_options.json", run / "log.txt"):
+        path.write_text(path.read_text().replace(str(first), str(tmp_path)))
+    for path in training_states(run):
+        state = load_training_state(path)
+        torch.save({**state, "config": state["config"].replace(str(first), str(tmp_path))}, path)
+    return arguments(tmp_path)
 
 
 def change_state(outdir, **options):

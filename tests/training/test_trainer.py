@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 
 from refine.config import RefineConfig
 from refine.diff_instruct import aux_loss
@@ -68,7 +69,7 @@ def equal_states(a, b):
     return all(torch.equal(value, b.state_dict()[key]) for key, value in a.state_dict().items())
 
 
-def test_a_run_leaves_what_users_know(tmp_path):
+def test_a_run_leaves_what_users_know(tmp_path, full_pictures):
     trainer = run(make_run(tmp_path))
     names = {path.name for path in tmp_path.iterdir() if not path.name.startswith("events.")}
     assert names == {
@@ -84,6 +85,8 @@ def test_a_run_leaves_what_users_know(tmp_path):
     for key in ("Loss/aux", "Loss/student_gradient", "Grad/student", "Grad/aux", "Diversity/batch_spread"):
         assert all(line[key] > 0 for line in lines), key
     assert trainer.nimg == 24
+    with Image.open(tmp_path / "fakes000000.024.png") as picture:
+        assert picture.size == (30 * 8, 32 * 8)  # whole sets of three classes
 
 
 def test_student_and_aux_move_and_the_teacher_does_not(tmp_path):

@@ -63,9 +63,13 @@ def is_small(x: torch.Tensor, least: int) -> bool:
     return not exporting() and x.numel() < least
 
 
-@torch.compiler.assume_constant_result  # a compiled graph keeps the choice it was traced with
 def _available(op: str, device_type: str) -> bool:
     return op in custom_ops.OPS.get(device_type, ()) and custom_ops.load(device_type) is not None
+
+
+# A compiled graph keeps the choice it was traced with. This is what torch.compiler.assume_constant_result does, but for
+# the import of torch._dynamo, which would cost every command a second.
+_available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 _functions: dict[str, Callable[[bytes], int]] = {}  # looked up once: a call costs microseconds

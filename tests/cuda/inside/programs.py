@@ -22,7 +22,9 @@ from refine.cli.main import run_command
 from refine.networks.edm import EDMPrecond
 from refine.networks.stylegan2 import Generator
 from refine.torch_utils.build import custom_ops
+from refine.training import fakes
 
+fakes.WIDTH = fakes.HEIGHT = 1  # as in tests/conftest.py
 REFINE = ["--batch=4", "--adversarial=0", "--metrics=fd40-teacher", "--lr=0.002", "--aux-lr=0.002"]
 REFINE += ["--tick=0.008", "--snap=2", "--aux-warmup-kimg=0.008", "--average=ema", "--aux-augment=0.3"]
 REFINE += ["--precision=tf32"]  # the switches of which measuring has to turn off
