@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 
-@click.command()
+@click.command(short_help="List the networks that have a name.")
 @click.option("--kind", type=click.Choice(["generator", "teacher", "classifier", "reference"]), help="Only these.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 def models(kind: str | None, as_json: bool) -> None:
