@@ -24,7 +24,7 @@ from refine.networks.bases import Generator
 from refine.torch_utils import distributed
 from refine.training.averages import average_name
 from refine.training.best import copy_best
-from refine.training.fakes import FakesGrid
+from refine.training.fakes import FakesGrid, preview
 from refine.training.finding import snapshot_number
 from refine.training.monitor import Monitor
 from refine.training.run_dir import RunDir
@@ -97,7 +97,7 @@ class Snapshots:
         """Pictures and metrics of the student as it came."""
         if distributed.is_main():
             save_png(self.run_dir.path / "fakes_init.png", self._init_grid)
-        monitor.image("Fakes/before", self._init_grid, 0)
+        monitor.image("Fakes/before", preview(self._init_grid), 0)
         monitor.begin(self.trainer.config.as_dict(), {metric.name: metric.key for metric in self.metrics})
         judged = self._measure({None: self.trainer.G_ema}, "init", monitor)
         if judged.results is not None:
@@ -142,9 +142,10 @@ class Snapshots:
         grid = self._fakes.draw(judged.network)
         picture = name.replace("network-snapshot-", "fakes")
         save_png((self.run_dir.path / picture).with_suffix(".png"), grid)
-        gap = torch.full([grid.shape[0], grid.shape[1], 8], 255, dtype=torch.uint8)
-        monitor.image("Fakes/now", grid, kimg)
-        monitor.image("Fakes/before_after", torch.cat([self._init_grid, gap, grid], dim=2), kimg)
+        before, now = preview(self._init_grid), preview(grid)
+        gap = torch.full([now.shape[0], now.shape[1], 8], 255, dtype=torch.uint8)
+        monitor.image("Fakes/now", now, kimg)
+        monitor.image("Fakes/before_after", torch.cat([before, gap, now], dim=2), kimg)
 
     def _measure(self, averages: Mapping[float | None, Generator], snapshot: str, monitor: Monitor) -> Judged:
         """The best of these averages by the first metric, which all processes measure; the longest where none can be.

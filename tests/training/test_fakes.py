@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from refine.training.fakes import COLUMNS, ROWS, FakesGrid, grid_classes, grid_shape
+from refine.images import png_bytes
+from refine.training.fakes import COLUMNS, LARGEST, ROWS, FakesGrid, grid_classes, grid_shape, preview
 from tests.training.test_trainer import make_student
 
 
@@ -40,3 +41,13 @@ def test_a_picture_shows_the_latents_in_order_and_large_images_reduced(monkeypat
     assert small.shape == (1, 4 * 4, 6 * 4)
     means = torch.nn.functional.avg_pool2d(whole[None].float(), 2)[0]
     assert (small - means).abs().max() <= 0.5
+
+
+@pytest.mark.parametrize("resolution", [32, 256, 512, 1024])
+def test_what_monitors_get_is_bounded_in_bytes(resolution):
+    rows, columns = grid_shape(resolution)
+    shown = min(resolution, LARGEST)
+    noise = torch.randint(256, [3, rows * shown, columns * shown], dtype=torch.uint8)  # what compresses worst
+    small = preview(noise)
+    assert small.shape[2] <= 2048 and len(png_bytes(small)) <= 6.5 * 2**20
+    assert (noise.shape[2] > 2048) == (small is not noise) and small.shape[2] / small.shape[1] == columns / rows
