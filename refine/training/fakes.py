@@ -44,6 +44,17 @@ def preview(picture: torch.Tensor) -> torch.Tensor:
     return picture if factor == 1 else F.avg_pool2d(picture.float(), factor).round().to(torch.uint8)
 
 
+def beside(before: torch.Tensor, now: torch.Tensor, columns: int, num_classes: int = 0) -> torch.Tensor:
+    """The same left half of two pictures of `columns` images a row, side by side: as large as one, and every class is
+    there if it was in half a row."""
+    half = columns // 2
+    if 1 < num_classes <= half:
+        half -= half % num_classes
+    width = half * before.shape[2] // columns
+    gap = torch.full([now.shape[0], now.shape[1], 8], 255, dtype=torch.uint8)
+    return torch.cat([before[:, :, :width], gap, now[:, :, :width]], dim=2)
+
+
 class FakesGrid:
     """Images of fixed latents, the seeds 0, 1, …
 
@@ -53,12 +64,12 @@ class FakesGrid:
     """
 
     def __init__(self, G: Generator, device: torch.device):
-        rows, self._columns = grid_shape(G.img_resolution, G.c_dim)
-        count = rows * self._columns
+        rows, self.columns = grid_shape(G.img_resolution, G.c_dim)
+        count = rows * self.columns
         self._z = latents_of_seeds(range(count), [G.z_dim])[0].to(device)
         self._c: torch.Tensor | None = None
         if G.c_dim > 0:
-            self._c = F.one_hot(grid_classes(count, self._columns, G.c_dim), G.c_dim).float().to(device)
+            self._c = F.one_hot(grid_classes(count, self.columns, G.c_dim), G.c_dim).float().to(device)
 
     @torch.no_grad()
     def draw(self, G: Generator) -> torch.Tensor:
@@ -72,4 +83,4 @@ class FakesGrid:
             if factor > 1:
                 drawn = F.avg_pool2d(drawn.float(), factor).round().to(torch.uint8)
             images.append(drawn.cpu())
-        return image_grid(torch.cat(images), self._columns)
+        return image_grid(torch.cat(images), self.columns)

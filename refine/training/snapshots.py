@@ -24,7 +24,7 @@ from refine.networks.bases import Generator
 from refine.torch_utils import distributed
 from refine.training.averages import average_name
 from refine.training.best import copy_best
-from refine.training.fakes import FakesGrid, preview
+from refine.training.fakes import FakesGrid, beside, preview
 from refine.training.finding import snapshot_number
 from refine.training.monitor import Monitor
 from refine.training.run_dir import RunDir
@@ -143,9 +143,9 @@ class Snapshots:
         picture = name.replace("network-snapshot-", "fakes")
         save_png((self.run_dir.path / picture).with_suffix(".png"), grid)
         before, now = preview(self._init_grid), preview(grid)
-        gap = torch.full([now.shape[0], now.shape[1], 8], 255, dtype=torch.uint8)
         monitor.image("Fakes/now", now, kimg)
-        monitor.image("Fakes/before_after", torch.cat([before, gap, now], dim=2), kimg)
+        both = beside(before, now, self._fakes.columns, trainer.G.c_dim)
+        monitor.image("Fakes/before_after", both, kimg)
 
     def _measure(self, averages: Mapping[float | None, Generator], snapshot: str, monitor: Monitor) -> Judged:
         """The best of these averages by the first metric, which all processes measure; the longest where none can be.

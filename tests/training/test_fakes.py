@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from refine.images import png_bytes
-from refine.training.fakes import COLUMNS, LARGEST, ROWS, FakesGrid, grid_classes, grid_shape, preview
+from refine.training.fakes import COLUMNS, LARGEST, ROWS, FakesGrid, beside, grid_classes, grid_shape, preview
 from tests.training.test_trainer import make_student
 
 
@@ -43,7 +43,19 @@ def test_a_picture_shows_the_latents_in_order_and_large_images_reduced(monkeypat
     assert (small - means).abs().max() <= 0.5
 
 
-@pytest.mark.parametrize("resolution", [32, 256, 512, 1024])
+@pytest.mark.parametrize(
+    ("columns", "num_classes", "half"), [(30, 10, 10), (30, 3, 15), (30, 0, 15), (7, 0, 3), (8, 6, 4)]
+)
+def test_before_and_after_show_the_same_latents(columns, num_classes, half):
+    pixels = 3
+    before = torch.arange(columns).repeat_interleave(pixels).expand(1, 6, -1).to(torch.uint8)
+    both = beside(before, before + 100, columns, num_classes)
+    assert both.shape == (1, 6, 2 * half * pixels + 8) and both.shape[2] <= before.shape[2] + 8
+    assert torch.equal(both[:, :, : half * pixels] + 100, both[:, :, -half * pixels :])
+    assert len(both[:, :, : half * pixels].unique()) == half and (both[:, :, half * pixels :][:, :, :8] == 255).all()
+
+
+@pytest.mark.parametrize("resolution", [256, 1024])
 def test_what_monitors_get_is_bounded_in_bytes(resolution):
     rows, columns = grid_shape(resolution)
     shown = min(resolution, LARGEST)

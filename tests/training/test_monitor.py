@@ -82,7 +82,7 @@ def test_the_layout_asks_first_whether_it_is_better_and_finds_the_numbers(tmp_pa
         for chart in category.chart:
             matched = [tag for tag in tags if any(re.match(regex, tag) for regex in chart.multiline.tag)]
             shown[chart.title] = [tag.rpartition("/")[2] for tag in matched]
-    assert shown["fd2k-x.y: fd_x"] == ["fd_x", "fd_x_0.05", "fd_x_raw"]
+    assert shown["fd2k-x.y: fd_x"] == ["fd_x"] and shown["fd_x of each"] == ["fd_x_0.05", "fd_x_raw"]
     assert shown["fd2k-x.y: precision"] == ["precision"] and shown["fd2k-x.y: recall"] == ["recall"]
     assert events.Scalars("Result/fd_x_before")[0].value == 2.0
     content = events.summary_metadata["_hparams_/experiment"].plugin_data.content
