@@ -1,8 +1,8 @@
 """The pictures of a run: images of the same latents at every snapshot, in a grid that shows every class.
 
 As many images as NVIDIA's tools show, 7 to 32 columns and 4 to 32 rows, by the size of an image; the picture has about
-2048×1024 pixels, so that hundreds of them may lie in a run folder. From 512 pixels on, where 7×4 images are more than
-that, they are reduced to 512, and monitors such as TensorBoard get the picture at half its size: at most 6 MiB.
+2048×1024 pixels, so that hundreds of them may lie in a run folder and in TensorBoard. From 512 pixels on, where 7×4
+images are more than that, they are reduced to 512.
 """
 
 from __future__ import annotations
@@ -36,23 +36,6 @@ def grid_classes(count: int, columns: int, num_classes: int) -> torch.Tensor:
     if num_classes <= columns:
         return index % columns % num_classes
     return index % num_classes if num_classes <= count else index * num_classes // count
-
-
-def preview(picture: torch.Tensor) -> torch.Tensor:
-    """A picture, uint8 (C, H, W), as monitors get it: reduced by a whole factor until it is no wider than `WIDTH`."""
-    factor = -(-picture.shape[2] // WIDTH)
-    return picture if factor == 1 else F.avg_pool2d(picture.float(), factor).round().to(torch.uint8)
-
-
-def beside(before: torch.Tensor, now: torch.Tensor, columns: int, num_classes: int = 0) -> torch.Tensor:
-    """The same left half of two pictures of `columns` images a row, side by side: as large as one, and every class is
-    there if it was in half a row."""
-    half = columns // 2
-    if 1 < num_classes <= half:
-        half -= half % num_classes
-    width = half * before.shape[2] // columns
-    gap = torch.full([now.shape[0], now.shape[1], 8], 255, dtype=torch.uint8)
-    return torch.cat([before[:, :, :width], gap, now[:, :, :width]], dim=2)
 
 
 class FakesGrid:

@@ -24,7 +24,7 @@ from refine.networks.bases import Generator
 from refine.torch_utils import distributed
 from refine.training.averages import average_name
 from refine.training.best import copy_best
-from refine.training.fakes import FakesGrid, beside, preview
+from refine.training.fakes import FakesGrid
 from refine.training.finding import snapshot_number
 from refine.training.monitor import Monitor
 from refine.training.run_dir import RunDir
@@ -97,7 +97,7 @@ class Snapshots:
         """Pictures and metrics of the student as it came."""
         if distributed.is_main():
             save_png(self.run_dir.path / "fakes_init.png", self._init_grid)
-        monitor.image("Fakes/before", preview(self._init_grid), 0)
+        monitor.image("Fakes/before", self._init_grid, 0)
         monitor.begin(self.trainer.config.as_dict(), {metric.name: metric.key for metric in self.metrics})
         judged = self._measure({None: self.trainer.G_ema}, "init", monitor)
         if judged.results is not None:
@@ -142,9 +142,8 @@ class Snapshots:
         grid = self._fakes.draw(judged.network)
         picture = name.replace("network-snapshot-", "fakes")
         save_png((self.run_dir.path / picture).with_suffix(".png"), grid)
-        before, now = preview(self._init_grid), preview(grid)
-        monitor.image("Fakes/now", now, kimg)
-        both = beside(before, now, self._fakes.columns, trainer.G.c_dim)
+        monitor.image("Fakes/now", grid, kimg)
+        both = beside(self._init_grid, grid, self._fakes.columns, trainer.G.c_dim)
         monitor.image("Fakes/before_after", both, kimg)
 
     def _measure(self, averages: Mapping[float | None, Generator], snapshot: str, monitor: Monitor) -> Judged:
@@ -255,3 +254,14 @@ def _leading(metric: NamedMetric | OwnMetric, results: Mapping[str, Any]) -> dic
 def _portable(config: RefineConfig) -> dict[str, Any]:
     """Options that decide the result: not where files lie, so that two equal runs write equal snapshots."""
     return {k: v for k, v in config.as_dict().items() if k not in NOT_IN_SNAPSHOTS}
+
+
+def beside(before: torch.Tensor, now: torch.Tensor, columns: int, num_classes: int = 0) -> torch.Tensor:
+    """The same left half of two pictures of `columns` images a row, side by side: as large as one, and every class is
+    there if it was in half a row."""
+    half = columns // 2
+    if 1 < num_classes <= half:
+        half -= half % num_classes
+    width = half * before.shape[2] // columns
+    gap = torch.full([now.shape[0], now.shape[1], 8], 255, dtype=torch.uint8)
+    return torch.cat([before[:, :, :width], gap, now[:, :, :width]], dim=2)

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from refine.images import png_bytes
-from refine.training.fakes import COLUMNS, LARGEST, ROWS, FakesGrid, beside, grid_classes, grid_shape, preview
+from refine.training.fakes import COLUMNS, ROWS, FakesGrid, grid_classes, grid_shape
 from tests.training.test_trainer import make_student
 
 
@@ -41,25 +40,3 @@ def test_a_picture_shows_the_latents_in_order_and_large_images_reduced(monkeypat
     assert small.shape == (1, 4 * 4, 6 * 4)
     means = torch.nn.functional.avg_pool2d(whole[None].float(), 2)[0]
     assert (small - means).abs().max() <= 0.5
-
-
-@pytest.mark.parametrize(
-    ("columns", "num_classes", "half"), [(30, 10, 10), (30, 3, 15), (30, 0, 15), (7, 0, 3), (8, 6, 4)]
-)
-def test_before_and_after_show_the_same_latents(columns, num_classes, half):
-    pixels = 3
-    before = torch.arange(columns).repeat_interleave(pixels).expand(1, 6, -1).to(torch.uint8)
-    both = beside(before, before + 100, columns, num_classes)
-    assert both.shape == (1, 6, 2 * half * pixels + 8) and both.shape[2] <= before.shape[2] + 8
-    assert torch.equal(both[:, :, : half * pixels] + 100, both[:, :, -half * pixels :])
-    assert len(both[:, :, : half * pixels].unique()) == half and (both[:, :, half * pixels :][:, :, :8] == 255).all()
-
-
-@pytest.mark.parametrize("resolution", [256, 1024])
-def test_what_monitors_get_is_bounded_in_bytes(resolution):
-    rows, columns = grid_shape(resolution)
-    shown = min(resolution, LARGEST)
-    noise = torch.randint(256, [3, rows * shown, columns * shown], dtype=torch.uint8)  # what compresses worst
-    small = preview(noise)
-    assert small.shape[2] <= 2048 and len(png_bytes(small)) <= 6.5 * 2**20
-    assert (noise.shape[2] > 2048) == (small is not noise) and small.shape[2] / small.shape[1] == columns / rows
