@@ -17,6 +17,7 @@ def models(kind: str | None, as_json: bool) -> None:
     from refine.checkpoints.sources.index import read_index
 
     entries = [describe_entry(entry) for entry in read_index().values() if kind in (None, entry.kind)]
+    entries.sort(key=lambda entry: entry["place"] != "shipped")  # these first: they are here, and are what a try takes
     click.echo(json.dumps(entries, indent=2) if as_json else as_table(entries))
 
 
