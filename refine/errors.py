@@ -1,6 +1,7 @@
 """What a user can put right is a ValueError or OSError whose message begins with the option to change."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
 
 
@@ -8,6 +9,15 @@ def describe_os_error(error: OSError) -> str:
     """`path: reason`, without error numbers and Python's quoting."""
     reason = error.strerror or str(error) or type(error).__name__
     return f"{error.filename}: {reason}" if error.filename is not None else reason
+
+
+def describe_missing_package(error: ImportError) -> str:
+    """Which package this Python lacks, and where it is: mostly, the environment is not active."""
+    name = (error.name or str(error)).partition(".")[0]
+    return (
+        f"{sys.executable} has no package {name}; activate the environment that has the toolkit (the one of "
+        f"`make setup`: . .venv/bin/activate), or install the toolkit in this one (python -m pip install .)"
+    )
 
 
 @contextlib.contextmanager

@@ -94,14 +94,14 @@ def _inspect_member(container: Any, name: str) -> dict[str, Any]:
 
 
 def role(report: Mapping[str, Any]) -> str | None:
-    """What a network can serve as, and with which partner."""
+    """What a network can serve as, and with which partner: one like it, or across a bridge (`refine.pair`)."""
     partner = {"generator": "teacher", "teacher": "student"}.get(report["kind"])
     if partner is None:
         return None
     size = f"{report['img_resolution']}×{report['img_resolution']}×{report['img_channels']}"
-    classes = f"{report['classes']} classes" if report["classes"] else "no classes"
-    own = "student" if partner == "teacher" else "teacher"
-    return f"{own}, with a {partner} for {size} images and {classes}"
+    classes = f"{report['classes']} classes (or none)" if report["classes"] else "no classes (or any)"
+    own, also = ("student", "a whole fraction") if partner == "teacher" else ("teacher", "a whole multiple")
+    return f"{own}, with a {partner} for {size} images (or {also} of that size) and {classes}"
 
 
 def inspect_network(

@@ -29,10 +29,8 @@ def can_write_like(source_path: str | os.PathLike) -> str | None:
     Only looks at what kind of file it is.
     """
     found = sniff(source_path)
-    if found.kind == "native":
-        return f"{source_path} is {found.description}: it came in no container of another program"
     if found.kind != "pickle":
-        return f"{source_path} is {found.description}; only pickles are written back as what they were"
+        return f"{source_path} is {found.description}; only other programs' pickles are written back"
     with open_container(source_path) as container:
         return None if container.writable else f"{source_path} is {container.family}, which is not written back"
 

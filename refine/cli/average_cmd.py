@@ -3,7 +3,11 @@
 import click
 
 
-@click.command("average", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    "average",
+    short_help="Make an average of a run's student of any length.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.argument("run")
 @click.option(
     "--length",

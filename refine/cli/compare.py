@@ -29,12 +29,14 @@ def _parse_ranges(_ctx: click.Context, _param: click.Parameter, value: str) -> l
         return parse_ints(value)
 
 
-@click.command("compare", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    "compare",
+    short_help="Compare two networks on the same seeds.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.option(
     "--before", required=True, metavar="FILE|NAME|RUN", help="Network to start from: a generator or a diffusion model."
 )
-@kwargs_option("--gan-kwargs", "--before")
-@sigma_init_option()
 @click.option(
     "--after",
     required=True,
@@ -113,6 +115,8 @@ def _parse_ranges(_ctx: click.Context, _param: click.Parameter, value: str) -> l
 )
 @click.option("--ops", type=click.Choice(OPS_MODES), help=f"{OPS_HELP}  [default: $REFINE_OPS, else auto]")
 @sampler_options
+@kwargs_option("--gan-kwargs", "--before")
+@sigma_init_option()
 def command(
     as_json: bool,
     seeds: list[int],
@@ -127,6 +131,10 @@ def command(
     **options: Any,
 ) -> None:
     """Compares two networks on the same seeds: Fréchet and kernel distance, precision, recall, classes.
+
+    \b
+    --before=my-gan.pkl --after=runs/00000-… --ref=images.zip --detector=inception-2015-12-05
+    --before=my-gan.pkl --after=runs/00000-… --ref=my-edm.pkl --detector=my-edm.pkl
 
     A distance is called FID only with the Inception-2015-12-05 weights as --detector.
     """

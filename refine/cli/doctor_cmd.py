@@ -5,7 +5,7 @@ import json
 import click
 
 
-@click.command()
+@click.command(short_help="Look at this machine, and try the compiled ops.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 def doctor(as_json: bool) -> int:
     """Looks at this machine and tries the compiled ops: do they build, agree with the reference, and save time?

@@ -10,16 +10,13 @@ from refine.cli.options import kwargs_as_typed, kwargs_option, network_file, sig
 from refine.errors import option
 
 
-@click.command("export")
+@click.command("export", short_help="Write networks for other tools.")
 @click.option(
     "--network",
     required=True,
     metavar="FILE|RUN",
     help="Networks to export: any file that this toolkit reads; of a run folder the best snapshot.",
 )
-@kwargs_option("--gan-kwargs", "--network")
-@kwargs_option("--teacher-kwargs", "--network")
-@sigma_init_option()
 @click.option("--like", metavar="FILE", help="Write this pickle again, with the networks in place of its own.")
 @click.option("--out", required=True, metavar="FILE", help="The file to write.")
 @click.option(
@@ -29,6 +26,9 @@ from refine.errors import option
     help="Without --like. Default: rosinality for .pt, native for .safetensors, a graph for .onnx and .pt2; plain is "
     "safetensors with the network's own tensor names.",
 )
+@kwargs_option("--gan-kwargs", "--network")
+@kwargs_option("--teacher-kwargs", "--network")
+@sigma_init_option()
 def export(
     network: str,
     like: str | None,
@@ -42,6 +42,10 @@ def export(
 
     With --like=original.pkl the result is that pickle with the refined weights in it: whatever loads the original
     loads it. With --out=x.onnx or x.pt2 (torch.export) it is a graph from latents to images for other runtimes.
+
+    \b
+    --network=runs/00000-… --like=my-gan.pkl --out=my-gan-refined.pkl
+    --network=runs/00000-… --out=my-gan-refined.onnx
     """
     from refine.checkpoints import resolve, source_file
 

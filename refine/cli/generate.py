@@ -27,7 +27,11 @@ def _parse_seeds(_ctx: click.Context, param: click.Parameter, value: str | None)
         return None if value is None else parse_ints(value)
 
 
-@click.command("generate", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    "generate",
+    short_help="Make images by seed, style mixing, films.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.option(
     "--network",
     "--after",
@@ -37,8 +41,6 @@ def _parse_seeds(_ctx: click.Context, param: click.Parameter, value: str | None)
     help="A generator, a diffusion model, one-step:FILE (a diffusion model used once), or a run folder, of which the "
     "best snapshot is taken.",
 )
-@kwargs_option("--gan-kwargs", "--network")
-@sigma_init_option()
 @click.option("--before", metavar="FILE|NAME|RUN", help="Another network: its image stands to the left of each.")
 @click.option("--seeds", callback=_parse_seeds, metavar="LIST", help="One image each, e.g. 0-35,40.")
 @click.option("--outdir", metavar="DIR", help="Where seed0000.png … go; a grid of them is DIR-grid.png.")
@@ -75,6 +77,8 @@ def _parse_seeds(_ctx: click.Context, param: click.Parameter, value: str | None)
 @click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda where there is one]")
 @click.option("--ops", type=click.Choice(OPS_MODES), help=f"{OPS_HELP}  [default: $REFINE_OPS, else auto]")
 @sampler_options
+@kwargs_option("--gan-kwargs", "--network")
+@sigma_init_option()
 def command(
     device: str | None,
     ops: str | None,

@@ -13,7 +13,7 @@ from refine.cli.models_cmd import describe_entry, entry_lines
 from refine.cli.options import kwargs_as_typed, kwargs_option, network_file
 
 
-@click.command()
+@click.command(short_help="Say what a file is, and which networks it holds.")
 @click.argument("file")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 @kwargs_option("--gan-kwargs", "FILE")

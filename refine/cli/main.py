@@ -13,10 +13,14 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-import click
-
 from refine.dnnlib import Outlet, descriptor
-from refine.errors import describe_os_error
+from refine.errors import describe_missing_package, describe_os_error
+
+try:
+    import click
+except ModuleNotFoundError as missing:  # a newcomer's first command, before the environment is active
+    print(f"Error: {describe_missing_package(missing)}", file=sys.stderr)
+    sys.exit(2)
 
 _COMMANDS = {  # name -> module, attribute
     "refine": ("refine.cli.refine_cmd", "refine"),
@@ -103,6 +107,8 @@ def describe_failure(error: BaseException) -> tuple[int, str]:
         return 2, f"Error: {describe_os_error(error)}"
     if isinstance(error, ValueError | OSError):
         return 2, f"Error: {_one_line(str(error)) or type(error).__name__}"
+    if isinstance(error, ModuleNotFoundError) and not f"{error.name}.".startswith("refine."):
+        return 2, f"Error: {describe_missing_package(error)}"
     if _is_out_of_memory(error):
         details = _one_line(str(error))[:200] or "no details"
         return 1, f"Error: out of memory; try a smaller --batch-gpu or --batch ({details})"
@@ -126,7 +132,11 @@ def _load_command(name: str) -> click.Command:
 
 
 def _with_version(command: click.Command) -> click.Command:
-    """The same command, which knows --version."""
+    """The same command, which knows --version, and whose help calls numbers N and X, not 'FLOAT RANGE'."""
+    for param in command.params:
+        kind = {"integer": "N", "integer range": "N", "float": "X", "float range": "X"}.get(param.type.name)
+        if isinstance(param, click.Option) and kind and param.metavar is None and not param.is_flag:
+            param.metavar = kind
     if not any("--version" in param.opts for param in command.params):
         shown: dict[str, Any] = {"is_flag": True, "expose_value": False, "is_eager": True, "callback": _print_version}
         command.params.append(click.Option(["--version"], help="Print the version.", **shown))

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 
-@click.command()
+@click.command(short_help="List the networks that have a name.")
 @click.option("--kind", type=click.Choice(["generator", "teacher", "classifier", "reference"]), help="Only these.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 def models(kind: str | None, as_json: bool) -> None:
@@ -17,6 +17,7 @@ def models(kind: str | None, as_json: bool) -> None:
     from refine.checkpoints.sources.index import read_index
 
     entries = [describe_entry(entry) for entry in read_index().values() if kind in (None, entry.kind)]
+    entries.sort(key=lambda entry: entry["place"] != "shipped")  # these first: they are here, and are what a try takes
     click.echo(json.dumps(entries, indent=2) if as_json else as_table(entries))
 
 

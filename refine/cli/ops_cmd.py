@@ -10,12 +10,12 @@ from refine.errors import option
 DEVICES = ("auto", "cpu", "cuda")
 
 
-@click.group()
+@click.group(short_help="Build the compiled ops ahead of time, list, remove them.")
 def ops() -> None:
     """The compiled ops: build them ahead of time, see them, remove them."""
 
 
-@ops.command()
+@ops.command(short_help="Build the ops that are not in the cache.")
 @click.option(
     "--device",
     type=click.Choice(DEVICES),
@@ -65,7 +65,7 @@ def _build_one(device: str, portable: bool) -> bool:
     return True
 
 
-@ops.command("list")
+@ops.command("list", short_help="List the libraries in the cache.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 def list_libraries(as_json: bool) -> None:
     """Lists the libraries in the cache, those of other versions and machines included."""
@@ -75,7 +75,7 @@ def list_libraries(as_json: bool) -> None:
     click.echo(json.dumps(paths, indent=2) if as_json else "\n".join(paths) or "none")
 
 
-@ops.command()
+@ops.command(short_help="Remove every compiled op from the cache.")
 def clean() -> None:
     """Removes every compiled op from the cache; what is needed is built again at its next use."""
     from refine.torch_utils.build import op_cache

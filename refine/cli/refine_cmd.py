@@ -21,7 +21,11 @@ _NOTED = (
 _MAX_CONFIG_BYTES = 1 << 20
 
 
-@click.command(cls=ConfigCommand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.command(
+    cls=ConfigCommand,
+    short_help="Refine a generator with a diffusion model.",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
 @click.option(
     "--resume",
     cls=GroupedOption,
@@ -48,6 +52,8 @@ def refine(
     """Refine a pretrained GAN with a pretrained diffusion model, data-free, by Diff-Instruct.
 
     \b
+    python refine.py --gan=my-gan.pkl --teacher=my-edm.pkl
+    python refine.py --gan=my-gan.pkl --teacher=my-edm.pkl --dry-run
     python refine.py --gan=digits-gan --teacher=digits-teacher-2 --preset=demo
     python refine.py --gan=one-step --teacher=digits-teacher-2 --preset=one-step-demo
     python refine.py --resume=latest

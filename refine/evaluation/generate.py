@@ -149,9 +149,10 @@ def check_sides(sides: Mapping[str, Side], psi: float, sampler: SamplerChoice, t
 
 
 def folder_and_grid(outdir: str | os.PathLike) -> tuple[Path, Path]:
-    """Where the images go, and the grid beside them; both can be made."""
+    """Where the images go, and the grid beside them, named as the user names them; both can be made."""
     folder = check_outdir(outdir)
-    return folder, check_outdir(folder.resolve().parent) / f"{folder.resolve().name}-grid.png"
+    named = folder if folder.name not in ("", "..") else folder.resolve()  # '.' has a name by its place only
+    return folder, check_outdir(named.parent) / f"{named.name}-grid.png"
 
 
 def write_images(images: torch.Tensor, paths: Sequence[Path]) -> None:

@@ -394,8 +394,8 @@ def _train(
     if brought.student is None and brought.teacher is None:
         for line in next_commands(run_dir.path, config, training.snapshots.container):
             run_dir.log(f"next        {line}")
-    watched = f"; watch it with  tensorboard --logdir={run_dir.path}" if "tensorboard" in config.logger else ""
-    run_dir.log(f"done{watched}")
+    place = f"; watch it (tab Custom Scalars) with  tensorboard --logdir={run_dir.path}"
+    run_dir.log(f"done{place if 'tensorboard' in config.logger else ''}")
     return None, verdict.removeprefix("result").strip()
 
 

@@ -47,12 +47,12 @@ class FakesGrid:
     """
 
     def __init__(self, G: Generator, device: torch.device):
-        rows, self._columns = grid_shape(G.img_resolution, G.c_dim)
-        count = rows * self._columns
+        rows, self.columns = grid_shape(G.img_resolution, G.c_dim)
+        count = rows * self.columns
         self._z = latents_of_seeds(range(count), [G.z_dim])[0].to(device)
         self._c: torch.Tensor | None = None
         if G.c_dim > 0:
-            self._c = F.one_hot(grid_classes(count, self._columns, G.c_dim), G.c_dim).float().to(device)
+            self._c = F.one_hot(grid_classes(count, self.columns, G.c_dim), G.c_dim).float().to(device)
 
     @torch.no_grad()
     def draw(self, G: Generator) -> torch.Tensor:
@@ -66,4 +66,4 @@ class FakesGrid:
             if factor > 1:
                 drawn = F.avg_pool2d(drawn.float(), factor).round().to(torch.uint8)
             images.append(drawn.cpu())
-        return image_grid(torch.cat(images), self._columns)
+        return image_grid(torch.cat(images), self.columns)

@@ -142,9 +142,9 @@ class Snapshots:
         grid = self._fakes.draw(judged.network)
         picture = name.replace("network-snapshot-", "fakes")
         save_png((self.run_dir.path / picture).with_suffix(".png"), grid)
-        gap = torch.full([grid.shape[0], grid.shape[1], 8], 255, dtype=torch.uint8)
         monitor.image("Fakes/now", grid, kimg)
-        monitor.image("Fakes/before_after", torch.cat([self._init_grid, gap, grid], dim=2), kimg)
+        both = beside(self._init_grid, grid, self._fakes.columns, trainer.G.c_dim)
+        monitor.image("Fakes/before_after", both, kimg)
 
     def _measure(self, averages: Mapping[float | None, Generator], snapshot: str, monitor: Monitor) -> Judged:
         """The best of these averages by the first metric, which all processes measure; the longest where none can be.
@@ -254,3 +254,14 @@ def _leading(metric: NamedMetric | OwnMetric, results: Mapping[str, Any]) -> dic
 def _portable(config: RefineConfig) -> dict[str, Any]:
     """Options that decide the result: not where files lie, so that two equal runs write equal snapshots."""
     return {k: v for k, v in config.as_dict().items() if k not in NOT_IN_SNAPSHOTS}
+
+
+def beside(before: torch.Tensor, now: torch.Tensor, columns: int, num_classes: int = 0) -> torch.Tensor:
+    """The same left half of two pictures of `columns` images a row, side by side: as large as one, and every class is
+    there if it was in half a row."""
+    half = columns // 2
+    if 1 < num_classes <= half:
+        half -= half % num_classes
+    width = half * before.shape[2] // columns
+    gap = torch.full([now.shape[0], now.shape[1], 8], 255, dtype=torch.uint8)
+    return torch.cat([before[:, :, :width], gap, now[:, :, :width]], dim=2)

@@ -68,11 +68,17 @@ class StopRequests:
             if os.environ.get("RANK", "0") == "0":
                 # Past Python's streams: one that was being written to may not be entered again.
                 tell(f"\n{signal.Signals(number).name}: stopping after this iteration; once more stops at once\n", 0.2)
-        # A terminal's Ctrl-C reaches the workers of torchrun twice: from the terminal and from torchrun.
-        elif "TORCHELASTIC_RUN_ID" not in os.environ or now - self._noted_at > 3:
+        elif now - self._noted_at > self._echo(number):
             for other in self._before:
                 signal.signal(other, signal.SIG_DFL)  # and a third one, should we hang, is not ours to handle
             raise KeyboardInterrupt
+
+    def _echo(self, number: int) -> float:
+        """Seconds within which a second signal is the first one again, by another way."""
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # a terminal's Ctrl-C reaches workers from there and from torchrun
+            return 3
+        # A SIGTERM to a group of processes reaches us itself, and from make, srun or a shell that hands it on.
+        return 0.5 if number == self.signal == signal.SIGTERM else 0
 
     def ask(self) -> None:
         """For a callback: the run is to end."""

@@ -36,7 +36,7 @@ class Lasting:
             if self._outlet is None and not self._lost:
                 return self._stream.write(text)
             self._text += text
-            if "\n" in text or len(self._text) > BUFFER:
+            if "\n" in text or "\r" in text or len(self._text) > BUFFER:  # as Python's own streams of terminals
                 self.flush()
         return len(text)
 

@@ -88,10 +88,14 @@ def _layout(leading: Mapping[str, str]) -> dict[str, dict[str, list[Any]]]:
         return ["Multiline", list(tags)]
 
     metrics = {name: re.escape(f"Metrics/{name}/") for name in leading}
-    of_averages = r"(_[0-9.]+|_raw)?$"
-    better = {f"{name}: {key}": chart(f"{metrics[name]}{re.escape(key)}{of_averages}") for name, key in leading.items()}
-    better |= {f"{name}: precision": chart(f"{metric}precision{of_averages}") for name, metric in metrics.items()}
-    cost = {f"{name}: recall": chart(f"{metric}recall{of_averages}") for name, metric in metrics.items()}
+    keys = {name: re.escape(key) for name, key in leading.items()}
+    better = {f"{name}: {key}": chart(f"{metrics[name]}{keys[name]}$") for name, key in leading.items()}
+    better |= {f"{name}: precision": chart(f"{metric}precision$") for name, metric in metrics.items()}
+    cost = {f"{name}: recall": chart(f"{metric}recall$") for name, metric in metrics.items()}
+    first = next(iter(leading), None)  # the one that is measured of every average
+    averages = (
+        {} if first is None else {f"{leading[first]} of each": chart(rf"{metrics[first]}{keys[first]}_([0-9.]+|raw)$")}
+    )
     return {
         "Is it better?": better,
         "At what cost?": {
@@ -106,6 +110,7 @@ def _layout(leading: Mapping[str, str]) -> dict[str, dict[str, list[Any]]]:
             "distance to the teacher, by noise level": chart("Gap/sigma_.*"),
             "steps left out": chart("Progress/skipped_.*"),
         },
+        **({"Which average of the student?": averages} if averages else {}),
     }
 
 

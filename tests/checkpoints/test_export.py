@@ -154,10 +154,10 @@ def test_what_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match=r"it is a stylegan2.Generator; got a edm"):
         export.write_like(source, out, {"G_ema": golden_teacher("song_ddpmpp_edm_uncond")[0]})
     native.save_networks(tmp_path / "n.safetensors", {"G_ema": load_generator(source)}, provenance={})
-    with pytest.raises(ValueError, match="no container of another program"):
+    with pytest.raises(ValueError, match="only other programs' pickles"):
         export.write_like(tmp_path / "n.safetensors", out, {"G_ema": load_generator(source)})
     export.write_plain(tmp_path / "p.safetensors", {"G_ema": load_generator(source)})
-    with pytest.raises(ValueError, match="only pickles are written back"):
+    with pytest.raises(ValueError, match="only other programs' pickles"):
         export.write_like(tmp_path / "p.safetensors", out, {"G_ema": load_generator(source)})
     assert not out.exists() and not list(tmp_path.glob(".*tmp"))
 
@@ -197,7 +197,7 @@ def test_command_to_rosinality_and_back(capsys, tmp_path):
     assert code == 0 and text == f"Wrote {tmp_path / 'b.pt'}\n"
     assert_same(load_generator(tmp_path / "b.pt"), G)
     code, _, err = run(capsys, f"--network={tmp_path / 'a.pt'}", f"--like={tmp_path / 'a.pt'}", "--out=x.pt")
-    assert code == 2 and err.startswith("Error: --like") and "only pickles are written back" in err
+    assert code == 2 and err.startswith("Error: --like") and "only other programs' pickles are written back" in err
 
 
 def golden_rosinality(path):

@@ -34,7 +34,9 @@ def test_stylegan2(capsys):
     assert list(found["networks"]) == ["G_ema", "G", "D"]
     G = found["networks"]["G_ema"]
     assert (G["kind"], G["img_resolution"], G["img_channels"], G["classes"]) == ("generator", 16, 3, 3)
-    assert G["serves_as"] == "student, with a teacher for 16×16×3 images and 3 classes"
+    assert G["serves_as"] == (
+        "student, with a teacher for 16×16×3 images (or a whole fraction of that size) and 3 classes (or none)"
+    )
     assert G["init_kwargs"]["synthesis_kwargs"]["num_fp16_res"] == 4 and G["w_avg_norm"] > 0
     assert found["networks"]["D"]["serves_as"] is None
     assert "serves    as student, with a teacher for 16×16×3 images" in inspect(capsys, PICKLES / "plain_t213_p4.pkl")
@@ -42,10 +44,10 @@ def test_stylegan2(capsys):
 
 def test_teacher_and_tensorflow(capsys):
     ema = report(capsys, PICKLES / "edm_song_ddpmpp_edm_cond_mult222.pkl")["networks"]["ema"]
-    assert ema["serves_as"] == "teacher, with a student for 8×8×3 images and 10 classes"
+    assert ema["serves_as"].startswith("teacher, with a student for 8×8×3 images (or a whole multiple of that size)")
     found = report(capsys, PICKLES / "tf04_stylegan2_skip_uncond.pkl")
     assert found["description"] == "a legacy TensorFlow pickle of StyleGAN2"
-    assert found["networks"]["G_ema"]["serves_as"].endswith("no classes")
+    assert found["networks"]["G_ema"]["serves_as"].endswith("no classes (or any)")
 
 
 def test_rosinality_and_notes(capsys, tmp_path):

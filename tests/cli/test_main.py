@@ -37,9 +37,24 @@ def test_unknown_option_is_told_at_once(root, script):
     assert len(errors) == 1 and errors[0].startswith("Error: No such option") and f"{script} --help" in errors[0]
 
 
+@pytest.mark.parametrize("missing", ["click", "torch"])
+@pytest.mark.parametrize("command", ["refine.py --gan=a --teacher=b", "-m refine doctor"])
+def test_python_without_the_packages(root, tmp_path, missing, command):
+    # what a newcomer types before the environment is active
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules[{missing!r}] = None\n")
+    command = [sys.executable, *command.split()]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 2 and result.stdout == "" and len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith(f"Error: {sys.executable} has no package {missing};")
+    assert ". .venv/bin/activate" in result.stderr
+
+
 def test_group_lists_its_commands(root):
     _, result = imported(root, "-m", "refine", "--help")
     assert all(f"\n  {name} " in result.stdout for name in cli._COMMANDS)
+    both = result.stdout + imported(root, "-m", "refine", "ops", "--help")[1].stdout
+    assert not re.search(r"^  \S.*\.\.\.$", both, re.MULTILINE)  # no half sentence
     assert "gan-refine " in imported(root, "-m", "refine", "--version")[1].stdout
 
 
@@ -111,6 +126,12 @@ def test_exit_codes_of_commands(capsys):
     assert run(capsys, command, "--help")[0] == 0
     code, _, err = run(capsys, command, "--code=x")
     assert code == 2 and err.startswith("Error: Invalid value for '--code'") and "--help lists the options)" in err
+
+
+def test_help_calls_numbers_alike(root):
+    text = imported(root, "compare_fid.py", "--help")[1].stdout
+    assert "--seeds LIST" in text and "--steps N" in text and "--trunc X" in text and "RANGE" not in text
+    assert text.index("--ref ") < text.index("--gan-kwargs ")  # what every run needs stands first
 
 
 def test_system_exit_passes(capsys):

@@ -25,7 +25,10 @@ def run(capsys, command, *args):
 def test_a_table_with_a_line_for_every_name(capsys):
     code, out, err = run(capsys, "models")
     lines = out.splitlines()
-    assert code == 0 and err == "" and [line.split()[0] for line in lines[1:]] == list(index.read_index())
+    assert code == 0 and err == "" and {line.split()[0] for line in lines[1:]} == set(index.read_index())
+    assert len(lines) == len(index.read_index()) + 1
+    places = [line.rpartition("  ")[2] for line in lines[1:]]
+    assert "shipped" not in places[places.index("to be downloaded") :]  # they stand first
     by_name = {line.split()[0]: re.split(r"  +", line) for line in lines}
     assert lines[0].split() == ["name", "kind", "size", "classes", "published", "FID", "licence", "file"]
     assert by_name["adm-lsun-cat"][1:] == [
@@ -37,6 +40,7 @@ def test_a_table_with_a_line_for_every_name(capsys):
         "to be downloaded",
     ]
     assert by_name["adm-imagenet64"][4] == f"2.07 ({index.read_index()['adm-imagenet64'].fid_with})"
+    assert by_name["digits-gan"][1:4] == ["generator", "32×32", "10"]
     assert by_name["digits-gan"][-1] == "shipped" and by_name["r3gan-ffhq-64"][-1] == "by hand"
 
 

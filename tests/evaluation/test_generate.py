@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from refine.checkpoints import load_generator
 from refine.checkpoints.native import save_networks
 from refine.cli.main import run_command
 from refine.cli.options import parse_ints
+from refine.evaluation.generate import folder_and_grid
 from refine.images import to_uint8
 from refine.metrics.image_sets import ImageSet
 from refine.metrics.sampling import latents_of_seeds
@@ -168,3 +170,12 @@ def test_the_sampler_of_a_diffusion_model(files, tmp_path, capsys):
         capsys, f"--network={files}/rgb.safetensors", "--steps=3", "--seeds=1", f"--outdir={tmp_path / 'no'}"
     )
     assert code == 2 and "--steps is for diffusion models" in err and not (tmp_path / "no").exists()
+
+
+def test_the_grid_is_named_as_the_folder_is(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert folder_and_grid("out") == (Path("out"), Path("out-grid.png"))
+    assert folder_and_grid("../a/b")[1] == Path("../a/b-grid.png")
+    assert folder_and_grid(".")[1] == tmp_path / "here-grid.png"
+    assert folder_and_grid(tmp_path / "out")[1] == tmp_path / "out-grid.png"

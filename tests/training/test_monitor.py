@@ -11,6 +11,7 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from refine.metrics.named import NamedMetric
 from refine.training import weights_and_biases
+from refine.training.snapshots import beside
 from refine.training.tensorboard import TensorBoard
 from refine.training.weights_and_biases import WeightsAndBiases, check_available
 from tests.training.test_trainer import make_run
@@ -82,7 +83,7 @@ def test_the_layout_asks_first_whether_it_is_better_and_finds_the_numbers(tmp_pa
         for chart in category.chart:
             matched = [tag for tag in tags if any(re.match(regex, tag) for regex in chart.multiline.tag)]
             shown[chart.title] = [tag.rpartition("/")[2] for tag in matched]
-    assert shown["fd2k-x.y: fd_x"] == ["fd_x", "fd_x_0.05", "fd_x_raw"]
+    assert shown["fd2k-x.y: fd_x"] == ["fd_x"] and shown["fd_x of each"] == ["fd_x_0.05", "fd_x_raw"]
     assert shown["fd2k-x.y: precision"] == ["precision"] and shown["fd2k-x.y: recall"] == ["recall"]
     assert events.Scalars("Result/fd_x_before")[0].value == 2.0
     content = events.summary_metadata["_hparams_/experiment"].plugin_data.content
@@ -200,3 +201,15 @@ def test_metrics_do_not_disturb_training(tmp_path):
 def test_unknown_metrics_are_refused(name):
     with pytest.raises(ValueError, match=name):
         NamedMetric(name, "nowhere.npz")
+
+
+@pytest.mark.parametrize(
+    ("columns", "num_classes", "half"), [(30, 10, 10), (30, 3, 15), (30, 0, 15), (7, 0, 3), (8, 6, 4)]
+)
+def test_before_and_after_show_the_same_latents(columns, num_classes, half):
+    pixels = 3
+    before = torch.arange(columns).repeat_interleave(pixels).expand(1, 6, -1).to(torch.uint8)
+    both = beside(before, before + 100, columns, num_classes)
+    assert both.shape == (1, 6, 2 * half * pixels + 8) and both.shape[2] <= before.shape[2] + 8
+    assert torch.equal(both[:, :, : half * pixels] + 100, both[:, :, -half * pixels :])
+    assert len(both[:, :, : half * pixels].unique()) == half and (both[:, :, half * pixels :][:, :, :8] == 255).all()

@@ -12,6 +12,7 @@ import time
 import tty
 
 import pytest
+from tqdm import tqdm
 
 from refine.training import streams
 from refine.training.finding import training_states
@@ -230,6 +231,22 @@ def test_lines_arrive_whole_and_in_order(unbuffered):
     command = [sys.executable, *unbuffered, "-c", code]
     result = subprocess.run(command, capture_output=True, encoding="utf-8", env=env, check=False)
     assert result.stderr == "" and result.stdout.splitlines() == ["before", *map(str, range(50)), "…after"]
+
+
+def test_a_progress_bar_leaves_its_line_before_the_next_one_is_printed(monkeypatch):
+    terminal, writer = os.openpty()
+    tty.setraw(writer)
+    with os.fdopen(os.dup(writer), "w") as out, os.fdopen(os.dup(writer), "w") as err, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        patch.setattr(sys, "stderr", err)
+        with lasting_streams():
+            with tqdm(total=3, leave=False, ncols=40, nrows=24, disable=None):
+                pass
+            print("the line", flush=True)
+        shown = ""
+        while "the line" not in shown:
+            shown += os.read(terminal, 4096).decode()
+    assert "0/3" in shown and shown.rpartition("\r")[2] == "the line\n"
 
 
 def test_nothing_complains_at_exit():

@@ -113,6 +113,20 @@ def test_a_second_signal_ends_it_at_once():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # as it was
 
 
+def test_a_sigterm_by_two_ways_is_one():
+    # to a group of processes: from the sender, and from make, which hands it on
+    with StopRequests() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM
+        time.sleep(0.6)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+    with StopRequests(), pytest.raises(KeyboardInterrupt):  # a key that is hit twice is meant
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_a_time_limit_is_kept_and_the_run_goes_on_afterwards(pair, tmp_path):
     log = tmp_path / "log.txt"
     options = [*pair, *OPTIONS, "--kimg=100", "--snap=0", "--time-limit=0:02"]

@@ -34,6 +34,7 @@ class IndexEntry:
         licence: Licence of the file, SPDX.
         what: What it is, and from what data.
         made_by: The command that makes it again.
+        resolution, classes: Of a network, as in `RemoteEntry`.
     """
 
     name: str
@@ -44,6 +45,8 @@ class IndexEntry:
     licence: str
     what: str
     made_by: str
+    resolution: int | None = None
+    classes: int | None = None
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,9 @@ def command(name, capsys, *args):
 def test_inspect_and_a_short_refinement(pipeline, tmp_path, capsys, monkeypatch):
     report = json.loads(command("inspect", capsys, pipeline[1] / "nested", "--json"))
     assert report["description"] == "a UNet2DModel of diffusers"
-    assert report["networks"]["ema"]["serves_as"] == "teacher, with a student for 8×8×1 images and 3 classes"
+    assert report["networks"]["ema"]["serves_as"] == (
+        "teacher, with a student for 8×8×1 images (or a whole multiple of that size) and 3 classes (or none)"
+    )
     monkeypatch.chdir(pipeline[1])  # a relative folder, so that --resume must have made it absolute
     native.save_networks(tmp_path / "gan", {"G_ema": make_student()}, provenance={})
     options = ["--kimg=0.008", "--batch=4", "--tick=0.004", "--snap=1", "--lr=0.001", f"--outdir={tmp_path / 'runs'}"]
