@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from refine.networks.edm_layers import (
     Linear,
     PositionalEmbedding,
     UNetBlock,
+    linear_together,
 )
 
 
@@ -84,6 +85,11 @@ class LadderUNet(nn.Module):
 
     def _add_decoder_aux(self, level: int, prefix: str, width: int) -> None:
         """Hook behind the blocks of each decoder level."""
+
+    def _params(self, emb: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """What the blocks, in the order in which they run, make of the embedding [N E]."""
+        blocks = [layer for layer in (*self.enc.values(), *self.dec.values()) if isinstance(layer, UNetBlock)]
+        return iter(linear_together([block.affine for block in blocks], emb, dtype))
 
     def _drop_labels(self, class_labels: torch.Tensor | None) -> torch.Tensor:
         """In train mode, blank whole label rows at the rate ``label_dropout``."""
@@ -199,9 +205,9 @@ class SongUNet(LadderUNet):
         augment_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The raw network F: images [N C R R], c_noise [N] or [1], labels [N L], augmentation [N A] → [N C_out R R]."""
-        emb = self._embed(noise_labels, class_labels, augment_labels)
-        x, skips = self._encode(x, emb)
-        return self._decode(x, skips, emb)
+        params = self._params(self._embed(noise_labels, class_labels, augment_labels), x.dtype)
+        x, skips = self._encode(x, params)
+        return self._decode(x, skips, params)
 
     def _embed(self, noise_labels, class_labels, augment_labels) -> torch.Tensor:
         cos, sin = self.map_noise(noise_labels).chunk(2, dim=1)
@@ -213,7 +219,7 @@ class SongUNet(LadderUNet):
         emb = F.silu(self.map_layer0(emb))
         return F.silu(self.map_layer1(emb))
 
-    def _encode(self, x: torch.Tensor, emb: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def _encode(self, x: torch.Tensor, params: Iterator[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
         skips: list[torch.Tensor] = []
         aux = x
         for name, layer in self.enc.items():
@@ -224,11 +230,11 @@ class SongUNet(LadderUNet):
             elif name.endswith("aux_residual"):
                 x = skips[-1] = aux = (x + layer(aux)) * math.sqrt(0.5)
             else:
-                x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
+                x = layer(x, None, next(params)) if isinstance(layer, UNetBlock) else layer(x)
                 skips.append(x)
         return x, skips
 
-    def _decode(self, x: torch.Tensor, skips: list[torch.Tensor], emb: torch.Tensor) -> torch.Tensor:
+    def _decode(self, x: torch.Tensor, skips: list[torch.Tensor], params: Iterator[torch.Tensor]) -> torch.Tensor:
         image: torch.Tensor | None = None
         normed = None
         for name, layer in self.dec.items():
@@ -241,7 +247,7 @@ class SongUNet(LadderUNet):
             else:
                 if x.shape[1] != layer.in_channels:
                     x = torch.cat([x, skips.pop()], dim=1)
-                x = layer(x, emb)
+                x = layer(x, None, next(params))
         assert image is not None  # the last level ends in an aux_conv
         return image
 
@@ -302,16 +308,16 @@ class DhariwalUNet(LadderUNet):
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
         if self.map_label is not None:
             emb = emb + self.map_label(self._drop_labels(class_labels))
-        emb = F.silu(emb)
+        params = self._params(F.silu(emb), x.dtype)
 
         skips: list[torch.Tensor] = []
         for layer in self.enc.values():
-            x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
+            x = layer(x, None, next(params)) if isinstance(layer, UNetBlock) else layer(x)
             skips.append(x)
         for layer in self.dec.values():
             if x.shape[1] != layer.in_channels:
                 x = torch.cat([x, skips.pop()], dim=1)
-            x = layer(x, emb)
+            x = layer(x, None, next(params))
         return self.out_conv(self.out_norm(x))
 
 

@@ -262,10 +262,13 @@ def _fake(x, weight, bias, before, scale, shift, num_groups, eps, silu):
 
 def _save(ctx, inputs, output):
     *tensors, ctx.num_groups, ctx.eps, ctx.silu = inputs
+    ctx.set_materialize_grads(False)  # of the statistics, which nobody differentiates: zeros would be made for them
     ctx.save_for_backward(*tensors, output[1])
 
 
 def _backward(ctx, dy, _):
+    if dy is None:
+        return (None,) * 9
     *inputs, stats = ctx.saved_tensors
     options = (ctx.num_groups, ctx.eps, ctx.silu)
     if torch.is_grad_enabled():  # somebody will differentiate this: the graph of plain torch, any order
