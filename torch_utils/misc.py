@@ -16,8 +16,8 @@ MOST_NAMES = 512  # of running means
 class RunningMeans:
     """Means of named quantities, gathered on the device and read with one synchronisation.
 
-    Adding never waits for the device; `drain` does, once for all names. All sums are rows of one tensor that stays where
-    it is, so that a CUDA graph can add to them.
+    Adding never waits for the device; `drain` does, once for all names. All sums are rows of one tensor that stays
+    where it is, so that a CUDA graph can add to them.
     """
 
     def __init__(self, device: torch.device | str):

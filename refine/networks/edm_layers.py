@@ -18,7 +18,7 @@ from torch import nn
 
 from refine.torch_utils.ops.conv3x3 import conv2d
 from refine.torch_utils.ops.group_norm_silu import group_norm_silu
-from refine.torch_utils.ops.scaled_sum import scaled_sum
+from refine.torch_utils.ops.sum_group_norm_silu import sum_beside, sum_group_norm_silu
 
 
 @dataclass(frozen=True)
@@ -182,6 +182,48 @@ class GroupNormSilu(GroupNorm):
         return group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, before, scale, shift, inplace=True)
 
 
+class Sum:
+    """Images in the making: (x + y) · scale, and the channels that a decoder puts beside it, all (N, C, H, W).
+
+    The norm that comes next makes the sum on its way, on a GPU in the same pass over memory. Whoever wants it, wants it
+    after that norm or instead of it: asking for `total` before costs a pass more.
+
+    Args: see `sum_group_norm_silu`.
+    """
+
+    def __init__(
+        self, x: torch.Tensor, y: torch.Tensor | None = None, scale: float = 1.0, beside: torch.Tensor | None = None
+    ):
+        self.channels = x.shape[1] + (0 if beside is None else beside.shape[1])
+        self._terms: tuple | None = (x, y, beside, scale)  # until they are added up
+        self._total: torch.Tensor | None = None
+
+    def with_beside(self, other: Sum) -> Sum:
+        """The same with another one's channels behind its own."""
+        if self._terms is None:
+            return Sum(self.total, beside=other.total)
+        x, y, _, scale = self._terms
+        return Sum(x, y, scale, other.total)
+
+    @property
+    def total(self) -> torch.Tensor:
+        if self._terms is not None:
+            self._total, self._terms = sum_beside(*self._terms), None
+        assert self._total is not None
+        return self._total
+
+    def normed(self, norm: GroupNorm) -> torch.Tensor:
+        """What a norm makes of it."""
+        if self._terms is None:
+            return norm(self.total)
+        x, y, beside, scale = self._terms
+        silu, self._terms = isinstance(norm, GroupNormSilu), None
+        self._total, normed = sum_group_norm_silu(
+            x, y, beside, norm.num_groups, norm.weight, norm.bias, norm.eps, scale, silu
+        )
+        return normed
+
+
 class PositionalEmbedding(nn.Module):
     """Noise level as cosines and sines of geometrically spaced frequencies, 1 to 1/max_positions.
 
@@ -276,11 +318,15 @@ class UNetBlock(nn.Module):
             self.qkv = QKV(out_channels, out_channels * 3, kernel=1, init=init_attn or init)
             self.proj = Conv2d(out_channels, out_channels, kernel=1, init=init_zero)
 
-    def forward(
-        self, x: torch.Tensor, emb: torch.Tensor | None, params: torch.Tensor | None = None
-    ) -> torch.Tensor:  # [N C_in H W], [N E] → [N C_out H' W']
-        """`params` is what `affine` makes of the embedding, which is not needed then; see `linear_together`."""
-        h = self.conv0(self.norm0(x))
+    def forward(self, x: Any, emb: torch.Tensor | None, params: torch.Tensor | None = None) -> Any:
+        """[N C_in H W], [N E] → [N C_out H' W'].
+
+        A `Sum` becomes a `Sum`. `params` is what `affine` makes of the embedding, which is not needed then; see
+        `linear_together`.
+        """
+        if not isinstance(x, Sum):
+            return self.forward(Sum(x), emb, params).total
+        h = self.conv0(x.normed(self.norm0))
         params = self.affine(emb) if params is None else params
         if self.adaptive_scale:
             scale, shift = params.chunk(2, dim=1)
@@ -288,13 +334,11 @@ class UNetBlock(nn.Module):
         else:
             h = self.norm1(h, before=params)
         h = self.conv1(F.dropout(h, self.dropout, self.training))
-        h = self._residual(h, x if self.skip is None else self.skip(x))
+        result = Sum(h, x.total if self.skip is None else self.skip(x.total), self.skip_scale)
         if self.num_heads:
-            h = self._residual(self.proj(self._attention(self.qkv(self.norm2(h)))), h)
-        return h
-
-    def _residual(self, branch: torch.Tensor, trunk: torch.Tensor) -> torch.Tensor:
-        return scaled_sum(branch, trunk, self.skip_scale)  # branch is a convolution's own output
+            h = self.proj(self._attention(self.qkv(result.normed(self.norm2))))
+            result = Sum(h, result.total, self.skip_scale)
+        return result
 
     def _attention(self, qkv: torch.Tensor) -> torch.Tensor:  # [N 3C H W] → [N C H W]
         return merge_heads(scaled_dot_product(*split_heads(by_pixel(qkv, self.num_heads))), like=qkv)

@@ -23,6 +23,7 @@ from refine.networks.edm_layers import (
     Init,
     Linear,
     PositionalEmbedding,
+    Sum,
     UNetBlock,
     linear_together,
 )
@@ -206,8 +207,7 @@ class SongUNet(LadderUNet):
     ) -> torch.Tensor:
         """The raw network F: images [N C R R], c_noise [N] or [1], labels [N L], augmentation [N A] → [N C_out R R]."""
         params = self._params(self._embed(noise_labels, class_labels, augment_labels), x.dtype)
-        x, skips = self._encode(x, params)
-        return self._decode(x, skips, params)
+        return self._decode(self._encode(x, params), params)
 
     def _embed(self, noise_labels, class_labels, augment_labels) -> torch.Tensor:
         cos, sin = self.map_noise(noise_labels).chunk(2, dim=1)
@@ -219,34 +219,36 @@ class SongUNet(LadderUNet):
         emb = F.silu(self.map_layer0(emb))
         return F.silu(self.map_layer1(emb))
 
-    def _encode(self, x: torch.Tensor, params: Iterator[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        skips: list[torch.Tensor] = []
-        aux = x
+    def _encode(self, image: torch.Tensor, params: Iterator[torch.Tensor]) -> list[Sum]:
+        skips: list[Sum] = []
+        aux = image
         for name, layer in self.enc.items():
             if name.endswith("aux_down"):
                 aux = layer(aux)
             elif name.endswith("aux_skip"):
-                x = skips[-1] = x + layer(aux)
+                skips[-1] = Sum(layer(aux), skips[-1].total)
             elif name.endswith("aux_residual"):
-                x = skips[-1] = aux = (x + layer(aux)) * math.sqrt(0.5)
+                skips[-1] = Sum(layer(aux), skips[-1].total, math.sqrt(0.5))
+                aux = skips[-1].total
+            elif isinstance(layer, UNetBlock):
+                skips.append(layer(skips[-1], None, next(params)))
             else:
-                x = layer(x, None, next(params)) if isinstance(layer, UNetBlock) else layer(x)
-                skips.append(x)
-        return x, skips
+                skips.append(Sum(layer(image)))
+        return skips
 
-    def _decode(self, x: torch.Tensor, skips: list[torch.Tensor], params: Iterator[torch.Tensor]) -> torch.Tensor:
+    def _decode(self, skips: list[Sum], params: Iterator[torch.Tensor]) -> torch.Tensor:
         image: torch.Tensor | None = None
-        normed = None
+        x, normed = skips[-1], None
         for name, layer in self.dec.items():
             if name.endswith("aux_up"):
                 image = layer(image)
             elif name.endswith("aux_norm"):
-                normed = layer(x)
+                normed = x.normed(layer)
             elif name.endswith("aux_conv"):
                 image = layer(normed) if image is None else image + layer(normed)
             else:
-                if x.shape[1] != layer.in_channels:
-                    x = torch.cat([x, skips.pop()], dim=1)
+                if x.channels != layer.in_channels:
+                    x = x.with_beside(skips.pop())
                 x = layer(x, None, next(params))
         assert image is not None  # the last level ends in an aux_conv
         return image
@@ -310,15 +312,16 @@ class DhariwalUNet(LadderUNet):
             emb = emb + self.map_label(self._drop_labels(class_labels))
         params = self._params(F.silu(emb), x.dtype)
 
-        skips: list[torch.Tensor] = []
+        skips: list[Sum] = []
         for layer in self.enc.values():
-            x = layer(x, None, next(params)) if isinstance(layer, UNetBlock) else layer(x)
-            skips.append(x)
+            block = isinstance(layer, UNetBlock)
+            skips.append(layer(skips[-1], None, next(params)) if block else Sum(layer(x)))
+        h = skips[-1]
         for layer in self.dec.values():
-            if x.shape[1] != layer.in_channels:
-                x = torch.cat([x, skips.pop()], dim=1)
-            x = layer(x, None, next(params))
-        return self.out_conv(self.out_norm(x))
+            if h.channels != layer.in_channels:
+                h = h.with_beside(skips.pop())
+            h = layer(h, None, next(params))
+        return self.out_conv(h.normed(self.out_norm))
 
 
 UNETS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
