@@ -139,14 +139,14 @@ class Conv2d(nn.Module):
 
 
 class QKV(Conv2d):
-    """The 1×1 convolution to queries, keys and values: all queries, then all keys, then all values.
+    """The 1×1 convolution to queries, keys and values, which the published weights have in turns, see `thirds`."""
 
-    The published weights have them in turns, see `thirds`.
-    """
-
-    def _conv(self, x: torch.Tensor, padding: int) -> torch.Tensor:
+    def by_pixel(self, x: torch.Tensor, num_heads: int) -> torch.Tensor:
+        """(N, C, H, W) → (N, H·W, 3, heads, c), see the function of that name."""
+        if x.is_contiguous():  # what is copied anyway is sorted there
+            return self(x).flatten(2).unflatten(1, (num_heads, -1, 3)).permute(0, 4, 3, 1, 2).contiguous()
         assert self.weight is not None and self.bias is not None
-        return conv2d(x, thirds(self.weight.to(x.dtype)), thirds(self.bias.to(x.dtype)), padding=padding)
+        return by_pixel(conv2d(x, thirds(self.weight.to(x.dtype)), thirds(self.bias.to(x.dtype))), num_heads)
 
 
 class GroupNorm(nn.Module):
@@ -233,14 +233,19 @@ class PositionalEmbedding(nn.Module):
         endpoint: Whether the lowest frequency is reached exactly (DDPM++) or would be the next one (ADM).
     """
 
+    freqs: torch.Tensor
+
     def __init__(self, num_channels: int, max_positions: int = 10_000, endpoint: bool = False):
         super().__init__()
-        self.num_channels, self.max_positions, self.endpoint = num_channels, max_positions, endpoint
+        half = num_channels // 2
+        exponents = torch.arange(half, dtype=torch.float32, device="cpu") / (half - endpoint)
+        self.register_buffer("freqs", (1 / max_positions) ** exponents, persistent=False)
+
+    def angles(self, x: torch.Tensor) -> torch.Tensor:
+        return x.outer(self.freqs.to(x.dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        half = self.num_channels // 2
-        exponents = torch.arange(half, dtype=torch.float32, device=x.device) / (half - self.endpoint)
-        angles = x.outer(((1 / self.max_positions) ** exponents).to(x.dtype))
+        angles = self.angles(x)
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
@@ -253,8 +258,11 @@ class FourierEmbedding(nn.Module):
         super().__init__()
         self.register_buffer("freqs", torch.randn(num_channels // 2) * scale)
 
+    def angles(self, x: torch.Tensor) -> torch.Tensor:
+        return x.outer((2 * math.pi * self.freqs).to(x.dtype))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        angles = x.outer((2 * math.pi * self.freqs).to(x.dtype))
+        angles = self.angles(x)
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
@@ -336,12 +344,12 @@ class UNetBlock(nn.Module):
         h = self.conv1(F.dropout(h, self.dropout, self.training))
         result = Sum(h, x.total if self.skip is None else self.skip(x.total), self.skip_scale)
         if self.num_heads:
-            h = self.proj(self._attention(self.qkv(result.normed(self.norm2))))
+            h = self.proj(self._attention(result.normed(self.norm2)))
             result = Sum(h, result.total, self.skip_scale)
         return result
 
-    def _attention(self, qkv: torch.Tensor) -> torch.Tensor:  # [N 3C H W] → [N C H W]
-        return merge_heads(scaled_dot_product(*split_heads(by_pixel(qkv, self.num_heads))), like=qkv)
+    def _attention(self, x: torch.Tensor) -> torch.Tensor:  # [N C H W] → [N C H W]
+        return merge_heads(scaled_dot_product(*split_heads(self.qkv.by_pixel(x, self.num_heads))), like=x)
 
 
 def thirds(weight: torch.Tensor) -> torch.Tensor:

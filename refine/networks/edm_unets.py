@@ -210,8 +210,8 @@ class SongUNet(LadderUNet):
         return self._decode(self._encode(x, params), params)
 
     def _embed(self, noise_labels, class_labels, augment_labels) -> torch.Tensor:
-        cos, sin = self.map_noise(noise_labels).chunk(2, dim=1)
-        emb = torch.cat([sin, cos], dim=1)  # this family was trained with the sines first
+        angles = self.map_noise.angles(noise_labels)
+        emb = torch.cat([angles.sin(), angles.cos()], dim=1)  # this family was trained with the sines first
         if self.map_label is not None:
             emb = emb + self.map_label(self._drop_labels(class_labels) * math.sqrt(self.label_dim))
         if self.map_augment is not None and augment_labels is not None:

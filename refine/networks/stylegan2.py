@@ -129,7 +129,9 @@ def modulated_conv2d(
         (N, O, H·up, W·up).
     """
     n, (o, i, k, _) = x.shape[0], weight.shape
-    if x.dtype == torch.float16 and demodulate is True:  # keep the half-precision products in range; demodulation undoes it
+    if (
+        x.dtype == torch.float16 and demodulate is True
+    ):  # keep the half-precision products in range; demodulation undoes it
         weight = weight * (weight.abs().amax(dim=[1, 2, 3], keepdim=True).reciprocal() / math.sqrt(i * k * k))
         styles = styles / styles.abs().amax(dim=1, keepdim=True)
     d = demodulate if isinstance(demodulate, torch.Tensor) else None

@@ -197,12 +197,6 @@ def _run(order, g, dy, x, b, dim, act, alpha, gain, clamp, db=None):
     return out
 
 
-def add_and_scale(x: torch.Tensor, y: torch.Tensor, gain: float) -> torch.Tensor:
-    """(x + y) · gain by the compiled kernel, for dense tensors with the same strides, see `scaled_sum`."""
-    flat_x, flat_y = (t.as_strided([t.numel()], [1]) for t in (x, y))
-    return _run(0, None, None, flat_x, flat_y, 0, "linear", 0.0, gain, -1.0).as_strided(x.shape, x.stride())
-
-
 def _launch(expression, x, blocks, record):
     native.launch("bias_act", x, expression, min(blocks, native.MOST_BLOCKS), _POINT_THREADS, 0, record)
 

@@ -245,7 +245,7 @@ struct Points {
     int64_t outer, channels, inner, numbers;
     Epilogue<Acc> epilogue;
     int64_t act;
-    bool clamped, aligned, as_large;  // as_large: each number has a bias of its own, which packs can read
+    bool clamped, aligned;
 
     REFINE_FN explicit Points(const BiasActRecord& call)
         : x(reinterpret_cast<const Number*>(call.x)),
@@ -261,8 +261,7 @@ struct Points {
           epilogue{Acc(call.alpha), Acc(call.gain), Acc(call.clamp)},
           act(call.act),
           clamped(call.clamp >= 0),
-          aligned((call.x | call.dy | call.g | call.out) % 16 == 0),
-          as_large(call.b && call.b % 16 == 0 && call.channels == numbers) {}
+          aligned((call.x | call.dy | call.g | call.out) % 16 == 0) {}
 
     REFINE_FN int64_t packs() const { return (numbers + kPack - 1) / kPack; }
 
@@ -328,17 +327,13 @@ REFINE_FN void point_pack(const Points<Number>& p, int64_t index) {
     Pack dy = {}, g = {}, out;
     if (Order > 0) dy = reinterpret_cast<const Pack*>(p.dy)[index];
     if (Order > 1) g = reinterpret_cast<const Pack*>(p.g)[index];
-    Pack biases = {};
-    if (p.as_large) biases = reinterpret_cast<const Pack*>(p.b)[index];
     const bool one_bias = p.inner % size == 0;
-    const auto shared_bias = p.as_large ? decltype(p.bias(0))(0) : p.bias(first);
+    const auto shared_bias = p.bias(first);
 #ifdef __CUDA_ARCH__
 #pragma unroll  // a pack stays in registers
 #endif
     for (int i = 0; i < size; ++i) {
-        const auto b = p.as_large ? decltype(p.bias(0))(load(biases.values[i]))
-                       : one_bias ? shared_bias
-                                  : p.bias(first + i);
+        const auto b = one_bias ? shared_bias : p.bias(first + i);
         store(&out.values[i], point_value<A, Order>(p, x.values[i], dy.values[i], g.values[i], b));
     }
     reinterpret_cast<Pack*>(p.out)[index] = out;

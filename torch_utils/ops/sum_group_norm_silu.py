@@ -9,7 +9,6 @@ import torch
 
 from refine.torch_utils.ops import native
 from refine.torch_utils.ops.group_norm_silu import Terms, gpu_serves, group_norm_silu, launch, plain
-from refine.torch_utils.ops.scaled_sum import scaled_sum
 
 
 def sum_group_norm_silu(
@@ -35,8 +34,8 @@ def sum_group_norm_silu(
     Returns:
         The sum, (N, C + B, ...), and silu(group_norm(sum)).
     """
-    terms = [t for t in (x, y, beside) if t is not None]
-    alike = all(t.dtype == x.dtype and native.layout_of(t) == native.layout_of(x) for t in terms)
+    terms, layout = [t for t in (x, y, beside) if t is not None], native.layout_of(x)
+    alike = all(t.dtype == x.dtype and t.is_contiguous(memory_format=layout) for t in terms)
     served = len(terms) > 1 and alike and x.device.type != "cpu" and weight.dtype == bias.dtype == torch.float32
     if served and gpu_serves(x, num_groups, len(weight)) and native.choose("group_norm_silu", x, None) == "native":
         return _native(x, y, beside, weight, bias, num_groups, eps, silu, scale)[:2]
@@ -48,19 +47,20 @@ def sum_beside(
     x: torch.Tensor, y: torch.Tensor | None, beside: torch.Tensor | None, scale: float = 1.0
 ) -> torch.Tensor:
     """The sum alone; arguments as above."""
-    total = x if y is None else scaled_sum(x, y, scale)
+    total = x if y is None else x.add_(y)
+    if scale != 1:
+        total = total.mul_(scale)
     return total if beside is None else torch.cat([total, beside], dim=1)
 
 
 def _forward(x, y, beside, weight, bias, num_groups, eps, silu, scale):
     total, normed, stats = _fake(x, y, beside, weight, bias, num_groups, eps, silu, scale)
-    layout = native.layout_of(x)
     if not x.is_cuda or native.function("group_norm_silu", x) is None:  # a graph that was exported for a GPU
         own = x if y is None else (x + y) * scale
         total.copy_(own if beside is None else torch.cat([own, beside], dim=1))
         return total, normed.copy_(_normed(total, weight, bias, num_groups, eps, silu)), stats.zero_()
-    x, y, beside = (None if t is None else t.contiguous(memory_format=layout) for t in (x, y, beside))
     if x.numel():
+        layout = native.layout_of(x)
         terms = Terms(y, beside, total, own=x.shape[1], scale=scale)
         launch(x, (weight, bias, None, None, None), (num_groups, eps, silu), layout, stats, normed, terms=terms)
     return total, normed, stats

@@ -25,7 +25,6 @@ from refine.torch_utils.distributed import packed
 from refine.torch_utils.ops.bias_act import bias_act
 from refine.torch_utils.ops.filtered_lrelu import filtered_lrelu
 from refine.torch_utils.ops.group_norm_silu import group_norm_silu
-from refine.torch_utils.ops.scaled_sum import scaled_sum
 from refine.torch_utils.ops.sum_group_norm_silu import sum_group_norm_silu
 from refine.torch_utils.ops.upfirdn2d import setup_filter, upfirdn2d
 
@@ -124,7 +123,7 @@ def sum_group_norm_silu_error(dtype):
                 given = {name: inputs.get(name) for name in ("x", "y", "beside", "weight", "bias")}
                 if precision is None:
                     both = sum_group_norm_silu(**given, num_groups=groups, scale=scale, silu=h > 5)
-                    assert "SumGroupNormSilu" in type(both[0].grad_fn).__name__ or "Differentiable" in str(both[0].grad_fn)
+                    assert both[0].grad_fn is both[1].grad_fn  # one op made both
                 else:
                     total = inputs["x"] + inputs["y"] if "y" in inputs else inputs["x"]
                     total = torch.cat([total * scale, *([inputs["beside"]] if b else [])], dim=1)
@@ -135,17 +134,6 @@ def sum_group_norm_silu_error(dtype):
                 grads = torch.autograd.grad(outputs, wanted, [d[index].to(outputs[0].dtype) for index in used])
                 found.append([t.double() for t in (*both, *grads)])
             worst = max(worst, error(*found))
-    return worst
-
-
-def scaled_sum_error(dtype):
-    worst = 0.0
-    for shape, layout in itertools.product([*SHAPES, (3, 8, 16, 16)], LAYOUTS):
-        x, y, d = (torch.randn(shape, device=DEVICE).to(dtype).contiguous(memory_format=layout) for _ in range(3))
-        inputs = [x.requires_grad_(), y.requires_grad_()]
-        z = scaled_sum(*inputs, 0.7)
-        found = [z, *torch.autograd.grad(z, inputs, d)]
-        worst = max(worst, error(found, [(x + y) * 0.7, d * 0.7, d * 0.7]))
     return worst
 
 
@@ -222,7 +210,6 @@ OPS = {
     "upfirdn2d": upfirdn2d_error,
     "group_norm_silu": group_norm_silu_error,
     "sum_group_norm_silu": sum_group_norm_silu_error,
-    "scaled_sum": scaled_sum_error,
     "filtered_lrelu": filtered_lrelu_error,
 }
 
