@@ -70,8 +70,8 @@ def linear_together(layers: Sequence[Linear], x: torch.Tensor, dtype: torch.dtyp
     A product with few rows takes a GPU less time than a launch takes the processor: many layers are as fast as one.
     """
     weight = torch.cat([layer.weight for layer in layers])
-    bias = torch.cat([layer.bias for layer in layers])
-    return F.linear(x, weight, bias).to(dtype).split([len(layer.weight) for layer in layers], dim=1)
+    bias = torch.cat([layer.bias for layer in layers if layer.bias is not None])
+    return F.linear(x, weight, bias).to(dtype).split([layer.weight.shape[0] for layer in layers], dim=1)
 
 
 class Conv2d(nn.Module):
@@ -212,8 +212,8 @@ class Sum:
         assert self._total is not None
         return self._total
 
-    def normed(self, norm: GroupNorm) -> torch.Tensor:
-        """What a norm makes of it."""
+    def normed(self, norm: Any) -> torch.Tensor:
+        """What a `GroupNorm` makes of it."""
         if self._terms is None:
             return norm(self.total)
         x, y, beside, scale = self._terms
@@ -233,16 +233,14 @@ class PositionalEmbedding(nn.Module):
         endpoint: Whether the lowest frequency is reached exactly (DDPM++) or would be the next one (ADM).
     """
 
-    freqs: torch.Tensor
-
     def __init__(self, num_channels: int, max_positions: int = 10_000, endpoint: bool = False):
         super().__init__()
-        half = num_channels // 2
-        exponents = torch.arange(half, dtype=torch.float32, device="cpu") / (half - endpoint)
-        self.register_buffer("freqs", (1 / max_positions) ** exponents, persistent=False)
+        self.num_channels, self.max_positions, self.endpoint = num_channels, max_positions, endpoint
 
     def angles(self, x: torch.Tensor) -> torch.Tensor:
-        return x.outer(self.freqs.to(x.dtype))
+        half = self.num_channels // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=x.device) / (half - self.endpoint)
+        return x.outer(((1 / self.max_positions) ** exponents).to(x.dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         angles = self.angles(x)

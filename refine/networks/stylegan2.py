@@ -129,9 +129,7 @@ def modulated_conv2d(
         (N, O, H·up, W·up).
     """
     n, (o, i, k, _) = x.shape[0], weight.shape
-    if (
-        x.dtype == torch.float16 and demodulate is True
-    ):  # keep the half-precision products in range; demodulation undoes it
+    if x.dtype == torch.float16 and demodulate is True:  # keep the products in range; demodulation undoes it
         weight = weight * (weight.abs().amax(dim=[1, 2, 3], keepdim=True).reciprocal() / math.sqrt(i * k * k))
         styles = styles / styles.abs().amax(dim=1, keepdim=True)
     d = demodulate if isinstance(demodulate, torch.Tensor) else None
@@ -154,7 +152,7 @@ def modulated_conv2d(
 
 
 def _demodulation(styles: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-    """1 / √(Σ over I and k of (w·s)² + 1e-8), a product of matrices: (…, N, I), (…, O, I) of the kernels → (…, N, O)."""
+    """1 / √(Σ over I and k of (w·s)² + 1e-8), a product of matrices: (…, N, I), of kernels (…, O, I) → (…, N, O)."""
     return (styles.square() @ norms.square().mT + 1e-8).rsqrt()
 
 
@@ -180,7 +178,8 @@ def modulations(
         some = [layers[index] for index in indices]
         affines = [layer.affine for layer in some]
         gains = {"alpha": gain * affines[0].weight_gain, "beta": gain * affines[0].bias_gain}
-        weight, bias = stacked([affine.weight for affine in affines]), stacked([affine.bias for affine in affines])
+        weight = stacked([affine.weight for affine in affines])
+        bias = stacked([affine.bias for affine in affines if affine.bias is not None])
         w = stacked([ws[index] for index in indices])  # [LNw]
         styles = torch.baddbmm(bias[..., None], weight, w.mT, **gains).mT  # [LNI]
         factors: Sequence[bool | torch.Tensor] = [demodulate] * len(some)
@@ -188,7 +187,7 @@ def modulations(
             norms = stacked([torch.linalg.vector_norm(layer.weight, dim=(2, 3)) for layer in some])  # [LOI]
             factors = _demodulation(styles, norms).to(dtype).unbind()
         styles = styles if dtype == torch.float16 else styles.to(dtype)
-        found |= {index: Modulation(*pair) for index, *pair in zip(indices, styles.unbind(), factors, strict=True)}
+        found |= dict(zip(indices, map(Modulation, styles.unbind(), factors), strict=True))
     return [found[index] for index in range(len(layers))]
 
 
@@ -396,7 +395,7 @@ class SynthesisBlock(bases.MixedPrecision):
 
     def layers(self) -> list[SynthesisLayer | ToRGBLayer]:
         """In the order in which they run."""
-        convs = [self.conv1] if self.in_channels == 0 else [self.conv0, self.conv1]
+        convs: list[Any] = [self.conv1] if self.in_channels == 0 else [self.conv0, self.conv1]
         return [*convs, self.torgb] if self.num_torgb else convs
 
     def dtype(self, force_fp32: bool) -> torch.dtype:
@@ -409,7 +408,7 @@ class SynthesisBlock(bases.MixedPrecision):
         layer = {"noise_mode": noise_mode, "fused_modconv": fused_modconv}
         dtype = self.dtype(force_fp32)
         if self.in_channels == 0:
-            x = self.const.to(dtype).unsqueeze(0).repeat(len(ws[0].styles), 1, 1, 1)
+            x = self.const.to(dtype).unsqueeze(0).repeat(ws[0].styles.shape[0], 1, 1, 1)
             x = self.conv1(x.to(memory_format=self._format(x)), next(w_iter), **layer)
         else:
             x = x.to(dtype=dtype, memory_format=self._format(x))
@@ -515,7 +514,9 @@ class SynthesisNetwork(nn.Module):
         ws = ws.to(torch.float32)
         blocks = [getattr(self, f"b{res}") for res in self.block_resolutions]
         each_w, first = ws.unbind(dim=1), 0
-        layers, its_ws, dtypes = [], [], []
+        layers: list[Any] = []
+        its_ws: list[torch.Tensor] = []
+        dtypes: list[torch.dtype] = []
         for block in blocks:
             layers += (found := block.layers())
             # The toRGB layer of a block shares its w with the first layer of the next one.

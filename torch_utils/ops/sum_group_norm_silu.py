@@ -96,7 +96,7 @@ def _grads_of(inputs, d_normed, d_total, options, scale, own, **more):
 
 
 def _empty(like, channels):
-    shape = [len(like), channels, *like.shape[2:]]
+    shape = [like.shape[0], channels, *like.shape[2:]]
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=native.layout_of(like))
 
 
@@ -106,7 +106,7 @@ def _empty_grads(total, weight, own):
 
 
 def _fake(x, y, beside, weight, bias, num_groups, *options):
-    stats = x.new_empty(len(x), num_groups, 2, dtype=torch.float64)
+    stats = x.new_empty(x.shape[0], num_groups, 2, dtype=torch.float64)
     return _empty(x, len(weight)), _empty(x, len(weight)), stats
 
 
