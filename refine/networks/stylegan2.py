@@ -134,7 +134,7 @@ def modulated_conv2d(
         styles = styles / styles.abs().amax(dim=1, keepdim=True)
     d = demodulate if isinstance(demodulate, torch.Tensor) else None
     if demodulate is True:
-        d = _demodulation(styles, torch.linalg.vector_norm(weight, dim=(2, 3)))
+        d = _demodulation(styles, weight.square().sum(dim=[2, 3]))
     geometry: dict[str, Any] = {"f": resample_filter, "up": up, "padding": padding, "flip_weight": up == 1}
 
     if not fused:
@@ -151,9 +151,9 @@ def modulated_conv2d(
     return x if noise is None else x + noise.to(x.dtype)
 
 
-def _demodulation(styles: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-    """1 / √(Σ over I and k of (w·s)² + 1e-8), a product of matrices: (…, N, I), of kernels (…, O, I) → (…, N, O)."""
-    return (styles.square() @ norms.square().mT + 1e-8).rsqrt()
+def _demodulation(styles: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+    """1 / √(Σ over I and k of (w·s)² + 1e-8), a product of matrices: (…, N, I), w² summed (…, O, I) → (…, N, O)."""
+    return (styles.square() @ squares.mT + 1e-8).rsqrt()
 
 
 class Modulation(NamedTuple):
@@ -177,15 +177,15 @@ def modulations(
     for (_, gain, demodulate, dtype), indices in alike.items():
         some = [layers[index] for index in indices]
         affines = [layer.affine for layer in some]
-        gains = {"alpha": gain * affines[0].weight_gain, "beta": gain * affines[0].bias_gain}
-        weight = stacked([affine.weight for affine in affines])
+        weight = stacked([affine.weight for affine in affines]) * affines[0].weight_gain
         bias = stacked([affine.bias for affine in affines if affine.bias is not None])
         w = stacked([ws[index] for index in indices])  # [LNw]
-        styles = torch.baddbmm(bias[..., None], weight, w.mT, **gains).mT  # [LNI]
+        styles = torch.baddbmm(bias[..., None], weight, w.mT, beta=affines[0].bias_gain).mT  # [LNI]
+        styles = styles if gain == 1 else styles * gain
         factors: Sequence[bool | torch.Tensor] = [demodulate] * len(some)
         if demodulate and dtype != torch.float16:  # which `modulated_conv2d` keeps in range
-            norms = stacked([torch.linalg.vector_norm(layer.weight, dim=(2, 3)) for layer in some])  # [LOI]
-            factors = _demodulation(styles, norms).to(dtype).unbind()
+            squares = stacked([layer.weight.square().sum(dim=[2, 3]) for layer in some])  # [LOI]
+            factors = _demodulation(styles, squares).to(dtype).unbind()
         styles = styles if dtype == torch.float16 else styles.to(dtype)
         found |= dict(zip(indices, map(Modulation, styles.unbind(), factors), strict=True))
     return [found[index] for index in range(len(layers))]
