@@ -37,7 +37,10 @@ VIEWS = {
 }
 KINDS = {
     "convolution": {"convolution", "convolution_backward", "upfirdn2d"},
-    "norm": {"native_group_norm", "native_group_norm_backward", "group_norm_silu", "group_norm_silu_grad"},
+    "norm": {
+        *("native_group_norm", "native_group_norm_backward", "group_norm_silu", "group_norm_silu_grad"),
+        *("sum_group_norm_silu", "sum_group_norm_silu_grad"),
+    },
     "matrices": {"addmm", "mm", "bmm", "baddbmm"},
     "attention": {"_scaled_dot_product_efficient_attention", "_scaled_dot_product_efficient_attention_backward"},
 }

@@ -8,6 +8,7 @@ one begins. What a part measures is said at the top of its file.
 """
 
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,12 +24,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Part:
-    """A program and its page: `lines` of its output from the end, or all of them; `limit` in seconds."""
+    """A program and its page: its output, of which `keep` says which lines; `limit` in seconds."""
 
     title: str
     command: tuple[str, ...]
     limit: int
-    lines: int | None = None
+    lines: int | None = None  # from the end
+    keep: str = ""  # what they contain, a pattern
 
 
 TESTS = ("-m", "pytest", "-v", "-m", "gpu", "-n", "4", "--tb=line", "tests")  # each is told of as it ends
@@ -37,7 +39,7 @@ PARTS = {
     "ops": Part("Ops, against plain torch and device copies", ("benchmarks/gpu_ops.py",), 90),
     "iteration": Part("One iteration at CIFAR-10's official sizes", ("benchmarks/steps.py",), 120),
     "metrics": Part("Images per second of metrics", ("benchmarks/metrics.py", "--quick"), 90),
-    "tests": Part("Tests that need a GPU", TESTS, 400, lines=60),
+    "tests": Part("Tests that need a GPU", TESTS, 400, lines=60, keep=r"(^|\] )(FAILED|ERROR) | (passed|failed)[ ,]"),
     "demo": Part("The demo", ("-m", "refine.cli.demo", "--outdir={scratch}"), 240, lines=16),
 }
 
@@ -53,7 +55,9 @@ def measured(part: Part, scratch: str) -> str:
             output += "\n".join(done.stderr.splitlines()[-8:])
     except subprocess.TimeoutExpired as stopped:
         output, outcome = (stopped.stdout or b"").decode(errors="replace"), f", **stopped after {part.limit} s**"
-    shown = output.strip().splitlines()[-(part.lines or 0) :]
+    lines = output.strip().splitlines()
+    shown = [line for line in lines if re.search(part.keep, line)] or lines[-8:]
+    shown = shown[-(part.lines or 0) :]
     body = "\n".join(shown) if any(line.startswith("|") for line in shown) else "\n".join(["```", *shown, "```"])
     typed = " ".join(["python", *part.command])
     return f"## {part.title}\n\n`{typed}`, {time.monotonic() - start:.0f} s{outcome}\n\n{body}\n"

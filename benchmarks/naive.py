@@ -23,7 +23,7 @@ def modulated_conv2d(x, weight, styles, noise=None, up=1, padding=0, resample_fi
     """StyleGAN2, eqs. 1–3, in their order: scale the kernels of each sample, demodulate them, convolve in groups."""
     n, (o, i, k, _) = len(x), weight.shape
     w = weight[None] * styles[:, None, :, None, None]
-    if demodulate:
+    if demodulate is not False:
         w = w * (w.square().sum(dim=[2, 3, 4], keepdim=True) + 1e-8).rsqrt()
     x, w = x.reshape(1, n * i, *x.shape[2:]), w.reshape(n * o, i, k, k)
     x = conv2d_resample(x, w, f=resample_filter, up=up, padding=padding, flip_weight=up == 1, groups=n)

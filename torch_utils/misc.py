@@ -1,6 +1,7 @@
 """Small torch helpers."""
 
 import contextlib
+import math
 import resource
 import sys
 from collections.abc import Iterator
@@ -9,51 +10,83 @@ import torch
 
 from refine.torch_utils.distributed import is_main, sum_tensor
 
+MOST_NAMES = 512  # of running means
+
 
 class RunningMeans:
     """Means of named quantities, gathered on the device and read with one synchronisation.
 
-    Adding never waits for the device; `drain` does, once for all names. Sums stay in the tensors that they were first
-    made in, so that a CUDA graph can add to them.
+    Adding never waits for the device; `drain` does, once for all names. All sums are rows of one tensor that stays
+    where it is, so that a CUDA graph can add to them.
     """
 
     def __init__(self, device: torch.device | str):
         self._device = device
-        self._sums: dict[tuple[str, ...], torch.Tensor] = {}  # names → float32 (names, 2): sum, count
-        self._loaded: dict[str, torch.Tensor] = {}  # name → (2,), until the name is added to
+        self._rows: dict[str, int] = {}
+        self._sums = torch.zeros(MOST_NAMES, 2, device=device)  # sum, count
+        self._numbers: dict[str, list[float]] = {}  # what the host knows: sum, count
+        self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []  # values, the rows that they go to
+        self._together = False
+        self._places: dict[tuple[str, ...], torch.Tensor] = {}  # names → their rows, on the device
 
     def add(self, name: str, values: torch.Tensor | float) -> None:
         """Count every finite element of `values` (any shape)."""
         if not isinstance(values, torch.Tensor):
-            values = torch.full([], values, device=self._device)  # a tensor of the host would be copied
-        values = values.detach().float()
-        finite = values.isfinite()
-        pair = torch.stack([values.where(finite, 0.0).sum(), finite.sum(dtype=torch.float32)])
-        self._add((name,), pair[None])
+            self._row(name)
+            number = self._numbers.setdefault(name, [0.0, 0.0])
+            if math.isfinite(values):
+                number[0], number[1] = number[0] + values, number[1] + 1
+            return
+        self._add(values.flatten(), self._place([name]).expand(values.numel()))
 
     def add_binned(self, names: list[str], bins: torch.Tensor, values: torch.Tensor) -> None:
         """Count finite `values` (N,) under `names[bins]`; bins are int64 (N,)."""
-        values, finite = values.detach().float(), values.isfinite()
-        pairs = torch.stack([values.where(finite, 0.0), finite.float()], dim=1)
-        self._add(tuple(names), torch.zeros(len(names), 2, device=self._device).index_add_(0, bins, pairs))
+        self._add(values, self._place(names)[bins])
 
-    def _add(self, names: tuple[str, ...], pairs: torch.Tensor) -> None:
-        if names in self._sums:
-            self._sums[names] += pairs
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What is added inside is counted at the end, in a few operators for all of it."""
+        self._together, self._waiting = True, []
+        try:
+            yield
+        finally:
+            self._together = False
+        self._count()
+
+    def _row(self, name: str) -> int:
+        row = self._rows.setdefault(name, len(self._rows))
+        assert row < MOST_NAMES
+        return row
+
+    def _place(self, names: list[str]) -> torch.Tensor:
+        key = tuple(names)
+        if key not in self._places:  # filled there: a copy would wait for a GPU
+            rows = [torch.full([1], self._row(name), device=self._device) for name in names]
+            self._places[key] = torch.cat(rows)
+        return self._places[key]
+
+    def _add(self, values: torch.Tensor, rows: torch.Tensor) -> None:
+        self._waiting.append((values.detach().float(), rows))
+        if not self._together:
+            self._count()
+
+    def _count(self) -> None:
+        if not self._waiting:
             return
-        if self._loaded:
-            before = [self._loaded.pop(name, None) for name in names]
-            pairs = torch.stack([torch.zeros_like(pairs[0]) if pair is None else pair for pair in before]) + pairs
-        self._sums[names] = pairs
+        values, rows = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+        self._waiting.clear()
+        finite = (values - values).eq_(0)  # in float32
+        self._sums.index_add_(0, rows, torch.stack([values.nan_to_num_(0.0, 0.0, 0.0), finite], dim=1))
 
     def _pairs(self) -> dict[str, torch.Tensor]:
         """name → (2,); every process must come here."""
-        rows = [(name, pair) for names, pairs in self._sums.items() for name, pair in zip(names, pairs, strict=True)]
-        rows += self._loaded.items()
-        if not rows:
+        if not self._rows:
             return {}
-        total = sum_tensor(torch.stack([pair for _, pair in rows]))
-        return dict(zip((name for name, _ in rows), total, strict=True))
+        numbers = torch.zeros(len(self._rows), 2)
+        for name, pair in self._numbers.items():
+            numbers[self._rows[name]] = torch.tensor(pair)
+        total = sum_tensor(self._sums[: len(self._rows)] + numbers.to(self._device))
+        return dict(zip(self._rows, total, strict=True))
 
     def drain(self) -> dict[str, float]:
         """All means since the last call over all processes, names without a value left out, and begin anew."""
@@ -61,9 +94,8 @@ class RunningMeans:
         if not pairs:
             return {}
         numbers = torch.stack(list(pairs.values())).tolist()  # the one synchronisation
-        for sums in self._sums.values():
-            sums.zero_()
-        self._loaded = {}
+        self._sums.zero_()
+        self._numbers = {}
         return {name: total / count for name, (total, count) in zip(pairs, numbers, strict=True) if count > 0}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -72,8 +104,10 @@ class RunningMeans:
 
     def load_state_dict(self, sums: dict[str, torch.Tensor]) -> None:
         """Go on from there: the first process holds what was gathered, the others begin at nothing."""
-        self._sums = {}
-        self._loaded = {name: pair.to(self._device) * float(is_main()) for name, pair in sums.items()}
+        self._sums.zero_()
+        self._numbers = {}
+        for name, pair in sums.items():
+            self._sums[self._row(name)] = pair.to(self._device) * float(is_main())
 
 
 @contextlib.contextmanager

@@ -98,6 +98,7 @@ class Preconditioner(Denoiser, MixedPrecision):
         means: dict[nn.Module, torch.Tensor] = {}
 
         def note(end: nn.Module, _: Any, output: torch.Tensor) -> None:
+            output = getattr(output, "total", output)  # of a `Sum`
             means[end] = output.to(torch.float32).mean(dim=(2, 3))
             if end is ends[-1]:
                 raise _EncoderIsDone

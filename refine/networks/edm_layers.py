@@ -18,6 +18,7 @@ from torch import nn
 
 from refine.torch_utils.ops.conv3x3 import conv2d
 from refine.torch_utils.ops.group_norm_silu import group_norm_silu
+from refine.torch_utils.ops.sum_group_norm_silu import sum_beside, sum_group_norm_silu
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,16 @@ class Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+def linear_together(layers: Sequence[Linear], x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """What each of some layers with biases makes of the same x, (N, in_features), in one product of matrices.
+
+    A product with few rows takes a GPU less time than a launch takes the processor: many layers are as fast as one.
+    """
+    weight = torch.cat([layer.weight for layer in layers])
+    bias = torch.cat([layer.bias for layer in layers if layer.bias is not None])
+    return F.linear(x, weight, bias).to(dtype).split([layer.weight.shape[0] for layer in layers], dim=1)
 
 
 class Conv2d(nn.Module):
@@ -128,14 +139,14 @@ class Conv2d(nn.Module):
 
 
 class QKV(Conv2d):
-    """The 1×1 convolution to queries, keys and values: all queries, then all keys, then all values.
+    """The 1×1 convolution to queries, keys and values, which the published weights have in turns, see `thirds`."""
 
-    The published weights have them in turns, see `thirds`.
-    """
-
-    def _conv(self, x: torch.Tensor, padding: int) -> torch.Tensor:
+    def by_pixel(self, x: torch.Tensor, num_heads: int) -> torch.Tensor:
+        """(N, C, H, W) → (N, H·W, 3, heads, c), see the function of that name."""
+        if x.is_contiguous():  # what is copied anyway is sorted there
+            return self(x).flatten(2).unflatten(1, (num_heads, -1, 3)).permute(0, 4, 3, 1, 2).contiguous()
         assert self.weight is not None and self.bias is not None
-        return conv2d(x, thirds(self.weight).to(x.dtype), thirds(self.bias).to(x.dtype), padding=padding)
+        return by_pixel(conv2d(x, thirds(self.weight.to(x.dtype)), thirds(self.bias.to(x.dtype))), num_heads)
 
 
 class GroupNorm(nn.Module):
@@ -171,6 +182,48 @@ class GroupNormSilu(GroupNorm):
         return group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, before, scale, shift, inplace=True)
 
 
+class Sum:
+    """Images in the making: (x + y) · scale, and the channels that a decoder puts beside it, all (N, C, H, W).
+
+    The norm that comes next makes the sum on its way, on a GPU in the same pass over memory. Whoever wants it, wants it
+    after that norm or instead of it: asking for `total` before costs a pass more.
+
+    Args: see `sum_group_norm_silu`.
+    """
+
+    def __init__(
+        self, x: torch.Tensor, y: torch.Tensor | None = None, scale: float = 1.0, beside: torch.Tensor | None = None
+    ):
+        self.channels = x.shape[1] + (0 if beside is None else beside.shape[1])
+        self._terms: tuple | None = (x, y, beside, scale)  # until they are added up
+        self._total: torch.Tensor | None = None
+
+    def with_beside(self, other: Sum) -> Sum:
+        """The same with another one's channels behind its own."""
+        if self._terms is None:
+            return Sum(self.total, beside=other.total)
+        x, y, _, scale = self._terms
+        return Sum(x, y, scale, other.total)
+
+    @property
+    def total(self) -> torch.Tensor:
+        if self._terms is not None:
+            self._total, self._terms = sum_beside(*self._terms), None
+        assert self._total is not None
+        return self._total
+
+    def normed(self, norm: Any) -> torch.Tensor:
+        """What a `GroupNorm` makes of it."""
+        if self._terms is None:
+            return norm(self.total)
+        x, y, beside, scale = self._terms
+        silu, self._terms = isinstance(norm, GroupNormSilu), None
+        self._total, normed = sum_group_norm_silu(
+            x, y, beside, norm.num_groups, norm.weight, norm.bias, norm.eps, scale, silu
+        )
+        return normed
+
+
 class PositionalEmbedding(nn.Module):
     """Noise level as cosines and sines of geometrically spaced frequencies, 1 to 1/max_positions.
 
@@ -184,10 +237,13 @@ class PositionalEmbedding(nn.Module):
         super().__init__()
         self.num_channels, self.max_positions, self.endpoint = num_channels, max_positions, endpoint
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def angles(self, x: torch.Tensor) -> torch.Tensor:
         half = self.num_channels // 2
         exponents = torch.arange(half, dtype=torch.float32, device=x.device) / (half - self.endpoint)
-        angles = x.outer(((1 / self.max_positions) ** exponents).to(x.dtype))
+        return x.outer(((1 / self.max_positions) ** exponents).to(x.dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        angles = self.angles(x)
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
@@ -200,8 +256,11 @@ class FourierEmbedding(nn.Module):
         super().__init__()
         self.register_buffer("freqs", torch.randn(num_channels // 2) * scale)
 
+    def angles(self, x: torch.Tensor) -> torch.Tensor:
+        return x.outer((2 * math.pi * self.freqs).to(x.dtype))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        angles = x.outer((2 * math.pi * self.freqs).to(x.dtype))
+        angles = self.angles(x)
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
@@ -265,26 +324,30 @@ class UNetBlock(nn.Module):
             self.qkv = QKV(out_channels, out_channels * 3, kernel=1, init=init_attn or init)
             self.proj = Conv2d(out_channels, out_channels, kernel=1, init=init_zero)
 
-    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:  # [N C_in H W], [N E] → [N C_out H' W']
-        h = self.conv0(self.norm0(x))
-        params = self.affine(emb)
+    def forward(self, x: Any, emb: torch.Tensor | None, params: torch.Tensor | None = None) -> Any:
+        """[N C_in H W], [N E] → [N C_out H' W'].
+
+        A `Sum` becomes a `Sum`. `params` is what `affine` makes of the embedding, which is not needed then; see
+        `linear_together`.
+        """
+        if not isinstance(x, Sum):
+            return self.forward(Sum(x), emb, params).total
+        h = self.conv0(x.normed(self.norm0))
+        params = self.affine(emb) if params is None else params
         if self.adaptive_scale:
             scale, shift = params.chunk(2, dim=1)
             h = self.norm1(h, scale=scale, shift=shift)
         else:
             h = self.norm1(h, before=params)
         h = self.conv1(F.dropout(h, self.dropout, self.training))
-        h = self._residual(h, x if self.skip is None else self.skip(x))
+        result = Sum(h, x.total if self.skip is None else self.skip(x.total), self.skip_scale)
         if self.num_heads:
-            h = self._residual(self.proj(self._attention(self.qkv(self.norm2(h)))), h)
-        return h
+            h = self.proj(self._attention(result.normed(self.norm2)))
+            result = Sum(h, result.total, self.skip_scale)
+        return result
 
-    def _residual(self, branch: torch.Tensor, trunk: torch.Tensor) -> torch.Tensor:
-        total = branch.add_(trunk)  # in place: branch is a convolution's output, which its gradient does not need
-        return total if self.skip_scale == 1 else total.mul_(self.skip_scale)
-
-    def _attention(self, qkv: torch.Tensor) -> torch.Tensor:  # [N 3C H W] → [N C H W]
-        return merge_heads(scaled_dot_product(*split_heads(by_pixel(qkv, self.num_heads))), like=qkv)
+    def _attention(self, x: torch.Tensor) -> torch.Tensor:  # [N C H W] → [N C H W]
+        return merge_heads(scaled_dot_product(*split_heads(self.qkv.by_pixel(x, self.num_heads))), like=x)
 
 
 def thirds(weight: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,9 @@ from refine.networks.edm_layers import (
     Init,
     Linear,
     PositionalEmbedding,
+    Sum,
     UNetBlock,
+    linear_together,
 )
 
 
@@ -84,6 +86,11 @@ class LadderUNet(nn.Module):
 
     def _add_decoder_aux(self, level: int, prefix: str, width: int) -> None:
         """Hook behind the blocks of each decoder level."""
+
+    def _params(self, emb: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """What the blocks, in the order in which they run, make of the embedding [N E]."""
+        blocks = [layer for layer in (*self.enc.values(), *self.dec.values()) if isinstance(layer, UNetBlock)]
+        return iter(linear_together([block.affine for block in blocks], emb, dtype))
 
     def _drop_labels(self, class_labels: torch.Tensor | None) -> torch.Tensor:
         """In train mode, blank whole label rows at the rate ``label_dropout``."""
@@ -199,13 +206,12 @@ class SongUNet(LadderUNet):
         augment_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The raw network F: images [N C R R], c_noise [N] or [1], labels [N L], augmentation [N A] → [N C_out R R]."""
-        emb = self._embed(noise_labels, class_labels, augment_labels)
-        x, skips = self._encode(x, emb)
-        return self._decode(x, skips, emb)
+        params = self._params(self._embed(noise_labels, class_labels, augment_labels), x.dtype)
+        return self._decode(self._encode(x, params), params)
 
     def _embed(self, noise_labels, class_labels, augment_labels) -> torch.Tensor:
-        cos, sin = self.map_noise(noise_labels).chunk(2, dim=1)
-        emb = torch.cat([sin, cos], dim=1)  # this family was trained with the sines first
+        angles = self.map_noise.angles(noise_labels)
+        emb = torch.cat([angles.sin(), angles.cos()], dim=1)  # this family was trained with the sines first
         if self.map_label is not None:
             emb = emb + self.map_label(self._drop_labels(class_labels) * math.sqrt(self.label_dim))
         if self.map_augment is not None and augment_labels is not None:
@@ -213,35 +219,37 @@ class SongUNet(LadderUNet):
         emb = F.silu(self.map_layer0(emb))
         return F.silu(self.map_layer1(emb))
 
-    def _encode(self, x: torch.Tensor, emb: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        skips: list[torch.Tensor] = []
-        aux = x
+    def _encode(self, image: torch.Tensor, params: Iterator[torch.Tensor]) -> list[Sum]:
+        skips: list[Sum] = []
+        aux = image
         for name, layer in self.enc.items():
             if name.endswith("aux_down"):
                 aux = layer(aux)
             elif name.endswith("aux_skip"):
-                x = skips[-1] = x + layer(aux)
+                skips[-1] = Sum(layer(aux), skips[-1].total)
             elif name.endswith("aux_residual"):
-                x = skips[-1] = aux = (x + layer(aux)) * math.sqrt(0.5)
+                skips[-1] = Sum(layer(aux), skips[-1].total, math.sqrt(0.5))
+                aux = skips[-1].total
+            elif isinstance(layer, UNetBlock):
+                skips.append(layer(skips[-1], None, next(params)))
             else:
-                x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
-                skips.append(x)
-        return x, skips
+                skips.append(Sum(layer(image)))
+        return skips
 
-    def _decode(self, x: torch.Tensor, skips: list[torch.Tensor], emb: torch.Tensor) -> torch.Tensor:
+    def _decode(self, skips: list[Sum], params: Iterator[torch.Tensor]) -> torch.Tensor:
         image: torch.Tensor | None = None
-        normed = None
+        x, normed = skips[-1], None
         for name, layer in self.dec.items():
             if name.endswith("aux_up"):
                 image = layer(image)
             elif name.endswith("aux_norm"):
-                normed = layer(x)
+                normed = x.normed(layer)
             elif name.endswith("aux_conv"):
                 image = layer(normed) if image is None else image + layer(normed)
             else:
-                if x.shape[1] != layer.in_channels:
-                    x = torch.cat([x, skips.pop()], dim=1)
-                x = layer(x, emb)
+                if x.channels != layer.in_channels:
+                    x = x.with_beside(skips.pop())
+                x = layer(x, None, next(params))
         assert image is not None  # the last level ends in an aux_conv
         return image
 
@@ -302,17 +310,18 @@ class DhariwalUNet(LadderUNet):
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
         if self.map_label is not None:
             emb = emb + self.map_label(self._drop_labels(class_labels))
-        emb = F.silu(emb)
+        params = self._params(F.silu(emb), x.dtype)
 
-        skips: list[torch.Tensor] = []
+        skips: list[Sum] = []
         for layer in self.enc.values():
-            x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
-            skips.append(x)
+            block = isinstance(layer, UNetBlock)
+            skips.append(layer(skips[-1], None, next(params)) if block else Sum(layer(x)))
+        h = skips[-1]
         for layer in self.dec.values():
-            if x.shape[1] != layer.in_channels:
-                x = torch.cat([x, skips.pop()], dim=1)
-            x = layer(x, emb)
-        return self.out_conv(self.out_norm(x))
+            if h.channels != layer.in_channels:
+                h = h.with_beside(skips.pop())
+            h = layer(h, None, next(params))
+        return self.out_conv(h.normed(self.out_norm))
 
 
 UNETS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}

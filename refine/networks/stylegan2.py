@@ -6,7 +6,7 @@ comments: N batch, I/O input/output channels, k kernel size, L number of w vecto
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -108,7 +108,7 @@ def modulated_conv2d(
     up: int = 1,
     padding: int = 0,
     resample_filter: torch.Tensor | None = None,
-    demodulate: bool = True,
+    demodulate: bool | torch.Tensor = True,
     fused: bool = False,
 ) -> torch.Tensor:
     """Convolve with a kernel that each sample scales per input channel (StyleGAN2, eqs. 1–3).
@@ -121,7 +121,7 @@ def modulated_conv2d(
         up: Integer upsampling factor.
         padding: Padding of the convolution.
         resample_filter: Filter of the upsampling.
-        demodulate: Scale each output channel to unit expected variance.
+        demodulate: Scale each output channel to unit expected variance; or the factors that do it, (N, O).
         fused: Build one kernel per sample and run them as a grouped convolution. The other form scales activations
             before and after one shared convolution: the same numbers to 1e-6, and on a CPU about twice as fast.
 
@@ -129,12 +129,12 @@ def modulated_conv2d(
         (N, O, H·up, W·up).
     """
     n, (o, i, k, _) = x.shape[0], weight.shape
-    if x.dtype == torch.float16 and demodulate:  # keep the half-precision products in range; demodulation undoes it
+    if x.dtype == torch.float16 and demodulate is True:  # keep the products in range; demodulation undoes it
         weight = weight * (weight.abs().amax(dim=[1, 2, 3], keepdim=True).reciprocal() / math.sqrt(i * k * k))
         styles = styles / styles.abs().amax(dim=1, keepdim=True)
-    d = None
-    if demodulate:  # Σ over I and k of (w·s)² is a product of matrices                                          # [NO]
-        d = (styles.square() @ weight.square().sum(dim=[2, 3]).t() + 1e-8).rsqrt()
+    d = demodulate if isinstance(demodulate, torch.Tensor) else None
+    if demodulate is True:
+        d = _demodulation(styles, weight.square().sum(dim=[2, 3]))
     geometry: dict[str, Any] = {"f": resample_filter, "up": up, "padding": padding, "flip_weight": up == 1}
 
     if not fused:
@@ -151,11 +151,57 @@ def modulated_conv2d(
     return x if noise is None else x + noise.to(x.dtype)
 
 
+def _demodulation(styles: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+    """1 / √(Σ over I and k of (w·s)² + 1e-8), a product of matrices: (…, N, I), w² summed (…, O, I) → (…, N, O)."""
+    return (styles.square() @ squares.mT + 1e-8).rsqrt()
+
+
+class Modulation(NamedTuple):
+    """What w tells a layer: scales of its input channels (N, I), and what `modulated_conv2d` takes as `demodulate`."""
+
+    styles: torch.Tensor
+    demodulate: bool | torch.Tensor
+
+
+def modulations(
+    layers: Sequence["SynthesisLayer | ToRGBLayer"], ws: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]
+) -> list[Modulation]:
+    """Of some layers, for the w (N, w_dim) and the dtype of the activations of each.
+
+    Layers of the same kind and size share every operator: on a GPU a launch costs more than so small a product.
+    """
+    alike: dict[Any, list[int]] = {}
+    for index, (layer, dtype) in enumerate(zip(layers, dtypes, strict=True)):
+        alike.setdefault((layer.weight.shape, layer.style_gain, layer.demodulate, dtype), []).append(index)
+    found: dict[int, Modulation] = {}
+    for (_, gain, demodulate, dtype), indices in alike.items():
+        some = [layers[index] for index in indices]
+        affines = [layer.affine for layer in some]
+        weight = stacked([affine.weight for affine in affines]) * affines[0].weight_gain
+        bias = stacked([affine.bias for affine in affines if affine.bias is not None])
+        w = stacked([ws[index] for index in indices])  # [LNw]
+        styles = torch.baddbmm(bias[..., None], weight, w.mT, beta=affines[0].bias_gain).mT  # [LNI]
+        styles = styles if gain == 1 else styles * gain
+        factors: Sequence[bool | torch.Tensor] = [demodulate] * len(some)
+        if demodulate and dtype != torch.float16:  # which `modulated_conv2d` keeps in range
+            squares = stacked([layer.weight.square().sum(dim=[2, 3]) for layer in some])  # [LOI]
+            factors = _demodulation(styles, squares).to(dtype).unbind()
+        styles = styles if dtype == torch.float16 else styles.to(dtype)
+        found |= dict(zip(indices, map(Modulation, styles.unbind(), factors), strict=True))
+    return [found[index] for index in range(len(layers))]
+
+
+def stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """torch.stack; without a copy where there is but one."""
+    return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)
+
+
 class SynthesisLayer(nn.Module):
     """Modulated convolution, noise, bias and activation: (N, I, r/up, r/up) and w (N, w_dim) → (N, O, r, r)."""
 
     noise_const: torch.Tensor
     resample_filter: torch.Tensor
+    style_gain, demodulate = 1.0, True
 
     def __init__(
         self,
@@ -184,7 +230,8 @@ class SynthesisLayer(nn.Module):
         self.register_buffer("resample_filter", setup_filter(resample_filter))
 
     def forward(self, x, w, noise_mode="random", fused_modconv=False, gain=1.0):
-        styles = self.affine(w)
+        """`w` may be the `Modulation` that follows from it."""
+        styles, factors = w if isinstance(w, Modulation) else modulations([self], [w], [x.dtype])[0]
         noise = None
         if self.use_noise and noise_mode == "random":
             shape = [x.shape[0], 1, self.resolution, self.resolution]
@@ -192,7 +239,7 @@ class SynthesisLayer(nn.Module):
         elif self.use_noise and noise_mode == "const":
             noise = self.noise_const * self.noise_strength
         x = modulated_conv2d(
-            x, self.weight, styles, noise, self.up, self.padding, self.resample_filter, fused=fused_modconv
+            x, self.weight, styles, noise, self.up, self.padding, self.resample_filter, factors, fused_modconv
         )
         clamp = None if self.conv_clamp is None else self.conv_clamp * gain
         return bias_act(x, self.bias.to(x.dtype), act=self.activation, gain=self.act_gain * gain, clamp=clamp)
@@ -201,16 +248,19 @@ class SynthesisLayer(nn.Module):
 class ToRGBLayer(nn.Module):
     """1×1 modulated convolution to image channels, without demodulation: (N, I, r, r) → (N, img_channels, r, r)."""
 
+    demodulate = False
+
     def __init__(self, in_channels: int, out_channels: int, w_dim: int, kernel_size: int = 1, conv_clamp=None):
         super().__init__()
         self.conv_clamp = conv_clamp
         self.affine = FullyConnectedLayer(w_dim, in_channels, bias_init=1)
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.zeros(out_channels))
-        self.weight_gain = 1 / math.sqrt(in_channels * kernel_size**2)
+        self.style_gain = 1 / math.sqrt(in_channels * kernel_size**2)
 
     def forward(self, x, w, fused_modconv=False):
-        styles = self.affine(w) * self.weight_gain
+        """`w` may be the `Modulation` that follows from it."""
+        styles, _ = w if isinstance(w, Modulation) else modulations([self], [w], [x.dtype])[0]
         x = modulated_conv2d(x, self.weight, styles, demodulate=False, fused=fused_modconv)
         return bias_act(x, self.bias.to(x.dtype), clamp=self.conv_clamp)
 
@@ -343,12 +393,22 @@ class SynthesisBlock(bases.MixedPrecision):
         if in_channels != 0 and architecture == "resnet":
             self.skip = Conv2dLayer(in_channels, out_channels, 1, bias=False, up=2, resample_filter=resample_filter)
 
+    def layers(self) -> list[SynthesisLayer | ToRGBLayer]:
+        """In the order in which they run."""
+        convs: list[Any] = [self.conv1] if self.in_channels == 0 else [self.conv0, self.conv1]
+        return [*convs, self.torgb] if self.num_torgb else convs
+
+    def dtype(self, force_fp32: bool) -> torch.dtype:
+        """Of the activations."""
+        return torch.float16 if self.use_fp16 and not force_fp32 else self.compute_dtype
+
     def forward(self, x, img, ws, force_fp32=False, fused_modconv=False, noise_mode="random"):
-        w_iter = iter(ws.unbind(dim=1))
+        """`ws` has a w, or a `Modulation`, for each layer."""
+        w_iter = iter(ws)
         layer = {"noise_mode": noise_mode, "fused_modconv": fused_modconv}
-        dtype = torch.float16 if self.use_fp16 and not force_fp32 else self.compute_dtype
+        dtype = self.dtype(force_fp32)
         if self.in_channels == 0:
-            x = self.const.to(dtype).unsqueeze(0).repeat(ws.shape[0], 1, 1, 1)
+            x = self.const.to(dtype).unsqueeze(0).repeat(ws[0].styles.shape[0], 1, 1, 1)
             x = self.conv1(x.to(memory_format=self._format(x)), next(w_iter), **layer)
         else:
             x = x.to(dtype=dtype, memory_format=self._format(x))
@@ -452,14 +512,22 @@ class SynthesisNetwork(nn.Module):
             raise ValueError(f"noise_mode is {noise_mode!r}; expected one of {', '.join(NOISE_MODES)}")
         force_fp32 = ws.device.type == "cpu" if force_fp32 is None else force_fp32
         ws = ws.to(torch.float32)
-        x = img = None
-        first = 0
-        for res in self.block_resolutions:
-            block = getattr(self, f"b{res}")
+        blocks = [getattr(self, f"b{res}") for res in self.block_resolutions]
+        each_w, first = ws.unbind(dim=1), 0
+        layers: list[Any] = []
+        its_ws: list[torch.Tensor] = []
+        dtypes: list[torch.dtype] = []
+        for block in blocks:
+            layers += (found := block.layers())
             # The toRGB layer of a block shares its w with the first layer of the next one.
-            block_ws = ws.narrow(1, first, block.num_conv + block.num_torgb)
-            x, img = block(x, img, block_ws, force_fp32, fused_modconv, noise_mode)
+            its_ws += each_w[first : first + len(found)]
+            dtypes += [torch.float32 if fused_modconv else block.dtype(force_fp32)] * len(found)
             first += block.num_conv
+        waiting = iter(modulations(layers, its_ws, dtypes))
+        x = img = None
+        for block in blocks:
+            mine = [next(waiting) for _ in block.layers()]
+            x, img = block(x, img, mine, force_fp32, fused_modconv, noise_mode)
         assert img is not None  # the last block always makes one
         return img
 

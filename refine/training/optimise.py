@@ -140,9 +140,9 @@ class SkippedSteps:
 
     def step(self, optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None:
         """A step of a fused optimiser if `norm`, that of all gradients, is finite."""
-        broken = ~norm.isfinite()
+        broken = (norm - norm).ne(0)  # NaN or infinite
         self.counts += broken
-        self.counts[1] *= broken
+        self.counts[1].mul_(broken)
         # Decided on the device, without waiting for it: torch's fused optimisers look for these two.
         optimizer.grad_scale, optimizer.found_inf = None, broken.float()  # type: ignore[attr-defined]
         optimizer.step()

@@ -207,8 +207,9 @@ class Trainer:
             optimizer.begin(lr)
 
         def part() -> None:
-            for _, step in steps.values():
-                step()
+            with self.means.together():
+                for _, step in steps.values():
+                    step()
 
         variant = (*(optimizer.phase for optimizer in optimizers), "critic" in steps and self._penalised)
         self.graphs.run(" and ".join(steps), variant, part)

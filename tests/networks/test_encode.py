@@ -38,7 +38,7 @@ def test_they_are_those_at_the_end_of_each_resolution():
     network = NETWORKS["ddpm++"][0]().eval().requires_grad_(False)
     seen = {}
     for layer in ("16x16_block1", "8x8_block1", "4x4_block1"):
-        network.model.enc[layer].register_forward_hook(lambda _m, _i, out, layer=layer: seen.update({layer: out}))
+        network.model.enc[layer].register_forward_hook(lambda _m, _i, out, layer=layer: seen.update({layer: out.total}))
     x = torch.rand(2, 1, 16, 16)
     network(x, 0.1)
     for found, expected in zip(network.encode(x, 0.1), list(seen.values()), strict=True):

@@ -6,6 +6,9 @@
 // of neighbouring channels of pixels, and keeps its first packs in registers: the rest is read twice. It counts from the
 // channel's first number, the pilot: d = x − pilot is of the size of the deviation, so that nothing cancels. Sums have
 // one order, and no other block takes part in them, so that the bits are always the same.
+//
+// x may be a sum that is made on the way: where `total` is given, its first `own` channels are (x + y) · factor, rounded,
+// and the others are those of `beside`. The gradient of total beside that by the norm, dtotal, is then added to dx.
 
 #include "packs.h"
 
@@ -23,6 +26,40 @@ struct GroupNormSiluRecord {
     int64_t channels, lanes;  // of a block; threads that share a channel or a pack of channels
     int64_t float_weights, silu;
     double eps;
+    int64_t y, beside, total, dtotal, d_beside, own;  // all of them may be null; own = c without `beside`
+    double factor;
+};
+
+// Where a channel of a sum comes from: of x, to which y is added, or of `beside`.
+template <class Number, bool Last>
+struct Source {
+    const Number *x, *y;
+    float factor;
+    bool own;
+    int64_t channels, start;  // channels of x or of beside; the first number of the channel there
+    int step = 0;
+
+    REFINE_DEVICE Source(const GroupNormSiluRecord& r, int image, int channel) : own(channel < r.own) {
+        x = reinterpret_cast<const Number*>(own ? r.x : r.beside);
+        y = reinterpret_cast<const Number*>(own ? r.y : 0);
+        factor = float(r.factor);
+        channels = own ? r.own : r.c - r.own;
+        const int64_t place = own ? channel : channel - r.own;
+        start = Last ? image * r.area * channels + place : (image * channels + place) * r.area;
+    }
+
+    template <int Count>
+    REFINE_DEVICE Pack<Number, Count> read(int k) const {
+        const int64_t i = start + int64_t(k) * step;
+        auto pack = load_pack<Number, Count>(x + i);
+        if (!y) return pack;
+        const auto other = load_pack<Number, Count>(y + i);
+        decltype(pack.at(0)) sums[Count];
+        REFINE_UNROLL
+        for (int w = 0; w < Count; ++w) sums[w] = (pack.at(w) + other.at(w)) * factor;
+        pack.set(sums);
+        return pack;
+    }
 };
 
 // A block's part of the image, and a thread's part of that.
@@ -54,25 +91,35 @@ struct Part {
         column = Last ? thread % columns : thread / lanes;
         const int packs = int(Last ? r.area : r.area / kCount);
         count = lane < packs ? (packs - lane + lanes - 1) / lanes : 0;
-        if (Last) {
-            start = (int64_t(image) * r.area + lane) * r.c + first + column * kCount;
-            step = lanes * int(r.c);
-        } else {
-            start = (row + column) * r.area + lane * kCount;
-            step = lanes * kCount;
-        }
+        start = Last ? (int64_t(image) * r.area + lane) * r.c + first + column * kCount
+                     : (row + column) * r.area + lane * kCount;
+        step = Last ? lanes * int(r.c) : lanes * kCount;
     }
 
     REFINE_DEVICE const Number* x() const { return reinterpret_cast<const Number*>(r.x); }
 
+    // The first number of a channel of the block.
+    REFINE_DEVICE int64_t head(int channel) const {
+        return Last ? int64_t(image) * r.area * r.c + first + channel : (row + channel) * r.area;
+    }
+
     REFINE_DEVICE float pilot(int channel) const {
-        return load(x()[Last ? int64_t(image) * r.area * r.c + first + channel : (row + channel) * r.area]);
+        return r.total ? Source<Number, Last>(r, image, first + channel).template read<1>(0).at(0)
+                       : load(x()[head(channel)]);
     }
 
     // The pilots of the thread's channels, as they lie in memory.
     REFINE_DEVICE Pack<Number, kWidth> pilots() const {
-        return load_pack<Number, kWidth>(x() + (Last ? int64_t(image) * r.area * r.c + first + column * kWidth
-                                                     : (row + column) * r.area));
+        return r.total ? Source<Number, Last>(r, image, first + column * kWidth).template read<kWidth>(0)
+                       : load_pack<Number, kWidth>(x() + head(column * kWidth));
+    }
+
+    // Where the thread's numbers of the sum come from, and its distance from pack to pack there.
+    REFINE_DEVICE Source<Number, Last> source() const {
+        Source<Number, Last> found(r, image, first + column * kWidth);
+        found.start += Last ? lane * found.channels : int64_t(lane) * kCount;
+        found.step = Last ? lanes * int(found.channels) : lanes * kCount;
+        return found;
     }
 
     // The numbers of a thread's channels, of those of all channels of the block.
@@ -178,13 +225,21 @@ __global__ void __launch_bounds__(kMostThreads) group_norm_forward(const GroupNo
     float *gains = offsets + part.channels, *biases = gains + part.channels;
     float *means = biases + part.channels, *rstds = means + part.channels;  // of the groups
     float* work = rstds + part.channels;
-    const Number* x = part.x() + part.start;
+    const auto source = part.source();
+    Number* total = reinterpret_cast<Number*>(record.total) + part.start;
+    const Number* x = record.total ? total : part.x() + part.start;
     const auto read = [&](int k) { return load_pack<Number, count>(x + k * part.step); };
+    const auto read_first = [&](int k) {
+        if (!record.total) return read(k);
+        const Numbers pack = source.template read<count>(k);
+        *reinterpret_cast<Numbers*>(total + k * part.step) = pack;
+        return pack;
+    };
 
     Numbers held[kHeld];
     REFINE_UNROLL
     for (int k = 0; k < kHeld; ++k)
-        if (k < part.count) held[k] = read(k);
+        if (k < part.count) held[k] = read_first(k);
     // Means are counted from the pilot of the group's first channel, with what is added to it.
     const int per_group = int(record.per_group);
     for (int c = part.thread; c < part.channels; c += part.threads) {
@@ -208,7 +263,7 @@ __global__ void __launch_bounds__(kMostThreads) group_norm_forward(const GroupNo
     REFINE_UNROLL
     for (int k = 0; k < kHeld; ++k)
         if (k < part.count) add(k, held[k]);
-    in_rounds<kAhead>(kHeld, part.count, read, add);
+    in_rounds<kAhead>(kHeld, part.count, read_first, add);
     part.add_up(sum, work, sums);
     part.add_up(square, work, squares);
     __syncthreads();
@@ -346,17 +401,25 @@ __global__ void __launch_bounds__(kMostThreads) group_norm_backward(const GroupN
     float tilt[width], q[width];
     part.own(bs, tilt);
     part.own(offs, q);
-    Number* dx = reinterpret_cast<Number*>(record.out) + part.start;
+    const auto source = part.source();
+    const bool summed = record.own;
+    Number* dx = summed ? reinterpret_cast<Number*>(source.own ? record.out : record.d_beside) + source.start
+                        : reinterpret_cast<Number*>(record.out) + part.start;
+    const int step = summed ? source.step : part.step;
+    const float factor = summed && source.own ? float(record.factor) : 1.0f;
+    const Number* dtotal = record.dtotal ? reinterpret_cast<const Number*>(record.dtotal) + part.start : nullptr;
     const auto write = [&](int k, const Both& both) {
         float values[count];
+        Pack<Number, count> more = {};
+        if (dtotal) more = load_pack<Number, count>(dtotal + k * part.step);
         REFINE_UNROLL
         for (int i = 0; i < count; ++i) {
             const int w = Last ? i : 0;
             const float d = both.x.at(i) - pilots.at(w);
             const float dz = both.dy.at(i) * slope_at(silu, d * a[w] + b[w]);
-            values[i] = dz * a[w] - d * tilt[w] - q[w];
+            values[i] = (dz * a[w] - d * tilt[w] - q[w] + more.at(i)) * factor;
         }
-        store_pack<Number, count>(dx + k * part.step, values);
+        store_pack<Number, count>(dx + k * step, values);
     };
     REFINE_UNROLL
     for (int k = 0; k < kHeldPairs; ++k)

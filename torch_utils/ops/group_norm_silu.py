@@ -64,7 +64,7 @@ def group_norm_silu(
         None if t is None else _checked(t, x, (n, c), (1, c)).to(x.dtype) for t in (before, scale, shift)
     )
     on_cpu = x.device.type == "cpu"
-    served = _cpu_serves(x, silu) if on_cpu else _gpu_serves(x, num_groups)
+    served = _cpu_serves(x, silu) if on_cpu else gpu_serves(x, num_groups, c)
     if impl is None and (not served or (on_cpu and native.is_small(x, _WORTH_A_CALL))):
         impl = "torch"
     if impl == "native" and not served:
@@ -76,7 +76,7 @@ def group_norm_silu(
         if n > 1:
             before, scale, shift = (t if t is None or len(t) > 1 else t.expand(n, c) for t in (before, scale, shift))
         return _native(x, weight, bias, before, scale, shift, num_groups, eps, silu)[0]
-    return _plain(x, weight, bias, before, scale, shift, num_groups, eps, silu, inplace, chosen == "torch")
+    return plain(x, weight, bias, before, scale, shift, num_groups, eps, silu, inplace, chosen == "torch")
 
 
 def _checked(t: torch.Tensor, x: torch.Tensor, *shapes: tuple[int, ...]) -> torch.Tensor:
@@ -89,12 +89,13 @@ def _cpu_serves(x: torch.Tensor, silu: bool) -> bool:
     return x.dtype == torch.float32 and silu
 
 
-def _gpu_serves(x: torch.Tensor, num_groups: int) -> bool:
-    per_group, image = x.shape[1] // num_groups, math.prod(x.shape[1:])
-    return x.dtype in _GPU_DTYPES and per_group <= _MOST_CHANNELS and image < 2**31
+def gpu_serves(x: torch.Tensor, num_groups: int, channels: int) -> bool:
+    """Whether the GPU's kernels take images like x with so many channels."""
+    fits = channels // num_groups <= _MOST_CHANNELS and channels * math.prod(x.shape[2:]) < 2**31
+    return x.dtype in _GPU_DTYPES and fits
 
 
-def _plain(x, weight, bias, before, scale, shift, num_groups, eps, silu, add_inplace=False, silu_inplace=False):
+def plain(x, weight, bias, before, scale, shift, num_groups, eps, silu, add_inplace=False, silu_inplace=False):
     weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     before, scale, shift = (
         None if t is None else t.reshape(*t.shape, *[1] * (x.ndim - 2)) for t in (before, scale, shift)
@@ -121,12 +122,12 @@ def _forward(x, weight, bias, before, scale, shift, *options):
     stats = x.new_empty(x.shape[0], options[0], 2, dtype=torch.float64)
     layout = native.layout_of(x)
     if native.function("group_norm_silu", x) is None:
-        y = _plain(x, *parameters, *options)
+        y = plain(x, *parameters, *options)
         return y.contiguous(memory_format=layout), stats.zero_()
     x = x.contiguous(memory_format=layout)
     y = torch.empty_like(x)
     if x.numel():
-        (_launch if x.is_cuda else _run)(x, parameters, options, layout, stats, y)
+        (launch if x.is_cuda else _run)(x, parameters, options, layout, stats, y)
     return y, stats
 
 
@@ -136,7 +137,7 @@ def _grad(dy, stats, x, weight, bias, before, scale, shift, *options):
     if native.function("group_norm_silu", x) is None:
         with torch.enable_grad():
             inputs = [None if t is None else t.detach().requires_grad_() for t in (x, *parameters)]
-            dx, *rest = _grads_of(_plain(*inputs, *options), inputs, dy)
+            dx, *rest = _grads_of(plain(*inputs, *options), inputs, dy)
         return dx.contiguous(memory_format=layout), *(x.new_empty(0) if t is None else t.contiguous() for t in rest)
     dx, *rest = grads = _empty_grads(x, *parameters)
     if x.numel() == 0:
@@ -148,7 +149,7 @@ def _grad(dy, stats, x, weight, bias, before, scale, shift, *options):
         _run(x, parameters, options, layout, stats, dx, dy, rest)
         return grads
     shares = x.new_empty(2, *x.shape[:2], dtype=torch.float32)  # of the images in the gradients of weight and bias
-    _launch(x, parameters, options, layout, stats, dx, dy, rest[2:], shares)
+    launch(x, parameters, options, layout, stats, dx, dy, rest[2:], shares)
     return dx, *shares.sum(1).to(weight.dtype).unbind(), *rest[2:]
 
 
@@ -186,7 +187,7 @@ def _run(x, parameters, options, layout, stats, out, dy=None, grads=()):
 
 
 _GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_GPU_RECORD = struct.Struct("=24qd")  # GroupNormSiluRecord of group_norm_silu.cu
+_GPU_RECORD = struct.Struct("=24qd6qd")  # GroupNormSiluRecord of group_norm_silu.cu
 _MOST_THREADS, _MOST_CHANNELS = 512, 512  # of a block
 _KEPT = 4096  # packs of x that 256 threads keep in registers
 _ENOUGH_BLOCKS = 264  # two for each multiprocessor of an H100
@@ -197,6 +198,21 @@ native.kernels(
     *(_GPU_KERNEL.format(*form) for form in itertools.product(("forward", "backward"), *[("true", "false")] * 2)),
     dtypes=_GPU_DTYPES,
 )
+
+
+class Terms(NamedTuple):
+    """What a GPU's kernel makes x of, see sum_group_norm_silu.py, or gives the gradients of."""
+
+    y: torch.Tensor | None = None
+    beside: torch.Tensor | None = None
+    total: torch.Tensor | None = None
+    d_total: torch.Tensor | None = None
+    d_beside: torch.Tensor | None = None
+    own: int = 0  # channels of x
+    scale: float = 1.0
+
+
+_NO_TERMS = Terms()
 
 
 class Plan(NamedTuple):
@@ -234,21 +250,23 @@ def _plan(n: int, c: int, area: int, num_groups: int, last: bool, itemsize: int,
     return Plan(wide, channels, lanes, threads, shared)
 
 
-def _launch(x, parameters, options, layout, stats, out, dy=None, grads=(None,) * 3, shares=None):
+def launch(x, parameters, options, layout, stats, out, dy=None, grads=(None,) * 3, shares=None, terms=_NO_TERMS):
     """The GPU's kernels. Without dy `out` becomes y, else dx; `grads` are those of before, scale and shift."""
     (weight, bias, *rows), (num_groups, eps, silu) = parameters, options
     weight, bias = weight.contiguous(), bias.contiguous()
     rows = [t if t is None or t.stride(1) == 1 else t.contiguous() for t in rows]
-    (n, c), area, last = x.shape[:2], math.prod(x.shape[2:]), layout == torch.channels_last
-    images = _addresses(x, out, dy)
-    plan = _plan(n, c, area, num_groups, last, x.element_size(), not any(address % 16 for address in images))
+    (n, c), area, last = (len(x), len(weight)), math.prod(x.shape[2:]), layout == torch.channels_last
+    images, sums = _addresses(x, out, dy), _addresses(*terms[:5])
+    aligned = not any(address % 16 for address in (*images, *sums))
+    aligned &= not last or terms.own * x.element_size() % 16 == 0
+    plan = _plan(n, c, area, num_groups, last, x.element_size(), aligned)
     steps = [0 if t is None else t.stride(0) for t in rows]
     addresses = (*images, *_addresses(stats, weight, bias, *rows), *steps, *_addresses(*grads, shares))
     sizes = (n, c, area, c // num_groups, plan.channels, plan.lanes, weight.dtype == torch.float32, silu)
     way = "forward" if dy is None else "backward"
     kernel = _GPU_KERNEL.format(way, *(str(bool(flag)).lower() for flag in (last, plan.wide)))
     expression, blocks = kernel.format(native.NUMBERS[x.dtype]), n * (c // plan.channels)
-    record = _GPU_RECORD.pack(*addresses, *sizes, eps)
+    record = _GPU_RECORD.pack(*addresses, *sizes, eps, *sums, terms.own, terms.scale)
     native.launch("group_norm_silu", x, expression, blocks, plan.threads, plan.shared, record)
 
 
@@ -262,16 +280,19 @@ def _fake(x, weight, bias, before, scale, shift, num_groups, eps, silu):
 
 def _save(ctx, inputs, output):
     *tensors, ctx.num_groups, ctx.eps, ctx.silu = inputs
+    ctx.set_materialize_grads(False)  # of the statistics, which nobody differentiates: zeros would be made for them
     ctx.save_for_backward(*tensors, output[1])
 
 
 def _backward(ctx, dy, _):
+    if dy is None:
+        return (None,) * 9
     *inputs, stats = ctx.saved_tensors
     options = (ctx.num_groups, ctx.eps, ctx.silu)
     if torch.is_grad_enabled():  # somebody will differentiate this: the graph of plain torch, any order
         inputs = [None if t is None else t.view_as(t) for t in inputs]  # an input may depend on another one
         wanted = [t if need else None for t, need in zip(inputs, ctx.needs_input_grad, strict=False)]
-        grads = _grads_of(_plain(*inputs, *options), wanted, dy, create_graph=True)
+        grads = _grads_of(plain(*inputs, *options), wanted, dy, create_graph=True)
     else:
         grads = _native_grad(dy, stats, *inputs, *options)
     return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), None, None, None

@@ -25,6 +25,7 @@ from refine.torch_utils.distributed import packed
 from refine.torch_utils.ops.bias_act import bias_act
 from refine.torch_utils.ops.filtered_lrelu import filtered_lrelu
 from refine.torch_utils.ops.group_norm_silu import group_norm_silu
+from refine.torch_utils.ops.sum_group_norm_silu import sum_group_norm_silu
 from refine.torch_utils.ops.upfirdn2d import setup_filter, upfirdn2d
 
 SHAPES = [(1, 1, 1, 1), (2, 3, 5, 7), (1, 33, 9, 8), (2, 5, 33, 35), (0, 3, 4, 4)]
@@ -95,6 +96,44 @@ def group_norm_silu_error(dtype):
             y = group_norm_silu(**inputs, num_groups=groups, silu=form != "norm", impl=impl)
             found.append([t.double() for t in (y, *torch.autograd.grad(y, inputs.values(), dy.to(y.dtype)))])
         worst = max(worst, error(*found))
+    return worst
+
+
+# The same with channels of x and of what is beside it; images without one or the other term
+SUMS = [(3, 16, 0, 16, 16, 4), (1, 32, 32, 8, 8, 16), (2, 7, 5, 7, 9, 3), (2, 8, 16, 5, 3, 6), (1, 3, 1, 70, 61, 1)]
+
+
+def sum_group_norm_silu_error(dtype):
+    """With the gradient of the sum, without it, and with that alone."""
+    worst = 0.0
+    for (n, c, b, h, w, groups), layout in itertools.product(SUMS, LAYOUTS):
+        image = functools.partial(torch.randn, device=DEVICE)
+        tensors = {"x": image(n, c, h, w), "weight": image(c + b), "bias": image(c + b)}
+        tensors |= {"y": image(n, c, h, w)} if c % 2 == 0 or not b else {}
+        tensors |= {"beside": image(n, b, h, w)} if b else {}
+        for name, t in tensors.items():
+            if t.ndim == 4:
+                tensors[name] = t.to(dtype).contiguous(memory_format=layout)
+        scale = 0.7 if "y" in tensors else 1.0
+        d = [image(n, c + b, h, w).to(dtype).contiguous(memory_format=layout) for _ in range(2)]
+        for used in ((0, 1), (1,), (0,)):
+            found = []
+            for precision in (None, torch.float64):
+                inputs = {name: t.detach().to(precision or t.dtype).requires_grad_() for name, t in tensors.items()}
+                given = {name: inputs.get(name) for name in ("x", "y", "beside", "weight", "bias")}
+                if precision is None:
+                    both = sum_group_norm_silu(**given, num_groups=groups, scale=scale, silu=h > 5)
+                    assert both[0].grad_fn is both[1].grad_fn  # one op made both
+                else:
+                    total = inputs["x"] + inputs["y"] if "y" in inputs else inputs["x"]
+                    total = torch.cat([total * scale, *([inputs["beside"]] if b else [])], dim=1)
+                    rest = (groups, inputs["weight"], inputs["bias"])
+                    both = total, group_norm_silu(total, *rest, silu=h > 5, impl="ref")
+                wanted = [t for name, t in inputs.items() if used != (0,) or name in ("x", "y", "beside")]
+                outputs = [both[index] for index in used]
+                grads = torch.autograd.grad(outputs, wanted, [d[index].to(outputs[0].dtype) for index in used])
+                found.append([t.double() for t in (*both, *grads)])
+            worst = max(worst, error(*found))
     return worst
 
 
@@ -170,6 +209,7 @@ OPS = {
     "bias_act": bias_act_error,
     "upfirdn2d": upfirdn2d_error,
     "group_norm_silu": group_norm_silu_error,
+    "sum_group_norm_silu": sum_group_norm_silu_error,
     "filtered_lrelu": filtered_lrelu_error,
 }
 
