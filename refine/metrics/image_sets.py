@@ -89,7 +89,8 @@ class ImageSet:
         entries = np.flatnonzero(wanted).tolist()
         self._entries = entries  # of the images, among all files
         self.names = list(compress(names, wanted)) if len(entries) < len(names) else names
-        short = len(names) <= 2 * MAX_SORTED and len(self.names) <= MAX_SORTED and sum(map(len, self.names)) <= MAX_SORTED_TEXT
+        few = len(self.names) <= MAX_SORTED and len(names) <= 2 * MAX_SORTED
+        short = few and sum(map(len, self.names)) <= MAX_SORTED_TEXT
         if short or isinstance(self._files, FolderList):
             order = natural_order(self.names)
             self._entries, self.names = [entries[index] for index in order], [self.names[index] for index in order]

@@ -3,7 +3,8 @@
 Python's `zipfile` makes an object of each entry, which takes ten times as long and a kilobyte of memory. Here the list
 is taken apart by NumPy, nothing but the names are kept of it, and an entry is looked up when it is read. What is read
 is what `zipfile` reads, or is refused: an archive that is not laid out as programs lay them out (between the entries of
-its list there is nothing, no name holds the mark of an entry or a zero byte, deflated data end where they say) is called broken.
+its list there is nothing, no name holds the mark of an entry or a zero byte, deflated data end where they say) is
+called broken.
 """
 
 from __future__ import annotations
