@@ -180,7 +180,7 @@ def _load(path_or_name: str | os.PathLike, detector: Detector | None, looking: L
     found = sniff(path)
     if found.kind == "npz":
         reference = _from_npz(path, detector, looking)
-    elif found.kind == "zip":
+    elif found.kind == "zip" and path.suffix != ".npz":
         reference = _measured(ImageSet(path), path, "zip of images", detector, looking)
     elif found.kind in ("pickle", "torch", "native", "safetensors"):
         reference = _from_checkpoint(path, found, detector, looking)

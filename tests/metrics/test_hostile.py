@@ -204,12 +204,13 @@ def test_zips_of_as_many_files_as_there_can_be_images(count, tmp_path):
     """At the limits on what takes a microsecond each, or two where it is sorted, whatever the archive says they are."""
     order = np.random.RandomState(0).permutation(count).tolist()
     sort = count == MAX_SORTED
+    first = "a" if sort else "ü"  # letters beyond ASCII take time as well
 
     def whole_set(path):
         images = ImageSet(path)
-        assert len(images) == count and images.names[-1] == f"a{count - 1 if sort else order[-1]}b1c2.png"
+        assert len(images) == count and images.names[-1] == f"{first}{count - 1 if sort else order[-1]}b1c2.png"
 
-    path = zip_of(tmp_path / "a.zip", [b"a%db1c2.png" % index for index in order])
+    path = zip_of(tmp_path / "a.zip", [first.encode("cp437") + b"%db1c2.png" % index for index in order])
     assert outcome(whole_set, path) == ""
 
 
@@ -217,19 +218,16 @@ def test_zips_of_more_files_than_there_can_be_images(tmp_path, monkeypatch):
     path = zip_of(tmp_path / "a.zip", [b"x" * 65_000] * 1600)  # names of 100 MB
     assert "has a list of entries of" in outcome(ImageSet, path)
     monkeypatch.setattr("refine.metrics.zips.MAX_ENTRIES", 1000)
-    assert "has more than 1000 entries in 4" in outcome(ImageSet, zip_of(tmp_path / "b.zip", [b"x.png"] * 1001))
-    for count, refused in ((1060, ""), (1070, "has more than 1067 entries in 1.04 MiB")):
+    assert "has more than 1003 entries in 50" in outcome(ImageSet, zip_of(tmp_path / "b.zip", [b"x.png"] * 1010))
+    for count, refused in ((1060, ""), (1070, "has more than 1067 entries in 1.05 MiB")):
         path = zip_of(tmp_path / "c.zip", [b"x.png"] * count, filler=1 << 20)
         assert refused in outcome(ImageSet, path) and (refused or len(ImageSet(path)) == count)
 
 
-def test_names_that_are_slow_to_look_at(tmp_path):
-    """A first image in very many folders, each of which could have a dataset.json, took minutes; other letters, 3 s."""
-    tables = [b"a/dataset.json"] * 200_000
-    path = zip_of(tmp_path / "x.zip", [b"a/" * 30_000 + b"x.png", *tables, *([b"x/.y"] * 200_000)])
+def test_a_first_image_in_very_many_folders(tmp_path):
+    """Each of them could have a dataset.json: to look for them took minutes."""
+    path = zip_of(tmp_path / "x.zip", [b"a/" * 30_000 + b"x.png", *([b"a/dataset.json"] * 300_000)])
     assert outcome(lambda path: ImageSet(path).classes, path) == ""
-    path = zip_of(tmp_path / "x.zip", ["中%d.PNG".encode() % index for index in range(600_000)])
-    assert outcome(ImageSet, path) == ""
 
 
 def test_labels_that_take_memory(tmp_path):
