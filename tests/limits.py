@@ -5,14 +5,15 @@ import resource
 import signal
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Sequence
+from itertools import chain, repeat
 from pathlib import Path
 
 SECONDS = 2  # of processor time
 BYTES = 1 << 30  # of address space above what this process and the file take
 
 
-def zip_of(path: Path, names: Iterable[bytes], size: int = 0, filler: int = 0) -> Path:
+def zip_of(path: Path, names: Sequence[bytes], size: int = 0, filler: int = 0) -> Path:
     """A zip that says that it has one file, and lists many: all of them the same `size` zeros, none of them packed.
 
     Args:
@@ -27,9 +28,9 @@ def zip_of(path: Path, names: Iterable[bytes], size: int = 0, filler: int = 0) -
         file.write(first + b"\0" * size)
         file.seek(filler, os.SEEK_CUR)
         start = file.tell()
-        for name in names:
-            sizes = (crc, size, size, len(name))
-            file.write(struct.pack("<4s6H3I5H2I", b"PK\x01\x02", 20, 20, 0, 0, 0, 33, *sizes, 0, 0, 0, 0, 0, 0) + name)
+        lengths = [len(name).to_bytes(2, "little") for name in names]
+        head = struct.pack("<4s6H3I", b"PK\x01\x02", 20, 20, 0, 0, 0, 33, crc, size, size)
+        file.write(b"".join(chain.from_iterable(zip(repeat(head), lengths, repeat(bytes(16)), names))))
         length = file.tell() - start
         file.write(struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 1, 1, length, start, 0))
     return path

@@ -22,7 +22,9 @@ import numpy as np
 from refine.checkpoints.pickles.inert import Refused, shown
 from refine.checkpoints.sniff import MAX_NETWORK_ENTRIES, zip_entries
 
+MAX_STATE_ENTRIES = 20_000  # of three networks and their optimisers, which are looked at once
 MAX_INFLATION, SPARE_BYTES = 4, 64 << 20  # compressed weights: 1.1 times, or 2 where they are rounded
+_MAX_INFLATED_BYTES = 768 << 20  # above the file's
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _KINDS = "fiubUS"  # of NumPy's types: numbers and text
 _MAX_HEADER_BYTES = 10_000
@@ -39,15 +41,19 @@ BROKEN: tuple[type[Exception], ...] = (
 
 
 @contextmanager
-def opened(file: str | os.PathLike | BinaryIO) -> Iterator[zipfile.ZipFile]:
+def opened(file: str | os.PathLike | BinaryIO, most: int = MAX_NETWORK_ENTRIES) -> Iterator[zipfile.ZipFile]:
     """A zip archive, for as long as the block lasts.
 
+    Args:
+        file: Its path, or the open file.
+        most: Entries that it may have.
+
     Raises:
-        Refused: It is none, is broken, or has more entries than a network; also for what the block meets.
+        Refused: It is none, is broken, or has more entries than that; also for what the block meets.
     """
     try:
-        if zip_entries(file) > MAX_NETWORK_ENTRIES:
-            raise Refused(f"it has more than {MAX_NETWORK_ENTRIES} entries")
+        if zip_entries(file) > most:
+            raise Refused(f"it has more than {most} entries")
         with zipfile.ZipFile(file) as archive:
             yield archive
     except Refused:
@@ -76,7 +82,7 @@ def check_inflation(infos: Iterable[zipfile.ZipInfo], size: int) -> int:
     for info in infos:
         check_method(info)
     inflated = sum(info.file_size for info in infos)
-    if inflated > MAX_INFLATION * size + SPARE_BYTES:
+    if inflated > min(MAX_INFLATION * size + SPARE_BYTES, size + _MAX_INFLATED_BYTES):
         raise Refused("its entries claim many times the memory that the file is long")
     return inflated
 

@@ -1,6 +1,6 @@
 """What a file is, told by its bytes and never by its name; the readers dispatch on it, refusals quote it.
 
-Nothing here imports torch, and only a few kilobytes of the file are read (a safetensors header: at most 16 MiB).
+Nothing here imports torch, and only a few kilobytes of the file are read (a safetensors header: at most 4 MiB).
 """
 
 import json
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 HEADER_KEY = "gan-refine"  # our JSON lives under this one key of the safetensors `__metadata__`
-MAX_HEADER_BYTES = 16 << 20
-MAX_NETWORK_ENTRIES = 20_000  # of a zip; torch.save writes one for each tensor
+MAX_HEADER_BYTES = 4 << 20  # of safetensors
+MAX_NETWORK_ENTRIES = 6000  # tensors, each of them an entry of a zip; the largest diffusion models have 2000
 _MAX_DIRECTORY_BYTES = 96 << 20  # of a zip; ImageNet's 1.3 million images take 86
 _ZIP_ENTRY, _ZIP_END_BYTES = b"PK\x01\x02", (1 << 16) + 128  # the end of a zip, with the longest comment
 
@@ -165,6 +165,8 @@ def read_safetensors_header(path: str | os.PathLike) -> tuple[dict[str, TensorIn
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise BrokenHeader("whose metadata is not a table of strings")
+    if len(header) > MAX_NETWORK_ENTRIES:
+        raise BrokenHeader(f"of {len(header)} tensors; expected at most {MAX_NETWORK_ENTRIES}")
     tensors = {name: _tensor_info(name, entry, 8 + length) for name, entry in header.items()}
     position = 8 + length
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):

@@ -28,7 +28,7 @@ from refine.metrics.operators import ARITHMETIC, CHECKS, IN_PLACE, LIKE, OFF, OP
 
 MAX_NUMBERS = 1 << 24  # of one result, per image; Inception's largest has 1.4 million
 MAX_NUMBERS_IN_ALL = 1 << 30  # of all results, per image
-_MAX_JSON_BYTES, _MAX_STEPS = 32 << 20, 20_000
+_MAX_JSON_BYTES, _MAX_STEPS = 16 << 20, 3000  # those of a large transformer are 1500; each is rehearsed in 0.5 ms
 
 # As torch numbers them in these files.
 _DTYPES = {1: torch.uint8, 2: torch.int8, 3: torch.int16, 4: torch.int32, 5: torch.int64, 6: torch.float16}
@@ -177,11 +177,11 @@ def _program(path: Path, archive: zipfile.ZipFile) -> ExportedProgram:
     document = _json(archive, "/models/model.json")
     module = document["graph_module"]
     graph, inputs, outputs = module["graph"], module["signature"]["input_specs"], module["signature"]["output_specs"]
+    if len(graph["nodes"]) > _MAX_STEPS or len(inputs) > _MAX_STEPS:
+        raise Refused(f"it has more than {_MAX_STEPS:,} steps, or tensors")
     held, images = _held(path, archive, inputs)
     (returned,) = outputs
     result = returned["user_output"]["arg"]["as_tensor"]["name"]
-    if len(graph["nodes"]) > _MAX_STEPS:
-        raise Refused(f"it has more than {_MAX_STEPS:,} steps")
     defined = {*held, images}
     last = _last_uses(graph["nodes"], result)
     steps = []
@@ -204,11 +204,14 @@ def _json(archive: zipfile.ZipFile, ending: str) -> Any:
 def _held(path: Path, archive: zipfile.ZipFile, specs: Sequence[Any]) -> tuple[dict[str, torch.Tensor], str]:
     """The tensors of the program by their names in the graph, and the name of the images."""
     infos = {info.filename: info for info in archive.infolist() if re.search(r"/(weight|tensor)_\d+$", info.filename)}
-    archives.check_inflation(infos.values(), path.stat().st_size)
+    spare = archives.check_inflation(infos.values(), path.stat().st_size) + archives.SPARE_BYTES
     tables = [
         (folder, _json(archive, f"/data/{folder}/model_{folder}_config.json")["config"])
         for folder in ("weights", "constants")
     ]
+    places: dict[str, list[str]] = {}  # folder/file → where that is in the archive
+    for name in infos:
+        places.setdefault("/".join(name.rsplit("/", 2)[-2:]), []).append(name)
     storages: dict[str, bytes] = {}
     held: dict[str, torch.Tensor] = {}
     images = []
@@ -224,10 +227,13 @@ def _held(path: Path, archive: zipfile.ZipFile, specs: Sequence[Any]) -> tuple[d
         file = str(entry["path_name"])
         if entry["use_pickle"] is not False or not re.fullmatch(r"(weight|tensor)_\d+", file):
             raise Refused(f"it holds an object {shown(file)} that is no plain tensor")
-        (info,) = (info for name, info in infos.items() if name.endswith(f"/data/{folder}/{file}"))
-        if info.filename not in storages:
-            storages[info.filename] = archives.read_member(archive, info, info.file_size)
-        held[content["arg"]["name"]] = _tensor(storages[info.filename], entry["tensor_meta"])
+        (name,) = (name for name in places[f"{folder}/{file}"] if name.endswith(f"/data/{folder}/{file}"))
+        if name not in storages:
+            storages[name] = archives.read_member(archive, infos[name], infos[name].file_size)
+        tensor = held[content["arg"]["name"]] = _tensor(storages[name], entry["tensor_meta"])
+        spare -= tensor.nbytes
+        if spare < 0:
+            raise Refused("its tensors take more memory than the file is long")
     (only,) = images
     return held, only
 

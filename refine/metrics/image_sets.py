@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,8 @@ MAX_PIXELS = 1 << 24  # 4096x4096; a few hundred kilobytes can unpack to gigapix
 MAX_IMAGE_BYTES = 128 << 20  # of a file; the largest picture takes 96 MiB without compression
 _BROKEN: tuple[type[Exception], ...] = (*archives.BROKEN, Image.DecompressionBombError, MemoryError)
 MAX_SORTED, MAX_SORTED_TEXT = 300_000, 8 << 20  # images in a zip, and characters of their names; more take seconds
+MAX_LOOKED_UP, BYTES_PER_FURTHER_LABEL = 500_000, 1 << 14  # labels in another order than the images
+_TABLE = "dataset.json"
 _READERS = 4  # threads that decode
 _ORIENTATION = 0x0112  # of EXIF; 1 = upright
 _TRAITS = {
@@ -78,14 +81,16 @@ class ImageSet:
         except Refused as error:
             raise ValueError(f"{path} {error}") from None
         names = self._files.names
-        entries = [index for index, name in enumerate(names) if name.lower().endswith(SUFFIXES)]
-        if hidden := {index for index in entries if _is_hidden(names[index])}:
-            some = shown(names[min(hidden)])
+        wanted = self._files.ending(SUFFIXES)
+        if hidden := _hidden(names, wanted):
+            some = shown(names[hidden[0]])
             _tell(f"{path}: {len(hidden)} hidden files are left out, of the names of images ({some})")
-            entries = [index for index in entries if index not in hidden]
+            wanted[hidden] = False
+        entries = np.flatnonzero(wanted).tolist()
         self._entries = entries  # of the images, among all files
-        self.names = [names[index] for index in entries] if len(entries) < len(names) else names
-        short = len(self.names) <= MAX_SORTED and sum(map(len, self.names)) <= MAX_SORTED_TEXT
+        self.names = list(compress(names, wanted)) if len(entries) < len(names) else names
+        few = len(self.names) <= MAX_SORTED and len(names) <= 2 * MAX_SORTED
+        short = few and sum(map(len, self.names)) <= MAX_SORTED_TEXT
         if short or isinstance(self._files, FolderList):
             order = natural_order(self.names)
             self._entries, self.names = [entries[index] for index in order], [self.names[index] for index in order]
@@ -104,18 +109,15 @@ class ImageSet:
 
     @cached_property
     def _labels(self) -> tuple[torch.Tensor | None, str | None]:
-        parts = self.names[0].split("/")[:-1]
-        members = ("/".join([*parts[:depth], "dataset.json"]) for depth in range(len(parts) + 1))
-        member = next((member for member in members if member in self._files.names), None)
+        member = self._table()
         if member is None:
             return None, None
-        folder = member.removesuffix("dataset.json")
+        folder = member.removesuffix(_TABLE)
         names = [name.removeprefix(folder) for name in self.names] if folder else self.names
         try:
-            self._check_time(len(names))
             limit = labels.MAX_BYTES + labels.BYTES_PER_IMAGE * len(names)
             text = self._files.read(self._files.names.index(member), limit)
-            classes, named = labels.read_classes(text, names)
+            classes, named = labels.read_classes(text, names, self._most_looked_up)
         except (Refused, labels.Unusable, OSError) as error:
             reason = f"{self.path}: {shown(member)} {describe_os_error(error) if isinstance(error, OSError) else error}"
             _tell(f"no classes are used, because {reason}")
@@ -125,12 +127,19 @@ class ImageSet:
             _tell(f"{self.path}: classes are numbered by their names: {some}{' …' if len(named) > 3 else ''}")
         return classes, None
 
-    def _check_time(self, num: int) -> None:
-        """Raises Refused for so many labels in a zip file that reading them would take longer than all its bytes."""
-        if isinstance(self._files, ZipList):
-            most = labels.MAX_IMAGES + self.path.stat().st_size // labels.BYTES_PER_FURTHER_IMAGE
-            if num > most:
-                raise Refused(f"is of {num} images; expected at most {most} in a zip file of that size, or a folder")
+    def _table(self) -> str | None:
+        """The name of the dataset.json of the first image: the highest one above it."""
+        tables = compress(self._files.names, self._files.ending((".json",)))
+        folders = {name.removesuffix(_TABLE): name for name in tables if name.endswith(_TABLE)}
+        above = (folder for folder in folders if folder[-1:] in ("", "/") and self.names[0].startswith(folder))
+        return folders.get(min(above, key=len, default="\0"))
+
+    @property
+    def _most_looked_up(self) -> float:
+        """For as many labels time is left in a zip file, whose bytes take their time as well."""
+        if isinstance(self._files, FolderList):
+            return math.inf
+        return MAX_LOOKED_UP + self.path.stat().st_size // BYTES_PER_FURTHER_LABEL
 
     def __len__(self) -> int:
         return len(self.names)
@@ -208,6 +217,10 @@ class FolderList:
     def __init__(self, path: Path):
         self._path, self.names = path, list(_files(str(path), ""))
 
+    def ending(self, suffixes: tuple[str, ...]) -> np.ndarray:
+        """Which names end in one of these, in small letters or capitals: bool [N]."""
+        return np.array([name.lower().endswith(suffixes) for name in self.names], bool)
+
     def read(self, index: int, limit: int) -> bytes:
         """The contents of a file, of at most so many bytes."""
         path = self._path / self.names[index]
@@ -275,8 +288,12 @@ def _tell(text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def _is_hidden(name: str) -> bool:
-    return (name[0] == "." or "/." in name or "__MACOSX/" in name) and _HIDDEN.search(name) is not None
+def _hidden(names: list[str], wanted: np.ndarray) -> list[int]:
+    """Which of the wanted names are hidden; most often none, which is soon seen."""
+    joined = "\n".join(["", *names])
+    if not any(mark in joined for mark in ("\n.", "/.", "__MACOSX/")):
+        return []
+    return [index for index in np.flatnonzero(wanted).tolist() if _HIDDEN.search(names[index])]
 
 
 def _traits(picture: Image.Image) -> list[str]:

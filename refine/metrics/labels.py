@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 from collections.abc import Sequence
@@ -14,20 +15,25 @@ from refine.checkpoints.pickles.inert import shown
 
 MAX_CLASSES = 1 << 20
 MAX_BYTES, BYTES_PER_IMAGE = 16 << 20, 32  # of a dataset.json
-MAX_IMAGES, BYTES_PER_FURTHER_IMAGE = 500_000, 1 << 14  # in a zip file; an image's label takes 2.4 µs
 _MAX_LISTS, _LISTS_PER_IMAGE = 1000, 4  # each takes a hundred bytes of memory
 _TEXTS_PER_IMAGE = 4  # in a list of pairs, or a table, two or fewer
+_MAX_VALUES, _VALUES_PER_IMAGE = 6_000_000, 5  # of any kind; a pair has four, and each takes a tenth of a microsecond
 
 
 class Unusable(ValueError):
     """Labels that say no class of each image; the message is ready to follow the name of their file."""
 
 
-def read_classes(text: bytes, names: Sequence[str]) -> tuple[torch.Tensor | None, list[str]]:
+def read_classes(text: bytes, names: list[str], most: float) -> tuple[torch.Tensor | None, list[str]]:
     """Classes of the images of these names.
 
     A class is a whole number, a name (classes are then numbered in the order of their names), or a vector of a one and
     zeros. The labels are a list of pairs or a table.
+
+    Args:
+        text: JSON.
+        names: Of the images.
+        most: There may be as many of them where the labels are not in their order; each takes 2.4 µs.
 
     Returns:
         int64 [N], from 0, or None where the file is of no labels; and the names of the classes, where they have any.
@@ -35,10 +41,20 @@ def read_classes(text: bytes, names: Sequence[str]) -> tuple[torch.Tensor | None
     Raises:
         Unusable: The labels are something else, or are not there for each image.
     """
+    if (numbers := _in_order(text, names)) is not None:
+        return _of_numbers(numbers, names), []
+    if len(names) > most and len(text) > len(names):
+        raise Unusable(
+            f"is of {len(names)} images, and not one list of [name, number] in their order; expected that, at most "
+            f"{most} in a zip file of that size, or a folder"
+        )
     if text.count(b"[") + text.count(b"{") > _MAX_LISTS + _LISTS_PER_IMAGE * len(names):
         raise Unusable("holds many more lists than there are images")
     if text.count(b'"') > 2 * (_MAX_LISTS + _TEXTS_PER_IMAGE * len(names)):
         raise Unusable("holds many more names than there are images")
+    values = text.count(b",") + text.count(b"[") + text.count(b'"') // 2
+    if values > max(_MAX_VALUES, _VALUES_PER_IMAGE * len(names)):
+        raise Unusable("holds many more values than there are images")
     collects = gc.isenabled()
     gc.disable()  # which would look through the growing list again and again, two thirds of the time
     try:
@@ -65,6 +81,27 @@ def read_classes(text: bytes, names: Sequence[str]) -> tuple[torch.Tensor | None
     if kinds != {float}:
         raise Unusable("has labels of several kinds; expected a number, or a name, for every image")
     return _of_numbers(np.array(found), names), []
+
+
+def _in_order(text: bytes, names: list[str]) -> np.ndarray | None:
+    """Numbers as data set tools write them, `{"labels": [["a.png", 6], ["b.png", 3]]}`, in the order of the images.
+
+    They take a fifth of the time of any other JSON; None if the text is not just that.
+    """
+    if text.count(b'"') != 2 * len(names) + 2 or b"\\" in text:
+        return None
+    parts = text.strip().split(b'"')
+    if parts[:2] != [b"{", b"labels"]:
+        return None
+    if b'"'.join(parts[3::2]) != '"'.join(names).encode("utf-8", "surrogateescape"):
+        return None
+    between = b'"'.join(parts[2::2])
+    for begin, comma in ((b': [["', b", "), (b':[["', b",")):
+        numbers = between.removeprefix(begin + comma).replace(b"]" + comma + b'["' + comma, b";")
+        if numbers.translate(None, b"0123456789") == b";" * (len(names) - 1) + b"]]}":
+            with contextlib.suppress(ValueError):  # of two semicolons in a row
+                return np.array(list(map(float, numbers.removesuffix(b"]]}").split(b";"))))
+    return None
 
 
 def _of_numbers(values: np.ndarray, names: Sequence[str]) -> torch.Tensor:

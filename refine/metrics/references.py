@@ -49,7 +49,7 @@ from refine.torch_utils.misc import exact_products
 MAX_FEATURE_BYTES = 1 << 30
 #: Seeds of a generator that serves as a reference begin here, far from those of the generators it judges.
 REFERENCE_SEED = 1 << 31
-MAX_WIDTH = 8192  # features; detectors in use have up to 4096
+MAX_WIDTH = 4096  # features; detectors in use have up to as many
 _ROUNDING = 1e-5
 _EDM2_PARTS = {  # of its pickles, one for each feature space
     "fid": "Inception's features (fid)",
@@ -180,7 +180,7 @@ def _load(path_or_name: str | os.PathLike, detector: Detector | None, looking: L
     found = sniff(path)
     if found.kind == "npz":
         reference = _from_npz(path, detector, looking)
-    elif found.kind == "zip":
+    elif found.kind == "zip" and path.suffix != ".npz":
         reference = _measured(ImageSet(path), path, "zip of images", detector, looking)
     elif found.kind in ("pickle", "torch", "native", "safetensors"):
         reference = _from_checkpoint(path, found, detector, looking)
@@ -238,7 +238,8 @@ def _from_npz(path: Path, detector: Detector | None, looking: Looking) -> Refere
         return _from_statistics(path, statistics, "features (feats)")
     if "arr_0" in keys:
         return _measured(SampleArray(path), path, "npz of samples (arr_0)", detector, looking)
-    raise ValueError(f"reference {path} holds {', '.join(sorted(keys)) or 'nothing'}, expected mu and sigma")
+    found = ", ".join([shown(key) for key in sorted(keys)[:5]] + ["…"] * (len(keys) > 5)) or "nothing"
+    raise ValueError(f"reference {path} holds {found}, expected mu and sigma")
 
 
 def _from_arrays(path: Path, arrays: dict[str, np.ndarray], form: str) -> Reference:

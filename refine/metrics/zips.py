@@ -3,7 +3,8 @@
 Python's `zipfile` makes an object of each entry, which takes ten times as long and a kilobyte of memory. Here the list
 is taken apart by NumPy, nothing but the names are kept of it, and an entry is looked up when it is read. What is read
 is what `zipfile` reads, or is refused: an archive that is not laid out as programs lay them out (between the entries of
-its list there is nothing, no name holds the mark of an entry, deflated data end where they say) is called broken.
+its list there is nothing, no name holds the mark of an entry or a zero byte, deflated data end where they say) is
+called broken.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import struct
 import threading
 import zlib
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import numpy as np
 from refine.checkpoints.pickles.inert import Refused
 from refine.dnnlib import format_bytes
 
-MAX_ENTRIES, BYTES_PER_ENTRY = 820_000, 1 << 14  # so many in any archive, and one more for each 16 KiB of it
+MAX_ENTRIES, BYTES_PER_ENTRY = 1_300_000, 1 << 14  # as many as ImageNet has, and one more for each 16 KiB of an archive
 MAX_LIST_BYTES, BYTES_PER_LIST_BYTE = 96 << 20, 128  # likewise
 _ENTRY, _LOCAL, _END, _END64, _LOCATOR64 = (b"PK" + mark for mark in (b"\1\2", b"\3\4", b"\5\6", b"\6\6", b"\6\7"))
 _ENTRY_FIELDS = struct.Struct("<4s4x4H3I3H8xI")  # flags, method, time (2), crc, packed, size, name, extra, comment, at
@@ -27,6 +29,7 @@ _END_BYTES, _END64_BYTES, _ENTRY_BYTES, _LOCAL_BYTES = 22, 56 + 20, 46, 30
 _NEWEST = 63  # the newest version of the format that `zipfile` reads, times ten
 _ENCRYPTED, _PATCHED, _UTF8 = 1 | 1 << 6, 1 << 5, 1 << 11  # flags
 _STORED, _DEFLATED = 0, 8  # methods
+_SMALL = np.frombuffer(bytes(range(256)).lower(), np.uint8).astype(np.int64)
 _MAX_32 = (1 << 32) - 1  # instead of a number that is in the extra field
 
 
@@ -51,7 +54,18 @@ class ZipList:
             raise Refused(f"has a list of entries of {format_bytes(length)}; expected larger images, or a folder")
         self._list = self._at(start, length)
         self._starts, ends, flags = _entries(self._list, MAX_ENTRIES + size // BYTES_PER_ENTRY, size)
+        self._ends = ends  # of names
         self.names = _names(self._list, self._starts + _ENTRY_BYTES, ends, flags)
+
+    def ending(self, suffixes: tuple[str, ...]) -> np.ndarray:
+        """Which names end in one of these, of at most seven letters, small or capital: bool [N]."""
+        data, room = np.frombuffer(self._list, np.uint8), self._ends - self._starts - _ENTRY_BYTES
+        found = np.zeros(len(room), bool)
+        for length in {len(suffix) for suffix in suffixes}:
+            wanted = [int.from_bytes(suffix.encode(), "big") for suffix in suffixes if len(suffix) == length]
+            last = sum(_SMALL[data[self._ends - 1 - place]] << 8 * place for place in range(length))
+            found |= np.isin(last, wanted) & (room >= length)
+        return found
 
     def read(self, index: int, limit: int) -> bytes:
         """The contents of an entry, of at most so many bytes.
@@ -150,15 +164,20 @@ def _entries(listed: bytes, most: int, size: int) -> tuple[np.ndarray, np.ndarra
 def _names(listed: bytes, starts: np.ndarray, ends: np.ndarray, flags: np.ndarray) -> list[str]:
     text = listed.decode("latin-1")
     names = [text[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
-    joined = "".join(names)
-    if not joined.isascii():
+    if "\0" in "".join(names):  # at which `zipfile` cuts a name
+        raise _broken()
+    unicode = flags & _UTF8 != 0
+    for encoding, chosen in (("utf-8", unicode), ("cp437", ~unicode)):
+        part = list(compress(names, chosen))
+        if "".join(part).isascii():
+            continue
         try:
-            for index, name in enumerate(names):
-                if not name.isascii():
-                    names[index] = name.encode("latin-1").decode("utf-8" if flags[index] & _UTF8 else "cp437")
+            decoded = "\0".join(part).encode("latin-1").decode(encoding).split("\0")  # all at once
         except UnicodeDecodeError:
             raise _broken() from None
-    return [name.partition("\0")[0] for name in names] if "\0" in joined else names
+        for index, name in zip(np.flatnonzero(chosen).tolist(), decoded, strict=True):
+            names[index] = name
+    return names
 
 
 def _long_numbers(extra: bytes, numbers: list[int]) -> list[int]:

@@ -136,7 +136,7 @@ def load_training_state(path: Path) -> dict[str, Any]:
         size = path.stat().st_size
         if not path.is_file():
             raise ValueError("it is no regular file")
-        with archives.opened(path) as archive:  # torch.load does not look at the checksums
+        with archives.opened(path, archives.MAX_STATE_ENTRIES) as archive:  # torch.load does not look at the checksums
             archives.check_inflation(archive.infolist(), size)
             damaged = archive.testzip()
         if damaged:

@@ -277,6 +277,31 @@ def test_expressions_and_conditions_are_not_evaluated(good, tmp_path):
     assert not os.path.exists(FILE)
 
 
+def test_one_weight_under_many_names(good, tmp_path):
+    """Each is read into memory of its own: a thousand of 4 MiB took 4 GB."""
+
+    def change(document, count):
+        specs = document["graph_module"]["signature"]["input_specs"]
+        first = next(spec for spec in specs if "parameter" in spec)
+        for index in range(count):
+            content = {**first["parameter"], "arg": {"name": f"more{index}"}}
+            specs.insert(0, {"parameter": content})
+
+    path = changed(good, tmp_path / "x.pt2", lambda document: change(document, 2000))
+    files = members(path)
+    (weight,) = (name for name in files if name.endswith("/weights/weight_0"))
+    (table,) = (name for name in files if name.endswith("model_weights_config.json"))
+    config = json.loads(files[table])
+    for entry in config["config"].values():
+        if entry["path_name"] == "weight_0":
+            entry["tensor_meta"] |= {"sizes": [{"as_int": 1 << 16}], "strides": [{"as_int": 1}]}
+    write(path, {**files, weight: bytes(4 << 16), table: json.dumps(config)})
+    with pytest.raises(ValueError, match="its tensors take more memory than the file is long"):
+        load_exported(path)
+    with pytest.raises(ValueError, match="more than 3,000 steps, or tensors"):
+        load_exported(changed(good, path, lambda document: change(document, 3000)))
+
+
 def test_two_central_directories(good, tmp_path):
     """One archive for Python's reader and another for torch's: only the first is ever read."""
 

@@ -16,6 +16,7 @@ from refine.metrics import references
 from refine.metrics.detectors import load_detector
 from refine.metrics.image_sets import MAX_SORTED, ImageSet
 from refine.metrics.references import Looking, load_reference
+from refine.metrics.zips import MAX_ENTRIES
 from tests.limits import outcome, zip_of
 from tests.metrics.networks import PixelDetector
 
@@ -119,6 +120,19 @@ def test_arrays_that_inflate(name, tmp_path):
     assert "many times the memory" in refusal or name == "arr_0"  # samples are read piece by piece, or not at all
 
 
+def test_arrays_without_end(tmp_path):
+    members = {f"a{index}": npy("<f4", "(1,)", b"\0" * 4) for index in range(5900)}
+    refusal = outcome(read, save_zip(tmp_path / "x.npz", zipfile.ZIP_STORED, **members))
+    assert refusal.endswith("holds a0, a1, a10, a100, a1000, …, expected mu and sigma")
+    path = save_zip(tmp_path / "x.npz", zipfile.ZIP_STORED, **members, **{f"b{index}": b"" for index in range(200)})
+    assert "not a whole .npz" in outcome(read, path)
+
+
+def test_statistics_of_more_features_than_a_detector_has(tmp_path):
+    np.savez(tmp_path / "x.npz", mu=np.zeros(4097, np.float16), sigma=np.eye(4097, dtype=np.float16))
+    assert "is of 4097 features, expected at most 4096" in outcome(read, tmp_path / "x.npz")
+
+
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_methods_that_give_out_gigabytes_at_once(method, tmp_path):
     save_zip(tmp_path / "x.npz", method, mu=1 << 24, sigma=ZEROS)
@@ -185,24 +199,35 @@ def test_members_of_many_megabytes(tmp_path):
     assert "dataset.json has 67108864 bytes; expected at most" in outcome(classes, path)
 
 
-@pytest.mark.parametrize("count", [820_000, MAX_SORTED])
+@pytest.mark.parametrize("count", [MAX_ENTRIES, MAX_SORTED])
 def test_zips_of_as_many_files_as_there_can_be_images(count, tmp_path):
     """At the limits on what takes a microsecond each, or two where it is sorted, whatever the archive says they are."""
     order = np.random.RandomState(0).permutation(count).tolist()
     sort = count == MAX_SORTED
+    first = "a" if sort else "ü"  # letters beyond ASCII take time as well
 
     def whole_set(path):
         images = ImageSet(path)
-        assert len(images) == count and images.names[-1] == f"a{count - 1 if sort else order[-1]}b1c2.png"
+        assert len(images) == count and images.names[-1] == f"{first}{count - 1 if sort else order[-1]}b1c2.png"
 
-    path = zip_of(tmp_path / "a.zip", [b"a%db1c2.png" % index for index in order])
+    path = zip_of(tmp_path / "a.zip", [first.encode("cp437") + b"%db1c2.png" % index for index in order])
     assert outcome(whole_set, path) == ""
 
 
-def test_zips_of_more_files_than_there_can_be_images(tmp_path):
-    for names, filler in (([b"x.png"] * 830_000, 0), ([b"x.png"] * 890_000, 1 << 30), ([b"x" * 65_000] * 1600, 0)):
-        refusal = outcome(ImageSet, zip_of(tmp_path / "b.zip", names, filler=filler))  # the last: names of 100 MB
-        assert "entries" in refusal and "or a folder" in refusal
+def test_zips_of_more_files_than_there_can_be_images(tmp_path, monkeypatch):
+    path = zip_of(tmp_path / "a.zip", [b"x" * 65_000] * 1600)  # names of 100 MB
+    assert "has a list of entries of" in outcome(ImageSet, path)
+    monkeypatch.setattr("refine.metrics.zips.MAX_ENTRIES", 1000)
+    assert "has more than 1003 entries in 50" in outcome(ImageSet, zip_of(tmp_path / "b.zip", [b"x.png"] * 1010))
+    for count, refused in ((1060, ""), (1070, "has more than 1067 entries in 1.05 MiB")):
+        path = zip_of(tmp_path / "c.zip", [b"x.png"] * count, filler=1 << 20)
+        assert refused in outcome(ImageSet, path) and (refused or len(ImageSet(path)) == count)
+
+
+def test_a_first_image_in_very_many_folders(tmp_path):
+    """Each of them could have a dataset.json: to look for them took minutes."""
+    path = zip_of(tmp_path / "x.zip", [b"a/" * 30_000 + b"x.png", *([b"a/dataset.json"] * 300_000)])
+    assert outcome(lambda path: ImageSet(path).classes, path) == ""
 
 
 def test_labels_that_take_memory(tmp_path):
@@ -212,18 +237,76 @@ def test_labels_that_take_memory(tmp_path):
         assert "dataset.json" in outcome(classes, path) and outcome(read, path) == ""
 
 
+def labelled(path, names, text):
+    """A zip that lists many images, and holds a dataset.json only."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("dataset.json", text)
+    data = path.read_bytes()
+    start = data.index(b"PK\x01\x02")
+    zip_of(path, names)
+    listed = path.read_bytes()[30:-22] + data[start:-22]
+    end = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 1, 1, len(listed), start, 0)
+    path.write_bytes(data[:start] + listed + end)
+    return path
+
+
+def test_labels_of_as_many_images_as_there_can_be(tmp_path):
+    """ImageNet's number of them, in their order, in an archive of no size: opened and read in 1.5 s."""
+    names = [b"%05d/img%08d.png" % (index // 1000, index) for index in range(1_281_167)]
+    text = ", ".join(f'["{name.decode()}", {index % 1000}]' for index, name in enumerate(names))
+    path = labelled(tmp_path / "x.zip", names, f'{{"labels": [{text}]}}')
+
+    def read_all(path):
+        found = ImageSet(path).classes
+        assert found is not None and found[[0, 999, -1]].tolist() == [0, 999, 166]
+
+    assert outcome(read_all, path) == ""
+
+
 def test_labels_that_take_time(tmp_path, monkeypatch):
     """500,000 of them in disorder took 1.5 s together with opening the file."""
-    pairs = json.dumps({"labels": [["a.png", 1], ["b.png", 0]]}).encode()
-    path = image_zip(tmp_path / "x.zip", a_png=png(4, 4), b_png=png(4, 4), dataset_json=pairs)
-    assert outcome(classes, path) == ""
-    monkeypatch.setattr("refine.metrics.labels.MAX_IMAGES", 1)
-    monkeypatch.setattr("refine.metrics.labels.BYTES_PER_FURTHER_IMAGE", 1 << 20)
-    assert "dataset.json is of 2 images; expected at most 1 in a zip file of that size" in outcome(classes, path)
-    assert outcome(read, path) == ""
-    table = json.dumps({"labels": {f"{name}.png": "x" for name in range(9000)}}).encode()
-    path = image_zip(tmp_path / "y.zip", a_png=png(4, 4), dataset_json=table)
-    assert "many more names than there are images" in outcome(classes, path)
+    pairs = [["a.png", 1], ["b.png", 0]]
+    for disorder in (pairs[::-1], dict(pairs), [["a.png", [0, 1]], ["b.png", [1, 0]]]):
+        data = json.dumps({"labels": disorder}).encode()
+        path = image_zip(tmp_path / "x.zip", a_png=png(4, 4), b_png=png(4, 4), dataset_json=data)
+        assert outcome(classes, path) == "" and ImageSet(path).classes.tolist() == [1, 0]
+        with monkeypatch.context() as patch:
+            patch.setattr("refine.metrics.image_sets.MAX_LOOKED_UP", 1)
+            patch.setattr("refine.metrics.image_sets.BYTES_PER_FURTHER_LABEL", 1 << 20)
+            refusal = outcome(classes, path)
+            assert "dataset.json is of 2 images, and not one list of [name, number] in their order" in refusal
+            assert "at most 1 in a zip file of that size, or a folder" in refusal and outcome(read, path) == ""
+            for data in (json.dumps({"labels": pairs}), '{"labels":[["a.png",1],["b.png",0]]}', "{}"):
+                image_zip(path, a_png=png(4, 4), b_png=png(4, 4), dataset_json=data.encode())
+                assert outcome(classes, path) == ""
+    for data, found in (("[" + "1,[]," * 2_600_000, "values"), (json.dumps([str(n) for n in range(9000)]), "names")):
+        path = image_zip(tmp_path / "y.zip", a_png=png(4, 4), dataset_json=data.encode()[: 15 << 20])
+        assert f"many more {found} than there are images" in outcome(classes, path) or found == "values"
+
+
+IN_ORDER = '{"labels": [["a.png", 1], ["b.png", 0], ["c.png", 12]]}'
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        *(("", "", [1, 0, 12]), ("12", "7", [1, 0, 7]), ("}", "}\n", [1, 0, 12]), ("12", "12.0", [1, 0, 12])),
+        *((", 0", ",  0", [1, 0, 12]), ('{"labels"', '{"x": 3, "labels"', [1, 0, 12]), ("0]", "]", "is broken")),
+        *((" 12", "", "is broken"), ("0]", "0 1]", "is broken"), ("0", '"0"', "several kinds"), ("0", "-1", "but -1")),
+        *(("0]", "0, 1]", "a list of [name"), ("a.png", "d.png", "no class for a.png"), ("]}", "", "is broken")),
+        *(("1]", "]", "is broken"), ("b.png", "a.png", "no class for b.png"), ("12", "9" * 30, "but 1e+30")),
+        *(("a.png", "\\u0061.png", [1, 0, 12]), ("b.png", "b\\.png", "is broken"), ("labels", "x", None)),
+    ],
+)  # fmt: skip
+def test_labels_in_order_are_read_as_any_json(old, new, expected, tmp_path):
+    text = IN_ORDER.replace(old, new, 1) if old else IN_ORDER
+    members = {f"{name}_png": png(4, 4) for name in "abc"}
+    images = ImageSet(image_zip(tmp_path / "x.zip", **members, dataset_json=text.encode()))
+    if isinstance(expected, str):
+        assert images.classes is None and expected in images.no_classes
+    else:
+        assert (images.classes is None) == (expected is None) and images.no_classes is None
+        assert expected is None or images.classes.tolist() == expected
 
 
 def test_names_of_many_numbers(tmp_path):

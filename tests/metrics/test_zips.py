@@ -75,7 +75,6 @@ ORDINARY = {
     "long end behind something": b"#!" + longer(packed()),
     "long numbers": cut_short(packed(), 0),
     "old names": packed(files={"a.png": b"x"}).replace(b"a.png", b"\x81.png"),
-    "nul in a name": packed(files={"a.png.x": b"x"}).replace(b"a.png.x", b"a.png\0x"),
     "one name twice": packed(files={"a.png": b"x", "b.png": b"y"}).replace(b"b.png", b"a.png"),
     "absolute and above": packed(files={"/etc/a.png": b"x", "../../b.png": b"y", "c:\\d.png": b"z"}),
     "nothing": packed(files={}),
@@ -86,6 +85,20 @@ ORDINARY = {
 def test_what_is_read_equals_zipfiles(case, tmp_path):
     (tmp_path / "x.zip").write_bytes(ORDINARY[case])
     assert by_us(tmp_path / "x.zip") == by_zipfile(tmp_path / "x.zip")
+
+
+def test_names_are_told_apart_by_their_endings(tmp_path):
+    names = ["a.png", "B.PnG", "png", ".png", "x", "a.jpeg", "jpeg", "a.jpg.", "ü.JPG", "a.p\x0eng", "a.jpg/", "ajpeg"]
+    crossing = b"a.png".ljust(0x2E, b"-")  # so that the byte before a short name is that of a dot
+    for comment in (b"", b"."):
+        with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+            for name in [*names, crossing.decode()]:
+                info = zipfile.ZipInfo(name)
+                info.comment = comment
+                archive.writestr(info, b"")
+        listed = ZipList(tmp_path / "x.zip")
+        suffixes = (".png", ".jpg", ".jpeg")
+        assert listed.ending(suffixes).tolist() == [name.lower().endswith(suffixes) for name in listed.names]
 
 
 def altered(data, at, value):
@@ -115,6 +128,7 @@ STRANGE = {
     "a newer version": (altered(TWO, LIST + 6, b"\x50"), "broken"),
     "no text in a name": (altered(altered(TWO, LIST + 8, b"\0\x08"), LIST + 46, b"\xff"), "broken"),
     "several disks": (longer(TWO).replace(b"PK\6\7\0", b"PK\6\7\1"), "broken"),
+    "a zero byte in a name": (packed(files={"a.png.x": b"x"}).replace(b"a.png.x", b"a.png\0x"), "broken"),
     "a bomb": (packed(files={"a.png": bytes(LIMIT + 1)}), "expected at most"),
 }
 

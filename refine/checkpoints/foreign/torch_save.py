@@ -71,8 +71,9 @@ def read_zip(
         ValueError: it is broken, or holds what is not allowed.
     """
     size = os.fstat(stream.fileno()).st_size
+    most = archives.MAX_NETWORK_ENTRIES if budget is None else archives.MAX_STATE_ENTRIES
     try:
-        with archives.opened(stream) as archive:
+        with archives.opened(stream, most) as archive:
             entries = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
             pickled = entries["data.pkl"]
             archives.check_inflation((info for info in entries.values() if info.compress_type), size)

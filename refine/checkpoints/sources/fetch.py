@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 CONNECT_TIMEOUT = 10.0  # seconds
 STALL_TIMEOUT = 25.0  # seconds without a byte, or at less than MIN_RATE on average
 PATIENCE = 50.0  # seconds in which no try comes farther by a piece of MIN_RATE · STALL_TIMEOUT bytes
+MAX_SECONDS = 6 * 3600.0  # of all tries of a file together, however steadily it drips
 MIN_RATE = 1024  # bytes per second
 WAITS = (1.0, 2.0, 4.0)  # seconds before each further try
 MAX_REDIRECTS = 10
@@ -323,7 +324,8 @@ class _Downloader:
     def __init__(self, shown: str, target: Path):
         self._shown = shown
         self._target = target
-        self._moved, self._most = time.monotonic(), 0  # when the last new piece was there, and the bytes until then
+        self._began = time.monotonic()
+        self._moved, self._most = self._began, 0  # when the last new piece was there, and the bytes until then
         self._total: int | None = None  # bytes of the whole file, where the server tells
         self._validator: str | None = None  # a later part belongs to the same file if the server still gives this
 
@@ -406,6 +408,9 @@ class _Downloader:
             file.write(chunk)
             bar.update(len(chunk))
             self._check_size(file.tell())
+            if time.monotonic() > self._began + MAX_SECONDS:
+                came = dnnlib.format_bytes(file.tell())
+                raise DownloadError(f"{self._shown} sent only {came} in {MAX_SECONDS / 3600:.2g} hours")
             if file.tell() - size >= MIN_RATE * STALL_TIMEOUT:
                 limit, since, size = STALL_TIMEOUT, time.monotonic(), file.tell()
                 if size > self._most:

@@ -445,6 +445,28 @@ def test_a_zip_of_more_entries_than_a_network(tmp_path):
     assert "more than 20000 entries" in outcome(load_training_state, path)
 
 
+def safetensors_of(path, header, data=b""):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+def test_a_safetensors_header_of_more_tensors_than_a_network(tmp_path):
+    """150,000 of them took 8 s."""
+
+    def header(count):
+        place = {"dtype": "F32", "shape": [1]}
+        return {f"t{index}": {**place, "data_offsets": [4 * index, 4 * index + 4]} for index in range(count)}
+
+    path = safetensors_of(tmp_path / "x.safetensors", header(5990), bytes(4 * 5990))
+    assert "nothing tells how its network is built" in outcome(load_generator, path)
+    safetensors_of(path, header(6001), bytes(4 * 6001))
+    assert "of 6001 tensors; expected at most 6000" in outcome(load_generator, path)
+    for text in (b'{"a":[' + b"[]," * 1_300_000 + b"1]}", b'{"a":[' + b"1," * 2_000_000 + b"1]}"):
+        assert "no dtype, shape and data_offsets" in outcome(load_generator, safetensors_of(path, text))
+    assert "claims 4194306 bytes" in outcome(load_generator, safetensors_of(path, b"{" + b" " * (4 << 20) + b"}"))
+
+
 # Training states.
 
 

@@ -132,6 +132,10 @@ class Handler(BaseHTTPRequestHandler):
     def endless_headers(self, count):
         self.drip(b"HTTP/1.1 200 OK\r\n" + b"X-A: y\r\n" * 100_000, b"X-A: y\r\n")
 
+    def endless(self, count):
+        """A body without a length, fast enough never to count as slow."""
+        self.drip(b"HTTP/1.1 200 OK\r\n\r\n", b"x" * 4096)
+
     def negative_length(self, count):
         self.answer(NET[:1000], length=-5)
 
@@ -299,6 +303,15 @@ def test_a_server_that_brings_nothing_is_left_within_a_minute(url, name, monkeyp
     start = time.monotonic()
     assert re.search(r" (answer|a second) for 0\.\d+ s, [23] times", refusal(lambda: fetch(url(name))))
     assert time.monotonic() - start < 1.25 + 2
+
+
+def test_a_server_that_never_ends_is_left(url, server, monkeypatch, tmp_path):
+    """Fast enough never to count as slow, a body without a length would go on until it has filled 16 GiB."""
+    assert fetching.MAX_SECONDS == 6 * 3600
+    monkeypatch.setattr(fetching, "MAX_SECONDS", 1.5)
+    start = time.monotonic()
+    assert re.search(r"sent only [\d.]+ KiB in 0.00042 hours", refusal(lambda: fetch(url("endless"))))
+    assert time.monotonic() - start < 3 and server.counts["endless"] == 1 and files(tmp_path) == []
 
 
 def test_without_a_network(url, tmp_path, monkeypatch):
