@@ -2,9 +2,10 @@
 # For a CPU: docker build --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu -t gan-refine .
 FROM python:3.12-slim
 
+# An index that has torch; without one, the usual index, which has it with CUDA.
 ARG TORCH_INDEX=""
 
-# g++ builds the ops for the CPU; nvcc for a GPU is not in this image, plain torch does the work there (docs/ops.md).
+# g++ builds the ops for the CPU. Those for a GPU are built at their first use, by NVRTC, which comes with torch.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ \
@@ -13,11 +14,14 @@ RUN apt-get update \
 
 WORKDIR /opt/gan-refine
 COPY . .
-RUN pip install --no-cache-dir -c constraints.txt ${TORCH_INDEX:+--extra-index-url="$TORCH_INDEX"} .
+RUN if [ -n "$TORCH_INDEX" ]; then \
+        pip install --no-cache-dir --no-deps -c constraints.txt --index-url="$TORCH_INDEX" torch; \
+    fi \
+    && pip install --no-cache-dir -c constraints.txt .
 
 USER 1000
 ENV REFINE_CACHE=/home/refine/.cache/gan-refine
-RUN gan-refine ops build
+RUN gan-refine ops build --device=cpu --portable
 
 WORKDIR /work
 ENTRYPOINT ["gan-refine"]

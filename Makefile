@@ -4,8 +4,19 @@
 PYTHON ?= python3
 VENV ?= .venv
 
+# Where torch comes from. On Linux the usual index has it with CUDA, which takes gigabytes, so where there is no GPU it is
+# taken from PyTorch's index of CPU wheels, and from the usual one if that cannot be reached.
+#     make setup TORCH_INDEX=          the usual index: for a GPU that this machine does not have itself
+ifeq ($(origin TORCH_INDEX),undefined)
+TORCH_INDEX := $(shell [ "$$(uname -s)" != Linux ] || [ -e /dev/nvidiactl ] || nvidia-smi >/dev/null 2>&1 \
+	|| echo https://download.pytorch.org/whl/cpu)
+endif
+
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+LOG := $(VENV)/setup.log
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
+LOGGED = >>$(LOG) 2>&1 || { tail -n 20 $(LOG) >&2; echo "That failed; these are the last lines of $(LOG)." >&2; exit 1; }
 
 .PHONY: help setup demo test bench gpu lint clean
 
@@ -22,9 +33,17 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; try make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
-	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,recipes]'
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 \
+		|| { echo "an environment of $(PYTHON): $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
+	@: >$(LOG)
+	@[ -z "$(TORCH_INDEX)" ] || { \
+		echo "torch without CUDA, as there is no GPU here (make setup TORCH_INDEX= takes it with CUDA)"; \
+		$(PIP) --retries=0 --timeout=15 --no-deps -c constraints.txt --index-url=$(TORCH_INDEX) torch >>$(LOG) 2>&1 \
+		|| echo "torch is not to be had from $(TORCH_INDEX): from the usual index, as it is there"; }
+	@echo "the project and what it needs, which takes minutes (all that pip says: $(LOG))"
+	@$(PIP) -c constraints.txt -e '.[dev,recipes]' $(LOGGED)
 	@touch $@
+	@echo "done: $(BIN)/gan-refine --help"
 
 demo: setup
 	$(BIN)/python -m refine.cli.demo

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 import pytest
+from PIL import Image
 
 from refine.cli.demo import demo
 from refine.cli.main import cli
@@ -19,6 +20,7 @@ FOREIGN = {
     "tensorboard": "--logdir",
     "torchrun": "--standalone --nproc-per-node --nnodes --rdzv-backend --rdzv-id --rdzv-endpoint",
     "sbatch": "--nodes --ntasks-per-node --gpus-per-node --cpus-per-task --time --signal --requeue --open-mode",
+    "pip": "--index-url",
     "every": "--x --no-x --help --version",
     "others": "--learning-rate",
 }
@@ -106,3 +108,10 @@ def test_the_readme_is_short_and_begins_with_whom_it_is_for():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.split()) <= 1000
     assert text.index("It is for you") < text.index("It is not for you") < text.index("|---")
+
+
+def test_the_film_of_the_readme_moves_for_ever_and_is_small():
+    path = ROOT / "docs/demo-film.webp"
+    with Image.open(path) as film:
+        assert film.n_frames > 10 and film.info["loop"] == 0
+    assert path.stat().st_size < 2**20 and f"({path.relative_to(ROOT)})" in (ROOT / "README.md").read_text("utf-8")

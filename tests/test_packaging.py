@@ -3,6 +3,8 @@
 import importlib.metadata
 import os
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -128,11 +130,33 @@ def test_a_source_distribution_is_the_whole_checkout(distributions):
     assert {path.as_posix() for path in files if path.parts[0] not in made} - names == set()
 
 
-def test_names_and_versions(project):
+def test_the_readme_of_an_index_page_has_no_link_into_a_checkout(distributions, root):
+    """As built, without a public repository; and where there is one."""
+    with zipfile.ZipFile(distributions.wheel) as wheel:
+        about = wheel.read(f"gan_refine-{refine.__version__}.dist-info/METADATA").decode()
+    assert "Description-Content-Type: text/markdown" in about and "# gan-refine" in about
+    assert re.findall(r"\]\((?!https://)[^)]*\)", about) == []
+    for_an_index = runpy.run_path(str(root / "setup.py"))["for_an_index"]
+    text = "![a\npicture](docs/demo.png)\n\n[method](docs/method.md#x), [paper](https://arxiv.org/abs/2305.18455)"
+    assert for_an_index(text, "https://example.org/refine/", "1.0") == (
+        "![a\npicture](https://example.org/refine/raw/v1.0/docs/demo.png)\n\n"
+        "[method](https://example.org/refine/blob/v1.0/docs/method.md#x), [paper](https://arxiv.org/abs/2305.18455)"
+    )
+    assert for_an_index(text, None, "1.0") == "\n\nmethod, [paper](https://arxiv.org/abs/2305.18455)"
+
+
+def test_extras_are_in_the_documents(project, root):
+    table = (root / "docs/install.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\| `\[(\w+)\]` \|", table, re.MULTILINE)
+    assert set(named) == set(project["project"]["optional-dependencies"])
+
+
+def test_names_and_versions(project, root):
     about = project["project"]
     assert about["name"] == "gan-refine" and about["scripts"] == {"gan-refine": "refine.cli.main:main"}
     assert about["requires-python"] == ">=3.10" and "torch>=2.6" in about["dependencies"]
     assert about["license"] == "Apache-2.0" and about["version"] == refine.__version__
+    assert f"\nversion: {refine.__version__}\n" in (root / "CITATION.cff").read_text(encoding="utf-8")
 
 
 def test_conda_environment_is_in_step(project, root):
@@ -140,7 +164,7 @@ def test_conda_environment_is_in_step(project, root):
     lines = [line.strip() for line in (root / "environment.yml").read_text(encoding="utf-8").splitlines()]
     items = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
     makefile = (root / "Makefile").read_text(encoding="utf-8")
-    install = re.search(r"pip install .*-c (\S+) -e '(\S+)'", makefile)
+    install = re.search(r"\$\(PIP\) -c (\S+) -e '(\S+)'", makefile)
     assert f"-c {install[1]}" in items and f"-e {install[2]}" in items
     assert set(re.search(r"\[(.+)\]", install[2])[1].split(",")) == {"dev", "recipes"}
     assert {"dev", "recipes"} <= set(project["project"]["optional-dependencies"])  # the others are for those who ask
@@ -185,6 +209,58 @@ def test_a_finished_set_up_is_not_done_again(root, tmp_path):
     (tmp_path / ".venv/.installed").touch()
     result = make("-n", "setup", cwd=tmp_path)
     assert result.returncode == 0 and "pip" not in result.stdout
+
+
+PIP = """#!/bin/sh
+# instead of the environment's Python: pip is there, finds only what it is told to find, and speaks much
+case "$*" in
+  *--version*) exit 0 ;;
+  *--index-url=file:/there*) echo "pip says a lot"; exit 0 ;;
+  *--index-url=*) echo "no such index"; exit 1 ;;
+esac
+echo "pip says a lot"
+exit ${PIP_FAILS:-0}
+"""
+
+
+@pytest.fixture
+def set_up(root, tmp_path):
+    """make setup in a copy, where pip is a script."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(root / name, tmp_path)
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(PIP)
+    python.chmod(0o755)
+    return lambda *args: make("setup", *args, cwd=tmp_path)
+
+
+def test_a_set_up_is_a_line_for_each_step_and_a_log(set_up, tmp_path):
+    result = set_up("TORCH_INDEX=file:/there")
+    lines = result.stdout.splitlines()
+    assert result.returncode == 0 and result.stderr == "" and len(lines) == 3, result
+    assert lines[0].startswith("torch without CUDA") and lines[-1].startswith("done: ")
+    assert (tmp_path / ".venv/setup.log").read_text() == "pip says a lot\n" * 2
+    assert set_up().stdout.splitlines()[-1].startswith("make: ")  # nothing to be done
+
+
+def test_where_an_index_of_torch_cannot_be_reached_the_usual_one_is_taken(set_up, tmp_path):
+    result = set_up("TORCH_INDEX=file:/elsewhere")
+    assert result.returncode == 0 and "not to be had from file:/elsewhere" in result.stdout and result.stderr == ""
+    assert (tmp_path / ".venv/.installed").exists()
+
+
+def test_torch_with_cuda_is_asked_for_by_an_empty_index(set_up, tmp_path):
+    result = set_up("TORCH_INDEX=")
+    assert result.returncode == 0 and "torch" not in result.stdout
+    assert (tmp_path / ".venv/setup.log").read_text() == "pip says a lot\n"
+
+
+def test_a_set_up_that_fails_shows_the_end_of_its_log(set_up, tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_FAILS", "1")
+    result = set_up("TORCH_INDEX=")
+    assert result.returncode != 0 and "pip says a lot" in result.stderr and "setup.log" in result.stderr
+    assert not (tmp_path / ".venv/.installed").exists()
 
 
 def test_old_python_is_told_so(root, tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import struct
 import zipfile
@@ -142,8 +142,8 @@ def film(
             raise ValueError("a film goes from one seed to the next; expected --seeds of at least two")
         if path.suffix.lower() not in (".mp4", *_PILLOW):
             raise ValueError(f"found {path.name}; expected .mp4, {', '.join(_PILLOW)}")
-        if path.suffix.lower() == ".mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
-            raise ValueError("an .mp4 needs imageio-ffmpeg (pip install imageio-ffmpeg); .gif and .png do without")
+        if path.suffix.lower() == ".mp4":
+            _check_ffmpeg()
         check_outdir(path.resolve().parent)
     with option("--seeds"):
         check_seeds(seeds)
@@ -157,7 +157,7 @@ def film(
         way = way / way.norm(dim=1, keepdim=True) * _closed_way(z.norm(dim=1, keepdim=True), frames)
         c = None if classes is None else F.one_hot(classes[:1], G.c_dim).float()
         made = (_called(side, point[None], c)[0] for point in way)
-    shown = tqdm(made, total=len(way), unit="frame", desc="video", disable=not progress)
+    shown = iter(tqdm(made, total=len(way), unit="frame", desc="video", disable=not progress))
     with option("--video"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replaced_atomically(path) as temporary:
@@ -234,14 +234,32 @@ def _write_animation(path: Path, suffix: str, frames: Iterator[torch.Tensor]) ->
         first.save(file, format=_PILLOW[suffix.lower()], **options)
 
 
+def _check_ffmpeg() -> None:
+    """Raises ValueError where there is nothing that writes an .mp4."""
+    try:
+        importlib.import_module("imageio_ffmpeg").get_ffmpeg_exe()
+    except ImportError:
+        raise ValueError(
+            "an .mp4 needs imageio-ffmpeg (pip install imageio-ffmpeg); .gif, .png and .webp do without"
+        ) from None
+    except RuntimeError:  # a package without a binary, as on some platforms
+        raise ValueError(
+            "imageio-ffmpeg finds no ffmpeg (IMAGEIO_FFMPEG_EXE names one); .gif, .png and .webp do without"
+        ) from None
+
+
 def _write_mp4(path: Path, _suffix: str, frames: Iterator[torch.Tensor]) -> None:
     ffmpeg: Any = importlib.import_module("imageio_ffmpeg")
     first: Image.Image = to_pil(next(frames)).convert("RGB")
-    # 16: ffmpeg scales to whole macro blocks otherwise; H.264's usual pixels need even sizes
+    # By default ffmpeg is made to scale to multiples of 16; the usual pixels of H.264 need even sizes.
     even = [size + size % 2 for size in first.size]
     writer = ffmpeg.write_frames(str(path), even, fps=FPS, quality=8, macro_block_size=2, output_params=["-f", "mp4"])
-    writer.send(None)
-    writer.send(first.resize(even).tobytes())
-    for frame in frames:
-        writer.send(to_pil(frame).convert("RGB").resize(even).tobytes())
-    writer.close()
+    try:
+        writer.send(None)
+        writer.send(first.resize(even).tobytes())
+        for frame in frames:
+            writer.send(to_pil(frame).convert("RGB").resize(even).tobytes())
+    except OSError as error:  # what ffmpeg said, all of it
+        raise ValueError(f"ffmpeg failed: {(str(error).strip().splitlines() or ['no details'])[-1][:200]}") from None
+    finally:
+        writer.close()

@@ -1,8 +1,8 @@
 """The pictures of a run: images of the same latents at every snapshot, in a grid that shows every class.
 
-As many images as NVIDIA's tools show, 7 to 32 columns and 4 to 32 rows, by the size of an image; the picture has about
-2048×1024 pixels, so that hundreds of them may lie in a run folder and in TensorBoard. From 512 pixels on, where 7×4
-images are more than that, they are reduced to 512.
+As many images as NVIDIA's tools show, 7 to 32 columns and 4 to 32 rows, by the size of an image. The picture has at
+most 2048×1024 pixels, so that hundreds of them may lie in a run folder and in TensorBoard: about 5 MB of photographs.
+Images above 256 pixels, of which fewer than 7×4 would fit, are reduced.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from refine.networks.bases import Generator
 
 WIDTH, HEIGHT = 2048, 1024  # of a picture, where the limits of columns and rows allow
 COLUMNS, ROWS = (7, 32), (4, 32)
-LARGEST = 512  # side of an image in the picture
+LARGEST = 256  # side of an image in the picture
 _AT_ONCE = 16
 
 

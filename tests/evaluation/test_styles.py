@@ -1,14 +1,17 @@
 """generate.py: mixed styles, styles of a file, films, class columns, pairs and folders of a thousand."""
 
 import itertools
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from refine.checkpoints import load_generator
 from refine.checkpoints.native import save_networks
+from refine.evaluation.styles import _write_mp4
 from refine.images import to_uint8
 from refine.metrics.sampling import latents_of_seeds
 from refine.networks.r3gan import Generator as R3GAN
@@ -107,14 +110,66 @@ def test_a_film_goes_from_seed_to_seed_and_back(networks, tmp_path, capsys, netw
         assert near(frames[0], read(tmp_path / "out" / "seed0003.png"))
 
 
+def frames_of(film) -> list[np.ndarray]:
+    """uint8 [H, W] each."""
+    if film.suffix == ".mp4":
+        reader = pytest.importorskip("imageio_ffmpeg").read_frames(str(film), "gray", bits_per_pixel=8)
+        width, height = next(reader)["size"]
+        return [np.frombuffer(frame, np.uint8).reshape(height, width) for frame in reader]
+    with Image.open(film) as file:
+        assert file.info["loop"] == 0
+        return [np.asarray(frame.convert("L")) for frame in ImageSequence.Iterator(file)]
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp", "apng", "mp4"])
+def test_every_kind_of_film_can_be_seen_and_has_no_seam(networks, tmp_path, capsys, kind):
+    if kind == "mp4":
+        pytest.importorskip("imageio_ffmpeg")
+    film, network = tmp_path / f"x.{kind}", f"--network={networks}/rgb.safetensors"
+    code, stdout, err = run(capsys, network, "--seeds=3-5", "--frames=4", f"--video={film}")
+    assert code == 0 and stdout.strip() == str(film), err
+    run(capsys, network, "--seeds=3-5", f"--outdir={tmp_path}/out")
+    frames = [frame.astype(float) for frame in frames_of(film)]
+    assert len(frames) == 12 and frames[0].shape == (16, 16)
+    stills = [
+        np.asarray(Image.open(tmp_path / "out" / f"seed000{n}.png").convert("L")).astype(float) for n in (3, 4, 5)
+    ]
+    lossy = 16 if kind in ("webp", "mp4") else 4  # grey levels, in the mean; a GIF has a palette
+    for index, still in enumerate(stills):
+        distances = [abs(frame - still).mean() for frame in frames]
+        assert distances[4 * index] <= lossy and np.argmin(distances) == 4 * index
+    steps = [abs(a - b).mean() for a, b in itertools.pairwise([*frames, frames[0]])]
+    assert steps[-1] <= max(steps[:-1])  # from the end to the beginning it is no further than elsewhere
+
+
+def test_odd_sizes_fit_into_an_mp4(tmp_path):
+    pytest.importorskip("imageio_ffmpeg")
+    _write_mp4(tmp_path / "x.mp4", ".mp4", iter(torch.randint(256, [3, 4, 33, 17], dtype=torch.uint8)))
+    assert [frame.shape for frame in frames_of(tmp_path / "x.mp4")] == [(34, 18)] * 3
+
+
+def test_what_ffmpeg_says_is_one_line(networks, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("imageio_ffmpeg")
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/bin/false")
+    args = [f"--network={networks}/rgb.safetensors", "--seeds=0,1", "--frames=9", f"--video={tmp_path}/x.mp4"]
+    code, _, err = run(capsys, *args)
+    assert code == 2 and "Error: --video: ffmpeg failed: " in err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_cannot_be_filmed_is_refused(networks, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for option, words in {
-        f"--video={tmp_path}/x.mp4": "imageio-ffmpeg",
-        f"--video={tmp_path}/x.avi": "expected .mp4, .gif",
-    }.items():
-        code, _, err = run(capsys, f"--network={networks}/rgb.safetensors", "--seeds=0,1", option)
-        assert code == 2 and words in err and err.count("\n") == 1
+    def without_a_binary():
+        raise RuntimeError("No ffmpeg exe could be found.")
+
+    for module, name, words in [
+        (None, "x.mp4", "needs imageio-ffmpeg"),
+        (SimpleNamespace(get_ffmpeg_exe=without_a_binary), "x.mp4", "finds no ffmpeg"),
+        (None, "x.avi", "expected .mp4, .gif"),
+    ]:
+        monkeypatch.setitem(sys.modules, "imageio_ffmpeg", module)
+        args = [f"--network={networks}/rgb.safetensors", "--seeds=0,1", f"--video={tmp_path}/{name}"]
+        code, _, err = run(capsys, *args)
+        assert code == 2 and words in err and err.count("\n") == 1, err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,9 +1,11 @@
 """The pictures of fixed latents."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
-from refine.training.fakes import COLUMNS, ROWS, FakesGrid, grid_classes, grid_shape
+from refine.training.fakes import COLUMNS, HEIGHT, LARGEST, ROWS, WIDTH, FakesGrid, grid_classes, grid_shape
 from tests.training.test_trainer import make_student
 
 pytestmark = pytest.mark.usefixtures("full_pictures")
@@ -28,6 +30,21 @@ def test_every_class_is_there_or_they_are_evenly_spread(resolution, num_classes)
         assert torch.equal(classes[:columns], classes[-columns:])  # a column is one class
     elif num_classes > len(classes):
         assert classes[-1] > num_classes * 0.9
+
+
+@pytest.mark.parametrize(("resolution", "num_classes"), [(16, 0), (32, 10), (100, 3), (257, 0), (512, 10), (1024, 0)])
+def test_a_picture_is_bounded_whatever_the_size_of_an_image(resolution, num_classes):
+    rows, columns = grid_shape(resolution, num_classes)
+
+    def draw(z, c):
+        assert c is None or c.shape == (len(z), num_classes)
+        return torch.rand(len(z), 1, 1, 1).expand(-1, 1, resolution, resolution)
+
+    G = Mock(side_effect=draw, img_resolution=resolution, z_dim=4, c_dim=num_classes, accepted=lambda **_: {})
+    picture = FakesGrid(G, torch.device("cpu")).draw(G)
+    side = picture.shape[1] // rows
+    assert picture.shape == (1, rows * side, columns * side) and min(resolution, LARGEST // 2) <= side <= LARGEST
+    assert picture.numel() <= WIDTH * HEIGHT
 
 
 def test_a_picture_shows_the_latents_in_order_and_large_images_reduced(monkeypatch):
