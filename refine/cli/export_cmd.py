@@ -36,7 +36,7 @@ def export(
     format_name: str | None,
     gan_kwargs: dict[str, Any] | None,
     teacher_kwargs: dict[str, Any] | None,
-    sigma_init: float,
+    sigma_init: float | None,
 ) -> None:
     """Writes networks for other tools.
 
@@ -44,6 +44,7 @@ def export(
     loads it. With --out=x.onnx or x.pt2 (torch.export) it is a graph from latents to images for other runtimes.
     """
     from refine.checkpoints import resolve, source_file
+    from refine.checkpoints.sources import one_step
 
     typed = kwargs_as_typed(gan_kwargs, teacher_kwargs)
     suffix = out.rpartition(".")[2].lower()
@@ -53,11 +54,15 @@ def export(
     if like is None and format_name is None and suffix not in defaults:
         hint = "give the pickle that the student came from as --like" if suffix == "pkl" else "or give --format"
         raise ValueError(f"--out: found {out}; expected .pt, .safetensors, .onnx or .pt2, {hint}")
+    if format_name is not None and defaults.get(suffix) == "graph":
+        raise ValueError(f"--format={format_name} does not go with --out={out}, which is a graph; expected no --format")
     if not Path(out).absolute().parent.is_dir():
         raise ValueError(f"--out: {Path(out).parent} is not a folder")
     with option("--network"):
         network = network_file(network, "--network")
         source = source_file(network)
+    if sigma_init is not None and one_step.file_of(network) is None:
+        raise ValueError("--sigma-init is for a --network of one-step:FILE; expected no --sigma-init")
     with option("--like"):
         original = None if like is None else resolve(like)
 
@@ -91,14 +96,14 @@ _Kwargs = Mapping[str, Any] | None
 
 
 def _load(
-    network: str, source: Path, kwargs: _Kwargs, in_words_typed: Callable[[str], str], sigma_init: float
+    network: str, source: Path, kwargs: _Kwargs, in_words_typed: Callable[[str], str], sigma_init: float | None
 ) -> Mapping[str, Any]:
     from refine.checkpoints import load_generator
     from refine.checkpoints.export import load_all
-    from refine.checkpoints.sources.one_step import file_of
+    from refine.checkpoints.sources import one_step
 
     try:
-        if file_of(network) is not None:
+        if one_step.file_of(network) is not None:
             return {"G_ema": load_generator(network, kwargs, sigma_init)}
         return load_all(source, kwargs)
     except ValueError as error:
@@ -106,7 +111,7 @@ def _load(
 
 
 def _write_graph(
-    network: str, out: str, suffix: str, kwargs: _Kwargs, in_words_typed: Callable[[str], str], sigma_init: float
+    network: str, out: str, suffix: str, kwargs: _Kwargs, in_words_typed: Callable[[str], str], sigma_init: float | None
 ) -> None:
     from refine.checkpoints import deploy, load_generator
 

@@ -34,6 +34,8 @@ def build(device: str, portable: bool) -> int:
 
     Exit code: 0 = all are there, 1 = not all.
     """
+    if portable and device == "cuda":
+        raise ValueError("--portable is for CPU ops; for CUDA, TORCH_CUDA_ARCH_LIST says for which GPUs")
     import torch
 
     from refine.torch_utils.build import device_code

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from refine.config.kinds import JSON_TABLE
 from refine.errors import option
@@ -104,9 +105,18 @@ def kwargs_as_typed(
 def sigma_init_option() -> Callable[[F], F]:
     """--sigma-init, for one-step:FILE."""
     kind = click.FloatRange(min=0, min_open=True)
-    return click.option(
-        "--sigma-init", type=kind, default=2.5, show_default=True, help="Noise level of a one-step:FILE."
-    )
+    return click.option("--sigma-init", type=kind, help="Noise level of a one-step:FILE.  [default: 2.5]")
+
+
+def noise_mode_option(usual: str) -> Callable[[F], F]:
+    """--noise-mode, None = `usual`."""
+    kind = click.Choice(["const", "random", "none"], case_sensitive=False)
+    return click.option("--noise-mode", type=kind, help=f"Noise inputs of a StyleGAN2.  [default: {usual}]")
+
+
+def is_typed(name: str) -> bool:
+    """Whether the command that runs was given an option, by the name of its parameter, which may have a default."""
+    return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
 def teacher_options(command: F) -> F:

@@ -9,6 +9,7 @@ import click
 
 from refine.cli.config_command import ConfigCommand, GroupedOption, read_options, show_preset
 from refine.config import OPTIONS, RefineConfig
+from refine.config.option import flag
 from refine.errors import option
 from refine.processes import is_first, one_voice
 
@@ -55,13 +56,18 @@ def refine(
     with one_voice():
         if as_json and not dry_run:
             raise ValueError("--json says what --dry-run finds: add --dry-run")
-        if show:
-            click.echo(show_preset(read_options(texts).get("preset", OPTIONS["preset"].default)))
-            return
         given = read_options(texts)
+        if show:
+            others = {**given, "resume": resume, "config": config_file, "dry_run": dry_run or None}
+            if other := next((name for name, value in others.items() if name != "preset" and value is not None), None):
+                raise ValueError(f"--show prints what --preset says; expected no {flag(other)} beside it")
+            click.echo(show_preset(given.get("preset", OPTIONS["preset"].default)))
+            return
         if resume is not None and config_file is not None:
             raise ValueError("--config is for runs that begin; a run that goes on has its options in its state")
         states = [] if resume is None else _states_of(resume, given.get("outdir", OPTIONS["outdir"].default))
+        if states and resume not in ("latest", "auto") and "outdir" in given and is_first():
+            click.echo("note: --outdir has no part in this run, which goes on in its folder", err=True)
         filed = {} if config_file is None else _read_config(config_file)
         config = None if states else RefineConfig(**{**filed, **given})
     from refine.training import assemble  # torch, from here on: the options are valid
@@ -73,9 +79,9 @@ def refine(
     if run.estimate is not None and is_first():
         from refine.training.estimate import in_words
 
-        place = {"run_dir": str(run.folder), "device": run.device, "bridge": run.bridge}
+        place = {"run_dir": str(run.folder), "device": run.device, "bridge": run.bridge, "unused": run.unused}
         told = {**run.config.as_dict(), **place, "estimate": run.estimate.as_dict()}
-        words = in_words(run.estimate, run.config, run.device, str(run.folder), list(run.bridge))
+        words = in_words(run.estimate, run.config, run.device, str(run.folder), run.bridge)
         click.echo(json.dumps(told, indent=2) if as_json else words)
     if run.stopped is not None:
         raise click.exceptions.Exit(run.exit_code)

@@ -39,8 +39,11 @@ class TeacherOptions:
         return replace(teacher, guide=guide, guidance=self.guidance)
 
     def check_used(self, are_teachers: Iterable[bool]) -> None:
-        """Raises ValueError if no network is a diffusion model, and something was said of one."""
+        """Raises ValueError if no network is a diffusion model, and something was said of one; or if a guide does not
+        guide."""
         given = {"--guide": self.guide, "--guidance": self.guidance != 1 or None, "--teacher-kwargs": self.kwargs}
         names = [name for name, value in given.items() if value is not None]
         if names and not any(are_teachers):
             raise ValueError(f"{names[0]} is about diffusion models; expected one among the networks")
+        if self.guide is not None and self.guidance == 1:
+            raise ValueError("--guide guides nothing at --guidance=1; expected another strength, such as 2")

@@ -14,6 +14,7 @@ import refine
 from refine.checkpoints.sources import custom
 from refine.checkpoints.sources.fetch import is_url
 from refine.config import CHANGEABLE, OPTIONS, TEACHER, RefineConfig
+from refine.config.needs import ONE_STEP
 from refine.config.option import flag
 from refine.device import choose_device, choose_ops
 from refine.dnnlib import check_outdir
@@ -40,7 +41,7 @@ from refine.training.monitor import Monitor, Monitors
 from refine.training.others import images_of_data, images_of_teacher
 from refine.training.regularise import set_dropout
 from refine.training.report import next_commands, outcome, result_line
-from refine.training.resuming import ONE_STEP, Resumed, absolute_place, check_reach, resumed_config
+from refine.training.resuming import Resumed, absolute_place, check_reach, resumed_config
 from refine.training.run_dir import RunDir, create_run_dir, next_run_dir
 from refine.training.stopping import StopRequests
 from refine.training.streams import lasting_streams
@@ -60,6 +61,7 @@ class Run:
         stopped: None if it came to its end, else what `TrainingRun.run` says.
         estimate: What it would cost, after a dry run.
         bridge: How images and classes of student and teacher are joined, a line for each difference.
+        unused: A line for each option that has no part in it, after a dry run.
         training: With the networks as they are in the end; None after a dry run.
         student: The generator as it came.
         verdict: What was gained, in a line; empty where nothing was measured or the run did not come to its end.
@@ -71,6 +73,7 @@ class Run:
     stopped: int | None = None
     estimate: Estimate | None = None
     bridge: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     training: TrainingRun | None = None
     student: Generator | None = None
     verdict: str = ""
@@ -165,6 +168,9 @@ def _run_together(
         pair = load_pair(config, brought)
     check_origins_alike(pair.origins)
     _check_against_options(pair, config)
+    unused = config.without_part(pair.student, pair.teacher)
+    for line in unused if distributed.is_main() else ():
+        print(f"note: {line}", file=sys.stderr)
     if resumed is not None:
         resumed.check_files(_checksums(config, pair, []))  # before images of another teacher are drawn
     images = _open_data(config)
@@ -183,7 +189,7 @@ def _run_together(
     others = None if dry_run and images is None else _load_others(config, pair, images, device)
     if dry_run:
         place = next_run_dir(config.outdir, desc) if resumed is None else resumed.found.path.parent
-        return _estimated(config, pair, device, others, metrics, place)
+        return dataclasses.replace(_estimated(config, pair, device, others, metrics, place), unused=tuple(unused))
     run_dir = _open_run_dir(config, desc, resumed, brought.quiet)
     trainer = Trainer(config, pair.student, pair.teacher, device, others, pair.guide)
     unwritten = no_container(config.gan, pair)
@@ -344,10 +350,6 @@ def _log_networks(run_dir: RunDir, trainer: Trainer, pair: Pair) -> None:
     run_dir.log(f"teacher     {config.teacher}, {teacher:,} parameters{pair.source.guided_words}")
     for note in pair.teacher.notes:
         run_dir.log(f"            {note}")
-    if config.guide is not None and config.guidance == 1:
-        run_dir.log("            --guide has no part in the run, because --guidance is 1")
-    if not config.metrics and config.ref not in (None, TEACHER):
-        run_dir.log("            --ref has no part in the run, because --metrics is none")
     judged = config.metrics and config.ref not in (None, TEACHER)
     judge = f"; snapshots are judged against {config.ref}" if judged else ""
     if trainer.adversary is None:

@@ -14,6 +14,7 @@ from refine.checkpoints.sources import custom
 from refine.checkpoints.sources.one_step import file_of
 from refine.checkpoints.teachers import TeacherSource
 from refine.config import RefineConfig
+from refine.config.needs import ONE_STEP
 from refine.dnnlib import sha256_of_file
 from refine.errors import option
 from refine.guidance import check_guide
@@ -25,7 +26,6 @@ from refine.noise import SigmaLaw, make_weighting
 from refine.objectives import make_objective
 from refine.pair import check_pair
 from refine.training.callbacks import Event
-from refine.training.resuming import ONE_STEP
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from refine.config import TEACHER, RefineConfig
+from refine.config.needs import ONE_STEP
 from refine.dnnlib import format_time
 from refine.metrics.metric import is_better
 from refine.metrics.named import NamedMetric, detector_of
 from refine.metrics.own import OwnMetric
 from refine.metrics.registry import METRICS
-from refine.training.resuming import ONE_STEP
 from refine.training.snapshots import Best
 from refine.training.stopping import StopReason
 

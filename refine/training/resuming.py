@@ -18,11 +18,11 @@ from refine.checkpoints.sources.fetch import is_url
 from refine.checkpoints.sources.index import resolve
 from refine.checkpoints.sources.reach import reach_of
 from refine.config import CHANGEABLE, OPTIONS, TEACHER, RefineConfig
+from refine.config.needs import ONE_STEP
 from refine.config.option import flag
 from refine.metrics.named import detector_of
 from refine.training.state import FoundState, load_newest
 
-ONE_STEP = "one-step"  # of --gan: the teacher's own U-Net as the generator
 MOVABLE = ("gan", "teacher", "guide", "data")  # may be given beside --resume: the same files in another place
 
 
