@@ -7,6 +7,7 @@ import click
 
 from refine.config import OPTIONS, PRESETS
 from refine.config.kinds import BOOLEAN, Kind
+from refine.config.needs import NEEDS
 from refine.config.option import GROUPS, flag
 from refine.errors import option as of_option
 
@@ -57,7 +58,7 @@ def read_options(texts: Mapping[str, str | None]) -> dict[str, Any]:
         ValueError: A text that cannot be read; the message names the option.
     """
     values: dict[str, Any] = {}
-    for name, part, kind, _ in _flags():
+    for name, part, kind, _ in flags_of_fields():
         if (text := texts.get(_click_name(name, part))) is None:
             continue
         with of_option(flag(name, part)):
@@ -69,7 +70,7 @@ def read_options(texts: Mapping[str, str | None]) -> dict[str, Any]:
 def show_preset(name: str) -> str:
     """All options of a preset as the command line has them, one a line, with the default beside those that differ."""
     lines = []
-    for field, part, kind, _ in _flags():
+    for field, part, kind, _ in flags_of_fields():
         default = OPTIONS[field].default
         value = PRESETS[name].get(field, default)
         if field == "preset" or value is ...:
@@ -79,7 +80,7 @@ def show_preset(name: str) -> str:
     return "\n".join(lines)
 
 
-def _flags() -> list[tuple[str, str, Kind, str]]:
+def flags_of_fields() -> list[tuple[str, str, Kind, str]]:
     """(field, part of its value or '', kind, help) of every option that a field makes."""
     found = []
     for name, known in OPTIONS.items():
@@ -94,11 +95,12 @@ def _click_name(name: str, part: str) -> str:
 
 def _click_options() -> list[click.Option]:
     made: list[click.Option] = []
-    for name, part, kind, text in _flags():
+    for name, part, kind, text in flags_of_fields():
         kwargs: dict[str, Any] = {"metavar": kind.metavar}
         if kind is BOOLEAN:
             kwargs = {"metavar": f"| --no-{flag(name)[2:]}", "is_flag": False, "flag_value": "true"}
-        help_text = f"{text}  {_defaults(name, kind)}".rstrip()
+        needs = f" Needs {NEEDS[name].words}." if name in NEEDS else ""
+        help_text = f"{text}{needs}  {_defaults(name, kind)}".rstrip()
         group = OPTIONS[name].group
         made.append(GroupedOption([flag(name, part), _click_name(name, part)], group=group, help=help_text, **kwargs))
     return made

@@ -38,7 +38,7 @@ class LazyGroup(click.Group):
         return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        return _load_command(cmd_name) if cmd_name in _COMMANDS else None
+        return load_command(cmd_name) if cmd_name in _COMMANDS else None
 
 
 def _print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
@@ -76,7 +76,7 @@ def run_command(command: click.Command | str, args: Sequence[str] | None = None)
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     code = 1
     try:
-        command = _load_command(command) if isinstance(command, str) else command
+        command = load_command(command) if isinstance(command, str) else command
         result = command.main(args=None if args is None else list(args), standalone_mode=False)
         code = result if type(result) is int else 0  # click hands the code of ctx.exit() back like this
         sys.stdout.flush()  # here, where a closed pipe is still handled
@@ -119,7 +119,8 @@ def _complain(message: str) -> None:
         Outlet(file).write(f"{message}\n".encode(sys.stderr.encoding, errors="replace"), 5)
 
 
-def _load_command(name: str) -> click.Command:
+def load_command(name: str) -> click.Command:
+    """A command of `python -m refine` by its name."""
     module, attribute = _COMMANDS[name]
     command = getattr(importlib.import_module(module), attribute)
     return _with_version(command)
