@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from refine.cli.options import (
+    Finite,
     kwargs_option,
     noise_mode_option,
     parse_ints,
@@ -102,7 +103,7 @@ def _parse_ranges(_ctx: click.Context, _param: click.Parameter, value: str) -> l
 @click.option("--device", help="Device, such as cpu or cuda:0.  [default: cuda if there is one]")
 @noise_mode_option("random")
 @click.option(
-    "--trunc", "truncation_psi", type=float, default=1.0, show_default=True, help="Truncation psi of a StyleGAN2."
+    "--trunc", "truncation_psi", type=Finite(), default=1.0, show_default=True, help="Truncation psi of a StyleGAN2."
 )
 @click.option("--ops", type=click.Choice(OPS_MODES), help=f"{OPS_HELP}  [default: $REFINE_OPS, else auto]")
 @sampler_options

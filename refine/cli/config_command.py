@@ -11,6 +11,20 @@ from refine.config.needs import NEEDS
 from refine.config.option import GROUPS, flag
 from refine.errors import option as of_option
 
+_NO_DATA = "expected none, as a teacher takes the place of a data set"
+# Options of programs that people come from, for which there is none here, and why.
+_ELSEWHERE = {
+    **dict.fromkeys(
+        ["gpus", "nproc", "num-gpus", "nproc-per-node"],
+        "several GPUs are torchrun's, as in torchrun --standalone --nproc-per-node=4 refine.py …",
+    ),
+    **dict.fromkeys(["mirror", "aug", "augpipe", "ada", "augment"], f"{_NO_DATA}; --aux-augment is the nearest"),
+    **dict.fromkeys(["workers", "num-workers", "cache"], _NO_DATA),
+    "cond": "classes are those of the networks in --gan and --teacher",
+    "gamma": "the critic's penalty is fixed; --adversarial is its weight",
+    "wd": "Adam is without weight decay here",
+}
+
 
 class GroupedOption(click.Option):
     """An option with a heading in --help."""
@@ -33,6 +47,9 @@ class ConfigCommand(click.Command):
             return super().parse_args(ctx, [off.get(arg, arg) for arg in args])
         except click.NoSuchOption as error:
             word = error.option_name.lstrip("-")
+            if word in _ELSEWHERE:
+                message = f"No such option {error.option_name!r}: {_ELSEWHERE[word]}"
+                raise click.NoSuchOption(error.option_name, message, ctx=ctx) from None
             if meant := next((flag(name) for name in OPTIONS if word in OPTIONS[name].aliases), None):
                 message = f"No such option {error.option_name!r}. Did you mean {meant!r}?"
                 raise click.NoSuchOption(error.option_name, message, ctx=ctx) from None

@@ -52,8 +52,8 @@ def export(
     if like is not None and format_name is not None:
         raise ValueError(f"--format={format_name} goes without --like, which already says the format")
     if like is None and format_name is None and suffix not in defaults:
-        hint = "give the pickle that the student came from as --like" if suffix == "pkl" else "or give --format"
-        raise ValueError(f"--out: found {out}; expected .pt, .safetensors, .onnx or .pt2, {hint}")
+        hint = "a .pkl beside --like, the pickle that it came from" if suffix == "pkl" else "another beside --format"
+        raise ValueError(f"--out: found {out}; expected .pt, .safetensors, .onnx or .pt2, or {hint}")
     if format_name is not None and defaults.get(suffix) == "graph":
         raise ValueError(f"--format={format_name} does not go with --out={out}, which is a graph; expected no --format")
     if not Path(out).absolute().parent.is_dir():

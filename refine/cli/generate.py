@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from refine.cli.options import (
+    Finite,
     is_typed,
     kwargs_option,
     network_file,
@@ -63,7 +64,7 @@ def _parse_seeds(_ctx: click.Context, param: click.Parameter, value: str | None)
     "--class", "class_index", type=click.IntRange(min=0), help="Class of all images.  [default: drawn per seed]"
 )
 @click.option(
-    "--trunc", "truncation_psi", type=float, default=1.0, show_default=True, help="Truncation psi of a StyleGAN2."
+    "--trunc", "truncation_psi", type=Finite(), default=1.0, show_default=True, help="Truncation psi of a StyleGAN2."
 )
 @noise_mode_option("const")
 @click.option("--batch", type=click.IntRange(min=1), help="Images per batch.  [default: 16, from 1024x1024 on fewer]")

@@ -98,7 +98,10 @@ def describe_failure(error: BaseException) -> tuple[int, str]:
         hint = ""
         if isinstance(error, click.UsageError) and error.ctx is not None:
             hint = f" ({error.ctx.command_path} --help lists the options)"
-        return 2, f"Error: {_one_line(error.format_message()).rstrip('.')}{hint}"
+        message = _one_line(error.format_message()).rstrip(".")
+        if isinstance(error, click.MissingParameter) and isinstance(error.param, click.Option):
+            message = f"{error.param.opts[0]} is missing; expected {error.param.metavar or 'a value'}"
+        return 2, f"Error: {message}{hint}"
     if isinstance(error, OSError) and error.strerror:
         return 2, f"Error: {describe_os_error(error)}"
     if isinstance(error, ValueError | OSError):

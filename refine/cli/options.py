@@ -1,5 +1,6 @@
 """What several commands share: lists of numbers, how files are read and diffusion models asked, run folders."""
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -8,6 +9,17 @@ from click.core import ParameterSource
 
 from refine.config.kinds import JSON_TABLE
 from refine.errors import option
+
+
+class Finite(click.FloatRange):
+    """A number within bounds, neither NaN nor infinite."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"found {value}; expected a finite number", param, ctx)
+        return number
+
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -104,7 +116,7 @@ def kwargs_as_typed(
 
 def sigma_init_option() -> Callable[[F], F]:
     """--sigma-init, for one-step:FILE."""
-    kind = click.FloatRange(min=0, min_open=True)
+    kind = Finite(min=0, min_open=True)
     return click.option("--sigma-init", type=kind, help="Noise level of a one-step:FILE.  [default: 2.5]")
 
 
@@ -125,7 +137,7 @@ def teacher_options(command: F) -> F:
         click.option("--guide", metavar="FILE|NAME", help="A worse diffusion model that guides one (autoguidance)."),
         click.option(
             "--guidance",
-            type=click.FloatRange(min=0, min_open=True),
+            type=Finite(min=0, min_open=True),
             default=1.0,
             show_default=True,
             help="Strength of a diffusion model's guidance, by --guide or classifier-free; 1 = none.",

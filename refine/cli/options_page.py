@@ -14,8 +14,8 @@ from refine.config.option import GROUPS, flag
 _HEAD = """# Options
 
 Every option of every command, made by `python -m refine.cli.options_page` from the options themselves. `--help` says
-the same in short, and `python refine.py --preset=NAME --show` prints a preset, one option a line. Words are taken in any
-case, `--no-x` means `--x=false`, and a name that another program uses is answered with the one here
+the same in short, and `python refine.py --preset=NAME --show` prints a preset, one option a line. Words are taken in
+any case, `--no-x` means `--x=false`, and a name that another program uses is answered with the one here
 (`--learning-rate`: did you mean `--lr`?). [method.md](method.md#options-that-matter) tells which ones matter.
 
 An option that contradicts another is refused. One that has no part in a run, because what it *needs* is not there, is

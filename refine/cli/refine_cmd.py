@@ -79,7 +79,7 @@ def refine(
     if run.estimate is not None and is_first():
         from refine.training.estimate import in_words
 
-        place = {"run_dir": str(run.folder), "device": run.device, "bridge": run.bridge, "unused": run.unused}
+        place = {"run_dir": str(run.folder), "device": run.device, "bridge": run.bridge, "notes": run.notes}
         told = {**run.config.as_dict(), **place, "estimate": run.estimate.as_dict()}
         words = in_words(run.estimate, run.config, run.device, str(run.folder), run.bridge)
         click.echo(json.dumps(told, indent=2) if as_json else words)
@@ -101,7 +101,11 @@ def _read_config(path: str) -> dict[str, Any]:
     from refine.checkpoints.pickles.inert import shown
 
     with option("--config"):
-        text = Path(path).read_text(encoding="utf-8") if Path(path).stat().st_size <= _MAX_CONFIG_BYTES else ""
+        text = (
+            Path(path).read_text(encoding="utf-8", errors="replace")
+            if Path(path).stat().st_size <= _MAX_CONFIG_BYTES
+            else ""
+        )
         try:
             values = json.loads(text)
         except (ValueError, RecursionError):

@@ -310,10 +310,20 @@ def _is_law(value: Any) -> bool:
     return isinstance(value, SigmaOptions)
 
 
+_RANGE = "MIN,MAX with 0 < MIN < MAX"
+
+
+def _read_range(text: str) -> dict[str, Any]:
+    low, high = _numbers(text, _RANGE, 2)
+    if not 0 < low < high < math.inf:
+        raise ValueError
+    return {"sigma_min": low, "sigma_max": high}
+
+
 _SIGMA_RANGE = Kind(
     "MIN,MAX",
-    lambda text: dict(zip(("sigma_min", "sigma_max"), _numbers(text, "sigma_min,sigma_max", 2), strict=True)),
-    "sigma_min,sigma_max",
+    _read_range,
+    _RANGE,
     _is_law,
     show=lambda law: f"{law.sigma_min},{law.sigma_max}",
 )

@@ -203,6 +203,8 @@ def _notes(
         notes.append(f"--ref: {job.reference.form}")
     if (note := image_note(job.detector, sides["before"].image_shape)) is not None:
         notes.append(f"the detector {job.detector.name}: {note}")
+    if (note := job.reference.shortage) is not None:
+        notes.append(note)
     if job.num < ENOUGH_IMAGES:
         notes.append(
             f"{job.num} images per seed range are few (expected {ENOUGH_IMAGES} or more): each interval is the wider "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -134,6 +136,8 @@ def check_reach(
     Raises:
         ValueError: One of them reaches none.
     """
+    if not math.isfinite(psi):
+        raise ValueError(f"--trunc is {psi:g}; expected a finite number, such as 0.7")
     asked = {"trunc": (psi, psi != 1), "noise-mode": (noise_mode, noise_mode is not None)}
     asked |= {"sigma-init": (sigma_init, sigma_init is not None)}
     lines = []
@@ -190,6 +194,9 @@ def _sampling(G: Generator, truncation_psi: float, noise_mode: str) -> str:
     return ", ".join(words) or "G(z, c)"
 
 
+_NO_TEACHER = re.compile("expected a teacher(:|$)")  # of a file that holds none; not of one that lacks something else
+
+
 def _load_any(
     path: str | os.PathLike | torch.nn.Module,
     device: str,
@@ -217,7 +224,7 @@ def _load_any(
             source = teachers.source(path)
             return source.load().to(device), source
         except ValueError as refused:
-            own, kept = custom.parse(path) is not None, "expected a teacher" not in str(refused)
+            own, kept = custom.parse(path) is not None, not _NO_TEACHER.search(str(refused))
             if "z_dim is None" in str(error) if own else kept:  # a diffusion model with which something else is wrong
                 raise
             raise error from None

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from refine.errors import option
 from refine.networks import adm, ddpm, edm, edm2
 from refine.networks.bases import Denoiser, Generator, TrainingRate, records_init_kwargs
 from refine.networks.denoiser import Preconditioner
@@ -80,7 +81,8 @@ class OneStepGenerator(Generator):
         sizes = teacher.img_resolution, teacher.img_channels, teacher.label_dim
         given = ("img_resolution", "img_channels", "label_dim")
         kwargs = {key: value for key, value in teacher.init_kwargs.items() if key not in given}
-        G = cls(name, sigma_init, *sizes, kwargs)
+        with option("--sigma-init"):
+            G = cls(name, sigma_init, *sizes, kwargs)
         G.denoiser.load_state_dict(teacher.state_dict())
         return G.float()
 

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class Run:
         stopped: None if it came to its end, else what `TrainingRun.run` says.
         estimate: What it would cost, after a dry run.
         bridge: How images and classes of student and teacher are joined, a line for each difference.
-        unused: A line for each option that has no part in it, after a dry run.
+        notes: After a dry run, a line for each option that has no part in it or does not do here what it says.
         training: With the networks as they are in the end; None after a dry run.
         student: The generator as it came.
         verdict: What was gained, in a line; empty where nothing was measured or the run did not come to its end.
@@ -73,7 +73,7 @@ class Run:
     stopped: int | None = None
     estimate: Estimate | None = None
     bridge: tuple[str, ...] = ()
-    unused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     training: TrainingRun | None = None
     student: Generator | None = None
     verdict: str = ""
@@ -168,12 +168,13 @@ def _run_together(
         pair = load_pair(config, brought)
     check_origins_alike(pair.origins)
     _check_against_options(pair, config)
-    unused = config.without_part(pair.student, pair.teacher)
-    for line in unused if distributed.is_main() else ():
-        print(f"note: {line}", file=sys.stderr)
+    notes = config.without_part(pair.student, pair.teacher)
+    _say(notes)
     if resumed is not None:
         resumed.check_files(_checksums(config, pair, []))  # before images of another teacher are drawn
     images = _open_data(config)
+    # Before the teacher's are drawn, which takes its time: these may turn out to be of no use.
+    others = None if images is None else _load_others(config, pair, images, device)
     metrics = _load_metrics(config, pair, device, dry_run, brought)
     distributed.wait_for_main()
     files = _checksums(config, pair, metrics)
@@ -185,11 +186,11 @@ def _run_together(
     config = _with_absolute_paths(config)
     student_name = ONE_STEP if config.gan == ONE_STEP else pair.student_path.stem
     desc = config.desc or f"{student_name}-{pair.source.stem}-batch{config.batch}"
-    # Before anything is written: images may turn out to be of no use, and a teacher's take their time.
-    others = None if dry_run and images is None else _load_others(config, pair, images, device)
+    if others is None and not dry_run:
+        others = _load_others(config, pair, None, device)
     if dry_run:
         place = next_run_dir(config.outdir, desc) if resumed is None else resumed.found.path.parent
-        return dataclasses.replace(_estimated(config, pair, device, others, metrics, place), unused=tuple(unused))
+        return _estimated(config, pair, device, others, metrics, place, notes)
     run_dir = _open_run_dir(config, desc, resumed, brought.quiet)
     trainer = Trainer(config, pair.student, pair.teacher, device, others, pair.guide)
     unwritten = no_container(config.gan, pair)
@@ -221,6 +222,7 @@ def _estimated(
     others: Others | None,
     metrics: list[NamedMetric | OwnMetric],
     place: Path,
+    notes: list[str],
 ) -> Run:
     """A dry run: a trainer that makes a few iterations, and is thrown away."""
     bridge = check_pair(pair.student, pair.teacher)
@@ -229,7 +231,15 @@ def _estimated(
     trainer = Trainer(config, pair.student, pair.teacher, device, others, pair.guide)
     images = sum(metric.num for metric in metrics[:1])  # of every average; further metrics only of the best
     found = estimate(trainer, images, no_container(config.gan, pair) is None)
-    return Run(config, str(device), place, None, found, tuple(bridge.messages(trainer.null_label)))
+    _say(trainer.remarks)
+    notes = [*notes, *trainer.remarks]
+    return Run(config, str(device), place, None, found, tuple(bridge.messages(trainer.null_label)), tuple(notes))
+
+
+def _say(notes: Iterable[str]) -> None:
+    """What a user should know, once, on stderr."""
+    for line in notes if distributed.is_main() else ():
+        print(f"note: {line}", file=sys.stderr)
 
 
 def _load_metrics(
@@ -243,7 +253,9 @@ def _load_metrics(
     options |= {"draw": not dry_run, "progress": True}
     with option("--metrics"), sharing():
         own = {metric.name: metric for metric in brought.metrics}
-        return [own.get(name) or NamedMetric(name, config.ref, **options) for name in config.metrics]
+        metrics = [own.get(name) or NamedMetric(name, config.ref, **options) for name in config.metrics]
+    _say(dict.fromkeys(note for metric in metrics if (note := getattr(metric, "shortage", None)) is not None))
+    return metrics
 
 
 def _open_data(config: RefineConfig) -> ImageSet | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,7 @@ def load_pair(config: RefineConfig, brought: Brought) -> Pair:
     with option("--guide"):
         guide = None if by is None else by.load_alone()
     if one_step:
-        with option("--sigma-init"):
+        with option("--gan"):
             student = OneStepGenerator.from_teacher(teacher, config.sigma_init)
     stands_for = None if given is None else Path(name_of(given))
     return Pair(student, teacher, guide, student_path or stands_for or source.path, source, given is not None)
@@ -113,7 +114,8 @@ def load_pair(config: RefineConfig, brought: Brought) -> Pair:
 def _check_laws(config: RefineConfig) -> None:
     """What only torch can tell of the options, before anything is loaded."""
     for name, law in (("--sigma", config.sigma), ("--aux-sigma", config.aux_sigma)):
-        with option(name):
+        wrong = not 0 < law.sigma_min < law.sigma_max < math.inf
+        with option(f"{name}-range" if wrong else name):
             SigmaLaw(**vars(law)).sample(1)
     with option("--weighting"):
         make_weighting(config.weighting)

@@ -39,6 +39,7 @@ MAX_OPCODES = 300_000  # EDM of CIFAR-10 size has 41,000, three StyleGAN2 networ
 MAX_TEXT = 200  # bytes; longer text stays in the file. The smallest storage written as text (protocol 2) is longer.
 MAX_NUMBER_KEYS = 4096  # in tables and sets, together; optimisers number the parameters of one network
 _MAX_NAME = 200
+CUT_OFF = "the pickle is cut off; expected a whole one (a download or copy that broke off?)"
 _KEY_TYPES = (str, int)
 
 
@@ -108,7 +109,7 @@ class Machine:
 
     def _unknown(self, code: bytes) -> Refused:
         if not code:
-            return Refused("the pickle is cut off")
+            return Refused(CUT_OFF)
         where = f"at byte {self.stream.tell() - 1}"
         return Refused(f"the pickle holds the opcode 0x{code.hex()} {where}, which no checkpoint needs, or is broken")
 
@@ -117,14 +118,14 @@ class Machine:
     def take(self, length: int) -> bytes:
         data = self.stream.read(length) if length <= self.size else b""
         if len(data) != length:
-            raise Refused("the pickle is cut off")
+            raise Refused(CUT_OFF)
         return data
 
     def skip(self, length: int) -> int:
         """Steps over `length` bytes; returns where they begin."""
         start = self.stream.tell()
         if length > self.size - start:
-            raise Refused("the pickle is cut off")
+            raise Refused(CUT_OFF)
         self.stream.seek(start + length)
         return start
 
@@ -307,7 +308,7 @@ def _proto(m: Machine) -> None:
 
 def _frame(m: Machine) -> None:
     if int.from_bytes(m.take(8), "little") > m.size - m.stream.tell():
-        raise Refused("the pickle is cut off")
+        raise Refused(CUT_OFF)
     m.framed = True
 
 
