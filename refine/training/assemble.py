@@ -41,7 +41,7 @@ from refine.training.monitor import Monitor, Monitors
 from refine.training.others import images_of_data, images_of_teacher
 from refine.training.regularise import set_dropout
 from refine.training.report import next_commands, outcome, result_line
-from refine.training.resuming import Resumed, absolute_place, check_reach, resumed_config
+from refine.training.resuming import Resumed, absolute_place, check_reach, how_to_go_on, resumed_config
 from refine.training.run_dir import RunDir, create_run_dir, next_run_dir
 from refine.training.stopping import StopRequests
 from refine.training.streams import lasting_streams
@@ -198,7 +198,8 @@ def _run_together(
     origins = dict(pair.origins)
     if images is not None:
         origins["data"] = {"file": images.path.name, "sha256": files["data"]}
-    training = TrainingRun(trainer, run_dir, files, metrics=metrics, provenance=origins, container=container)
+    go_on = brought.how_to_go_on(run_dir.path) or how_to_go_on(config, run_dir.path)
+    training = TrainingRun(trainer, run_dir, files, go_on, metrics=metrics, provenance=origins, container=container)
     if resumed is not None:
         with option("--resume"):
             training.load_state_dict(resumed.found.state)

@@ -46,6 +46,14 @@ class Brought:
     callbacks: Sequence[Callable[[Event], object]] = ()
     quiet: bool = False
 
+    def how_to_go_on(self, folder: Path) -> str:
+        """The call that resumes a run of modules or of metrics of one's own; empty where a command does it."""
+        G, T = ("G" if self.student is not None else "", "T=T" if self.teacher is not None else "")
+        metrics = "metrics=…" if self.metrics else ""
+        if not (G or T or metrics):
+            return ""
+        return f"refine.refine({', '.join(filter(None, (G, T, f'resume={str(folder)!r}', metrics)))}) in Python"
+
 
 @dataclass(frozen=True)
 class Pair:

@@ -1,6 +1,7 @@
 """`python refine.py`: what a user can get wrong, and a run from the first option to the last file."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -348,3 +349,22 @@ def test_a_file_of_options_that_cannot_be_used(tmp_path, capsys, text, words):
     code, out, err = call(capsys, f"--config={tmp_path / 'options.json'}", f"--outdir={tmp_path / 'runs'}")
     assert code == 2 and out == "" and len(err.splitlines()) == 1 and words in err, err
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_command_that_a_stopped_run_of_ones_own_code_prints_goes_on(files, tmp_path, capsys, monkeypatch):
+    (tmp_path / "my_code.py").write_text(
+        "from tests.training.test_trainer import make_student, make_teacher\n"
+        "class Own(__import__('torch').nn.Module):\n"
+        "    z_dim, c_dim, img_resolution, img_channels = 8, 3, 8, 1\n"
+        "    def __init__(self):\n        super().__init__()\n        self.inner = make_student()\n"
+        "    def forward(self, z, c):\n        return self.inner(z, c)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    pair = ("--gan=my_code:Own", f"--teacher={files}/teacher.safetensors", f"--outdir={tmp_path / 'my runs'}")
+    quick = ("--batch=4", "--kimg=0.02", "--tick=0.004", "--metrics=none", "--adversarial=0", "--aux-warmup-kimg=0")
+    code, out, err = call(capsys, *pair, *quick, "--time-limit=0:0:1")
+    assert code == 0, err
+    command = out.splitlines()[-1].partition("go on with  python refine.py ")[2]
+    assert "--gan=my_code:Own" in command
+    code, out, err = call(capsys, *shlex.split(command))
+    assert code == 0 and "going on at 0.0" in out and "\ndone" in out, err
