@@ -1,5 +1,6 @@
 """The options of a RefineConfig on the command line: made from its fields, read as texts, and shown in groups."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -114,13 +115,19 @@ def _click_options() -> list[click.Option]:
     made: list[click.Option] = []
     for name, part, kind, text in flags_of_fields():
         kwargs: dict[str, Any] = {"metavar": kind.metavar}
+        if kind.metavar.startswith("["):
+            kwargs["shell_complete"] = functools.partial(_complete, kind.metavar.strip("[],…").split("|"))
         if kind is BOOLEAN:
-            kwargs = {"metavar": f"| --no-{flag(name)[2:]}", "is_flag": False, "flag_value": "true"}
+            kwargs |= {"metavar": f"| --no-{flag(name)[2:]}", "is_flag": False, "flag_value": "true"}
         needs = f" Needs {NEEDS[name].words}." if name in NEEDS else ""
         help_text = f"{text}{needs}  {_defaults(name, kind)}".rstrip()
         group = OPTIONS[name].group
         made.append(GroupedOption([flag(name, part), _click_name(name, part)], group=group, help=help_text, **kwargs))
     return made
+
+
+def _complete(choices: list[str], _ctx: click.Context, _param: click.Parameter, begun: str) -> list[str]:
+    return [choice for choice in choices if choice.startswith(begun.lower())]
 
 
 def _defaults(name: str, kind: Kind) -> str:

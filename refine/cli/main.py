@@ -8,6 +8,7 @@ one line of it.
 import contextlib
 import importlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -29,6 +30,9 @@ _COMMANDS = {  # name -> module, attribute
     "doctor": ("refine.cli.doctor_cmd", "doctor"),
     "ops": ("refine.cli.ops_cmd", "ops"),
 }
+
+
+_PLACES = {"FILE", "DIR", "RUN", "PATH", "ZIP"}
 
 
 class LazyGroup(click.Group):
@@ -126,6 +130,9 @@ def load_command(name: str) -> click.Command:
     """A command of `python -m refine` by its name."""
     module, attribute = _COMMANDS[name]
     command = getattr(importlib.import_module(module), attribute)
+    for param in command.params:  # a shell completes the names of files, too
+        if param.type is click.STRING and _PLACES & set(re.findall("[A-Z]+", param.metavar or str(param.name).upper())):
+            param.type = click.Path(readable=False)
     return _with_version(command)
 
 

@@ -18,6 +18,9 @@ the same in short, and `python refine.py --preset=NAME --show` prints a preset, 
 any case, `--no-x` means `--x=false`, and a name that another program uses is answered with the one here
 (`--learning-rate`: did you mean `--lr`?). [method.md](method.md#options-that-matter) tells which ones matter.
 
+A shell completes commands, options, their words and files once it was told of the console script:
+`eval "$(_GAN_REFINE_COMPLETE=bash_source gan-refine)"` (`zsh_source`, `fish_source`).
+
 An option that contradicts another is refused. One that has no part in a run, because what it *needs* is not there, is
 named on stderr, and the run goes on. `↻` marks what `--resume` may change.
 """
@@ -102,7 +105,7 @@ def _table_of(params: list[click.Parameter]) -> str:
 
 
 def _flags(param: click.Parameter) -> str:
-    names = [param.make_metavar(click.Context(click.Command("x")))] if isinstance(param, click.Argument) else param.opts
+    names = [str(param.name).upper()] if isinstance(param, click.Argument) else param.opts
     return ", ".join(f"`{name}`" for name in names)
 
 

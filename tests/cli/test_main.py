@@ -6,6 +6,7 @@ import sys
 
 import click
 import pytest
+from click.shell_completion import ShellComplete
 
 from refine import errors
 from refine.cli import main as cli
@@ -141,3 +142,24 @@ def test_a_closed_pipe_is_no_failure(root):
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() in (0, 1)
     process.stderr.close()
+
+
+@pytest.mark.parametrize(
+    ("typed", "begun", "offered"),
+    [
+        ("", "ge", {"generate"}),
+        ("refine", "--prec", {"--precision"}),
+        ("refine --precision", "B", {"bf16"}),
+        ("generate --noise-mode", "", {"const", "random", "none"}),
+        ("refine --gan", "x", "file"),
+        ("compare --ref", "x", "file"),
+        ("inspect", "x", "file"),
+    ],
+)
+def test_a_shell_completes(typed, begun, offered):
+    """Commands, options, their words, and files."""
+    found = ShellComplete(cli.cli, {}, "gan-refine", "_GAN_REFINE_COMPLETE").get_completions(typed.split(), begun)
+    if offered == "file":
+        assert [item.type for item in found] == ["file"]
+    else:
+        assert {item.value for item in found} == offered
