@@ -105,7 +105,9 @@ def _parse_ranges(_ctx: click.Context, _param: click.Parameter, value: str) -> l
 @click.option(
     "--trunc", "truncation_psi", type=Finite(), default=1.0, show_default=True, help="Truncation psi of a StyleGAN2."
 )
-@click.option("--ops", type=click.Choice(OPS_MODES), help=f"{OPS_HELP}  [default: $REFINE_OPS, else auto]")
+@click.option(
+    "--ops", type=click.Choice(OPS_MODES, case_sensitive=False), help=f"{OPS_HELP}  [default: $REFINE_OPS, else auto]"
+)
 @sampler_options
 def command(
     as_json: bool,

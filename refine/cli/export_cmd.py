@@ -25,7 +25,7 @@ from refine.errors import option
 @click.option(
     "--format",
     "format_name",
-    type=click.Choice(["native", "plain", "rosinality"]),
+    type=click.Choice(["native", "plain", "rosinality"], case_sensitive=False),
     help="Without --like. Default: rosinality for .pt, native for .safetensors, a graph for .onnx and .pt2; plain is "
     "safetensors with the network's own tensor names.",
 )

@@ -70,7 +70,9 @@ def _parse_seeds(_ctx: click.Context, param: click.Parameter, value: str | None)
 @click.option("--batch", type=click.IntRange(min=1), help="Images per batch.  [default: 16, from 1024x1024 on fewer]")
 @teacher_options
 @click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda where there is one]")
-@click.option("--ops", type=click.Choice(OPS_MODES), help=f"{OPS_HELP}  [default: $REFINE_OPS, else auto]")
+@click.option(
+    "--ops", type=click.Choice(OPS_MODES, case_sensitive=False), help=f"{OPS_HELP}  [default: $REFINE_OPS, else auto]"
+)
 @sampler_options
 def command(
     device: str | None,

@@ -60,7 +60,7 @@ def cli() -> None:
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Entry point of `python -m refine` and of the console script."""
-    run_command(_with_version(cli), args)
+    run_command(cli, args)
 
 
 def run_command(command: click.Command | str, args: Sequence[str] | None = None) -> NoReturn:
@@ -80,7 +80,7 @@ def run_command(command: click.Command | str, args: Sequence[str] | None = None)
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     code = 1
     try:
-        command = load_command(command) if isinstance(command, str) else command
+        command = load_command(command) if isinstance(command, str) else _with_version(command)
         result = command.main(args=None if args is None else list(args), standalone_mode=False)
         code = result if type(result) is int else 0  # click hands the code of ctx.exit() back like this
         sys.stdout.flush()  # here, where a closed pipe is still handled
@@ -137,7 +137,9 @@ def load_command(name: str) -> click.Command:
 
 
 def _with_version(command: click.Command) -> click.Command:
-    """The same command, which knows --version."""
+    """The same command, which knows --version, as do those below it."""
+    for below in command.commands.values() if isinstance(command, click.Group) else ():
+        _with_version(below)
     if not any("--version" in param.opts for param in command.params):
         shown: dict[str, Any] = {"is_flag": True, "expose_value": False, "is_eager": True, "callback": _print_version}
         command.params.append(click.Option(["--version"], help="Print the version.", **shown))

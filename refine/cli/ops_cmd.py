@@ -18,7 +18,7 @@ def ops() -> None:
 @ops.command()
 @click.option(
     "--device",
-    type=click.Choice(DEVICES),
+    type=click.Choice(DEVICES, case_sensitive=False),
     default="auto",
     show_default=True,
     help="auto = the CPU, and CUDA where torch is built for it and there is NVRTC or nvcc.",

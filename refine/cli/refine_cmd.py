@@ -49,9 +49,11 @@ def refine(
     """Refine a pretrained GAN with a pretrained diffusion model, data-free, by Diff-Instruct.
 
     \b
+    python refine.py --gan=my-gan.pkl --teacher=my-edm.pkl --dry-run    what it would cost
+    python refine.py --gan=my-gan.pkl --teacher=my-edm.pkl              a run, which ends by itself
+    python refine.py --resume=latest                                    goes on after a stop
+    python refine.py --gan=one-step --teacher=my-edm.pkl --preset=one-step
     python refine.py --gan=digits-gan --teacher=digits-teacher-2 --preset=demo
-    python refine.py --gan=one-step --teacher=digits-teacher-2 --preset=one-step-demo
-    python refine.py --resume=latest
     """
     with one_voice():
         if as_json and not dry_run:
@@ -77,9 +79,10 @@ def refine(
     else:
         run = assemble.resume(states, {k: v for k, v in given.items() if k != "outdir"}, dry_run)
     if run.estimate is not None and is_first():
-        from refine.training.estimate import in_words
+        from refine.training.estimate import differing, in_words
 
         place = {"run_dir": str(run.folder), "device": run.device, "bridge": run.bridge, "notes": run.notes}
+        place["differs"] = differing(run.config)
         told = {**run.config.as_dict(), **place, "estimate": run.estimate.as_dict()}
         words = in_words(run.estimate, run.config, run.device, str(run.folder), run.bridge)
         click.echo(json.dumps(told, indent=2) if as_json else words)

@@ -134,7 +134,7 @@ def _read_bool(text: str) -> bool:
 
 def _read_label_dist(text: str) -> tuple[float, ...] | None:
     """'uniform', a JSON list of numbers, or the path of a file with one."""
-    if text == "uniform":
+    if text.lower() == "uniform":
         return None
     try:
         numbers = json.loads(text if text.lstrip().startswith("[") else Path(text).read_text(encoding="utf-8"))
@@ -229,7 +229,7 @@ def some_of(choices: tuple[str, ...]) -> Kind:
 
 NAMES = Kind(
     "LIST",
-    lambda text: () if text == "none" else tuple(text.split(",")),
+    lambda text: () if text.lower() == "none" else tuple(text.split(",")),
     "a list of names",
     lambda value: isinstance(value, tuple) and all(isinstance(name, str) for name in value),
     show=lambda value: ",".join(value) or "none",

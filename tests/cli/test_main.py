@@ -43,6 +43,12 @@ def test_group_lists_its_commands(root):
     assert "gan-refine " in imported(root, "-m", "refine", "--version")[1].stdout
 
 
+def test_every_command_knows_its_version(capsys):
+    for args in ([name] for name in cli._COMMANDS):
+        assert run(capsys, cli.cli, *args, "--version")[:2] == (0, "gan-refine 0.1.0\n")
+    assert run(capsys, "ops", "build", "--version")[:2] == run(capsys, raising(KeyError()), "--version")[:2]
+
+
 def run(capsys, command, *args) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as caught:
         cli.run_command(command, args)

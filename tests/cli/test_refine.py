@@ -189,6 +189,7 @@ def test_dry_run_prints_the_options_and_writes_nothing(files, tmp_path, capsys, 
     code, out, err = call(capsys, *pair, f"--outdir={tmp_path}/runs", "--batch=4", "-n", "--json")
     assert code == 0 and err == ""
     options = json.loads(out)
+    assert "--batch=4" in options["differs"] and options["notes"] == []
     assert options["batch"] == 4 and options["run_dir"].endswith("00000-gan-teacher-batch4")
     assert not (tmp_path / "runs").exists()
 
@@ -196,6 +197,21 @@ def test_dry_run_prints_the_options_and_writes_nothing(files, tmp_path, capsys, 
 def test_a_preset_is_shown(capsys):
     code, out, err = call(capsys, "--preset=DEMO", "--show")
     assert code == 0 and err == "" and "--kimg=6.4  (default: 200.0)" in out.splitlines()
+    code, out, err = call(capsys, "--preset=demo", "--show", "--kimg=5")
+    assert code == 2 and out == "" and "expected no --kimg beside it" in err
+
+
+def test_what_has_no_part_in_a_run_is_noted_once(files, tmp_path, capsys):
+    pair = (f"--gan={files}/gan.safetensors", f"--teacher={files}/teacher.safetensors", f"--outdir={tmp_path / 'runs'}")
+    idle = ("--sigma-init=2.5", "--ema-kimg=9", "--ref=digits-reference", "--precision=fp16")
+    code, out, err = call(capsys, *pair, *idle, "--metrics=none", "--adversarial=0", "--dry-run", "--json")
+    assert code == 0 and [line.split()[:2] for line in err.splitlines()] == [
+        ["note:", "--sigma-init"],
+        ["note:", "--ema-kimg"],
+        ["note:", "--ref"],
+        ["note:", "fp16:"],
+    ], err
+    assert [f"note: {note}" for note in json.loads(out)["notes"]] == err.splitlines()
 
 
 def test_an_edm2_teacher(files, tmp_path, capsys):
@@ -240,6 +256,8 @@ def test_a_run_and_going_on_with_it(files, tmp_path, capsys):
     assert (run / "log.txt").read_text() in out
     G = load_generator(run / "network-snapshot-000000.016.safetensors")
     assert (G.img_resolution, G.c_dim) == (8, 3)
+    code, out, err = call(capsys, f"--resume={run}", f"--outdir={tmp_path / 'elsewhere'}")
+    assert code == 0 and err.startswith("note: --outdir has no part in this run"), err
     # A finished run has nothing left to do, and says so without an error.
     code, out, err = call(capsys, "--resume=latest", f"--outdir={tmp_path}")
     assert code == 0, err
