@@ -1,5 +1,6 @@
 """docs/options.md, made from the options themselves: `python -m refine.cli.options_page > docs/options.md`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -120,7 +121,7 @@ def _value(param: click.Parameter) -> str:
     if not whole and not isinstance(kind, click.types.FloatParamType):
         return f"`{param.metavar or 'TEXT'}`"
     low = getattr(kind, "min", None)
-    bound = "" if low is None else f" {'>' if kind.min_open else '≥'} {low:g}"
+    bound = "" if low is None else f" {'>' if getattr(kind, 'min_open', False) else '≥'} {low:g}"
     return ("a whole number" if whole else "a number") + bound
 
 
@@ -133,7 +134,7 @@ def _first_sentence(command: click.Command) -> str:
     return text if text.endswith((".", "?")) else f"{text}."
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     if not rows:
         return "It has no options.\n"
     lines = [
