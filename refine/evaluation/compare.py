@@ -110,7 +110,7 @@ def compare(
     runs, sides = _opened({"before": before, "after": after}, sampling, gan_kwargs)
     unreached = check_reach(sides, truncation_psi, noise_mode, sigma_init)
     drawn = [side for side in sides.values() if side.is_teacher]
-    teachers.check_used([bool(drawn), teacher is not None])
+    unreached += teachers.check_used([bool(drawn), teacher is not None])
     with option("--outdir"):
         folder = None if outdir is None else check_outdir(outdir)
     looking = Looking(

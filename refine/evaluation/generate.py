@@ -150,9 +150,9 @@ def check_sides(
         *reaching: What is said of generators, see `check_reach`.
     """
     are_teachers = [side.is_teacher for side in sides.values()]
-    (teachers or TeacherOptions()).check_used(are_teachers)
+    notes = (teachers or TeacherOptions()).check_used(are_teachers)
     check_choice(sampler, any(are_teachers))
-    for note in check_reach(sides, *reaching):
+    for note in [*notes, *check_reach(sides, *reaching)]:
         print(f"note: {note}", file=sys.stderr)
 
 
