@@ -174,7 +174,6 @@ def test_class_columns_pairs_and_folders(networks, tmp_path, capsys):
         (["--network={}/teacher.safetensors", "--seeds=0", "--noise-mode=const", "--outdir=out"], "no noise inputs"),
         (["--network={}/rgb.safetensors", "--seeds=0", "--sigma-init=2.5", "--outdir=out"], "given as one-step:FILE"),
         (["--network={}/teacher.safetensors", "--seeds=0", "--s-noise=1", "--outdir=out"], "expected --s-churn beside"),
-        (["--network={0}/teacher.safetensors", "--guide={0}/teacher.safetensors", "--seeds=0", "--outdir=out"],),
     ],
 )
 def test_faults_are_one_line(networks, tmp_path, capsys, monkeypatch, args, words):
