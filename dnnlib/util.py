@@ -3,6 +3,7 @@
 import hashlib
 import os
 import stat
+import tempfile
 from pathlib import Path
 
 
@@ -83,6 +84,10 @@ def check_outdir(path: str | os.PathLike) -> Path:
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not existing.is_dir():
         raise ValueError(f"{existing} is a file; expected a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"{existing} cannot be written to; expected a folder that can")
+    try:  # permissions alone do not tell, least of all root
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        reason = f" ({error.strerror})" if error.strerror else ""
+        raise ValueError(f"{existing} cannot be written to{reason}; expected a folder that can") from None
     return folder

@@ -221,7 +221,7 @@ def sample(
     classes: int | Sequence[int] | None = None,
     floats: bool = False,
     truncation_psi: float = 1.0,
-    noise_mode: str = "const",
+    noise_mode: str | None = None,
     steps: int | None = None,
     guidance: float = 1.0,
     batch: int = 16,
@@ -234,7 +234,7 @@ def sample(
         seeds: One per image, 0 to 2³² − 1; a seed's latent is `RandomState(seed).randn(1, z_dim)`.
         classes: The class of all images, or one per seed; None = drawn by seed, where there are classes.
         floats: Images as the network gives them instead of uint8.
-        truncation_psi, noise_mode: Of a StyleGAN2.
+        truncation_psi, noise_mode: Of a StyleGAN2; None = 'const'.
         steps, guidance: Steps of a diffusion model's sampler (None = as published for such models), and the strength of
             its classifier-free guidance.
         batch: Images at once.
@@ -246,7 +246,7 @@ def sample(
     Raises:
         ValueError: The network cannot be used, or a class or seed does not exist.
     """
-    from refine.evaluation.sides import Side, check_choice, check_truncation
+    from refine.evaluation.sides import Side, check_choice, check_reach
     from refine.evaluation.teachers import TeacherOptions
     from refine.networks.sampler_settings import SamplerChoice
 
@@ -257,10 +257,10 @@ def sample(
     choice, teachers = SamplerChoice({} if steps is None else {"steps": steps}), TeacherOptions(guidance=guidance)
     name = prepare_device(device, None)
     with option("--network"):
-        side = Side(_network(network), name, batch, noise_mode, truncation_psi, teachers, choice)
+        side = Side(_network(network), name, batch, noise_mode or "const", truncation_psi, teachers, choice)
         teachers.check_used([side.is_teacher])
         check_choice(choice, side.is_teacher)
-        check_truncation(truncation_psi, {"network": side})
+        check_reach({"network": side}, truncation_psi, noise_mode)
         asked = classes if classes is None or isinstance(classes, int) else list(classes)
         if isinstance(asked, list) and len(asked) != len(seeds):
             raise ValueError(f"found {len(asked)} classes for {len(seeds)} seeds; expected one each")

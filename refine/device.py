@@ -22,7 +22,11 @@ def choose_device(name: str | None) -> str:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"found {name!r}; expected cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"found {name!r}, but this machine has {torch.cuda.device_count()} CUDA devices")
+        count = torch.cuda.device_count()
+        raise ValueError(
+            f"found {name!r}; expected {f'cuda:0 to cuda:{count - 1}, or cpu' if count else 'cpu'}: "
+            f"torch sees {count} CUDA devices here"
+        )
     return name
 
 

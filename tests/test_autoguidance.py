@@ -217,7 +217,8 @@ def test_a_comparison_says_how_a_teacher_was_guided(files):
     for unused, said in ((options, "--guide"), (by_w, "--guidance"), (by_kwargs, "--teacher-kwargs")):
         with pytest.raises(ValueError, match=f"{said} is about diffusion models; expected one among the networks"):
             unused.check_used([False, False])
-    TeacherOptions().check_used([False])
+    assert TeacherOptions().check_used([False]) == []
+    assert TeacherOptions(guide="g").check_used([True]) == ["--guide has no part in this: --guidance is 1"]
 
 
 def test_banks_of_guided_teachers_are_told_apart(files):

@@ -133,7 +133,8 @@ def test_networks_that_were_given_stay_as_they_are_and_runs_of_them_go_on(tmp_pa
     found = short_run(G, T, outdir=tmp_path, metrics=[brightness], callbacks=[stop_early])
     assert events == [0, 0.004] and found.finished and G.training
     assert equal(states(G), before[0]) and equal(states(T), before[1])
-    assert "stopped by a callback" in (found.folder / "log.txt").read_text()
+    said = f"go on with  refine.refine(G, T=T, resume={str(found.folder)!r}, metrics=…) in Python"
+    assert "stopped by a callback" in (log := (found.folder / "log.txt").read_text()) and said in log
     whole = short_run(metrics=[])
     resumed = refine.refine(G, T, resume=found.folder, metrics=[brightness], quiet=True)
     assert equal(states(resumed.student), states(whole.student))

@@ -9,7 +9,9 @@ from typing import Any
 import click
 
 from refine.cli.options import (
+    Finite,
     kwargs_option,
+    noise_mode_option,
     parse_ints,
     sampler_options,
     sigma_init_option,
@@ -88,9 +90,7 @@ def _parse_ranges(_ctx: click.Context, _param: click.Parameter, value: str) -> l
 @click.option(
     "--ref-num",
     type=click.IntRange(min=2),
-    default=50_000,
-    show_default=True,
-    help="Images of a --ref that is a generator.",
+    help="Images of a --ref that is a generator.  [default: 50000]",
 )
 @click.option("--no-curve", is_flag=True, help="Of an --after that is a run folder, measure only the snapshot judged.")
 @click.option("--no-cache", is_flag=True, help="Measure the images of --ref again, and keep nothing in the cache.")
@@ -103,17 +103,13 @@ def _parse_ranges(_ctx: click.Context, _param: click.Parameter, value: str) -> l
 )
 @teacher_options
 @click.option("--device", help="Device, such as cpu or cuda:0.  [default: cuda if there is one]")
+@noise_mode_option("random")
 @click.option(
-    "--noise-mode",
-    type=click.Choice(["random", "const", "none"]),
-    default="random",
-    show_default=True,
-    help="Noise of a StyleGAN2.",
+    "--trunc", "truncation_psi", type=Finite(), default=1.0, show_default=True, help="Truncation psi of a StyleGAN2."
 )
 @click.option(
-    "--trunc", "truncation_psi", type=float, default=1.0, show_default=True, help="Truncation psi of a StyleGAN2."
+    "--ops", type=click.Choice(OPS_MODES, case_sensitive=False), help=f"{OPS_HELP}  [default: $REFINE_OPS, else auto]"
 )
-@click.option("--ops", type=click.Choice(OPS_MODES), help=f"{OPS_HELP}  [default: $REFINE_OPS, else auto]")
 @sampler_options
 @kwargs_option("--gan-kwargs", "--before")
 @sigma_init_option()

@@ -1,5 +1,6 @@
 """The options of a RefineConfig on the command line: made from its fields, read as texts, and shown in groups."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,8 +8,23 @@ import click
 
 from refine.config import OPTIONS, PRESETS
 from refine.config.kinds import BOOLEAN, Kind
+from refine.config.needs import NEEDS
 from refine.config.option import GROUPS, flag
 from refine.errors import option as of_option
+
+_NO_DATA = "expected none, as a teacher takes the place of a data set"
+# Options of programs that people come from, for which there is none here, and why.
+_ELSEWHERE = {
+    **dict.fromkeys(
+        ["gpus", "nproc", "num-gpus", "nproc-per-node"],
+        "several GPUs are torchrun's, as in torchrun --standalone --nproc-per-node=4 refine.py …",
+    ),
+    **dict.fromkeys(["mirror", "aug", "augpipe", "ada", "augment"], f"{_NO_DATA}; --aux-augment is the nearest"),
+    **dict.fromkeys(["workers", "num-workers", "cache"], _NO_DATA),
+    "cond": "classes are those of the networks in --gan and --teacher",
+    "gamma": "the critic's penalty is fixed; --adversarial is its weight",
+    "wd": "Adam is without weight decay here",
+}
 
 
 class GroupedOption(click.Option):
@@ -32,6 +48,9 @@ class ConfigCommand(click.Command):
             return super().parse_args(ctx, [off.get(arg, arg) for arg in args])
         except click.NoSuchOption as error:
             word = error.option_name.lstrip("-")
+            if word in _ELSEWHERE:
+                message = f"No such option {error.option_name!r}: {_ELSEWHERE[word]}"
+                raise click.NoSuchOption(error.option_name, message, ctx=ctx) from None
             if meant := next((flag(name) for name in OPTIONS if word in OPTIONS[name].aliases), None):
                 message = f"No such option {error.option_name!r}. Did you mean {meant!r}?"
                 raise click.NoSuchOption(error.option_name, message, ctx=ctx) from None
@@ -57,7 +76,7 @@ def read_options(texts: Mapping[str, str | None]) -> dict[str, Any]:
         ValueError: A text that cannot be read; the message names the option.
     """
     values: dict[str, Any] = {}
-    for name, part, kind, _ in _flags():
+    for name, part, kind, _ in flags_of_fields():
         if (text := texts.get(_click_name(name, part))) is None:
             continue
         with of_option(flag(name, part)):
@@ -69,7 +88,7 @@ def read_options(texts: Mapping[str, str | None]) -> dict[str, Any]:
 def show_preset(name: str) -> str:
     """All options of a preset as the command line has them, one a line, with the default beside those that differ."""
     lines = []
-    for field, part, kind, _ in _flags():
+    for field, part, kind, _ in flags_of_fields():
         default = OPTIONS[field].default
         value = PRESETS[name].get(field, default)
         if field == "preset" or value is ...:
@@ -79,7 +98,7 @@ def show_preset(name: str) -> str:
     return "\n".join(lines)
 
 
-def _flags() -> list[tuple[str, str, Kind, str]]:
+def flags_of_fields() -> list[tuple[str, str, Kind, str]]:
     """(field, part of its value or '', kind, help) of every option that a field makes."""
     found = []
     for name, known in OPTIONS.items():
@@ -94,14 +113,21 @@ def _click_name(name: str, part: str) -> str:
 
 def _click_options() -> list[click.Option]:
     made: list[click.Option] = []
-    for name, part, kind, text in _flags():
+    for name, part, kind, text in flags_of_fields():
         kwargs: dict[str, Any] = {"metavar": kind.metavar}
+        if kind.metavar.startswith("["):
+            kwargs["shell_complete"] = functools.partial(_complete, kind.metavar.strip("[],…").split("|"))
         if kind is BOOLEAN:
-            kwargs = {"metavar": f"| --no-{flag(name)[2:]}", "is_flag": False, "flag_value": "true"}
-        help_text = f"{text}  {_defaults(name, kind)}".rstrip()
+            kwargs |= {"metavar": f"| --no-{flag(name)[2:]}", "is_flag": False, "flag_value": "true"}
+        needs = f" Needs {NEEDS[name].words}." if name in NEEDS else ""
+        help_text = f"{text}{needs}  {_defaults(name, kind)}".rstrip()
         group = OPTIONS[name].group
         made.append(GroupedOption([flag(name, part), _click_name(name, part)], group=group, help=help_text, **kwargs))
     return made
+
+
+def _complete(choices: list[str], _ctx: click.Context, _param: click.Parameter, begun: str) -> list[str]:
+    return [choice for choice in choices if choice.startswith(begun.lower())]
 
 
 def _defaults(name: str, kind: Kind) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from refine.cli.main import run_command
+from refine.cli.options import Finite
 from refine.errors import option
 
 STUDENT, TEACHER, REFERENCE = "digits-gan", "digits-teacher-2", "digits-reference"
@@ -16,13 +17,9 @@ STUDENT, TEACHER, REFERENCE = "digits-gan", "digits-teacher-2", "digits-referenc
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed of the refinement.")
 @click.option("--gan", default=STUDENT, show_default=True, metavar="FILE|NAME", help="Another digits generator.")
 @click.option("--teacher", default=TEACHER, show_default=True, metavar="FILE|NAME", help="Another digits teacher.")
-@click.option(
-    "--kimg", type=click.FloatRange(min=0, min_open=True), help="Length of the refinement.  [default: preset demo]"
-)
-@click.option("--lr", type=click.FloatRange(min=0), help="Learning rate of the student.  [default: preset demo]")
-@click.option(
-    "--aux-lr", type=click.FloatRange(min=0), help="Learning rate of the auxiliary network.  [default: preset demo]"
-)
+@click.option("--kimg", type=Finite(min=0, min_open=True), help="Length of the refinement.  [default: preset demo]")
+@click.option("--lr", type=Finite(min=0), help="Learning rate of the student.  [default: preset demo]")
+@click.option("--aux-lr", type=Finite(min=0), help="Learning rate of the auxiliary network.  [default: preset demo]")
 @click.option("--num", type=click.IntRange(min=100), default=2000, show_default=True, help="Images per seed range.")
 def demo(outdir: str, gan: str, num: int, seed: int, **given: str | float | None) -> None:
     """Refine the shipped digits GAN, compare it with what it was, and write a report.

@@ -22,7 +22,7 @@ from refine.errors import option
 @click.option(
     "--format",
     "format_name",
-    type=click.Choice(["native", "plain", "rosinality"]),
+    type=click.Choice(["native", "plain", "rosinality"], case_sensitive=False),
     help="Without --like. Default: rosinality for .pt, native for .safetensors, a graph for .onnx and .pt2; plain is "
     "safetensors with the network's own tensor names.",
 )
@@ -36,7 +36,7 @@ def export(
     format_name: str | None,
     gan_kwargs: dict[str, Any] | None,
     teacher_kwargs: dict[str, Any] | None,
-    sigma_init: float,
+    sigma_init: float | None,
 ) -> None:
     """Writes networks for other tools.
 
@@ -48,6 +48,7 @@ def export(
     --network=runs/00000-… --out=my-gan-refined.onnx
     """
     from refine.checkpoints import resolve, source_file
+    from refine.checkpoints.sources import one_step
 
     typed = kwargs_as_typed(gan_kwargs, teacher_kwargs)
     suffix = out.rpartition(".")[2].lower()
@@ -55,13 +56,17 @@ def export(
     if like is not None and format_name is not None:
         raise ValueError(f"--format={format_name} goes without --like, which already says the format")
     if like is None and format_name is None and suffix not in defaults:
-        hint = "give the pickle that the student came from as --like" if suffix == "pkl" else "or give --format"
-        raise ValueError(f"--out: found {out}; expected .pt, .safetensors, .onnx or .pt2, {hint}")
+        hint = "a .pkl beside --like, the pickle that it came from" if suffix == "pkl" else "another beside --format"
+        raise ValueError(f"--out: found {out}; expected .pt, .safetensors, .onnx or .pt2, or {hint}")
+    if format_name is not None and defaults.get(suffix) == "graph":
+        raise ValueError(f"--format={format_name} does not go with --out={out}, which is a graph; expected no --format")
     if not Path(out).absolute().parent.is_dir():
         raise ValueError(f"--out: {Path(out).parent} is not a folder")
     with option("--network"):
         network = network_file(network, "--network")
         source = source_file(network)
+    if sigma_init is not None and one_step.file_of(network) is None:
+        raise ValueError("--sigma-init is for a --network of one-step:FILE; expected no --sigma-init")
     with option("--like"):
         original = None if like is None else resolve(like)
 
@@ -95,14 +100,14 @@ _Kwargs = Mapping[str, Any] | None
 
 
 def _load(
-    network: str, source: Path, kwargs: _Kwargs, in_words_typed: Callable[[str], str], sigma_init: float
+    network: str, source: Path, kwargs: _Kwargs, in_words_typed: Callable[[str], str], sigma_init: float | None
 ) -> Mapping[str, Any]:
     from refine.checkpoints import load_generator
     from refine.checkpoints.export import load_all
-    from refine.checkpoints.sources.one_step import file_of
+    from refine.checkpoints.sources import one_step
 
     try:
-        if file_of(network) is not None:
+        if one_step.file_of(network) is not None:
             return {"G_ema": load_generator(network, kwargs, sigma_init)}
         return load_all(source, kwargs)
     except ValueError as error:
@@ -110,7 +115,7 @@ def _load(
 
 
 def _write_graph(
-    network: str, out: str, suffix: str, kwargs: _Kwargs, in_words_typed: Callable[[str], str], sigma_init: float
+    network: str, out: str, suffix: str, kwargs: _Kwargs, in_words_typed: Callable[[str], str], sigma_init: float | None
 ) -> None:
     from refine.checkpoints import deploy, load_generator
 

@@ -8,8 +8,11 @@ from typing import Any
 import click
 
 from refine.cli.options import (
+    Finite,
+    is_typed,
     kwargs_option,
     network_file,
+    noise_mode_option,
     parse_ints,
     sampler_options,
     sigma_init_option,
@@ -63,19 +66,15 @@ def _parse_seeds(_ctx: click.Context, param: click.Parameter, value: str | None)
     "--class", "class_index", type=click.IntRange(min=0), help="Class of all images.  [default: drawn per seed]"
 )
 @click.option(
-    "--trunc", "truncation_psi", type=float, default=1.0, show_default=True, help="Truncation psi of a StyleGAN2."
+    "--trunc", "truncation_psi", type=Finite(), default=1.0, show_default=True, help="Truncation psi of a StyleGAN2."
 )
-@click.option(
-    "--noise-mode",
-    type=click.Choice(["const", "random", "none"]),
-    default="const",
-    show_default=True,
-    help="Noise of a StyleGAN2.",
-)
+@noise_mode_option("const")
 @click.option("--batch", type=click.IntRange(min=1), help="Images per batch.  [default: 16, from 1024x1024 on fewer]")
 @teacher_options
 @click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda where there is one]")
-@click.option("--ops", type=click.Choice(OPS_MODES), help=f"{OPS_HELP}  [default: $REFINE_OPS, else auto]")
+@click.option(
+    "--ops", type=click.Choice(OPS_MODES, case_sensitive=False), help=f"{OPS_HELP}  [default: $REFINE_OPS, else auto]"
+)
 @sampler_options
 @kwargs_option("--gan-kwargs", "--network")
 @sigma_init_option()
@@ -118,9 +117,9 @@ def command(
             if not distributed.is_main():
                 return
             psi, index, outdir = options["truncation_psi"], options["class_index"], options["outdir"]
-            how = (device, options["batch"], options["noise_mode"], psi, teachers, choice, options["sigma_init"])
+            how = (device, options["batch"], "const", psi, teachers, choice, options["sigma_init"])
             side = open_side(options["network"], *how, options["gan_kwargs"])
-            check_sides({"network": side}, psi, choice, teachers)
+            check_sides({"network": side}, choice, teachers, psi, None, options["sigma_init"])
             if work == "video":
                 click.echo(film(side, options["seeds"], styles["video"], styles["frames"], index, psi))
                 return
@@ -133,6 +132,18 @@ def command(
             click.echo(f"{len(paths) - 1} images in {where}, a grid of them in {paths[-1]}")
 
 
+# What uses an option; every other one is used by all. Styles that are mixed, read or filmed have constant noise.
+_USED_BY = {
+    **dict.fromkeys(["before", "class_columns", "subdirs", "noise_mode"], ("seeds",)),
+    **dict.fromkeys(["class_index", "truncation_psi"], ("seeds", "rows", "video")),
+    **dict.fromkeys(["cols", "col_styles"], ("rows",)),
+    "seeds": ("seeds", "video"),
+    "frames": ("video",),
+    "outdir": ("seeds", "rows", "projected_w"),
+}
+_FLAGS = {"class_index": "--class", "truncation_psi": "--trunc"}
+
+
 def _work(options: dict[str, Any]) -> str:
     """What is asked for: 'seeds', 'rows' (style mixing), 'projected_w' or 'video'.
 
@@ -143,16 +154,19 @@ def _work(options: dict[str, Any]) -> str:
     if len(chosen) > 1:
         raise ValueError(f"{_flag(chosen[0])} and {_flag(chosen[1])} are two different things; expected one of them")
     work = chosen[0] if chosen else "seeds"
+    for name, works in _USED_BY.items():
+        if is_typed(name) and work not in works:
+            raise ValueError(
+                f"{_flag(name)} " + (f"does not go with {_flag(work)}" if chosen else f"needs {_flag(works[0])}")
+            )
+    if options["class_columns"] and options["class_index"] is not None:
+        raise ValueError("--class does not go with --class-columns, which shows all of them")
     needed = {"seeds": ("seeds", "outdir"), "rows": ("cols", "outdir"), "video": ("seeds",), "projected_w": ("outdir",)}
     for name in needed[work]:
         if options[name] is None:
             raise ValueError(f"{_flag(name)} is missing" + (f", beside {_flag(work)}" if chosen else ""))
-    foreign = {"rows": ["seeds"], "projected_w": ["seeds"], "video": ["outdir"], "seeds": ["cols"]}[work]
-    for name in [*foreign, *(["before", "class_columns", "subdirs"] if chosen else [])]:
-        if options[name]:
-            raise ValueError(f"{_flag(name)} does not go with {_flag(work)}")
     return work
 
 
 def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+    return _FLAGS.get(name, f"--{name.replace('_', '-')}")

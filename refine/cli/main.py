@@ -8,6 +8,7 @@ one line of it.
 import contextlib
 import importlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -35,6 +36,9 @@ _COMMANDS = {  # name -> module, attribute
 }
 
 
+_PLACES = {"FILE", "DIR", "RUN", "PATH", "ZIP"}
+
+
 class LazyGroup(click.Group):
     """A group whose commands are imported when they are asked for."""
 
@@ -42,7 +46,7 @@ class LazyGroup(click.Group):
         return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        return _load_command(cmd_name) if cmd_name in _COMMANDS else None
+        return load_command(cmd_name) if cmd_name in _COMMANDS else None
 
 
 def _print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
@@ -60,7 +64,7 @@ def cli() -> None:
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Entry point of `python -m refine` and of the console script."""
-    run_command(_with_version(cli), args)
+    run_command(cli, args)
 
 
 def run_command(command: click.Command | str, args: Sequence[str] | None = None) -> NoReturn:
@@ -80,7 +84,7 @@ def run_command(command: click.Command | str, args: Sequence[str] | None = None)
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     code = 1
     try:
-        command = _load_command(command) if isinstance(command, str) else command
+        command = load_command(command) if isinstance(command, str) else _with_version(command)
         result = command.main(args=None if args is None else list(args), standalone_mode=False)
         code = result if type(result) is int else 0  # click hands the code of ctx.exit() back like this
         sys.stdout.flush()  # here, where a closed pipe is still handled
@@ -102,7 +106,10 @@ def describe_failure(error: BaseException) -> tuple[int, str]:
         hint = ""
         if isinstance(error, click.UsageError) and error.ctx is not None:
             hint = f" ({error.ctx.command_path} --help lists the options)"
-        return 2, f"Error: {_one_line(error.format_message()).rstrip('.')}{hint}"
+        message = _one_line(error.format_message()).rstrip(".")
+        if isinstance(error, click.MissingParameter) and isinstance(error.param, click.Option):
+            message = f"{error.param.opts[0]} is missing; expected {error.param.metavar or 'a value'}"
+        return 2, f"Error: {message}{hint}"
     if isinstance(error, OSError) and error.strerror:
         return 2, f"Error: {describe_os_error(error)}"
     if isinstance(error, ValueError | OSError):
@@ -125,14 +132,20 @@ def _complain(message: str) -> None:
         Outlet(file).write(f"{message}\n".encode(sys.stderr.encoding, errors="replace"), 5)
 
 
-def _load_command(name: str) -> click.Command:
+def load_command(name: str) -> click.Command:
+    """A command of `python -m refine` by its name."""
     module, attribute = _COMMANDS[name]
     command = getattr(importlib.import_module(module), attribute)
+    for param in command.params:  # a shell completes the names of files, too
+        if param.type is click.STRING and _PLACES & set(re.findall("[A-Z]+", param.metavar or str(param.name).upper())):
+            param.type = click.Path(readable=False)
     return _with_version(command)
 
 
 def _with_version(command: click.Command) -> click.Command:
-    """The same command, which knows --version, and whose help calls numbers N and X, not 'FLOAT RANGE'."""
+    """The same command, which knows --version, as do those below it, and whose help calls numbers N and X."""
+    for below in command.commands.values() if isinstance(command, click.Group) else ():
+        _with_version(below)
     for param in command.params:
         kind = {"integer": "N", "integer range": "N", "float": "X", "float range": "X"}.get(param.type.name)
         if isinstance(param, click.Option) and kind and param.metavar is None and not param.is_flag:

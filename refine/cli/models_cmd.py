@@ -10,7 +10,11 @@ import click
 
 
 @click.command(short_help="List the networks that have a name.")
-@click.option("--kind", type=click.Choice(["generator", "teacher", "classifier", "reference"]), help="Only these.")
+@click.option(
+    "--kind",
+    type=click.Choice(["generator", "teacher", "classifier", "reference"], case_sensitive=False),
+    help="Only these.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 def models(kind: str | None, as_json: bool) -> None:
     """Lists the names of pretrained/index.toml: what --gan, --teacher, --guide, --ref and --detector take."""

@@ -18,7 +18,7 @@ def ops() -> None:
 @ops.command(short_help="Build the ops that are not in the cache.")
 @click.option(
     "--device",
-    type=click.Choice(DEVICES),
+    type=click.Choice(DEVICES, case_sensitive=False),
     default="auto",
     show_default=True,
     help="auto = the CPU, and CUDA where torch is built for it and there is NVRTC or nvcc.",
@@ -34,6 +34,8 @@ def build(device: str, portable: bool) -> int:
 
     Exit code: 0 = all are there, 1 = not all.
     """
+    if portable and device == "cuda":
+        raise ValueError("--portable is for CPU ops; for CUDA, TORCH_CUDA_ARCH_LIST says for which GPUs")
     import torch
 
     from refine.torch_utils.build import device_code

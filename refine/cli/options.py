@@ -1,12 +1,25 @@
 """What several commands share: lists of numbers, how files are read and diffusion models asked, run folders."""
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from refine.config.kinds import JSON_TABLE
 from refine.errors import option
+
+
+class Finite(click.FloatRange):
+    """A number within bounds, neither NaN nor infinite."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"found {value}; expected a finite number", param, ctx)
+        return number
+
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -103,10 +116,19 @@ def kwargs_as_typed(
 
 def sigma_init_option() -> Callable[[F], F]:
     """--sigma-init, for one-step:FILE."""
-    kind = click.FloatRange(min=0, min_open=True)
-    return click.option(
-        "--sigma-init", type=kind, default=2.5, show_default=True, help="Noise level of a one-step:FILE."
-    )
+    kind = Finite(min=0, min_open=True)
+    return click.option("--sigma-init", type=kind, help="Noise level of a one-step:FILE.  [default: 2.5]")
+
+
+def noise_mode_option(usual: str) -> Callable[[F], F]:
+    """--noise-mode, None = `usual`."""
+    kind = click.Choice(["const", "random", "none"], case_sensitive=False)
+    return click.option("--noise-mode", type=kind, help=f"Noise inputs of a StyleGAN2.  [default: {usual}]")
+
+
+def is_typed(name: str) -> bool:
+    """Whether the command that runs was given an option, by the name of its parameter, which may have a default."""
+    return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
 def teacher_options(command: F) -> F:
@@ -115,7 +137,7 @@ def teacher_options(command: F) -> F:
         click.option("--guide", metavar="FILE|NAME", help="A worse diffusion model that guides one (autoguidance)."),
         click.option(
             "--guidance",
-            type=click.FloatRange(min=0, min_open=True),
+            type=Finite(min=0, min_open=True),
             default=1.0,
             show_default=True,
             help="Strength of a diffusion model's guidance, by --guide or classifier-free; 1 = none.",

@@ -9,6 +9,7 @@ import click
 
 from refine.cli.config_command import ConfigCommand, GroupedOption, read_options, show_preset
 from refine.config import OPTIONS, RefineConfig
+from refine.config.option import flag
 from refine.errors import option
 from refine.processes import is_first, one_voice
 
@@ -52,22 +53,27 @@ def refine(
     """Refine a pretrained GAN with a pretrained diffusion model, data-free, by Diff-Instruct.
 
     \b
-    python refine.py --gan=my-gan.pkl --teacher=my-edm.pkl
-    python refine.py --gan=my-gan.pkl --teacher=my-edm.pkl --dry-run
+    python refine.py --gan=my-gan.pkl --teacher=my-edm.pkl --dry-run    what it would cost
+    python refine.py --gan=my-gan.pkl --teacher=my-edm.pkl              a run, which ends by itself
+    python refine.py --resume=latest                                    goes on after a stop
+    python refine.py --gan=one-step --teacher=my-edm.pkl --preset=one-step
     python refine.py --gan=digits-gan --teacher=digits-teacher-2 --preset=demo
-    python refine.py --gan=one-step --teacher=digits-teacher-2 --preset=one-step-demo
-    python refine.py --resume=latest
     """
     with one_voice():
         if as_json and not dry_run:
             raise ValueError("--json says what --dry-run finds: add --dry-run")
-        if show:
-            click.echo(show_preset(read_options(texts).get("preset", OPTIONS["preset"].default)))
-            return
         given = read_options(texts)
+        if show:
+            others = {**given, "resume": resume, "config": config_file, "dry_run": dry_run or None}
+            if other := next((name for name, value in others.items() if name != "preset" and value is not None), None):
+                raise ValueError(f"--show prints what --preset says; expected no {flag(other)} beside it")
+            click.echo(show_preset(given.get("preset", OPTIONS["preset"].default)))
+            return
         if resume is not None and config_file is not None:
             raise ValueError("--config is for runs that begin; a run that goes on has its options in its state")
         states = [] if resume is None else _states_of(resume, given.get("outdir", OPTIONS["outdir"].default))
+        if states and resume not in ("latest", "auto") and "outdir" in given and is_first():
+            click.echo("note: --outdir has no part in this run, which goes on in its folder", err=True)
         filed = {} if config_file is None else _read_config(config_file)
         config = None if states else RefineConfig(**{**filed, **given})
     from refine.training import assemble  # torch, from here on: the options are valid
@@ -77,11 +83,12 @@ def refine(
     else:
         run = assemble.resume(states, {k: v for k, v in given.items() if k != "outdir"}, dry_run)
     if run.estimate is not None and is_first():
-        from refine.training.estimate import in_words
+        from refine.training.estimate import differing, in_words
 
-        place = {"run_dir": str(run.folder), "device": run.device, "bridge": run.bridge}
+        place = {"run_dir": str(run.folder), "device": run.device, "bridge": run.bridge, "notes": run.notes}
+        place["differs"] = differing(run.config)
         told = {**run.config.as_dict(), **place, "estimate": run.estimate.as_dict()}
-        words = in_words(run.estimate, run.config, run.device, str(run.folder), list(run.bridge))
+        words = in_words(run.estimate, run.config, run.device, str(run.folder), run.bridge)
         click.echo(json.dumps(told, indent=2) if as_json else words)
     if run.stopped is not None:
         raise click.exceptions.Exit(run.exit_code)
@@ -101,7 +108,11 @@ def _read_config(path: str) -> dict[str, Any]:
     from refine.checkpoints.pickles.inert import shown
 
     with option("--config"):
-        text = Path(path).read_text(encoding="utf-8") if Path(path).stat().st_size <= _MAX_CONFIG_BYTES else ""
+        text = (
+            Path(path).read_text(encoding="utf-8", errors="replace")
+            if Path(path).stat().st_size <= _MAX_CONFIG_BYTES
+            else ""
+        )
         try:
             values = json.loads(text)
         except (ValueError, RecursionError):

@@ -1,13 +1,14 @@
 """The options of a refinement run: one frozen dataclass that checks itself.
 
 Everything that is known about an option stands in its field: default, kind of value, group and text of --help, whether
---resume may change it, whether snapshots show it. The command line, the checks and the sets below come from there.
+--resume may change it, whether snapshots show it. The command line, the checks and the sets below come from there; what
+an option needs to have a part in a run stands in `needs.py`.
 """
 
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from refine.config.kinds import (
     BETAS,
@@ -34,6 +35,7 @@ from refine.config.kinds import (
     text,
     words,
 )
+from refine.config.needs import NEEDS, compares
 from refine.config.option import GROUPS, Option, flag, option
 from refine.config.presets import PRESETS
 
@@ -334,7 +336,11 @@ class RefineConfig:
     )
     # fmt: on
 
+    given: ClassVar[frozenset[str]] = frozenset()  # what was not left to the preset; empty where all was there already
+
     def __post_init__(self) -> None:
+        names = frozenset(name for name in OPTIONS if getattr(self, name) is not ...)
+        object.__setattr__(self, "given", names if names < OPTIONS.keys() else frozenset())
         preset, asks_for_patience = self._preset_values(), self.patience is not ...
         for name, known in OPTIONS.items():
             value, usual = getattr(self, name), preset.get(name, known.default)
@@ -372,9 +378,20 @@ class RefineConfig:
             raise ValueError(f"--patience is {self.patience}; expected 0, or --metrics to go by")
         if self.keep_recall and not (self.metrics and self.ref):
             raise ValueError("--keep-recall needs a metric that measures recall: add --metrics and --ref")
-        compared = [name for name in self.metrics if not name.startswith("is")]  # an Inception Score needs no other
+        compared = list(filter(compares, self.metrics))
         if compared and self.ref is None:
             raise ValueError(f"--metrics={','.join(compared)} needs a reference: add --ref=teacher or --ref=FILE.npz")
+
+    def without_part(self, student: Any, teacher: Any) -> list[str]:
+        """A line for each option that somebody chose, by giving it or by what differs from the preset, and that has no
+        part in a run with these networks."""
+        lines = []
+        for name, needs in NEEDS.items():
+            value, usual = getattr(self, name), PRESETS.get(self.preset, {}).get(name, OPTIONS[name].default)
+            chosen = value not in (None, False) and (name in self.given or value != usual)
+            if chosen and not (needs.options(self) and needs.networks(student, teacher)):
+                lines.append(f"{flag(name)} has no part in this run; it needs {needs.words}")
+        return lines
 
     @property
     def num_steps(self) -> int:

@@ -134,7 +134,7 @@ def _read_bool(text: str) -> bool:
 
 def _read_label_dist(text: str) -> tuple[float, ...] | None:
     """'uniform', a JSON list of numbers, or the path of a file with one."""
-    if text == "uniform":
+    if text.lower() == "uniform":
         return None
     try:
         numbers = json.loads(text if text.lstrip().startswith("[") else Path(text).read_text(encoding="utf-8"))
@@ -229,7 +229,7 @@ def some_of(choices: tuple[str, ...]) -> Kind:
 
 NAMES = Kind(
     "LIST",
-    lambda text: () if text == "none" else tuple(text.split(",")),
+    lambda text: () if text.lower() == "none" else tuple(text.split(",")),
     "a list of names",
     lambda value: isinstance(value, tuple) and all(isinstance(name, str) for name in value),
     show=lambda value: ",".join(value) or "none",
@@ -310,10 +310,20 @@ def _is_law(value: Any) -> bool:
     return isinstance(value, SigmaOptions)
 
 
+_RANGE = "MIN,MAX with 0 < MIN < MAX"
+
+
+def _read_range(text: str) -> dict[str, Any]:
+    low, high = _numbers(text, _RANGE, 2)
+    if not 0 < low < high < math.inf:
+        raise ValueError
+    return {"sigma_min": low, "sigma_max": high}
+
+
 _SIGMA_RANGE = Kind(
     "MIN,MAX",
-    lambda text: dict(zip(("sigma_min", "sigma_max"), _numbers(text, "sigma_min,sigma_max", 2), strict=True)),
-    "sigma_min,sigma_max",
+    _read_range,
+    _RANGE,
     _is_law,
     show=lambda law: f"{law.sigma_min},{law.sigma_max}",
 )

@@ -24,7 +24,7 @@ from refine.evaluation.paired import ENOUGH_IMAGES
 from refine.evaluation.provenance import describe_run
 from refine.evaluation.run_folder import RunFolder, Snapshot, read_run_folder
 from refine.evaluation.scale import Column, RealColumn, TeacherColumn
-from refine.evaluation.sides import Side, check_choice, check_same_images, check_truncation, load_side
+from refine.evaluation.sides import Side, check_choice, check_reach, check_same_images, load_side
 from refine.evaluation.space import load_space
 from refine.evaluation.teachers import TeacherOptions
 from refine.evaluation.written import write_comparison
@@ -51,12 +51,12 @@ def compare(
     curve: bool = True,
     batch: int | None = None,
     device: str = "cpu",
-    noise_mode: str = "random",
+    noise_mode: str | None = None,
     truncation_psi: float = 1.0,
     gan_kwargs: Mapping[str, Any] | None = None,
     sigma_init: float | None = None,
     also: Sequence[str] = (),
-    ref_num: int = 50_000,
+    ref_num: int | None = None,
     cache: bool = True,
     progress: bool = True,
     trust_detector: bool = False,
@@ -80,12 +80,12 @@ def compare(
         curve: Whether all snapshots of a run folder are measured, not only the one that is judged.
         batch: Images per batch. None = what is sensible for their size, see `refine.metrics.sampling.sensible_batch`.
         device: Where networks and detector run.
-        noise_mode: Noise of a StyleGAN2, for the numbers; the pictures always use its constant noise.
+        noise_mode: Noise of a StyleGAN2, for the numbers, None = 'random'; the pictures always use its constant noise.
         truncation_psi: Truncation of a StyleGAN2.
         gan_kwargs: Of `before`, see `refine.load_generator`.
         sigma_init: Noise level of a `one-step:FILE`.
         also: Further metrics that take longer, of `refine.metrics.registry.ON_REQUEST`, such as 'fdinf' (FID∞).
-        ref_num: Images drawn from a generator that serves as the reference. Of a teacher there are `num`.
+        ref_num: Images drawn from a generator that serves as the reference; None = 50,000. Of a teacher, `num`.
         cache: Keep what was measured of a reference that is images, and images drawn of a teacher.
         progress: Show bars with the time left, and what to know of the choices that were made, on stderr.
         trust_detector: Run a detector that is TorchScript, a program that can do more than compute.
@@ -106,15 +106,21 @@ def compare(
     start = time.monotonic()
     check_numbers(num, seed_ranges, batch)
     teachers = teachers or TeacherOptions()
-    sampling = (device, batch, noise_mode, truncation_psi, teachers, sampler, sigma_init)
+    sampling = (device, batch, noise_mode or "random", truncation_psi, teachers, sampler, sigma_init)
     runs, sides = _opened({"before": before, "after": after}, sampling, gan_kwargs)
-    unreached = check_truncation(truncation_psi, sides)
+    unreached = check_reach(sides, truncation_psi, noise_mode, sigma_init)
     drawn = [side for side in sides.values() if side.is_teacher]
-    teachers.check_used([bool(drawn), teacher is not None])
+    unreached += teachers.check_used([bool(drawn), teacher is not None])
     with option("--outdir"):
         folder = None if outdir is None else check_outdir(outdir)
     looking = Looking(
-        batch=batch, device=device, num=ref_num, bank=num, sampler=sampler, cache=cache, progress=progress
+        batch=batch,
+        device=device,
+        num=ref_num or Looking.num,
+        bank=num,
+        sampler=sampler,
+        cache=cache,
+        progress=progress,
     )
     judge, reference = load_space(detector, ref, sides["before"].image_shape, looking, trust_detector)
     kinds = chosen_kinds(also, judge, list(sides.values()))
@@ -124,7 +130,13 @@ def compare(
     with option("--data"):
         real = None if data is None else RealColumn(data, job, batch)
     check_choice(sampler, bool(drawn or taught or reference.is_teacher))
+    unused = {
+        "--ref-num": ref_num is not None and not reference.form.startswith("generator") and "--ref is not a generator",
+        "--no-curve": not curve and runs["after"] is None and "--after is not a run folder",
+        "--no-cache": not cache and reference.form == "statistics" and taught is None and "--ref is statistics already",
+    }
     notes = [*_notes(job, sides, runs, taught), *unreached]
+    notes += [f"{name} has no part in this: {why}" for name, why in unused.items() if why]
     if progress and is_first_process():
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
@@ -191,6 +203,8 @@ def _notes(
         notes.append(f"--ref: {job.reference.form}")
     if (note := image_note(job.detector, sides["before"].image_shape)) is not None:
         notes.append(f"the detector {job.detector.name}: {note}")
+    if (note := job.reference.shortage) is not None:
+        notes.append(note)
     if job.num < ENOUGH_IMAGES:
         notes.append(
             f"{job.num} images per seed range are few (expected {ENOUGH_IMAGES} or more): each interval is the wider "

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from refine.dnnlib import check_outdir
 from refine.errors import option
-from refine.evaluation.sides import Side, check_choice, check_same_images, check_truncation
+from refine.evaluation.sides import Side, check_choice, check_reach, check_same_images
 from refine.evaluation.teachers import TeacherOptions
 from refine.images import PICTURE_CHANNELS, save_image_grid, save_png
 from refine.metrics.pipeline import gathered, my_share, prefetched, rank_and_world
@@ -38,7 +38,7 @@ def generate(
     class_columns: bool = False,
     subdirs: bool = False,
     truncation_psi: float = 1.0,
-    noise_mode: str = "const",
+    noise_mode: str | None = None,
     gan_kwargs: Mapping[str, Any] | None = None,
     sigma_init: float | None = None,
     sampler: SamplerChoice = SamplerChoice(),  # noqa: B008 - frozen
@@ -57,7 +57,7 @@ def generate(
         class_index: Class of all images; None = drawn per seed, where there are classes.
         class_columns: An image of every class for every seed, seed0000-class0.png …; in the grid, a row for each seed.
         subdirs: Folders of 1000 seeds each, 000000/seed000000.png …, for sets too large for one folder.
-        truncation_psi, noise_mode: Truncation and noise of a StyleGAN2.
+        truncation_psi, noise_mode: Truncation and noise of a StyleGAN2; None = 'const'.
         gan_kwargs, sigma_init: See `refine.load_generator`.
         sampler: How a diffusion model is sampled; what is not said there is what suits it, and told on stderr.
         batch: Images per batch. None = at most 16, and fewer where that is sensible for their size.
@@ -75,13 +75,13 @@ def generate(
     """
     with option("--seeds"):
         check_seeds(seeds)
-    how = (device, batch, noise_mode, truncation_psi, teachers, sampler, sigma_init)
+    how = (device, batch, noise_mode or "const", truncation_psi, teachers, sampler, sigma_init)
     sides = {"network": open_side(network, *how, gan_kwargs)}
     if before is not None:
         with option("--before"):
             sides["before"] = Side(before, *how)
-        check_same_images(sides["before"], sides["network"])
-    check_sides(sides, truncation_psi, sampler, teachers)
+        check_same_images(sides["before"], sides["network"], "network")
+    check_sides(sides, sampler, teachers, truncation_psi, noise_mode, sigma_init)
     batch = batch or min(MAX_BATCH, *(side.batch for side in sides.values()))
     for side in sides.values():
         side.batch = batch
@@ -139,12 +139,20 @@ def check_seeds(seeds: Sequence[int]) -> None:
         raise ValueError(f"{max(seeds)} is too large; expected seeds up to {MAX_SEED}")
 
 
-def check_sides(sides: Mapping[str, Side], psi: float, sampler: SamplerChoice, teachers: TeacherOptions | None) -> None:
-    """Raises ValueError where something is said of a kind of network that is not among these."""
+def check_sides(
+    sides: Mapping[str, Side], sampler: SamplerChoice, teachers: TeacherOptions | None, *reaching: Any
+) -> None:
+    """Raises ValueError where something is said of a kind of network that is not among these.
+
+    Args:
+        sides: The networks.
+        sampler, teachers: What is said of diffusion models.
+        *reaching: What is said of generators, see `check_reach`.
+    """
     are_teachers = [side.is_teacher for side in sides.values()]
-    (teachers or TeacherOptions()).check_used(are_teachers)
+    notes = (teachers or TeacherOptions()).check_used(are_teachers)
     check_choice(sampler, any(are_teachers))
-    for note in check_truncation(psi, sides):
+    for note in [*notes, *check_reach(sides, *reaching)]:
         print(f"note: {note}", file=sys.stderr)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ class Side:
         file: Its file; None of a network that was given as it is.
         sampling: How images are drawn, in words.
         sampling_reason: Why a diffusion model is sampled like this; None for a generator.
+        is_teacher, is_one_step: Whether it is a diffusion model, and whether it was asked for as a `one-step:FILE`.
         image_shape: [C, H, W].
         device: As given.
         batch: Images per batch.
@@ -63,6 +66,7 @@ class Side:
         for note in self.network.notes if is_first() else ():
             print(f"note: {note}", file=sys.stderr)
         self.is_teacher = self._source is not None
+        self.is_one_step = not isinstance(path, torch.nn.Module) and one_step.file_of(path) is not None
         self.file, self.refined_with = None, None
         if isinstance(path, torch.nn.Module):
             self.path = self.name = name_of(path)
@@ -112,19 +116,39 @@ def load_side(name: str, path: str | os.PathLike | torch.nn.Module, *sampling: A
         return Side(path, *sampling)
 
 
-def check_truncation(psi: float, sides: Mapping[str, Side]) -> list[str]:
-    """A line for each network that --trunc does not reach, by the names of their options.
+# Option → whether it reaches a network, and what is to be said of one that it does not reach.
+_REACHES: dict[str, tuple[Callable[[Side], bool], str]] = {
+    "trunc": (lambda side: not side.is_teacher and side.network.takes_truncation, "cannot be truncated"),
+    "noise-mode": (lambda side: not side.is_teacher and bool(side.network.noise_modes), "has no noise inputs"),
+    "sigma-init": (lambda side: side.is_one_step, "is not given as one-step:FILE"),
+}
+
+
+def check_reach(
+    sides: Mapping[str, Side], psi: float = 1.0, noise_mode: str | None = None, sigma_init: float | None = None
+) -> list[str]:
+    """A line for each network that --trunc, --noise-mode or --sigma-init does not reach, by the names of their options.
+
+    Args:
+        sides: Name of the option → network.
+        psi, noise_mode, sigma_init: What was asked for; 1 or None = nothing.
 
     Raises:
-        ValueError: It reaches none.
+        ValueError: One of them reaches none.
     """
-    without = [name for name, side in sides.items() if side.is_teacher or not side.network.takes_truncation]
-    if psi == 1 or not without:
-        return []
-    if len(without) == len(sides):
-        names = " and ".join(sides[name].name for name in dict.fromkeys(without))
-        raise ValueError(f"--trunc is {psi:g}, but {names} cannot be truncated; expected 1")
-    return [f"--trunc does not reach --{name}: {sides[name].name} cannot be truncated" for name in without]
+    if not math.isfinite(psi):
+        raise ValueError(f"--trunc is {psi:g}; expected a finite number, such as 0.7")
+    asked = {"trunc": (psi, psi != 1), "noise-mode": (noise_mode, noise_mode is not None)}
+    asked |= {"sigma-init": (sigma_init, sigma_init is not None)}
+    lines = []
+    for name, (value, is_given) in asked.items():
+        reaches, why = _REACHES[name]
+        without = [key for key, side in sides.items() if not reaches(side)] if is_given else []
+        if without and len(without) == len(sides):
+            names = " and ".join(dict.fromkeys(sides[key].name for key in without))
+            raise ValueError(f"--{name} is {value}, but {names} {why}; expected no --{name}")
+        lines += [f"--{name} does not reach --{key}: {sides[key].name} {why}" for key in without]
+    return lines
 
 
 def check_choice(choice: SamplerChoice, is_used: bool) -> None:
@@ -133,10 +157,12 @@ def check_choice(choice: SamplerChoice, is_used: bool) -> None:
         raise ValueError(f"{flag(next(iter(choice.given)))} is for diffusion models, and there is none here")
 
 
-def check_same_images(before: Side, after: Side) -> None:
-    """Raises ValueError if the two networks do not make the same kind of images."""
+def check_same_images(before: Side, after: Side, name: str = "after") -> None:
+    """Raises ValueError if the two networks do not make the same kind of images; `name` is the option of `after`."""
     if before.image_shape != after.image_shape:
-        raise ValueError(f"--after: its images are {after.image_shape}, but those of --before are {before.image_shape}")
+        raise ValueError(
+            f"--{name}: its images are {after.image_shape}, but those of --before are {before.image_shape}"
+        )
 
 
 def described_guide(source: TeacherSource) -> dict[str, Any] | None:
@@ -168,6 +194,9 @@ def _sampling(G: Generator, truncation_psi: float, noise_mode: str) -> str:
     return ", ".join(words) or "G(z, c)"
 
 
+_NO_TEACHER = re.compile("expected a teacher(:|$)")  # of a file that holds none; not of one that lacks something else
+
+
 def _load_any(
     path: str | os.PathLike | torch.nn.Module,
     device: str,
@@ -195,7 +224,7 @@ def _load_any(
             source = teachers.source(path)
             return source.load().to(device), source
         except ValueError as refused:
-            own, kept = custom.parse(path) is not None, "expected a teacher" not in str(refused)
+            own, kept = custom.parse(path) is not None, not _NO_TEACHER.search(str(refused))
             if "z_dim is None" in str(error) if own else kept:  # a diffusion model with which something else is wrong
                 raise
             raise error from None

@@ -38,9 +38,14 @@ class TeacherOptions:
             guide = None if self.guide is None else TeacherSource.of(self.guide)
         return replace(teacher, guide=guide, guidance=self.guidance)
 
-    def check_used(self, are_teachers: Iterable[bool]) -> None:
-        """Raises ValueError if no network is a diffusion model, and something was said of one."""
+    def check_used(self, are_teachers: Iterable[bool]) -> list[str]:
+        """Lines on what has no part.
+
+        Raises:
+            ValueError: No network is a diffusion model, and something was said of one.
+        """
         given = {"--guide": self.guide, "--guidance": self.guidance != 1 or None, "--teacher-kwargs": self.kwargs}
         names = [name for name, value in given.items() if value is not None]
         if names and not any(are_teachers):
             raise ValueError(f"{names[0]} is about diffusion models; expected one among the networks")
+        return ["--guide has no part in this: --guidance is 1"] if self.guide is not None and self.guidance == 1 else []

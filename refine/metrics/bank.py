@@ -156,7 +156,8 @@ def _keep(place: Path, part: Bank) -> bool:
             np.savez(file, **arrays)
         keep_from_others(place)
     except OSError as error:
-        tqdm.write(f"the images of the teacher cannot be kept: {describe_os_error(error)}", file=sys.stderr)  # by a bar
+        why = f"({describe_os_error(error)}); set REFINE_CACHE to a folder that can be written to"
+        tqdm.write(f"the images of the teacher cannot be kept {why}", file=sys.stderr)  # by a bar
         return False
     return True
 

@@ -126,6 +126,11 @@ class NamedMetric:
             raise ValueError(f"{name} needs {self.metric.reference} of the reference{where}")
 
     @property
+    def shortage(self) -> str | None:
+        """See `Reference.shortage`."""
+        return None if self._reference is None else self._reference.shortage
+
+    @property
     def reference_sha256(self) -> str | None:
         """Of the file or images that are compared with, if any are."""
         return None if self._reference is None else self._reference.sha256

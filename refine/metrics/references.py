@@ -96,6 +96,16 @@ class Reference:
     is_teacher: bool = False
     is_drawn: bool = False
 
+    @property
+    def shortage(self) -> str | None:
+        """A line where there are fewer real images than features, so that their covariance is known in part only."""
+        if self.num is None or self.is_drawn or self.num >= len(self.mu):
+            return None
+        return (
+            f"--ref: {self.name} is of {self.num} images, too few for {len(self.mu)} features: "
+            "distances to it depend on which images these are; expected several thousand"
+        )
+
     def check_detector(self, detector: Detector) -> None:
         """Raises ValueError if features of this detector cannot be compared with this reference."""
         if detector.feature_dim not in (None, len(self.mu)):
@@ -451,7 +461,11 @@ def _keep(target: Path, save: Callable[[], None]) -> None:
         save()
         keep_from_others(target)
     except OSError as error:
-        print(f"what was measured of --ref cannot be kept: {describe_os_error(error)}", file=sys.stderr)
+        print(
+            f"what was measured of --ref cannot be kept ({describe_os_error(error)}); "
+            "set REFINE_CACHE to a folder that can be written to",
+            file=sys.stderr,
+        )
 
 
 def _kept(target: Path, num: int, detector: Detector) -> Reference | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from refine.errors import option
 from refine.networks import adm, ddpm, edm, edm2
 from refine.networks.bases import Denoiser, Generator, TrainingRate, records_init_kwargs
 from refine.networks.denoiser import Preconditioner
@@ -87,7 +88,8 @@ class OneStepGenerator(Generator):
         sizes = teacher.img_resolution, teacher.img_channels, teacher.label_dim
         given = ("img_resolution", "img_channels", "label_dim")
         kwargs = {key: value for key, value in teacher.init_kwargs.items() if key not in given}
-        return cls(name, sigma_init, *sizes, kwargs)
+        with option("--sigma-init"):
+            return cls(name, sigma_init, *sizes, kwargs)
 
     def forward(self, z: torch.Tensor, c: torch.Tensor | None = None) -> torch.Tensor:
         """Images for latents.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 MAX_STEPS = 10_000
+OF_CHURN = ("S_min", "S_max", "S_noise")  # without S_churn they mean nothing
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,8 @@ class SamplerSettings:
     def describe(self) -> str:
         """In words, what differs from the defaults: '18 Heun steps', '256 Heun steps, S_churn 40, S_min 0.05'."""
         usual = SamplerSettings()
-        churn = ("S_min", "S_max", "S_noise")  # without S_churn they mean nothing
         names = [field.name for field in dataclasses.fields(self)][1:]
-        names = names if self.is_stochastic else [name for name in names if name not in churn]
+        names = names if self.is_stochastic else [name for name in names if name not in OF_CHURN]
         changed = [f"{name} {getattr(self, name):g}" for name in names if getattr(self, name) != getattr(usual, name)]
         return ", ".join([f"{self.steps} Heun steps", *changed])
 
@@ -115,6 +115,8 @@ class SamplerChoice:
         if not self.given:
             return usual, reason
         chosen = dataclasses.replace(usual, **self.given)
+        if not chosen.is_stochastic and (idle := next((name for name in OF_CHURN if name in self.given), None)):
+            raise ValueError(f"{flag(idle)} is about fresh noise, and there is none; expected --s-churn beside it")
         asked = ", ".join(flag(name) for name in self.given)
         left = set(self.given) < {field.name for field in dataclasses.fields(SamplerSettings)}
         return chosen, f"{asked} as asked for" + (f", the rest {reason}" if left else "")

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import refine
 from refine.checkpoints.sources import custom
 from refine.checkpoints.sources.fetch import is_url
 from refine.config import CHANGEABLE, OPTIONS, TEACHER, RefineConfig
+from refine.config.needs import ONE_STEP
 from refine.config.option import flag
 from refine.device import choose_device, choose_ops
 from refine.dnnlib import check_outdir
@@ -40,7 +41,7 @@ from refine.training.monitor import Monitor, Monitors
 from refine.training.others import images_of_data, images_of_teacher
 from refine.training.regularise import set_dropout
 from refine.training.report import next_commands, outcome, result_line
-from refine.training.resuming import ONE_STEP, Resumed, absolute_place, check_reach, resumed_config
+from refine.training.resuming import Resumed, absolute_place, check_reach, how_to_go_on, resumed_config
 from refine.training.run_dir import RunDir, create_run_dir, next_run_dir
 from refine.training.stopping import StopRequests
 from refine.training.streams import lasting_streams
@@ -60,6 +61,7 @@ class Run:
         stopped: None if it came to its end, else what `TrainingRun.run` says.
         estimate: What it would cost, after a dry run.
         bridge: How images and classes of student and teacher are joined, a line for each difference.
+        notes: After a dry run, a line for each option that has no part in it or does not do here what it says.
         training: With the networks as they are in the end; None after a dry run.
         student: The generator as it came.
         verdict: What was gained, in a line; empty where nothing was measured or the run did not come to its end.
@@ -71,6 +73,7 @@ class Run:
     stopped: int | None = None
     estimate: Estimate | None = None
     bridge: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     training: TrainingRun | None = None
     student: Generator | None = None
     verdict: str = ""
@@ -165,9 +168,13 @@ def _run_together(
         pair = load_pair(config, brought)
     check_origins_alike(pair.origins)
     _check_against_options(pair, config)
+    notes = config.without_part(pair.student, pair.teacher)
+    _say(notes)
     if resumed is not None:
         resumed.check_files(_checksums(config, pair, []))  # before images of another teacher are drawn
     images = _open_data(config)
+    # Before the teacher's are drawn, which takes its time: these may turn out to be of no use.
+    others = None if images is None else _load_others(config, pair, images, device)
     metrics = _load_metrics(config, pair, device, dry_run, brought)
     distributed.wait_for_main()
     files = _checksums(config, pair, metrics)
@@ -179,11 +186,11 @@ def _run_together(
     config = _with_absolute_paths(config)
     student_name = ONE_STEP if config.gan == ONE_STEP else pair.student_path.stem
     desc = config.desc or f"{student_name}-{pair.source.stem}-batch{config.batch}"
-    # Before anything is written: images may turn out to be of no use, and a teacher's take their time.
-    others = None if dry_run and images is None else _load_others(config, pair, images, device)
+    if others is None and not dry_run:
+        others = _load_others(config, pair, None, device)
     if dry_run:
         place = next_run_dir(config.outdir, desc) if resumed is None else resumed.found.path.parent
-        return _estimated(config, pair, device, others, metrics, place)
+        return _estimated(config, pair, device, others, metrics, place, notes)
     run_dir = _open_run_dir(config, desc, resumed, brought.quiet)
     trainer = Trainer(config, pair.student, pair.teacher, device, others, pair.guide)
     unwritten = no_container(config.gan, pair)
@@ -191,7 +198,8 @@ def _run_together(
     origins = dict(pair.origins)
     if images is not None:
         origins["data"] = {"file": images.path.name, "sha256": files["data"]}
-    training = TrainingRun(trainer, run_dir, files, metrics=metrics, provenance=origins, container=container)
+    go_on = brought.how_to_go_on(run_dir.path) or how_to_go_on(config, run_dir.path)
+    training = TrainingRun(trainer, run_dir, files, go_on, metrics=metrics, provenance=origins, container=container)
     if resumed is not None:
         with option("--resume"):
             training.load_state_dict(resumed.found.state)
@@ -215,6 +223,7 @@ def _estimated(
     others: Others | None,
     metrics: list[NamedMetric | OwnMetric],
     place: Path,
+    notes: list[str],
 ) -> Run:
     """A dry run: a trainer that makes a few iterations, and is thrown away."""
     bridge = check_pair(pair.student, pair.teacher)
@@ -223,7 +232,15 @@ def _estimated(
     trainer = Trainer(config, pair.student, pair.teacher, device, others, pair.guide)
     images = sum(metric.num for metric in metrics[:1])  # of every average; further metrics only of the best
     found = estimate(trainer, images, no_container(config.gan, pair) is None)
-    return Run(config, str(device), place, None, found, tuple(bridge.messages(trainer.null_label)))
+    _say(trainer.remarks)
+    notes = [*notes, *trainer.remarks]
+    return Run(config, str(device), place, None, found, tuple(bridge.messages(trainer.null_label)), tuple(notes))
+
+
+def _say(notes: Iterable[str]) -> None:
+    """What a user should know, once, on stderr."""
+    for line in notes if distributed.is_main() else ():
+        print(f"note: {line}", file=sys.stderr)
 
 
 def _load_metrics(
@@ -237,7 +254,9 @@ def _load_metrics(
     options |= {"draw": not dry_run, "progress": True}
     with option("--metrics"), sharing():
         own = {metric.name: metric for metric in brought.metrics}
-        return [own.get(name) or NamedMetric(name, config.ref, **options) for name in config.metrics]
+        metrics = [own.get(name) or NamedMetric(name, config.ref, **options) for name in config.metrics]
+    _say(dict.fromkeys(note for metric in metrics if (note := getattr(metric, "shortage", None)) is not None))
+    return metrics
 
 
 def _open_data(config: RefineConfig) -> ImageSet | None:
@@ -344,10 +363,6 @@ def _log_networks(run_dir: RunDir, trainer: Trainer, pair: Pair) -> None:
     run_dir.log(f"teacher     {config.teacher}, {teacher:,} parameters{pair.source.guided_words}")
     for note in pair.teacher.notes:
         run_dir.log(f"            {note}")
-    if config.guide is not None and config.guidance == 1:
-        run_dir.log("            --guide has no part in the run, because --guidance is 1")
-    if not config.metrics and config.ref not in (None, TEACHER):
-        run_dir.log("            --ref has no part in the run, because --metrics is none")
     judged = config.metrics and config.ref not in (None, TEACHER)
     judge = f"; snapshots are judged against {config.ref}" if judged else ""
     if trainer.adversary is None:

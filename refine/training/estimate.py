@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -100,7 +100,7 @@ def estimate(trainer: Trainer, metric_images: int = 0, in_container: bool = Fals
     )
 
 
-def in_words(found: Estimate, config: RefineConfig, device: str, run_dir: str, bridge: list[str]) -> str:
+def in_words(found: Estimate, config: RefineConfig, device: str, run_dir: str, bridge: Iterable[str]) -> str:
     """The estimate for people, a line for each question."""
     metrics = f"; metrics draw {found.metric_images:,} images on top" if found.metric_images else ""
     lines = [("pair", found.pair), *(("bridge", line) for line in bridge)]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from refine.checkpoints.sources import custom
 from refine.checkpoints.sources.one_step import file_of
 from refine.checkpoints.teachers import TeacherSource
 from refine.config import RefineConfig
+from refine.config.needs import ONE_STEP
 from refine.dnnlib import sha256_of_file
 from refine.errors import option
 from refine.guidance import check_guide
@@ -25,7 +27,6 @@ from refine.noise import SigmaLaw, make_weighting
 from refine.objectives import make_objective
 from refine.pair import check_pair
 from refine.training.callbacks import Event
-from refine.training.resuming import ONE_STEP
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,14 @@ class Brought:
     metrics: Sequence[OwnMetric] = ()
     callbacks: Sequence[Callable[[Event], object]] = ()
     quiet: bool = False
+
+    def how_to_go_on(self, folder: Path) -> str:
+        """The call that resumes a run of modules or of metrics of one's own; empty where a command does it."""
+        G, T = ("G" if self.student is not None else "", "T=T" if self.teacher is not None else "")
+        metrics = "metrics=…" if self.metrics else ""
+        if not (G or T or metrics):
+            return ""
+        return f"refine.refine({', '.join(filter(None, (G, T, f'resume={str(folder)!r}', metrics)))}) in Python"
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,7 @@ def load_pair(config: RefineConfig, brought: Brought) -> Pair:
     with option("--guide"):
         guide = None if by is None else by.load_alone()
     if one_step:
-        with option("--sigma-init"):
+        with option("--gan"):
             student = OneStepGenerator.from_teacher(teacher, config.sigma_init)
     stands_for = None if given is None else Path(name_of(given))
     return Pair(student, teacher, guide, student_path or stands_for or source.path, source, given is not None)
@@ -113,7 +122,8 @@ def load_pair(config: RefineConfig, brought: Brought) -> Pair:
 def _check_laws(config: RefineConfig) -> None:
     """What only torch can tell of the options, before anything is loaded."""
     for name, law in (("--sigma", config.sigma), ("--aux-sigma", config.aux_sigma)):
-        with option(name):
+        wrong = not 0 < law.sigma_min < law.sigma_max < math.inf
+        with option(f"{name}-range" if wrong else name):
             SigmaLaw(**vars(law)).sample(1)
     with option("--weighting"):
         make_weighting(config.weighting)

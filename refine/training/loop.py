@@ -28,12 +28,19 @@ class TrainingRun:
     Args:
         trainer, run_dir: A trainer before its first step, and where everything is written.
         files: SHA-256 of what --gan, --teacher and --ref mean; for training states.
+        go_on: What to type for the run to go on, once it was stopped.
         **snapshot_options: metrics, provenance and container of `Snapshots`.
     """
 
     def __init__(
-        self, trainer: Trainer, run_dir: RunDir, files: Mapping[str, str] | None = None, **snapshot_options: Any
+        self,
+        trainer: Trainer,
+        run_dir: RunDir,
+        files: Mapping[str, str] | None = None,
+        go_on: str = "",
+        **snapshot_options: Any,
     ):
+        self.go_on = go_on
         self.trainer, self.config, self.run_dir, self.files = trainer, trainer.config, run_dir, files or {}
         self.snapshots = Snapshots(trainer, run_dir, **snapshot_options)
         self.progress = Progress()
@@ -70,7 +77,7 @@ class TrainingRun:
             except Diverged as error:
                 go_back(self, error)
                 monitor.forget_after(self.trainer.nimg / 1000)
-        if line := last_line(reason, self.trainer.nimg, self.config, self.snapshots.standing.best, self.run_dir.path):
+        if line := last_line(reason, self.trainer.nimg, self.config, self.snapshots.standing.best, self.go_on):
             self._say(line)
         monitor.flush()
         return {StopReason.TIME_IS_UP: 0, StopReason.SIGNALLED: stop.signal or signal.SIGTERM}.get(reason)

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from refine.checkpoints.sources import custom
 from refine.config import TEACHER, RefineConfig
+from refine.config.needs import ONE_STEP
 from refine.dnnlib import format_time
 from refine.metrics.metric import is_better
 from refine.metrics.named import NamedMetric, detector_of
 from refine.metrics.own import OwnMetric
 from refine.metrics.registry import METRICS
-from refine.training.resuming import ONE_STEP
 from refine.training.snapshots import Best
 from refine.training.stopping import StopReason
 
@@ -95,9 +96,9 @@ class TickReport:
         }
 
 
-def last_line(reason: StopReason, nimg: int, config: RefineConfig, best: Best | None, folder: Path) -> str | None:
-    """Why a run ends before its kimg, and how it goes on; None if it came to its end."""
-    how_to_go_on = f"saved at {nimg / 1000:.1f} of {config.kimg:g} kimg; go on with  python refine.py --resume={folder}"
+def last_line(reason: StopReason, nimg: int, config: RefineConfig, best: Best | None, go_on: str) -> str | None:
+    """Why a run ends before its kimg, and what to type for it to go on; None if it came to its end."""
+    how_to_go_on = f"saved at {nimg / 1000:.1f} of {config.kimg:g} kimg; go on with  {go_on}"
     if reason == StopReason.TIME_IS_UP:
         return f"time is up; {how_to_go_on}"
     if reason == StopReason.SIGNALLED:
@@ -161,7 +162,10 @@ def next_commands(folder: Path, config: RefineConfig, like: Path | None) -> list
         config: Its options, with absolute paths.
         like: The pickle that the GAN came in, if it did.
     """
-    before = f"one-step:{config.teacher}" if config.gan == ONE_STEP else config.gan
+    before, after = f"one-step:{config.teacher}" if config.gan == ONE_STEP else config.gan, str(folder)
+    if own := custom.parse(before):  # the function has to be named again
+        files = [*sorted(folder.glob("network-snapshot-0*.safetensors")), folder / "network-snapshot-best.safetensors"]
+        after = f"{own}@{next(file for file in reversed(files) if file.exists())}"
     judge = []
     if config.ref is not None:
         judge.append(f"--ref={config.teacher if config.ref == TEACHER else config.ref}")
@@ -170,13 +174,16 @@ def next_commands(folder: Path, config: RefineConfig, like: Path | None) -> list
             of_fid = detector_of(config.metrics[0])
             detector = config.metrics[0].partition("-")[2] or of_fid
             judge.append(f"--detector={config.teacher if detector == TEACHER else detector}")
+    elif config.ref == TEACHER:
+        judge.append(f"--detector={config.teacher}")
     out = folder / "out"
     lines = []
     if config.ref is not None:
-        lines.append(["compare", f"--before={before}", f"--after={folder}", *judge, f"--outdir={out / 'comparison'}"])
-    lines.append(["generate", f"--network={folder}", "--seeds=0-63", f"--outdir={out / 'images'}"])
+        lines.append(["compare", f"--before={before}", f"--after={after}", *judge, f"--outdir={out / 'comparison'}"])
+    lines.append(["generate", f"--network={after}", "--seeds=0-63", f"--outdir={out / 'images'}"])
     to = [f"--like={like}", f"--out={out}.pkl"] if like is not None else ["--format=plain", f"--out={out}.safetensors"]
-    lines.append(["export", f"--network={folder}", *to])
+    if own is None:
+        lines.append(["export", f"--network={folder}", *to])
     return [f"python -m refine {shlex.join(line)}" for line in lines]
 
 

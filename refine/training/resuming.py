@@ -8,7 +8,8 @@ with the checksums in the state.
 import dataclasses
 import json
 import os
-from collections.abc import Collection, Mapping
+import shlex
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,11 @@ from refine.checkpoints.sources.fetch import is_url
 from refine.checkpoints.sources.index import resolve
 from refine.checkpoints.sources.reach import reach_of
 from refine.config import CHANGEABLE, OPTIONS, TEACHER, RefineConfig
+from refine.config.needs import ONE_STEP
 from refine.config.option import flag
 from refine.metrics.named import detector_of
 from refine.training.state import FoundState, load_newest
 
-ONE_STEP = "one-step"  # of --gan: the teacher's own U-Net as the generator
 MOVABLE = ("gan", "teacher", "guide", "data")  # may be given beside --resume: the same files in another place
 
 
@@ -121,12 +122,30 @@ def check_reach(given: Mapping[str, Any], saved: RefineConfig, source: str, own_
     Raises:
         ValueError: It is not.
     """
-    names = [(name, getattr(saved, name) or "", False) for name in ("gan", "teacher", "guide", "ref")]
-    names += [("metrics", detector_of(metric), True) for metric in saved.metrics if metric not in own_metrics]
+    for name, text, reach in _reaching(saved, own_metrics):
+        if name not in given:
+            raise ValueError(f"{source} names {text}, {reach}; give {_as_typed(saved, name)} again if that is meant")
+
+
+def _reaching(config: RefineConfig, own_metrics: Collection[str] = ()) -> Iterator[tuple[str, str, str]]:
+    """(option, what it names, what that would do) for whatever has to be given again beside --resume."""
+    names = [(name, getattr(config, name) or "", False) for name in ("gan", "teacher", "guide", "ref")]
+    names += [("metrics", detector_of(metric), True) for metric in config.metrics if metric not in own_metrics]
     for name, text, is_detector in names:
-        if name not in given and text not in (ONE_STEP, TEACHER) and (reach := reach_of(text, is_detector)):
-            again = f"{flag(name)}={OPTIONS[name].kind.format(getattr(saved, name))}"
-            raise ValueError(f"{source} names {text}, {reach}; give {again} again if that is meant")
+        if text not in (ONE_STEP, TEACHER) and (reach := reach_of(text, is_detector)):
+            yield name, text, reach
+
+
+def _as_typed(config: RefineConfig, name: str) -> str:
+    return f"{flag(name)}={OPTIONS[name].kind.format(getattr(config, name))}"
+
+
+def how_to_go_on(config: RefineConfig, folder: Path) -> str:
+    """The command that resumes a run, with what has to be given again."""
+    names = dict.fromkeys(name for name, _, _ in _reaching(config))
+    again = [_as_typed(config, name) for name in names]
+    trust = ["--trust-detector"] if config.trust_detector and "metrics" in names else []
+    return shlex.join(["python", "refine.py", f"--resume={folder}", *again, *trust])
 
 
 def _check_places(given: Mapping[str, Any], saved: RefineConfig) -> None:

@@ -49,6 +49,15 @@ def test_near_names_are_suggested(arg, meant):
     assert f"'{meant}'" in caught.value.format_message()
 
 
+@pytest.mark.parametrize(
+    ("arg", "why"), [("--gpus=4", "torchrun"), ("--gamma=1", "--adversarial"), ("--mirror=1", "data")]
+)
+def test_options_that_exist_elsewhere_only_are_answered(arg, why):
+    with pytest.raises(click.NoSuchOption) as caught:
+        texts(arg)
+    assert why in caught.value.format_message()
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_as_it_is_shown_is_that_preset(preset):
     lines = [line.partition("  (default: ")[0] for line in show_preset(preset).splitlines()]

@@ -7,6 +7,7 @@ import sys
 
 import click
 import pytest
+from click.shell_completion import ShellComplete
 
 from refine import errors
 from refine.cli import main as cli
@@ -56,6 +57,12 @@ def test_group_lists_its_commands(root):
     both = result.stdout + imported(root, "-m", "refine", "ops", "--help")[1].stdout
     assert not re.search(r"^  \S.*\.\.\.$", both, re.MULTILINE)  # no half sentence
     assert "gan-refine " in imported(root, "-m", "refine", "--version")[1].stdout
+
+
+def test_every_command_knows_its_version(capsys):
+    for args in ([name] for name in cli._COMMANDS):
+        assert run(capsys, cli.cli, *args, "--version")[:2] == (0, "gan-refine 0.1.0\n")
+    assert run(capsys, "ops", "build", "--version")[:2] == run(capsys, raising(KeyError()), "--version")[:2]
 
 
 def run(capsys, command, *args) -> tuple[int, str, str]:
@@ -172,3 +179,24 @@ def test_a_closed_pipe_is_no_failure(root):
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() in (0, 1)
     process.stderr.close()
+
+
+@pytest.mark.parametrize(
+    ("typed", "begun", "offered"),
+    [
+        ("", "ge", {"generate"}),
+        ("refine", "--prec", {"--precision"}),
+        ("refine --precision", "B", {"bf16"}),
+        ("generate --noise-mode", "", {"const", "random", "none"}),
+        ("refine --gan", "x", "file"),
+        ("compare --ref", "x", "file"),
+        ("inspect", "x", "file"),
+    ],
+)
+def test_a_shell_completes(typed, begun, offered):
+    """Commands, options, their words, and files."""
+    found = ShellComplete(cli.cli, {}, "gan-refine", "_GAN_REFINE_COMPLETE").get_completions(typed.split(), begun)
+    if offered == "file":
+        assert [item.type for item in found] == ["file"]
+    else:
+        assert {item.value for item in found} == offered

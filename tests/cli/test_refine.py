@@ -1,6 +1,7 @@
 """`python refine.py`: what a user can get wrong, and a run from the first option to the last file."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -188,6 +189,7 @@ def test_dry_run_prints_the_options_and_writes_nothing(files, tmp_path, capsys, 
     code, out, err = call(capsys, *pair, f"--outdir={tmp_path}/runs", "--batch=4", "-n", "--json")
     assert code == 0 and err == ""
     options = json.loads(out)
+    assert "--batch=4" in options["differs"] and options["notes"] == []
     assert options["batch"] == 4 and options["run_dir"].endswith("00000-gan-teacher-batch4")
     assert not (tmp_path / "runs").exists()
 
@@ -195,6 +197,21 @@ def test_dry_run_prints_the_options_and_writes_nothing(files, tmp_path, capsys, 
 def test_a_preset_is_shown(capsys):
     code, out, err = call(capsys, "--preset=DEMO", "--show")
     assert code == 0 and err == "" and "--kimg=6.4  (default: 200.0)" in out.splitlines()
+    code, out, err = call(capsys, "--preset=demo", "--show", "--kimg=5")
+    assert code == 2 and out == "" and "expected no --kimg beside it" in err
+
+
+def test_what_has_no_part_in_a_run_is_noted_once(files, tmp_path, capsys):
+    pair = (f"--gan={files}/gan.safetensors", f"--teacher={files}/teacher.safetensors", f"--outdir={tmp_path / 'runs'}")
+    idle = ("--sigma-init=2.5", "--ema-kimg=9", "--ref=digits-reference", "--precision=fp16")
+    code, out, err = call(capsys, *pair, *idle, "--metrics=none", "--adversarial=0", "--dry-run", "--json")
+    assert code == 0 and [line.split()[:2] for line in err.splitlines()] == [
+        ["note:", "--sigma-init"],
+        ["note:", "--ema-kimg"],
+        ["note:", "--ref"],
+        ["note:", "fp16:"],
+    ], err
+    assert [f"note: {note}" for note in json.loads(out)["notes"]] == err.splitlines()
 
 
 def test_an_edm2_teacher(files, tmp_path, capsys):
@@ -239,6 +256,8 @@ def test_a_run_and_going_on_with_it(files, tmp_path, capsys):
     assert (run / "log.txt").read_text() in out
     G = load_generator(run / "network-snapshot-000000.016.safetensors")
     assert (G.img_resolution, G.c_dim) == (8, 3)
+    code, out, err = call(capsys, f"--resume={run}", f"--outdir={tmp_path / 'elsewhere'}")
+    assert code == 0 and err.startswith("note: --outdir has no part in this run"), err
     # A finished run has nothing left to do, and says so without an error.
     code, out, err = call(capsys, "--resume=latest", f"--outdir={tmp_path}")
     assert code == 0, err
@@ -348,3 +367,22 @@ def test_a_file_of_options_that_cannot_be_used(tmp_path, capsys, text, words):
     code, out, err = call(capsys, f"--config={tmp_path / 'options.json'}", f"--outdir={tmp_path / 'runs'}")
     assert code == 2 and out == "" and len(err.splitlines()) == 1 and words in err, err
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_command_that_a_stopped_run_of_ones_own_code_prints_goes_on(files, tmp_path, capsys, monkeypatch):
+    (tmp_path / "my_code.py").write_text(
+        "from tests.training.test_trainer import make_student, make_teacher\n"
+        "class Own(__import__('torch').nn.Module):\n"
+        "    z_dim, c_dim, img_resolution, img_channels = 8, 3, 8, 1\n"
+        "    def __init__(self):\n        super().__init__()\n        self.inner = make_student()\n"
+        "    def forward(self, z, c):\n        return self.inner(z, c)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    pair = ("--gan=my_code:Own", f"--teacher={files}/teacher.safetensors", f"--outdir={tmp_path / 'my runs'}")
+    quick = ("--batch=4", "--kimg=0.02", "--tick=0.004", "--metrics=none", "--adversarial=0", "--aux-warmup-kimg=0")
+    code, out, err = call(capsys, *pair, *quick, "--time-limit=0:0:1")
+    assert code == 0, err
+    command = out.splitlines()[-1].partition("go on with  python refine.py ")[2]
+    assert "--gan=my_code:Own" in command
+    code, out, err = call(capsys, *shlex.split(command))
+    assert code == 0 and "going on at 0.0" in out and "\ndone" in out, err

@@ -200,14 +200,35 @@ def test_class_columns_pairs_and_folders(networks, tmp_path, capsys):
         (["--network={}/rgb.safetensors", "--rows=0", "--cols=1", "--col-styles=99", "--outdir=out"], "--col-styles: "),
         (["--network={}/rgb.safetensors", "--rows=0", "--cols=1", "--video=x.gif"], "two different things"),
         (["--network={}/rgb.safetensors", "--rows=0", "--cols=1", "--seeds=1", "--outdir=out"], "--seeds does not go"),
-        (["--network={}/rgb.safetensors", "--seeds=0", "--cols=1", "--outdir=out"], "--cols does not go with --seeds"),
+        (["--network={}/rgb.safetensors", "--seeds=0", "--cols=1", "--outdir=out"], "--cols needs --rows"),
         (["--network={}/rgb.safetensors", "--seeds=0", "--class-columns", "--outdir=out"], "--class-columns: "),
         (["--network={}/rgb.safetensors", "--seeds=1", "--video=x.gif"], "--video: a film goes"),
         (["--network={}/plain.safetensors", "--rows=0", "--cols=1", "--outdir=out"], "has no styles"),
         (["--network={}/teacher.safetensors", "--seeds=0,1", "--video=x.gif"], "is a diffusion model"),
         (["--network={}/plain.safetensors", "--seeds=0", "--trunc=0.5", "--outdir=out"], "--trunc is 0.5"),
         (["--network={}/teacher.safetensors", "--seeds=0", "--trunc=0.5", "--outdir=out"], "--trunc is 0.5"),
-        (["--network={}/rgb.safetensors", "--before={}/labels.safetensors", "--seeds=0", "--outdir=out"], "--after"),
+        (
+            ["--network={}/rgb.safetensors", "--before={}/labels.safetensors", "--seeds=0", "--outdir=out"],
+            "--network: its images",
+        ),
+        (["--network={}/rgb.safetensors", "--seeds=0", "--frames=9", "--outdir=out"], "--frames needs --video"),
+        (
+            ["--network={}/rgb.safetensors", "--seeds=0", "--col-styles=0-6", "--outdir=out"],
+            "--col-styles needs --rows",
+        ),
+        (["--network={}/rgb.safetensors", "--projected-w=w.npz", "--trunc=0.5", "--outdir=out"], "--trunc does not go"),
+        (["--network={}/rgb.safetensors", "--projected-w=w.npz", "--class=0", "--outdir=out"], "--class does not go"),
+        (
+            ["--network={}/rgb.safetensors", "--seeds=0,1", "--video=x.gif", "--noise-mode=none"],
+            "--noise-mode does not",
+        ),
+        (
+            ["--network={}/labels.safetensors", "--seeds=0", "--class-columns", "--class=0", "--outdir=out"],
+            "--class does",
+        ),
+        (["--network={}/teacher.safetensors", "--seeds=0", "--noise-mode=const", "--outdir=out"], "no noise inputs"),
+        (["--network={}/rgb.safetensors", "--seeds=0", "--sigma-init=2.5", "--outdir=out"], "given as one-step:FILE"),
+        (["--network={}/teacher.safetensors", "--seeds=0", "--s-noise=1", "--outdir=out"], "expected --s-churn beside"),
     ],
 )
 def test_faults_are_one_line(networks, tmp_path, capsys, monkeypatch, args, words):

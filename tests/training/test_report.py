@@ -125,3 +125,21 @@ def test_a_result_that_is_none_says_so(tmp_path):
     late = {"s": {"fd_x": 7.3}}
     assert "fd_x 7.3, not measured at the start, in 31m" in say_result(tmp_path / "d", late, "s")
     assert "fd2k-x 0 at best" in say_result(tmp_path / "e", {}, "s")
+
+
+def test_code_is_named_again_in_the_commands_after_a_run(tmp_path):
+    """A file cannot bring code along, so the function stands before it; other tools could not read an export."""
+    for number in ("000000", "000004"):
+        (tmp_path / f"network-snapshot-{number}.safetensors").touch()
+    config = RefineConfig("my.code:make@/old.safetensors", "/t.pkl", metrics=("fd2k-teacher",))
+    compare, generate = (shlex.split(line)[3:] for line in next_commands(tmp_path, config, None))
+    last = f"my.code:make@{tmp_path}/network-snapshot-000004.safetensors"
+    assert compare[:3] == ["compare", "--before=my.code:make@/old.safetensors", f"--after={last}"]
+    assert generate[1] == f"--network={last}"
+    (tmp_path / "network-snapshot-best.safetensors").touch()
+    assert next_commands(tmp_path, config, None)[-1].split()[4].endswith("network-snapshot-best.safetensors")
+
+
+def test_a_run_without_metrics_is_compared_in_the_eyes_of_its_teacher(tmp_path):
+    (compare, *_) = next_commands(tmp_path, RefineConfig("/g.pkl", "/t.pkl", metrics=()), None)
+    assert {"--ref=/t.pkl", "--detector=/t.pkl"} <= set(shlex.split(compare))

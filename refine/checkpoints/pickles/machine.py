@@ -38,7 +38,7 @@ MAX_OPCODES = 300_000  # EDM of CIFAR-10 size has 41,000, three StyleGAN2 networ
 MAX_TEXT = 200  # bytes; longer text stays in the file. The smallest storage written as text (protocol 2) is longer.
 MAX_NUMBER_KEYS = 4096  # in tables and sets, together; optimisers number the parameters of one network
 _MAX_NAME = 200
-_CUT_OFF = "the pickle is cut off"
+_CUT_OFF = "the pickle is cut off; expected a whole one (a download or copy that broke off?)"
 _KEY_TYPES, _TEXT = (str, int), {str, PlacedText}
 _COPIED = (list, tuple, set, dict)  # whose items a call may copy
 
