@@ -215,7 +215,7 @@ def test_command_failures(capsys, tmp_path):
     code, _, err = run(
         capsys, f"--network={source}", f"--like={tmp_path / 'n.safetensors'}", f"--out={tmp_path / 'x.pkl'}"
     )
-    assert code == 2 and err.startswith("Error: --like") and "no container" in err
+    assert code == 2 and err.startswith("Error: --like") and "only other programs' pickles" in err
     edm = PICKLES / "edm_song_ddpmpp_edm_cond_mult222.pkl"
     code, _, err = run(capsys, f"--network={edm}", f"--like={source}", f"--out={tmp_path / 'x.pkl'}")
     assert code == 2 and "none of these" in err
