@@ -1,6 +1,6 @@
 """Fuzzing of everything that is read from files: networks, detectors, training states, references, sets of images.
 
-    python benchmarks/fuzz_checkpoints.py --what=networks --minutes=10 [--seed=0] [--out=FOLDER]
+    python benchmarks/fuzz_checkpoints.py --what=networks --minutes=10 [--inputs=N] [--seed=0] [--out=FOLDER]
 
 An answer is what was asked for, or a ValueError of one line. Anything else (another exception, more than 2 seconds of
 processor time, 1 GiB of memory, a payload that ran) is a finding: it is printed and the file is kept in FOLDER. At the
@@ -14,6 +14,7 @@ fuzzing of networks is guided by the lines of `refine.checkpoints` that a file r
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import pickle
@@ -475,6 +476,7 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--what", choices=list(TARGETS), default="networks")
     parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--inputs", type=int, help="files of each kind, however long they take; without atheris")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("fuzz-findings"))
     return parser.parse_args()
@@ -488,7 +490,7 @@ def main() -> None:
     torch.set_num_threads(1)
     OPTIONS.out.mkdir(parents=True, exist_ok=True)
     longest = 2 * max(len(data) for _, data in SEEDS)
-    if atheris is None or what() != "networks":
+    if atheris is None or what() != "networks" or OPTIONS.inputs:
         change_at_random(longest)
         return
     corpus = Path(FOLDER) / "corpus"
@@ -503,15 +505,19 @@ def main() -> None:
 
 
 def change_at_random(longest: int) -> None:
-    """Without guidance: as many changed files as there is time for; what a crash leaves behind is the last one."""
+    """Without guidance: as many changed files as there is time for, or as are asked for, of each kind in turn; what a
+    crash leaves behind is the last one."""
     families = list(dict.fromkeys(family for family, _ in SEEDS))
     tallies = {family: Tally() for family in families}
     for _, data in SEEDS:
         test_one_input(data)
     rng, findings = random.Random(OPTIONS.seed), 0
     end = time.monotonic() + 60 * OPTIONS.minutes
-    while time.monotonic() < end and findings < 20:
-        family = rng.choice(families)
+    for index in itertools.count():
+        done = index >= OPTIONS.inputs * len(families) if OPTIONS.inputs else time.monotonic() > end
+        if done or findings == 20:
+            break
+        family = families[index % len(families)]
         data = mutate(rng.choice([data for name, data in SEEDS if name == family]), longest, rng.randrange(1 << 62))
         if rng.random() < 0.3:
             data = mutate(data, longest, rng.randrange(1 << 62))
@@ -524,7 +530,7 @@ def change_at_random(longest: int) -> None:
     print("|---|---|---|---|---|---|---|")
     for family, t in tallies.items():
         counts = f"{t.inputs} | {t.inputs - t.read - t.findings} | {t.read} | {t.findings}"
-        print(f"| {family} | {counts} | {t.seconds:.2f} | {t.memory >> 20} |")
+        print(f"| {family} | {counts} | {t.seconds:.2f} | {t.memory / 2**20:.1f} |")
     inputs = sum(tally.inputs for tally in tallies.values())
     print(f"{what()}: {len(SEEDS)} seeds, {inputs} inputs, {findings} findings", flush=True)
     sys.exit(77 if findings else 0)
