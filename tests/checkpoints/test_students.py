@@ -143,7 +143,6 @@ FAMILIES = {  # how a file is made, its ending, and the options of export after 
     "TensorFlow": (tensorflow_file, "pkl", True),
     "rosinality": (rosinality_file, "pt", False),
     "state dict": (state_dict_file, "pt", None),
-    "StyleGAN3-r": (lambda path: path.write_bytes((PICKLES / "sg3r_cond.pkl").read_bytes()), "pkl", True),
     "StyleGAN2": (lambda path: path.write_bytes((PICKLES / "plain_t17_p3.pkl").read_bytes()), "pkl", True),
 }
 
