@@ -1,9 +1,10 @@
 """Fuzzing of everything that is read from files: networks, detectors, training states, references, sets of images.
 
-    python benchmarks/fuzz_checkpoints.py --what=networks --minutes=10 [--seed=0] [--out=FOLDER]
+    python benchmarks/fuzz_checkpoints.py --what=networks --minutes=10 [--inputs=N] [--seed=0] [--out=FOLDER]
 
 An answer is what was asked for, or a ValueError of one line. Anything else (another exception, more than 2 seconds of
-processor time, 1 GB of memory, a payload that ran) is a finding: it is printed and the file is kept in FOLDER.
+processor time, 1 GiB of memory, a payload that ran) is a finding: it is printed and the file is kept in FOLDER. At the
+end a table tells, for each kind of file, how many were tried and what came of them.
 
 Small good files are changed: bytes, whole opcodes of pickles, values of JSON, files inside a zip whose checksums are
 then right, the header of safetensors. With the package atheris (Google's libFuzzer for Python, Linux and macOS), the
@@ -13,6 +14,7 @@ fuzzing of networks is guided by the lines of `refine.checkpoints` that a file r
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import pickle
@@ -26,7 +28,9 @@ import traceback
 import warnings
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -45,19 +49,19 @@ from refine.networks.adm import ADMPrecond, CMPrecond
 from refine.networks.edm import EDMPrecond
 from refine.networks.stylegan2 import Discriminator, Generator
 from tests.checkpoints.builders import Call, Format, Global, dumps, edm2_file, edm_file, stylegan2_file
-from tests.checkpoints.rosinality_reference import random_generator
 from tests.metrics.networks import PixelDetector
 
 with atheris.instrument_imports(include=["refine.checkpoints"]) if atheris else contextlib.nullcontext():
     import refine.checkpoints.foreign.raw_pickle  # noqa: F401 - some modules are imported when needed, and then not instrumented
     from refine.checkpoints import describe, load_generator, load_teacher, peek
-    from refine.checkpoints.foreign import state_dicts
+    from refine.checkpoints.foreign import rosinality, state_dicts
 from refine.metrics.detectors import load_detector
 from refine.metrics.references import Looking, load_reference
 from refine.training.state import load_training_state
 
 TRAP = "REFINE_FUZZ_TRAP"
 SECONDS, BYTES = 2.0, 1 << 30
+Seeds: TypeAlias = "list[tuple[str, bytes]]"  # family, file
 PAYLOAD = Call(Global("builtins", "eval"), f"__import__('os').environ.setdefault('{TRAP}', '1')")
 SNIPPETS = [
     b"N",
@@ -102,44 +106,59 @@ SNIPPETS += [
 WORDS = ["self", "input", "images", "relu", "p_conv_weight", "as_int", "as_ints", "as_tensor", "as_string", "as_none"]
 WORDS += ["torch.ops.aten.add_.Tensor", "torch.ops.aten.zeros.default", "torch.ops.aten.repeat.default", "size"]
 warnings.simplefilter("ignore")  # Pillow's about broken pictures
+PROTOCOLS = ((2, 1), (3, 1), (5, 2))  # of pickles, each with the layout of numpy's names
+GOLDEN = {  # files with the structure of the originals' own: beginning of the name, family
+    "pickles/plain_": "StyleGAN2",
+    "pickles/converted_": "StyleGAN2",
+    "pickles/ok_": "StyleGAN2",
+    "pickles/sg2_torchsave": "StyleGAN2, whole module",
+    "pickles/sg2_statedict": "StyleGAN2, state dict",
+    "pickles/sg2_lightning": "StyleGAN2, state dict",
+    "pickles/tf": "StyleGAN2 of TensorFlow",
+    "pickles/sg3": "StyleGAN3",
+    "pickles/sgxl": "StyleGAN-XL",
+    "pickles/r3gan_current": "R3GAN",
+    "pickles/r3gan_old": "R3GAN, old names",
+    "pickles/edm_": "EDM",
+    "adm/tiny_zip": "guided-diffusion",
+    "adm/tiny_legacy": "consistency_models",
+}
 EXTREMES = [0, 1, 4, 8, 127, 128, 255, 1 << 15, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1]
 
 
-def network_seeds() -> list[bytes]:
+def network_seeds() -> Seeds:
     """Small good files of every kind of network."""
     torch.manual_seed(0)
     G = Generator(4, 2, 4, 8, 3, {"num_layers": 1}, {"channel_base": 16, "channel_max": 2})
     D = Discriminator(2, 8, 3, channel_base=16, channel_max=2, mapping_kwargs={"num_layers": 1})
     T = EDMPrecond(8, 1, model_type="SongUNet", model_channels=4, channel_mult=[1], num_blocks=1, attn_resolutions=[])
     E = edm2.Precond(8, 1, model_channels=4, channel_mult=[1], num_blocks=1, attn_resolutions=[], logvar_channels=4)
-    files = [stylegan2_file(Format(protocol=p, numpy=n), G, extras="missing") for p, n in ((2, 1), (3, 1), (5, 2))]
-    files += [
-        stylegan2_file(Format(), G, D=D, style=3),
-        edm_file(Format(), T),
-        edm2_file(Format(dtype=torch.float16), E),
-        edm_file(Format(protocol=2, numpy=1), T),
+    files = [
+        *(("StyleGAN2", stylegan2_file(Format(protocol=p, numpy=n), G, extras="missing")) for p, n in PROTOCOLS),
+        ("StyleGAN2", stylegan2_file(Format(), G, D=D, style=3)),
+        ("EDM", edm_file(Format(), T)),
+        ("EDM", edm_file(Format(protocol=2, numpy=1), T)),
+        ("EDM2", edm2_file(Format(dtype=torch.float16), E)),
     ]
-    golden = Path(__file__).resolve().parents[1] / "tests/golden/pickles"
-    for suffix in ("pkl", "pt", "ckpt"):  # StyleGAN3, StyleGAN-XL, R3GAN, TensorFlow; state dicts, whole modules
-        files += [path.read_bytes() for path in sorted(golden.glob(f"*.{suffix}")) if path.stat().st_size < 1 << 20]
-    for cls in (ADMPrecond, CMPrecond):
-        table = cls(
-            4, 1, model_channels=32, widths=[32], num_blocks=0, attention_levels=[], num_head_channels=None
-        ).state_dict()
-        files.append(saved({name.removeprefix("model."): value for name, value in table.items()}))
-    files.append(saved(T.state_dict()))
-    state = {name: torch.ones([1] * value.ndim) for name, value in random_generator(8, layers=1, dim=2).items()}
-    for table in (
-        {"g_ema": state, "latent_avg": torch.zeros(2)},
-        {"g": state, "d": state, "g_optim": {"state": {0: {}}}},
-    ):
-        files += [saved(table, modern) for modern in (True, False)]
+    golden = Path(__file__).resolve().parents[1] / "tests/golden"
+    for beginning, family in GOLDEN.items():
+        paths = [path for path in sorted(golden.glob(f"{beginning}*")) if path.suffix in (".pkl", ".pt", ".ckpt")]
+        files += [(family, path.read_bytes()) for path in paths]
+    for cls, family in ((ADMPrecond, "guided-diffusion"), (CMPrecond, "consistency_models")):
+        sizes = {"model_channels": 32, "widths": [32], "num_blocks": 0, "attention_levels": []}
+        table = cls(4, 1, num_head_channels=None, **sizes).state_dict()
+        files.append((family, saved({name.removeprefix("model."): value for name, value in table.items()})))
+    files.append(("EDM, state dict", saved(T.state_dict())))
+    small = {"channel_base": 16, "channel_max": 2}
+    state, mean = rosinality.generator_state(Generator(4, 0, 4, 8, 3, {"num_layers": 1}, small))
+    for table in ({"g_ema": state, "latent_avg": mean}, {"g": state, "d": state, "g_optim": {"state": {0: {}}}}):
+        files += [("rosinality", saved(table, modern)) for modern in (True, False)]
     with tempfile.TemporaryDirectory() as folder:
         state_dicts.save_plain(f"{folder}/x", G)
-        files.append(Path(f"{folder}/x").read_bytes())
+        files.append(("safetensors", Path(f"{folder}/x").read_bytes()))
     file = io.BytesIO()
     np.savez(file, init_kwargs=np.array(json.dumps(G.init_kwargs)), **{k: v.numpy() for k, v in G.state_dict().items()})
-    return [*files, file.getvalue()]
+    return [*files, ("npz", file.getvalue())]
 
 
 def saved(value: object, modern: bool = True) -> bytes:
@@ -162,17 +181,17 @@ class Colours(torch.nn.Module):
         return torch.cat([one, two.flip(3)], 1).reshape(x.shape[0], 4, -1).mean(2)
 
 
-def detector_seeds() -> list[bytes]:
+def detector_seeds() -> Seeds:
     """Programs of torch.export."""
     images, sizes = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), ({0: torch.export.Dim("N", min=1, max=4096)},)
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.export.save(torch.export.export(Colours().eval(), (images,), dynamic_shapes=sizes), file)
-    return [file.getvalue()]
+    return [("torch.export", file.getvalue())]
 
 
-def state_seeds() -> list[bytes]:
+def state_seeds() -> Seeds:
     """Training states, as far as their reader looks."""
     net = torch.nn.Linear(3, 2)
     optimizer = torch.optim.Adam(net.parameters())
@@ -187,10 +206,10 @@ def state_seeds() -> list[bytes]:
     }
     file = io.BytesIO()
     torch.save({**state, "config": json.dumps({"gan": "x" * 300}), "rng": torch.get_rng_state()[:100]}, file)
-    return [file.getvalue()]
+    return [("training state", file.getvalue())]
 
 
-def reference_seeds() -> list[bytes]:
+def reference_seeds() -> Seeds:
     """Statistics and samples, of the four features of `PixelDetector`."""
     rng = np.random.default_rng(0)
     features = rng.random((20, 4)).astype(np.float32)
@@ -206,12 +225,12 @@ def reference_seeds() -> list[bytes]:
         for table in arrays:
             file = io.BytesIO()
             save(file, **table)  # type: ignore[arg-type] # numpy's stubs know no tables of arrays
-            files.append(file.getvalue())
+            files.append(("npz", file.getvalue()))
     sums = {"raw_mean": 20 * mu, "raw_cov": 19 * sigma + 20 * np.outer(mu, mu), "num_items": 20}
-    return [*files, *(pickle.dumps(table, 4) for table in (sums, {"all_features": [features]}))]
+    return [*files, *(("pickle", pickle.dumps(table, 4)) for table in (sums, {"all_features": [features]}))]
 
 
-def image_seeds() -> list[bytes]:
+def image_seeds() -> Seeds:
     """Zips of images, one with classes."""
     files = []
     for kind, labels in (("png", True), ("jpeg", False), ("bmp", False), ("webp", False), ("tiff", False)):
@@ -224,7 +243,7 @@ def image_seeds() -> list[bytes]:
                 archive.writestr(name, picture.getvalue())
             if labels:
                 archive.writestr("dataset.json", json.dumps({"labels": [[name, 1] for name in names]}))
-        files.append(file.getvalue())
+        files.append((f"zip of {kind}", file.getvalue()))
     return files
 
 
@@ -340,7 +359,7 @@ def mutate_opcodes(data: bytes, rng: random.Random) -> bytes:
             low, high = sorted(rng.randrange(len(data)) for _ in range(2))
             data = data[:low] + data[high:] if high - low < 4000 else data[:high]
         elif kind == 3:
-            other = rng.choice(SEEDS)
+            other = rng.choice(SEEDS)[1]
             data = data[: rng.randrange(len(data))] + other[rng.randrange(len(other)) :]
         else:
             bounds = opcode_bounds(data) or [0]
@@ -359,43 +378,50 @@ def mutate_opcodes(data: bytes, rng: random.Random) -> bytes:
     return data
 
 
-def attempt(path: Path) -> str | None:
-    """None for an answer; otherwise what happened instead."""
-    try:
-        return TARGETS[what()][1](path)
-    except Exception:  # noqa: BLE001 - that is what is looked for
-        return traceback.format_exc()
+@dataclass
+class Tally:
+    """What came of the files of one family; seconds of the processor, bytes above those of before."""
+
+    inputs: int = 0
+    read: int = 0
+    findings: int = 0
+    seconds: float = 0.0
+    memory: int = 0
 
 
-def read_networks(path: Path) -> str | None:
+class Finding(RuntimeError):
+    """What a file did that is no answer."""
+
+
+def read_networks(path: Path) -> bool:
+    used = False
     for kind, load in (("generator", load_generator), ("teacher", load_teacher)):
         network = answer(load, path)
         if network is not None:
-            info = peek(path, kind)
+            info, used = peek(path, kind), True
             if (info.img_resolution, info.img_channels) != (network.img_resolution, network.img_channels):
-                return f"peek says {info}"
+                raise Finding(f"peek says {info}")
     answer(describe.inspect_file, path)
-    return None
+    return used
 
 
-def read_detector(path: Path) -> str | None:
+def read_detector(path: Path) -> bool:
     detector = answer(load_detector, path)
     if detector is not None:
         with contextlib.suppress(RuntimeError):  # what torch says of shapes that do not fit; the programs tell it
             answer(detector, torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
-    return None
+    return detector is not None
 
 
-def read_state(path: Path) -> str | None:
-    answer(load_training_state, path)
-    return None
+def read_state(path: Path) -> bool:
+    return answer(load_training_state, path) is not None
 
 
-def read_reference(path: Path) -> str | None:
+def read_reference(path: Path) -> bool:
     reference = answer(lambda file: load_reference(file, PixelDetector(), Looking(cache=False, batch=4)), path)
     if reference is not None and not (reference.mu.isfinite().all() and reference.sigma.isfinite().all()):
-        return "statistics that are not finite"
-    return None
+        raise Finding("statistics that are not finite")
+    return reference is not None
 
 
 def answer(function: Callable, path: Path | torch.Tensor):
@@ -405,35 +431,52 @@ def answer(function: Callable, path: Path | torch.Tensor):
     except ValueError as error:
         text = str(error)
         if "\n" in text or len(text) > 1000 or not text.isprintable():
-            raise RuntimeError(f"a message of {len(text)} characters or several lines: {text[:300]!r}") from None
+            raise Finding(f"a message of {len(text)} characters or several lines: {text[:300]!r}") from None
         return None
 
 
-def test_one_input(data: bytes) -> None:
+def memory(field: str) -> int:
+    """Bytes that the process has (VmRSS) or has had at most (VmHWM); elsewhere than on Linux the latter is never less
+    than before."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition(f"{field}:")[2].split(maxsplit=1)[0]) << 10
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def test_one_input(data: bytes, tally: Tally | None = None) -> None:
     """libFuzzer's other hook; an exception is a finding."""
+    tally = Tally() if tally is None else tally
     PATH.write_bytes(data)
-    cpu = time.process_time()
-    problem = attempt(PATH)
-    seconds = time.process_time() - cpu
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    before, cpu = memory("VmRSS"), time.process_time()
+    tally.inputs += 1
+    try:
+        tally.read += TARGETS[what()][1](PATH)
+        problem = None
+    except Exception:  # noqa: BLE001 - that is what is looked for
+        problem = traceback.format_exc()
+    seconds, above = time.process_time() - cpu, memory("VmHWM") - before
+    tally.seconds, tally.memory = max(tally.seconds, seconds), max(tally.memory, above)
     if problem is None and seconds > SECONDS:
         problem = f"{seconds:.1f} s of processor time"
     if problem is None and TRAP in os.environ:
         problem = "a payload ran"
-    if problem is None and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10 > 2 * BYTES:
-        problem = "more than 2 GB of memory in all"
+    if problem is None and above > BYTES:
+        problem = f"{above >> 20} MiB of memory"
     if problem is not None:
+        tally.findings += 1
         print(f"FINDING: {problem}", flush=True)
         raise Finding(problem)
-
-
-class Finding(RuntimeError):
-    """What a file did that is no answer."""
 
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--what", choices=list(TARGETS), default="networks")
     parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--inputs", type=int, help="files of each kind, however long they take; without atheris")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("fuzz-findings"))
     return parser.parse_args()
@@ -446,13 +489,13 @@ def what() -> str:
 def main() -> None:
     torch.set_num_threads(1)
     OPTIONS.out.mkdir(parents=True, exist_ok=True)
-    longest = 2 * max(map(len, SEEDS))
-    if atheris is None or what() != "networks":
+    longest = 2 * max(len(data) for _, data in SEEDS)
+    if atheris is None or what() != "networks" or OPTIONS.inputs:
         change_at_random(longest)
         return
     corpus = Path(FOLDER) / "corpus"
     corpus.mkdir()
-    for index, data in enumerate(SEEDS):
+    for index, (_, data) in enumerate(SEEDS):
         (corpus / str(index)).write_bytes(data)
     flags = [f"-max_total_time={60 * OPTIONS.minutes:.0f}", f"-max_len={longest}", f"-seed={OPTIONS.seed + 1}"]
     flags += [f"-artifact_prefix={OPTIONS.out}/", "-rss_limit_mb=4096", "-timeout=60", "-print_final_stats=1"]
@@ -462,26 +505,38 @@ def main() -> None:
 
 
 def change_at_random(longest: int) -> None:
-    """Without guidance: as many changed files as there is time for; what a crash leaves behind is the last one."""
-    for data in SEEDS:
+    """Without guidance: as many changed files as there is time for, or as are asked for, of each kind in turn; what a
+    crash leaves behind is the last one."""
+    families = list(dict.fromkeys(family for family, _ in SEEDS))
+    tallies = {family: Tally() for family in families}
+    for _, data in SEEDS:
         test_one_input(data)
-    rng, count, findings = random.Random(OPTIONS.seed), 0, 0
+    rng, findings = random.Random(OPTIONS.seed), 0
     end = time.monotonic() + 60 * OPTIONS.minutes
-    while time.monotonic() < end and findings < 20:
-        data = mutate(rng.choice(SEEDS), longest, rng.randrange(1 << 62))
+    for index in itertools.count():
+        done = index >= OPTIONS.inputs * len(families) if OPTIONS.inputs else time.monotonic() > end
+        if done or findings == 20:
+            break
+        family = families[index % len(families)]
+        data = mutate(rng.choice([data for name, data in SEEDS if name == family]), longest, rng.randrange(1 << 62))
         if rng.random() < 0.3:
             data = mutate(data, longest, rng.randrange(1 << 62))
-        count += 1
         try:
-            test_one_input(data)
+            test_one_input(data, tallies[family])
         except Finding:
             findings += 1
             (OPTIONS.out / f"{what()}-{findings}").write_bytes(data)
-    print(f"{what()}: {len(SEEDS)} seeds, {count} inputs, {findings} findings", flush=True)
+    print("| file | inputs | refused in one line | read | findings | slowest, processor s | most memory, MiB |")
+    print("|---|---|---|---|---|---|---|")
+    for family, t in tallies.items():
+        counts = f"{t.inputs} | {t.inputs - t.read - t.findings} | {t.read} | {t.findings}"
+        print(f"| {family} | {counts} | {t.seconds:.2f} | {t.memory / 2**20:.1f} |")
+    inputs = sum(tally.inputs for tally in tallies.values())
+    print(f"{what()}: {len(SEEDS)} seeds, {inputs} inputs, {findings} findings", flush=True)
     sys.exit(77 if findings else 0)
 
 
-TARGETS: dict[str, tuple[Callable[[], list[bytes]], Callable[[Path], str | None]]] = {
+TARGETS: dict[str, tuple[Callable[[], Seeds], Callable[[Path], bool]]] = {
     "networks": (network_seeds, read_networks),
     "detectors": (detector_seeds, read_detector),
     "states": (state_seeds, read_state),

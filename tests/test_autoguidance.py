@@ -21,8 +21,9 @@ from refine.networks.sampler_settings import SamplerSettings
 from refine.training.trainer import Trainer
 from tests.cli.test_refine import call
 from tests.golden import read_arrays, read_json
+from tests.golden import sample_error as error
 from tests.networks.test_edm2 import network
-from tests.networks.test_edm_golden import TOLERANCE, error
+from tests.networks.test_edm_golden import TOLERANCE
 from tests.objectives.gaussians import isotropic, levels
 from tests.training.test_resuming import RUN
 from tests.training.test_trainer import equal_states, make_run, make_student, make_teacher

@@ -65,11 +65,20 @@ def test_commands_parse_and_networks_of_the_official_size_fit(estimate, name):
     assert config.batch == 128 and config.lr == config.aux_lr == 1e-5
 
 
+def test_a_teacher_of_guided_diffusion_is_counted_at_its_official_size(estimate):
+    """256×256: a U-Net of 2.2 TFLOP forward, 3 for aux's step and 2 for the student's, and the student."""
+    result = estimate.dry_run(estimate.read_recipe(FOLDER / "cat256.toml"))
+    counted = result["counted"]
+    assert 11e12 < counted.flops_per_image < 12e12 and 10 < counted.fixed_bytes / 2**30 < 12
+    assert 35 < counted.h100_hours(result["config"]) < 45 and 20 < counted.memory(result["config"]) / 2**30 < 30
+
+
 def test_an_iteration_is_counted_and_the_estimate_printed(estimate):
     recipe = estimate.read_recipe(FOLDER / "cifar10-cond-refine.toml")
     result = estimate.dry_run(recipe)
-    assert 200e9 < result["flops_per_image"] < 300e9  # U-Net 42 GFLOP forward: 3 for aux's step, 2 for the student's
-    assert 1e9 < result["bytes"] < 2e9 and 1e8 < result["bytes_per_image"] < 1e9
+    counted = result["counted"]
+    assert 200e9 < counted.flops_per_image < 300e9  # U-Net 42 GFLOP forward: 3 for aux's step, 2 for the student's
+    assert 1e9 < counted.fixed_bytes < 2e9 and 1e8 < counted.bytes_per_image < 1e9
     text = estimate.describe(recipe, result, share=0.4)
     assert "2.42 → 2.27" in text and "GFLOP an image" in text and "hours on an H100 at 40% of its bf16" in text
     hours = [

@@ -6,6 +6,7 @@ Nothing here imports torch, and only a few kilobytes of the file are read (a saf
 import json
 import math
 import os
+import re
 import stat
 import zipfile
 from dataclasses import dataclass
@@ -52,6 +53,10 @@ _MAGIC = (  # first bytes, kind, what to call it
     (b"\x93NUMPY", "npy", "a single NumPy array (.npy)"),
     (b"version https://git-lfs", "lfs", "a Git LFS pointer, not the file itself (run `git lfs pull`)"),
 )
+
+
+# Of protocols 0 and 1, which have no magic number: a table, a list, a tuple, an object.
+_OLD_PICKLE = re.compile(rb"\(*(?:[dl]p\d+\n|c[\w.]+\n[\w.]+\n|[\]}]q\x00)")
 
 
 @dataclass(frozen=True)
@@ -133,8 +138,8 @@ def sniff(path: str | os.PathLike) -> Sniffed:
         return _sniff_safetensors(path)
     if head[0] == 0x80 and len(head) > 1 and head[1] in (2, 3, 4, 5):
         return Sniffed("pickle", f"a Python pickle (protocol {head[1]})")
-    if head.startswith((b"(dp", b"(lp", b"ccopy_reg\n", b"ccopyreg\n", b"}q\x00", b"]q\x00", b"(ctorch")):
-        return Sniffed("old-pickle", "a Python pickle of protocol 0 or 1, which nobody writes networks with")
+    if _OLD_PICKLE.match(head):
+        return Sniffed("pickle", "a Python pickle of protocol 0 or 1")
     return _sniff_text(head)
 
 

@@ -64,6 +64,10 @@ class Pickler(pickle._Pickler):
             self.write(pickle.BUILD)
 
     def save_new(self, obj):
+        if self.proto < 2:
+            base = Global("__builtin__", "object" if obj.items is None else "dict")
+            self.save_call(Call(Global("copy_reg", "_reconstructor"), obj.cls, base, obj.items, state=obj.state))
+            return
         self.save(obj.cls)
         self.save(())
         self.write(pickle.NEWOBJ)

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from refine.checkpoints import load_generator, native
+from refine.checkpoints.foreign import rosinality
 from refine.cli.main import run_command
 from refine.networks.edm import EDMPrecond
 from refine.networks.stylegan2 import Generator
@@ -122,3 +123,56 @@ def test_rgba(teacher, capsys, tmp_path):
     code, _, err = run(capsys, "refine", *options, *QUICK)
     assert code == 2 and err.startswith("Error: --gan has img_channels 4, but --teacher has 3")
     assert not (tmp_path / "runs").exists() and not (tmp_path / "x").exists()
+
+
+def tensorflow_file(path):
+    path.write_bytes((PICKLES / "tf04_stylegan2_skip_uncond.pkl").read_bytes())
+
+
+def rosinality_file(path):
+    state, mean = rosinality.generator_state(Generator(8, 0, 8, 16, 3, {"num_layers": 2}, SMALL))
+    torch.save({"g_ema": state, "latent_avg": mean + 0.5}, path)
+
+
+def state_dict_file(path):
+    torch.save({"G_ema": Generator(8, 0, 8, 16, 3, {"num_layers": 2}, SMALL).state_dict()}, path)
+
+
+SMALL = {"channel_base": 128, "channel_max": 8}
+FAMILIES = {  # how a file is made, its ending, and the options of export after which it is one of its family again
+    "TensorFlow": (tensorflow_file, "pkl", True),
+    "rosinality": (rosinality_file, "pt", False),
+    "state dict": (state_dict_file, "pt", None),
+    "StyleGAN2": (lambda path: path.write_bytes((PICKLES / "plain_t17_p3.pkl").read_bytes()), "pkl", True),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_refined_exported_inspected_and_loaded_again(family, capsys, tmp_path):
+    make, ending, like = FAMILIES[family]
+    source, out = tmp_path / f"gan.{ending}", tmp_path / f"out.{ending if like is not None else 'safetensors'}"
+    make(source)
+    before = load_generator(source)
+    kwargs = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1}
+    T = EDMPrecond(before.img_resolution, before.img_channels, before.c_dim, attn_resolutions=[], **kwargs)
+    native.save_networks(tmp_path / "t.safetensors", {"ema": T}, provenance={})
+    options = [f"--gan={source}", f"--teacher={tmp_path}/t.safetensors", f"--outdir={tmp_path}/runs", *QUICK]
+    code, _, err = run(capsys, "refine", *options)
+    assert code == 0, err
+    snapshot = only(tmp_path, "runs/*/network-snapshot-*.safetensors")
+    after = load_generator(snapshot)
+    moved = [name for name, value in before.state_dict().items() if not torch.equal(value, after.state_dict()[name])]
+    assert any(name.startswith("synthesis.") for name in moved) and any(name.startswith("mapping.") for name in moved)
+    further = [f"--like={source}"] if like else []
+    code, text, err = run(capsys, "export", f"--network={snapshot}", f"--out={out}", *further)
+    assert code == 0 and text.startswith(f"Wrote {out}"), err
+    code, text, err = run(capsys, "inspect", out)
+    assert code == 0 and f"{before.img_resolution}×{before.img_resolution}" in text, err
+    again = load_generator(out).state_dict()
+    # Their numbers are others: the learning rate multiplier is folded in, or 1 is taken off.
+    rounded = {"rosinality": lambda name: name.startswith("mapping."), "TensorFlow": lambda name: "affine.b" in name}
+    for name, value in after.state_dict().items():
+        if rounded.get(family, lambda name: False)(name):
+            torch.testing.assert_close(again[name], value, rtol=1e-6, atol=1e-7)
+        else:
+            assert torch.equal(again[name], value), name

@@ -12,8 +12,8 @@ from refine.networks.one_step import OneStepGenerator
 from refine.networks.sampler import heun_sampler
 from refine.training.precision import set_precision
 from refine.training.regularise import set_dropout
-from tests.golden import read_arrays, read_json
-from tests.networks.test_adm_golden import array_error, error, network
+from tests.golden import array_error, read_arrays, read_json, unlikeness
+from tests.networks.test_adm_golden import network
 
 SMALL = {"model_channels": 32, "widths": [32, 32], "num_blocks": 1, "attention_levels": [1], "num_head_channels": 16}
 ADM_HALF = {**SMALL, "img_resolution": 8, "img_channels": 3, "label_dim": 4}
@@ -68,8 +68,8 @@ def test_every_image_of_a_network_with_classes_needs_one():
         with pytest.raises(ValueError, match="every image needs one in class_labels"):
             net(x, 1.0, labels)
     one = net(x, 1.0, torch.eye(4)[[2]])
-    assert error(net(x, 1.0, torch.eye(4)[[2, 2]]), one) < 1e-4 and not net.has_null_label
-    assert error(net(x, 1.0, torch.eye(4)[[1]]), one) > 1e-2
+    assert unlikeness(net(x, 1.0, torch.eye(4)[[2, 2]]), one) < 1e-4 and not net.has_null_label
+    assert unlikeness(net(x, 1.0, torch.eye(4)[[1]]), one) > 1e-2
 
 
 @pytest.mark.parametrize("name", ["adm.ADMPrecond", "adm.CMPrecond"])
@@ -107,7 +107,7 @@ def test_a_trained_copy_has_dropout_where_it_is_asked_for_and_computes_in_the_ru
     half = aux(x, 1.0, c)
     assert dtypes == [torch.float32, torch.bfloat16] and half.dtype == torch.float32
     assert {p.dtype for p in aux.parameters()} == {torch.float32}
-    assert 0 < error(half, teacher(x, 1.0, c)) < 0.05
+    assert 0 < unlikeness(half, teacher(x, 1.0, c)) < 0.05
 
 
 def test_features_are_the_ends_of_the_encoders_levels():

@@ -1,7 +1,4 @@
-"""ADM's networks against numbers that guided-diffusion and consistency_models gave.
-
-`python -m tests.networks.test_adm_golden` prints the largest error of every case.
-"""
+"""ADM's networks against numbers that guided-diffusion and consistency_models gave."""
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -13,8 +10,8 @@ import torch.nn.functional as F
 from refine.checkpoints import load_teacher
 from refine.networks import adm
 from refine.networks.denoiser import Preconditioner
-from tests.golden import ROOT, read_arrays, read_json
-from tests.networks.test_edm_golden import error
+from tests.golden import ROOT, array_error, noted, read_arrays, read_json, unlikeness
+from tests.golden import sample_error as error
 
 TOLERANCE, GRAD_TOLERANCE = 2e-5, 1e-4  # of the largest magnitude: of each sample, of each array
 ADM = ("uncond_linear_legacy", "cond_cosine_new", "cond_linear_numheads", "uncond_plain_convs")
@@ -74,11 +71,6 @@ def labels_of(name: str, indices: torch.Tensor | None) -> torch.Tensor | None:
     return None if indices is None else F.one_hot(indices.long(), network(name).label_dim).float()
 
 
-def array_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference in units of the largest magnitude of the array."""
-    return error(actual[None], expected[None])
-
-
 def inner_case(name: str) -> dict[str, float]:
     """The raw U-Net with all its output channels, at whole and at fractional times."""
     net, data = network(name), arrays(name)
@@ -107,7 +99,7 @@ def denoiser_case(name: str) -> dict[str, float]:
     assert not norms or list(norms) == list(found)
     if norms:
         difference = max(abs(found[key].norm().item() - norms[key]) for key in norms)
-        errors["param_grad_l2"] = difference / max(norms.values())
+        errors["param_grad_l2"] = noted(difference / max(norms.values()))
     if "eps_pred" in data:
         _, _, c_in, t = net.scalings(data["sigma"].float()[:, None, None, None])
         assert torch.equal(t.flatten(), data["t"].float())
@@ -128,7 +120,7 @@ def between_case(name: str) -> dict[str, float]:
     labels = labels_of(name, data.get("y"))
     errors = {"t": (net.time(sigma) - data["between:t_loglinear"]).abs().max().item() / 1000}
     errors["D"] = error(net(x, sigma, labels), data["between:D_loglinear"])
-    assert error(net(x, sigma, labels), data["between:D_nearest"]) > 1e-3  # the other convention is told apart
+    assert unlikeness(net(x, sigma, labels), data["between:D_nearest"]) > 1e-3  # the other convention is told apart
     return errors
 
 
@@ -147,8 +139,3 @@ CASES = dict(cases())
 def test_golden(case):
     for name, value in CASES[case]().items():
         assert value <= (GRAD_TOLERANCE if name in ("grad", "grad_x") else TOLERANCE), name
-
-
-if __name__ == "__main__":
-    for name, case in CASES.items():
-        print(f"{name:<40}" + "  ".join(f"{key} {value:.1e}" for key, value in case().items()))

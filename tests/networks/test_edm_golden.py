@@ -1,7 +1,4 @@
-"""EDM's networks, layers, sampler and losses against numbers that the original implementation gave.
-
-`python -m tests.networks.test_edm_golden` prints how many there are and the largest error.
-"""
+"""EDM's networks, layers, sampler and losses against numbers that the original implementation gave."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -14,7 +11,8 @@ from refine.networks import edm, edm_layers
 from refine.networks.denoiser import Preconditioner
 from refine.networks.edm_loss import EDMLoss
 from refine.networks.sampler import heun_sampler, karras_sigmas
-from tests.golden import read_arrays, read_json
+from tests.golden import noted, read_arrays, read_json
+from tests.golden import sample_error as error
 
 NETWORKS = (
     "song_ddpmpp_edm_uncond",
@@ -31,13 +29,6 @@ TOLERANCE = 2e-5  # of the largest magnitude in each sample: D scales with sigma
 
 arrays = cache(lambda name: read_arrays(f"edm/{name}"))
 facts = cache(lambda name: read_json(f"edm/{name}"))
-
-
-def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference in units of the largest magnitude, each sample (along the first axis) for itself."""
-    assert actual.shape == expected.shape
-    difference = (actual.detach().double() - expected.double()).abs().reshape(len(expected), -1).amax(1)
-    return (difference / expected.double().abs().reshape(len(expected), -1).amax(1)).max().item()
 
 
 @cache
@@ -62,7 +53,7 @@ def network_case(name: str, case: str) -> dict[str, float]:
     used = [n for n in golden if golden[n] is not None]
     assert used == [n for n in norms if norms[n] is not None]
     floor = 1e-3 * max(golden[n] for n in used)  # the label layer's gradient is 0 where there is no label
-    errors["param_grad_l2"] = max(abs(norms[n] - golden[n]) / max(golden[n], floor) for n in used)
+    errors["param_grad_l2"] = noted(max(abs(norms[n] - golden[n]) / max(golden[n], floor) for n in used))
     return errors
 
 
@@ -225,9 +216,3 @@ def test_official_sizes(name: str):
     state = [[n, list(t.shape), "buffer" if n in buffers else "param"] for n, t in net.state_dict().items()]
     assert state == golden["state_dict"]
     assert sum(p.numel() for p in net.parameters()) == golden["num_params"]
-
-
-if __name__ == "__main__":
-    found = {f"{name} {key}": value for name, case in CASES.items() for key, value in case().items()}
-    worst = max(found, key=found.get)
-    print(f"{len(CASES)} cases, {len(found)} comparisons, largest relative error {found[worst]:.1e} ({worst})")

@@ -7,7 +7,7 @@ is recognised by the name of one of its tensors, and what is before that name is
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from refine.checkpoints.pickles.inert import Refused, Unknown, shown
 from refine.checkpoints.pickles.tensors import Array, TensorRef
 
 _MAX_TENSORS, _MAX_VISITED, _MAX_DEPTH = 20_000, 100_000, 16
+_MAX_LIST = 8  # entries; longer lists hold numbers, not networks
 _NOT_AVERAGED = {"g", "generator", "netg", "g_model", "model_g"}
 
 
@@ -60,6 +61,8 @@ def flattened(value: Any) -> Flat:
             walk_table(item.table if isinstance(item, Unknown) else item, prefix, depth)
 
     def walk_table(table: Any, prefix: str, depth: int) -> None:
+        if isinstance(table, list | tuple) and len(table) <= _MAX_LIST:
+            table = {str(index): part for index, part in enumerate(table)}
         if isinstance(table, dict) and depth < _MAX_DEPTH:
             for name, part in table.items():
                 if isinstance(name, str):
@@ -75,14 +78,21 @@ def generators(flat: Flat, anchor: str) -> dict[str, str]:
     Raises:
         Refused: there are several, and their names do not tell which is the average.
     """
+    return by_role(name[: -len(anchor)] for name in flat.tensors if name == anchor or name.endswith(f".{anchor}"))
+
+
+def by_role(prefixes: Iterable[str]) -> dict[str, str]:
+    """'G_ema' and 'G' → where they are, of generators at these places, such as 'models.ema.'.
+
+    Raises:
+        Refused: there are several, and their names do not tell which is the average.
+    """
     found: dict[str, list[str]] = {}
-    for name in flat.tensors:
-        if name == anchor or name.endswith(f".{anchor}"):
-            prefix = name[: -len(anchor)]
-            words = {word.lower() for word in prefix.split(".")}
-            averaged = any("ema" in word or word == "gs" for word in words)
-            ours = "G" if words & _NOT_AVERAGED and not averaged else "G_ema" if averaged else ""
-            found.setdefault(ours, []).append(prefix)
+    for prefix in prefixes:
+        words = {word.lower() for word in prefix.split(".")}
+        averaged = any("ema" in word or word == "gs" for word in words)
+        ours = "G" if words & _NOT_AVERAGED and not averaged else "G_ema" if averaged else ""
+        found.setdefault(ours, []).append(prefix)
     unnamed = found.pop("", [])
     if len(unnamed) == 1 and "G_ema" not in found:
         found["G_ema"] = unnamed

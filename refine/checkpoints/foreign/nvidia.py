@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 from refine.checkpoints.foreign.container import FileNetwork, Members, plain
-from refine.checkpoints.foreign.flat import without_strangers
+from refine.checkpoints.foreign.flat import by_role, without_strangers
 from refine.checkpoints.foreign.rosinality import MEAN_OF, estimate_w_avg
 from refine.checkpoints.pickles.inert import Buildable, Refused, Stub, Unknown, shown
 from refine.checkpoints.pickles.machine import COMMON_RULES
@@ -22,6 +22,7 @@ from refine.networks import edm, edm2, edm_unets, stylegan2
 
 PERSISTENCE_VERSION = 6  # of every public file
 _MAX_DEPTH, _MAX_TENSORS = 12, 20_000
+_MAX_LIST = 8  # entries of a list in which networks are looked for
 
 GENERATOR_ARGS = ("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels", "mapping_kwargs", "synthesis_kwargs")
 _PRECONDS = {"EDMPrecond": edm.EDMPrecond, "VPPrecond": edm.VPPrecond, "VEPrecond": edm.VEPrecond}
@@ -74,13 +75,14 @@ def rules(seen: list[str]) -> dict[str, Stub]:
 
 def members(value: Any) -> tuple[str, Members] | None:
     """What a snapshot holds, in a table, a tuple or by itself: (family, members); None = no network of these."""
-    found = _named(value)
+    found = named(value, _is_stylegan2)
     ema = found.get("ema")
+    notes = [_NO_AVERAGE] if "ema" not in value_table(value) and "optimizer_state" in value_table(value) else []
     if ema is not None and _precond_of(ema) is not None:
-        return "an EDM pickle", {"ema": ("teacher", _later(describe_teacher, ema))}
+        return "an EDM pickle", {"ema": ("teacher", _later(describe_teacher, ema, notes))}
     encoder = found.get("encoder")
     if ema is not None and _is_edm2(ema) and (encoder is None or encoder.class_name == _PIXELS):
-        return "an EDM2 pickle", {"ema": ("teacher", _later(describe_teacher, ema))}
+        return "an EDM2 pickle", {"ema": ("teacher", _later(describe_teacher, ema, notes))}
     generators = {name: found[name] for name in ("G_ema", "G") if name in found}
     if not generators or not all(_is_stylegan2(item) for item in generators.values()):
         return None
@@ -95,8 +97,54 @@ def members(value: Any) -> tuple[str, Members] | None:
 _OTHER_NAMES = {"g_ema": "G_ema", "gs": "G_ema", "generator": "G_ema", "g": "G", "d": "D", "discriminator": "D"}
 
 
-def _named(value: Any) -> dict[str, Persistent]:
-    """The objects of a file by the names that NVIDIA's programs give them."""
+_NO_AVERAGE = "it is a training state: this is the network that was trained, and not its average"
+
+
+def value_table(value: Any) -> dict:
+    """A file's value where it is a table, or an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def named(value: Any, is_generator: Callable[[Persistent], bool]) -> dict[str, Persistent]:
+    """The objects of a file by the names that NVIDIA's programs give them, wherever they are.
+
+    Raises:
+        Refused: there are several generators, and their names do not tell which is the average.
+    """
+    found = _at_the_top(value)
+    if any(is_generator(found[name]) for name in ("G_ema", "G") if name in found):
+        return found
+    if "ema" in found and _is_teacher(found["ema"]):
+        return found
+    deeper = _anywhere(value)
+    roles = by_role(where for where, item in deeper.items() if is_generator(item))
+    teachers = [item for item in deeper.values() if _is_teacher(item)]
+    if roles:
+        return {**found, **{role: deeper[where] for role, where in roles.items()}}
+    return {**found, "ema": teachers[0]} if len(teachers) == 1 else found
+
+
+def _anywhere(value: Any) -> dict[str, Persistent]:
+    """Every object in tables and short lists, by the names around it: 'model.G_ema.'; each once."""
+    found: dict[str, Persistent] = {}
+    known: set[int] = set()
+    todo: list[tuple[str, Any, int]] = [("", value, 0)]
+    while todo and len(known) < _MAX_TENSORS:
+        where, item, depth = todo.pop()
+        item = _unwrapped(item)
+        if id(item) in known or depth > _MAX_DEPTH:
+            continue
+        if isinstance(item, Persistent):
+            known.add(id(item))
+            found[where] = item
+        elif isinstance(item, dict) or (isinstance(item, list | tuple) and len(item) <= _MAX_LIST):
+            known.add(id(item))
+            parts = item.items() if isinstance(item, dict) else enumerate(item)
+            todo += [(f"{where}{name}.", part, depth + 1) for name, part in parts]
+    return found
+
+
+def _at_the_top(value: Any) -> dict[str, Persistent]:
     value = _unwrapped(value)
     if isinstance(value, Persistent):
         value = {"ema" if _is_teacher(value) else "G_ema": value}
@@ -108,7 +156,7 @@ def _named(value: Any) -> dict[str, Persistent]:
         if isinstance(item, Persistent):
             name = _OTHER_NAMES.get(str(key).lower(), str(key))
             found.setdefault(name, item)
-    if "ema" not in found and not isinstance(value.get("optimizer_state") if isinstance(value, dict) else None, dict):
+    if "ema" not in found:
         teachers = [
             found[name] for name in ("G_ema", "G", "net", "model") if name in found and _is_teacher(found[name])
         ]
@@ -129,8 +177,8 @@ def _is_teacher(item: Persistent) -> bool:
     return _precond_of(item) is not None or _is_edm2(item)
 
 
-def _later(describe: Callable[[Persistent], FileNetwork], item: Persistent) -> Callable[[], FileNetwork]:
-    return lambda: describe(item)
+def _later(describe: Callable[..., FileNetwork], item: Persistent, *further: Any) -> Callable[[], FileNetwork]:
+    return lambda: describe(item, *further)
 
 
 def family(value: Any, seen: list[str]) -> str | None:
@@ -274,12 +322,17 @@ def _is_edm2(item: Persistent) -> bool:
     return item.class_name == "Precond" and _child(item, "unet", "enc") is not None
 
 
-def describe_teacher(item: Persistent) -> FileNetwork:
-    """Arguments and tensors of a preconditioned denoiser; attributes win over the arguments that once set them."""
+def describe_teacher(item: Persistent, notes: Sequence[str] = ()) -> FileNetwork:
+    """Arguments and tensors of a preconditioned denoiser; attributes win over the arguments that once set them.
+
+    Args:
+        item: It.
+        notes: What is known of the file.
+    """
+    notes = list(notes)
     cls: Any = edm2.Precond if _is_edm2(item) else _precond_of(item)
     names = [name for name, p in inspect.signature(cls).parameters.items() if p.kind is not p.VAR_KEYWORD]
     kwargs = _init_kwargs(item, tuple(names))
-    notes: list[str] = []
     if cls is not edm2.Precond:
         if item.class_name not in _PRECONDS:
             notes.append(

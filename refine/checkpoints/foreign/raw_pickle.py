@@ -51,9 +51,10 @@ def open_pickle(path: Path, stream: BinaryIO, expected: str, kwargs: Mapping[str
 
 
 def _container(path: Path, stream: BinaryIO, machine: Machine, found: Any) -> Container:
-    resizable = machine.protocol == 2 and not machine.framed
+    resizable = machine.protocol in (1, 2) and not machine.framed
     family, members, takes_kwargs = found
-    more = {"resizable": resizable, "writable": family not in contents.STATE_DICTS, "takes_kwargs": takes_kwargs}
+    writable = family not in contents.STATE_DICTS and machine.protocol > 0
+    more = {"resizable": resizable, "writable": writable, "takes_kwargs": takes_kwargs}
     return Container(path, stream, family, members, **more)
 
 

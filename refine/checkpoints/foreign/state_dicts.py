@@ -129,9 +129,9 @@ def open_npz(
             if dtype.startswith(("U", "S")):
                 metadata[name] = _npy_text(archive, info)
                 continue
-            if dtype not in _NPY_DTYPES:
+            if dtype.lstrip(">") not in _NPY_DTYPES:
                 raise Refused(f"{shown(name)} has dtype {shown(dtype)}; expected floating point numbers")
-            refs[name] = _npy_ref(archive, stream, info, _NPY_DTYPES[dtype], shape, fortran, start, size)
+            refs[name] = _npy_ref(archive, stream, info, dtype, shape, fortran, start, size)
     with saying(str(path)):
         found = None if _told(path, metadata, given) else contents.find(refs, path, given.get("init_kwargs"))
         if found is not None:
@@ -155,19 +155,21 @@ def _npy_text(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> str:
     return str(array.reshape(-1)[0]) if array.size == 1 else ""
 
 
-def _npy_ref(archive, stream, info, dtype, shape, fortran, start, size) -> TensorRef:
-    length = info.file_size - start
+def _npy_ref(archive, stream, info, code, shape, fortran, start, size) -> TensorRef:
+    length, dtype, swapped = info.file_size - start, _NPY_DTYPES[code.lstrip(">")], code.startswith(">")
     if info.compress_type == zipfile.ZIP_STORED:
         stream.seek(info.header_offset + 26)
         lengths = stream.read(4)
         start += info.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
         if start + length > size:
             raise Refused("the archive is cut off")
-        return _ref(stream, dtype, shape, start, length, fortran)
-    return _ref(BytesIO(archive.read(info)), dtype, shape, start, length, fortran)  # no longer than the entry says
+        return _ref(stream, dtype, shape, start, length, fortran, swapped)
+    return _ref(
+        BytesIO(archive.read(info)), dtype, shape, start, length, fortran, swapped
+    )  # no longer than the entry says
 
 
-def _ref(stream, dtype, shape, start, length, fortran=False) -> TensorRef:
+def _ref(stream, dtype, shape, start, length, fortran=False, swapped=False) -> TensorRef:
     if len(shape) > 8 or any(size >= 1 << 40 for size in shape):
         raise Refused("an array has an impossible shape")
     steps, step = [], 1
@@ -178,7 +180,8 @@ def _ref(stream, dtype, shape, start, length, fortran=False) -> TensorRef:
     if length != nbytes:
         raise Refused("an array has other data than its shape says")
     stride = tuple(steps if fortran else reversed(steps))
-    return TensorRef.checked(Storage(dtype, step, Blob(stream, start, nbytes), 0), 0, tuple(shape), stride)
+    storage = Storage(dtype, step, Blob(stream, start, nbytes), 0, swapped)
+    return TensorRef.checked(storage, 0, tuple(shape), stride)
 
 
 def _container(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from refine.checkpoints.foreign.container import FileNetwork, plain
-from refine.checkpoints.foreign.nvidia import ModuleDict, Persistent, collect, describe_discriminator
+from refine.checkpoints.foreign.nvidia import ModuleDict, Persistent, collect, describe_discriminator, named
 from refine.checkpoints.pickles.inert import Refused, Stub, Unknown, shown, unknown_stub
 from refine.checkpoints.pickles.machine import COMMON_RULES
 from refine.checkpoints.pickles.names import is_harmless
@@ -85,8 +85,7 @@ def harmless(module: str, name: str) -> bool:
 
 def members(value: Any) -> tuple[str, dict[str, tuple[str, Callable[[], FileNetwork]]]] | None:
     """What a snapshot's table holds: (family, name → (kind, how to describe the network)); None = no such table."""
-    table = value if isinstance(value, dict) else {}
-    found = {str(key): item for key, item in table.items() if isinstance(item, Persistent)}
+    found = named(value, _is_stylegan3)
     generators = {name: found[name] for name in ("G_ema", "G") if name in found}
     if not generators or not all(_is_stylegan3(item) for item in generators.values()):
         return None

@@ -78,8 +78,9 @@ def read_zip(
             pickled = entries["data.pkl"]
             archives.check_inflation((info for info in entries.values() if info.compress_type), size)
             data = archives.read_member(archive, pickled, min(size, _MAX_PICKLE_BYTES))
-            if "byteorder" in entries and archives.read_member(archive, entries["byteorder"], 16)[:6] != b"little":
-                raise Refused("its numbers are big-endian")
+            swapped = (
+                "byteorder" in entries and archives.read_member(archive, entries["byteorder"], 16)[:6] != b"little"
+            )
     except Refused as error:
         raise ValueError(f"{path}: {error}") from None
     blobs: dict[str, Blob] = {}
@@ -91,7 +92,7 @@ def read_zip(
             raise Refused(f"it refers to the storage {shown(key)}, which is not in the file")
         if key not in blobs:
             blobs[key] = _zip_entry(stream, entries[f"data/{key}"], size, unpacked)
-        return _storage(blobs[key], dtype, numel)
+        return _storage(blobs[key], dtype, numel, swapped)
 
     seen: list[str] = []
     machine = Machine(BytesIO(data), len(data), _rules(seen), persistent_load, budget, lenient)
@@ -248,10 +249,10 @@ def read_legacy(path: Path, stream: BinaryIO, expected: str, lenient: bool = Fal
     return values[3], seen
 
 
-def _storage(blob: Blob, dtype: torch.dtype, numel: int) -> Storage:
+def _storage(blob: Blob, dtype: torch.dtype, numel: int, swapped: bool = False) -> Storage:
     if blob.length != numel * dtype.itemsize:
         raise Refused(f"it holds a storage that does not have the {numel} numbers it claims")
-    blob.storage = blob.storage or Storage(dtype, numel, blob, 0)
+    blob.storage = blob.storage or Storage(dtype, numel, blob, 0, swapped)
     if blob.storage.dtype != dtype:
         raise Refused("it describes a storage in two ways")
     return blob.storage

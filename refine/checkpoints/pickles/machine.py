@@ -19,6 +19,7 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
+from refine.checkpoints.pickles import old
 from refine.checkpoints.pickles.inert import (
     Blob,
     Buildable,
@@ -82,7 +83,7 @@ class Machine:
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
         self.globals: dict[str, None] = {}
-        self.protocol, self.framed = 2, False
+        self.protocol, self.framed = 1, False  # of files that declare none
         self.copied = self.numbers = 0
 
     def load(self) -> Any:
@@ -160,6 +161,8 @@ class Machine:
         full = f"{module}.{name}"
         self.globals[full] = None
         stub = self.rules.get(full) or self.unknown.get(full)
+        if stub is None and self.protocol < 2:
+            stub = old.RULES.get(full)
         if stub is None:
             if not (self.lenient and self.harmless(module, name)):
                 raise Refused(f"it names {shown(full)}, which has no place in such a file; nothing of it was run")
@@ -297,7 +300,7 @@ COMMON_RULES = _rules(
 )
 
 
-# The opcodes: every one that the picklers of protocols 2 to 5 write for plain data, and no other.
+# The opcodes: every one that the picklers of protocols 2 to 5 write for plain data, and no other but those of `old`.
 
 
 def _proto(m: Machine) -> None:
@@ -432,6 +435,15 @@ def _push_marked_frozenset(m: Machine, items: list) -> None:
     m.stack.append(make_set(items))
 
 
+def _only_old(operation: Callable[[Machine], None]) -> Callable[[Machine], None]:
+    def checked(m: Machine) -> None:
+        if m.protocol > 1:
+            raise Refused("the pickle holds an opcode of an older protocol, or is broken")
+        operation(m)
+
+    return checked
+
+
 _DISPATCH: dict[bytes, Callable[[Machine], object]] = {
     b"\x80": _proto,
     b"\x95": _frame,
@@ -481,4 +493,5 @@ _DISPATCH: dict[bytes, Callable[[Machine], object]] = {
     b"\x92": Machine.new_with_names,
     b"b": Machine.build,
     b"Q": Machine.persistent,
+    **{code: _only_old(operation) for code, operation in old.OPCODES.items()},
 }

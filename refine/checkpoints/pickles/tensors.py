@@ -53,12 +53,13 @@ _NUMPY_DTYPES = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Storage:
-    """`numel` numbers in a row, from byte `start` of a blob."""
+    """`numel` numbers in a row, from byte `start` of a blob; `swapped` where their bytes are in big-endian order."""
 
     dtype: torch.dtype
     numel: int
     blob: Blob
     start: int
+    swapped: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -186,7 +187,7 @@ class TensorRef:
         if self.flip:
             wanted, same = wanted.flip(self.flip), same.flip(self.flip)
         view.copy_(torch.where(same, view, wanted.to(view.dtype)))
-        return _as_bytes(flat).tobytes()
+        return _as_bytes(self._in_order(flat)).tobytes()
 
     def place(self) -> tuple[Blob, int]:
         """The blob, and the byte within it from which on `encoded` belongs."""
@@ -201,14 +202,20 @@ class TensorRef:
         blob, start = self.place()
         if dtype == stored:
             blob.read_into(start, _as_bytes(flat))
-            return flat
+            return self._in_order(flat)
         size = min(_PIECE, span) if blob.text_length is None else span  # text is decoded from its beginning
         piece = torch.empty(size, dtype=stored)
         for part in flat.split(size):
             blob.read_into(start, _as_bytes(piece[: len(part)]))
-            part.copy_(piece[: len(part)])
+            part.copy_(self._in_order(piece[: len(part)]))
             start += size * stored.itemsize
         return flat
+
+    def _in_order(self, flat: torch.Tensor) -> torch.Tensor:
+        """The machine's order of bytes from the file's, or the other way round."""
+        if not self.storage.swapped or not flat.numel():
+            return flat
+        return flat.view(torch.uint8).reshape(-1, flat.element_size()).flip(1).reshape(-1).view(flat.dtype)
 
     def _arranged(self, flat: torch.Tensor) -> torch.Tensor:
         values = self._view(flat)
@@ -354,18 +361,20 @@ TENSOR_RULES = {
 class DType(Buildable):
     """A numeric dtype; byte order comes with BUILD."""
 
-    __slots__ = ("dtype",)
+    __slots__ = ("dtype", "swapped")
 
     def __init__(self, code: Any, align: Any = False, copy: Any = True):
-        code = code.lstrip("<|=") if isinstance(code, str) else None
+        self.swapped = isinstance(code, str) and code.startswith(">")
+        code = code.lstrip("<>|=") if isinstance(code, str) else None
         if code not in _NUMPY_DTYPES:
             raise Refused("it holds an array of objects, or of numbers of an unusual type")
         self.dtype = _NUMPY_DTYPES[code]
 
     def build(self, state: Any) -> None:
-        plain = isinstance(state, tuple) and 8 <= len(state) <= 9 and state[1] in ("<", "|", "=")
+        plain = isinstance(state, tuple) and 8 <= len(state) <= 9 and state[1] in ("<", ">", "|", "=")
         if not plain or any(part is not None for part in state[2:5]):
-            raise Refused("it holds numbers of an unusual type (big-endian, or with fields)")
+            raise Refused("it holds numbers of an unusual type (with fields)")
+        self.swapped = state[1] == ">"
 
 
 class Array(Buildable):
@@ -397,7 +406,7 @@ def _array_ref(data: Any, dtype: Any, shape: Any, order: Any) -> TensorRef:
         steps.append(step)
         step *= max(size, 1)
     stride = tuple(steps if order == "F" else reversed(steps))
-    return TensorRef.checked(Storage(dtype.dtype, numel, data, 0), 0, shape, stride)
+    return TensorRef.checked(Storage(dtype.dtype, numel, data, 0, dtype.swapped), 0, shape, stride)
 
 
 def _scalar(dtype: Any, data: Any) -> TensorRef:

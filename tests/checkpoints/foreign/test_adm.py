@@ -17,9 +17,8 @@ from refine.cli.generate import command
 from refine.cli.main import run_command
 from refine.networks.stylegan2 import Generator
 from tests.cli.test_refine import call
-from tests.golden import ROOT, read_arrays, read_json
+from tests.golden import ROOT, read_arrays, read_json, unlikeness
 from tests.networks import test_adm_golden as golden
-from tests.networks.test_edm_golden import error
 
 OFFICIAL = read_json("adm/official_shapes")
 LINEAR = {"use_new_attention_order": False, "noise_schedule": "linear"}
@@ -100,7 +99,7 @@ def test_files_as_the_originals_write_them(name, tmp_path):
         load_teacher(tmp_path / "net.pt")(data["x"], data["sigma"], labels), net(data["x"], data["sigma"], labels)
     )
     torch.save({key: value.half() for key, value in state.items()}, tmp_path / "net.pt")
-    assert error(load_teacher(tmp_path / "net.pt")(data["x"], data["sigma"], labels), data["D"]) < 1e-2
+    assert unlikeness(load_teacher(tmp_path / "net.pt")(data["x"], data["sigma"], labels), data["D"]) < 1e-2
 
 
 def test_they_become_native_files(tmp_path):

@@ -118,6 +118,36 @@ def test_objects_beside_the_networks(case, protocol, G, tmp_path):
     assert_images(load_generator(write(tmp_path / "x.pkl", dumped(table, protocol))), G)
 
 
+@pytest.mark.parametrize("protocol", [0, 1])
+def test_protocols_of_old(protocol, G, D, T, tmp_path):
+    """What Python's own pickler makes of tables, bytes and modules without the opcodes of later ones."""
+    form = Format(protocol=protocol)
+    numbers = {
+        "n": [True, False, 1 << 40, -3, 2.5, float("inf"), 1e-7],
+        "t": ["", "é\n\\x", "ж" * 300],
+        "b": b"\0\n" * 9,
+    }
+    kwargs = {**G.init_kwargs, "synthesis_kwargs": form.easy(G.init_kwargs["synthesis_kwargs"])}
+    table = {**numbers, "G_ema": form.module(G, kwargs), "D": form.module(D, D.init_kwargs)}
+    path = write(tmp_path / "x.pkl", dumped(table, protocol))
+    with open_container(path) as container:
+        assert list(container.members) == ["G_ema", "D"]
+        assert_images(container.load("G_ema").eval(), G)
+    changed = changed_copy(G)
+    changed.load_state_dict({name: value + 0.25 for name, value in G.state_dict().items()})
+    if protocol:
+        assert export.write_like(path, tmp_path / "y.pkl", {"G_ema": changed}) == ["D"]
+        assert_images(load_generator(tmp_path / "y.pkl"), changed)
+    else:
+        with pytest.raises(ValueError, match="which is not written back"):
+            export.write_like(path, tmp_path / "y.pkl", {"G_ema": changed})
+    (tmp_path / "s.pkl").write_bytes(pickle.dumps({"G_ema": G.state_dict()}, protocol))
+    assert_images(load_generator(tmp_path / "s.pkl"), G)
+    x, sigma = torch.randn(2, 3, 8, 8), torch.tensor([0.5, 3.0])
+    loaded = load_teacher(write(tmp_path / "e.pkl", dumped({"ema": form.module(T, T.init_kwargs)}, protocol)))
+    assert torch.equal(loaded(x, sigma), T(x, sigma))
+
+
 @pytest.mark.parametrize("case", BESIDE)
 def test_objects_as_attributes(case, G, tmp_path):
     form = Format()
@@ -149,6 +179,11 @@ def containers(form, G, D):
         "list": [g, d, g],
         "bare": g,
         "generator": {"generator": g, "epoch": 3},
+        "ema": {"ema": g, "model": None},
+        "net": {"net": g, "cfg": {"a": [1, {"b": torch.zeros(2)}]}},
+        "generator_ema": {"generator_ema": g, "discriminator": d},
+        "nested": {"models": {"G": d, "nets": {"G_ema": g}}},
+        "in a list": [{"step": 3}, g],
         "DataParallel": {"G_ema": wrapped},
     }
 
@@ -261,8 +296,8 @@ def test_missing_buffers(G, tmp_path):
         (lambda data: gzip.compress(data), "a gzip archive, to be unpacked first"),
         (lambda data: zipped_file("half.pkl", data), "a zip archive with a checkpoint in it, to be unpacked first"),
         (lambda data: data[: len(data) // 2], "cut off"),
-        (lambda data: pickle.dumps({"G_ema": [1]}, 0), "protocol 0 or 1"),
-        (lambda data: pickle.dumps({"G_ema": [1]}, 1), "protocol 0 or 1"),
+        (lambda data: pickle.dumps({"G_ema": [1]}, 0), "a pickle of a table with the keys 'G_ema'"),
+        (lambda data: pickle.dumps({"G_ema": [1]}, 1), "a pickle of a table with the keys 'G_ema'"),
     ],
 )
 def test_files_that_are_refused(change, reason, G, tmp_path):
@@ -288,6 +323,11 @@ def test_bytes_behind_the_pickle(G, tmp_path):
 
 # State dicts under NVIDIA's names.
 
+
+def big_endian(value):
+    return value.numpy().astype(">f4")
+
+
 WRAPPED = {
     "bare": lambda state: state,
     "G_ema": lambda state: {"G_ema": state},
@@ -302,6 +342,9 @@ WRAPPED = {
     "state_dict": lambda state: {"state_dict": state},
     "generator": lambda state: {"iter": 5, "generator": state},
     "nested": lambda state: {"models": {"ema": {f"module.{name}": value for name, value in state.items()}}},
+    "tuple": lambda state: (state, {"epoch": 3}),
+    "in a list": lambda state: [{"losses": [0.5] * 20}, {"G_ema": state}],
+    "big-endian arrays": lambda state: {name: big_endian(value) for name, value in state.items()},
 }
 
 
@@ -630,12 +673,25 @@ def test_denoisers_that_are_refused(T, tmp_path):
     t = form.module(T, {**T.init_kwargs, "foo": 1})
     with pytest.raises(ValueError, match=r"ema: it was made with the argument foo=1, which changes it"):
         load_teacher(write(tmp_path / "x.pkl", form.dumps({"ema": t})))
+    t, other = (form.module(T, T.init_kwargs) for _ in range(2))
     with pytest.raises(ValueError, match="several networks under 'ema'"):
-        load_teacher(write(tmp_path / "x.pkl", form.dumps({"ema": [t, t]})))
-    zipped = ZipFormat()
-    state = {"net": zipped.module(T, T.init_kwargs), "optimizer_state": {"state": {}}}
-    with pytest.raises(ValueError, match=r"a training state of EDM \(its average is in network-snapshot"):
-        load_teacher(write(tmp_path / "x.pt", zipped.dumps(state)))
+        load_teacher(write(tmp_path / "x.pkl", form.dumps({"ema": [t, other]})))
+
+
+def test_a_training_state_of_edm(T, tmp_path):
+    form = ZipFormat()
+    state = {"net": form.module(T, T.init_kwargs), "optimizer_state": {"state": {0: {"step": torch.ones(1)}}}}
+    loaded = load_teacher(write(tmp_path / "x.pt", form.dumps(state)))
+    x, sigma = torch.randn(2, 3, 8, 8), torch.tensor([0.5, 3.0])
+    assert torch.equal(loaded(x, sigma), T(x, sigma)) and "not its average" in loaded.notes[0]
+
+
+@pytest.mark.parametrize("wrap", [lambda t: {"model": {"ema": t}}, lambda t: [t], lambda t: {"ema": [t]}])
+def test_a_denoiser_somewhere_in_a_file(wrap, T, tmp_path):
+    form = Format()
+    loaded = load_teacher(write(tmp_path / "x.pkl", form.dumps(wrap(form.module(T, T.init_kwargs)))))
+    x = torch.randn(1, 3, 8, 8)
+    assert torch.equal(loaded(x, 2.0), T(x, 2.0))
 
 
 def test_a_denoiser_of_another_name(T, tmp_path):

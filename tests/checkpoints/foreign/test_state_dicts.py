@@ -1,5 +1,6 @@
 """One network as safetensors or npz with the constructor arguments beside it."""
 
+import io
 import json
 import zipfile
 
@@ -11,6 +12,8 @@ import torch
 from refine.checkpoints import load_generator, load_teacher
 from refine.checkpoints.foreign.opening import open_container
 from refine.checkpoints.foreign.state_dicts import save_plain
+from refine.checkpoints.pickles.inert import Blob
+from refine.checkpoints.pickles.tensors import Storage, TensorRef
 from tests.checkpoints.foreign.test_nvidia import (
     assert_generator,
     assert_same,
@@ -69,6 +72,19 @@ def test_compressed_and_fortran_order(tmp_path):
     arrays = {name: value.numpy().copy(order="F") for name, value in G.state_dict().items()}
     np.savez_compressed(tmp_path / "x.npz", init_kwargs=np.array(json.dumps(G.init_kwargs)), **arrays)
     assert_same(load_generator(tmp_path / "x.npz"), G)
+
+
+def test_big_endian_numbers(tmp_path):
+    """Read as they are meant, and written back in the file's order."""
+    G, _ = golden_network("g01_skip_uncond")
+    arrays = {name: value.numpy().astype(">f8") for name, value in G.state_dict().items()}
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "x.npz", init_kwargs=np.array(json.dumps(G.init_kwargs)), **arrays)
+        assert_same(load_generator(tmp_path / "x.npz"), G)
+    data = np.arange(1, 7, dtype=">f8").tobytes()
+    ref = TensorRef.checked(Storage(torch.float64, 6, Blob(io.BytesIO(data), 0, 48), 0, swapped=True), 1, (5,), (1,))
+    assert ref.read().tolist() == [2, 3, 4, 5, 6] and ref.encoded(ref.read()) == data[8:]
+    assert ref.encoded(torch.full([5], 0.5)) == np.full(5, 0.5, ">f8").tobytes()
 
 
 def npz_with(path, **arrays):

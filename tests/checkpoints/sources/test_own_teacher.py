@@ -14,7 +14,7 @@ from refine.evaluation.generate import generate
 from refine.metrics.detectors import load_detector
 from tests.cli.test_refine import call
 from tests.conftest import ROOT
-from tests.networks.test_edm_golden import error
+from tests.golden import unlikeness
 from tests.training.test_resuming import RUN
 from tests.training.test_trainer import make_student
 
@@ -164,7 +164,7 @@ def test_examples_are_the_model_that_they_wrap(function, monkeypatch):
     x, c = torch.randn(4, 1, 32, 32), torch.eye(10)[:4]
     sigma = torch.tensor([0.02, 0.5, 1.3, 40.0])
     x = x * (1 + sigma[:, None, None, None])
-    assert error(T(x, sigma, c), shipped(x, sigma, c)) < 2e-4
+    assert unlikeness(T(x, sigma, c), shipped(x, sigma, c)) < 2e-4
     if function == "noise_predictor":
         assert T.sigma_min == pytest.approx(0.01, rel=1e-3) and T.sigma_max == pytest.approx(157.4, rel=1e-3)
 
