@@ -208,7 +208,7 @@ def golden_rosinality(path):
 def test_command_failures(capsys, tmp_path):
     source = PICKLES / "plain_t213_p4.pkl"
     code, _, err = run(capsys, f"--network={source}", f"--out={tmp_path / 'x.pkl'}")
-    assert code == 2 and "give the pickle that the student came from as --like" in err
+    assert code == 2 and "a .pkl beside --like, the pickle that it came from" in err
     code, _, err = run(capsys, f"--network={source}", f"--out={tmp_path / 'x.pt'}")
     assert code == 2 and err.startswith("Error: --network") and "3 classes" in err and err.count("\n") == 1
     export.write_native(tmp_path / "n.safetensors", {"G_ema": load_generator(source)}, source)
