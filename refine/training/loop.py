@@ -27,25 +27,17 @@ class TrainingRun:
 
     Args:
         trainer, run_dir: A trainer before its first step, and where everything is written.
-        files: SHA-256 of what --gan, --teacher and --ref mean; for training states.
-        go_on: What to type for the run to go on, once it was stopped.
+        files, go_on: SHA-256 of what --gan, --teacher and --ref mean, and what to type to go on after a stop.
         **snapshot_options: metrics, provenance and container of `Snapshots`.
     """
 
     def __init__(
-        self,
-        trainer: Trainer,
-        run_dir: RunDir,
-        files: Mapping[str, str] | None = None,
-        go_on: str = "",
-        **snapshot_options: Any,
+        self, trainer: Trainer, run_dir: RunDir, files: Mapping[str, str], go_on: str, **snapshot_options: Any
     ):
-        self.go_on = go_on
-        self.trainer, self.config, self.run_dir, self.files = trainer, trainer.config, run_dir, files or {}
+        self.trainer, self.config, self.run_dir, self.files, self.go_on = trainer, trainer.config, run_dir, files, go_on
         self.snapshots = Snapshots(trainer, run_dir, **snapshot_options)
         self.progress = Progress()
-        self._saved_at = time.monotonic()
-        self._iterations = 0  # of this process
+        self._saved_at, self._iterations = time.monotonic(), 0  # of this process
         trainer.graphs.say = self._say
 
     def run(self, monitor: Monitor, stop: StopRequests | None = None) -> int | None:

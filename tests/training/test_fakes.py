@@ -5,7 +5,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from refine.training.fakes import COLUMNS, HEIGHT, LARGEST, ROWS, WIDTH, FakesGrid, grid_classes, grid_shape
+from refine.training import fakes
+from refine.training.fakes import COLUMNS, LARGEST, ROWS, FakesGrid, grid_classes, grid_shape
 from tests.training.test_trainer import make_student
 
 pytestmark = pytest.mark.usefixtures("full_pictures")
@@ -44,7 +45,7 @@ def test_a_picture_is_bounded_whatever_the_size_of_an_image(resolution, num_clas
     picture = FakesGrid(G, torch.device("cpu")).draw(G)
     side = picture.shape[1] // rows
     assert picture.shape == (1, rows * side, columns * side) and min(resolution, LARGEST // 2) <= side <= LARGEST
-    assert picture.numel() <= WIDTH * HEIGHT
+    assert picture.numel() <= fakes.WIDTH * fakes.HEIGHT
 
 
 def test_a_picture_shows_the_latents_in_order_and_large_images_reduced(monkeypatch):

@@ -54,7 +54,7 @@ def make_run(path, student=None, teacher=None, metrics=None, metric_names=(), ot
     config = RefineConfig("g", "t", metrics=metric_names, **{**defaults, **options})
     path.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(config, student or make_student(), teacher or make_teacher(), others=others)
-    return TrainingRun(trainer, RunDir(path, quiet=True), metrics=metrics)
+    return TrainingRun(trainer, RunDir(path, quiet=True), {}, "", metrics=metrics)
 
 
 def run(training):
