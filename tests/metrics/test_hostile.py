@@ -14,9 +14,8 @@ from PIL import Image
 
 from refine.metrics import references
 from refine.metrics.detectors import load_detector
-from refine.metrics.image_sets import MAX_SORTED, ImageSet
+from refine.metrics.image_sets import ImageSet
 from refine.metrics.references import Looking, load_reference
-from refine.metrics.zips import MAX_ENTRIES
 from tests.limits import outcome, zip_of
 from tests.metrics.networks import PixelDetector
 
