@@ -5,9 +5,12 @@ import torch
 
 from refine.checkpoints import deploy, load_generator, native
 from refine.cli.main import run_command
+from refine.networks.edm import EDMPrecond
+from refine.networks.one_step import OneStepGenerator
 from refine.networks.r3gan import Generator as R3GAN
 from refine.networks.stylegan2 import Generator
 from refine.torch_utils.build import custom_ops
+from tests.checkpoints.stylegan3_files import t_generator, xl_generator
 
 pytestmark = pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="torch < 2.7")
 
@@ -28,13 +31,40 @@ def r3gan():
     return G
 
 
+def stylegan3_r():
+    return t_generator(conv_kernel=1, use_radial_filters=True).requires_grad_(False)
+
+
+def stylegan_xl():
+    G = xl_generator().requires_grad_(False)
+    G.mapping.w_avg.normal_()  # one mean for each class
+    return G
+
+
+def one_step():
+    kwargs = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1}
+    T = EDMPrecond(8, 3, 3, **kwargs, attn_resolutions=[4]).eval().requires_grad_(False)
+    for p in T.parameters():
+        p.add_(torch.randn_like(p) * 0.1)
+    return OneStepGenerator.from_teacher(T, 2.5)
+
+
+FAMILIES = [
+    (stylegan2, ["z", "c", "psi"]),
+    (r3gan, ["z"]),
+    (stylegan3_r, ["z", "c", "psi"]),
+    (stylegan_xl, ["z", "c", "psi"]),
+    (one_step, ["z", "c"]),
+]
+
+
 def run(capsys, *args):
     with pytest.raises(SystemExit) as caught:
         run_command("export", [str(arg) for arg in args])
     return caught.value.code, *capsys.readouterr()
 
 
-@pytest.mark.parametrize("make, inputs", [(stylegan2, ["z", "c", "psi"]), (r3gan, ["z"])])
+@pytest.mark.parametrize("make, inputs", FAMILIES)
 @pytest.mark.parametrize("suffix", ["pt2", "onnx"])
 def test_graphs(suffix, make, inputs, capsys, tmp_path):
     if suffix == "onnx":
@@ -43,11 +73,13 @@ def test_graphs(suffix, make, inputs, capsys, tmp_path):
     native.save_networks(tmp_path / "x.safetensors", {"G_ema": make()}, provenance={})
     G, out, mode = load_generator(tmp_path / "x.safetensors"), tmp_path / f"x.{suffix}", custom_ops.get_mode()
     code, text, _ = run(capsys, f"--network={tmp_path / 'x.safetensors'}", f"--out={out}")
-    assert code == 0 and text.startswith(f"Wrote {out}\n  {', '.join(inputs)} → image (N, 3, 8, 8); it was run")
+    assert code == 0 and text.startswith(f"Wrote {out}\n  {', '.join(inputs)} → image (N, {G.img_channels}, {G.img_resolution}, ")
+    assert "it was run" in text
     assert custom_ops.get_mode() == mode
-    values = {"z": torch.randn(5, 4), "c": torch.eye(2)[[0, 1, 0, 1, 1]], "psi": torch.tensor(0.5)}
+    values = {"z": torch.randn(5, G.z_dim), "psi": torch.tensor(0.5)}
+    values["c"] = torch.eye(max(G.c_dim, 1))[[index % max(G.c_dim, 1) for index in (0, 1, 2, 1, 1)]]
     given = [values[name] for name in inputs]
-    expected = G(values["z"], values["c"], **G.accepted(truncation_psi=0.5, noise_mode="const"))
+    expected = G(values["z"], values["c"] if G.c_dim else None, **G.accepted(truncation_psi=0.5, noise_mode="const"))
     if suffix == "pt2":
         program = torch.export.load(out)
         found = program.module()(*given)
