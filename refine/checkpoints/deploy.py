@@ -48,7 +48,11 @@ class _Graph(torch.nn.Module):
         if not self.truncates:
             return self.G(z, c, **options)
         mapping: Any = self.G.mapping
-        ws = mapping.w_avg + given["psi"] * (mapping(z, c) - mapping.w_avg)
+        mean = mapping.w_avg
+        if mean.ndim == 2:  # one for each class
+            assert c is not None, "means of classes need labels"
+            mean = mean[c.argmax(dim=1)].unsqueeze(1)
+        ws = mean + given["psi"] * (mapping(z, c) - mean)
         return self.G.synthesis(ws, **options)  # type: ignore[operator] # of every generator with a mapping
 
     def example(self) -> tuple[torch.Tensor, ...]:
@@ -70,14 +74,18 @@ def write_graph(out: str | os.PathLike, G: Generator) -> str:
         One sentence: inputs, output, and how far its images are from G's.
 
     Raises:
-        ValueError: ONNX is not installed, the network is too large for one file, or the result is another function.
+        ValueError: The network is too large for one file, cannot be made into a graph, or the result is another function.
         OSError: The file cannot be written.
     """
     write, run = _WRITERS[Path(out).suffix.lstrip(".").lower()]
     graph = _Graph(G.cpu().float().eval())
     with _plain_ops(), dnnlib.replaced_atomically(out) as temporary:
-        with _quiet():
-            write(graph, temporary)
+        try:
+            with _quiet():
+                write(graph, temporary)
+        except RuntimeError as error:  # what exporters raise
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise ValueError(f"this network cannot be made into a graph: {reason[:200]}") from None
         inputs = graph.example()
         expected = graph(*inputs)
         error = float((run(graph, temporary, inputs) - expected).abs().max() / expected.abs().max().clamp(min=1))

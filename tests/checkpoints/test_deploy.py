@@ -73,7 +73,7 @@ def test_graphs(suffix, make, inputs, capsys, tmp_path):
     native.save_networks(tmp_path / "x.safetensors", {"G_ema": make()}, provenance={})
     G, out, mode = load_generator(tmp_path / "x.safetensors"), tmp_path / f"x.{suffix}", custom_ops.get_mode()
     code, text, _ = run(capsys, f"--network={tmp_path / 'x.safetensors'}", f"--out={out}")
-    assert code == 0 and text.startswith(f"Wrote {out}\n  {', '.join(inputs)} → image (N, {G.img_channels}, {G.img_resolution}, ")
+    assert code == 0 and text.startswith(f"Wrote {out}\n  {', '.join(inputs)} → image (N, {G.img_channels}, ")
     assert "it was run" in text
     assert custom_ops.get_mode() == mode
     values = {"z": torch.randn(5, G.z_dim), "psi": torch.tensor(0.5)}
@@ -103,6 +103,16 @@ def test_a_graph_that_is_another_function_is_not_kept(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"differ by .*; expected at most 0.0001"):
         deploy.write_graph(tmp_path / "x.pt2", r3gan())
     assert not list(tmp_path.iterdir())
+
+
+def test_networks_without_a_graph_are_refused_in_one_line(tmp_path):
+    class Looking(R3GAN):
+        def forward(self, z, c=None):
+            return super().forward(z, c) * (2.0 if z.sum() > 0 else 1.0)
+
+    with pytest.raises(ValueError, match="this network cannot be made into a graph: ") as refusal:
+        deploy.write_graph(tmp_path / "x.pt2", Looking(4, 0, 8, 3, widths=[8, 4], cardinalities=[4, 2], blocks=[1, 1]))
+    assert "\n" not in str(refusal.value) and not list(tmp_path.iterdir())
 
 
 def test_packages_that_are_missing(monkeypatch):
