@@ -74,7 +74,7 @@ def write_graph(out: str | os.PathLike, G: Generator) -> str:
         One sentence: inputs, output, and how far its images are from G's.
 
     Raises:
-        ValueError: The network is too large for one file, cannot be made into a graph, or the result is another function.
+        ValueError: The network is too large for one file, has no graph, or the result is another function.
         OSError: The file cannot be written.
     """
     write, run = _WRITERS[Path(out).suffix.lstrip(".").lower()]
@@ -88,11 +88,11 @@ def write_graph(out: str | os.PathLike, G: Generator) -> str:
             raise ValueError(f"this network cannot be made into a graph: {reason[:200]}") from None
         inputs = graph.example()
         expected = graph(*inputs)
-        error = float((run(graph, temporary, inputs) - expected).abs().max() / expected.abs().max().clamp(min=1))
-        if not error <= TOLERANCE:
-            raise ValueError(f"the graph gives images that differ by {error:.2g}; expected at most {TOLERANCE:g}")
+        apart = float((run(graph, temporary, inputs) - expected).abs().max() / expected.abs().max().clamp(min=1))
+        if not apart <= TOLERANCE:
+            raise ValueError(f"the graph gives images that differ by {apart:.2g}; expected at most {TOLERANCE:g}")
     shape = f"(N, {G.img_channels}, {G.img_resolution}, {G.img_resolution})"
-    return f"{', '.join(graph.inputs)} → image {shape}; it was run and differs by {error:.1g} at most"
+    return f"{', '.join(graph.inputs)} → image {shape}; it was run and differs by {apart:.1g} at most"
 
 
 def check_installed(suffix: str) -> None:

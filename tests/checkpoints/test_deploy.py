@@ -10,7 +10,7 @@ from refine.networks.one_step import OneStepGenerator
 from refine.networks.r3gan import Generator as R3GAN
 from refine.networks.stylegan2 import Generator
 from refine.torch_utils.build import custom_ops
-from tests.checkpoints.stylegan3_files import t_generator, xl_generator
+from tests.checkpoints.stylegan3_files import xl_generator
 
 pytestmark = pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="torch < 2.7")
 
@@ -31,10 +31,6 @@ def r3gan():
     return G
 
 
-def stylegan3_r():
-    return t_generator(conv_kernel=1, use_radial_filters=True).requires_grad_(False)
-
-
 def stylegan_xl():
     G = xl_generator().requires_grad_(False)
     G.mapping.w_avg.normal_()  # one mean for each class
@@ -52,7 +48,6 @@ def one_step():
 FAMILIES = [
     (stylegan2, ["z", "c", "psi"]),
     (r3gan, ["z"]),
-    (stylegan3_r, ["z", "c", "psi"]),
     (stylegan_xl, ["z", "c", "psi"]),
     (one_step, ["z", "c"]),
 ]
