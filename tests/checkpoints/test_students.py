@@ -14,7 +14,7 @@ from refine.networks.edm import EDMPrecond
 from refine.networks.stylegan2 import Generator
 from tests.checkpoints.builders import Format, ZipFormat, write
 from tests.checkpoints.foreign.test_nvidia import PICKLES
-from tests.checkpoints.stylegan3_files import t_generator
+from tests.checkpoints.stylegan3_files import Form, stylegan3_file, t_generator
 from tests.golden import read_arrays
 
 QUICK = ["--kimg=0.008", "--batch=4", "--metrics=none", "--adversarial=0", "--aux-warmup-kimg=0", "--lr=0.001"]
@@ -158,8 +158,8 @@ def state_dict_file(path):
     torch.save({"G_ema": Generator(8, 0, 8, 16, 3, {"num_layers": 2}, SMALL).state_dict()}, path)
 
 
-def stylegan3_state_dict_file(path):
-    torch.save(t_generator(conv_kernel=1, use_radial_filters=True).state_dict(), path)
+def stylegan3_file_r(path):
+    path.write_bytes(stylegan3_file(Form(), t_generator(conv_kernel=1, use_radial_filters=True)))
 
 
 def r3gan_state_dict_file(path):
@@ -177,7 +177,7 @@ FAMILIES = {  # how a file is made, its ending, and the options of export after 
     "TensorFlow": (tensorflow_file, "pkl", True),
     "rosinality": (rosinality_file, "pt", False),
     "state dict": (state_dict_file, "pt", None),
-    "StyleGAN3-r state dict": (stylegan3_state_dict_file, "pt", None),
+    "StyleGAN3-r": (stylegan3_file_r, "pkl", True),
     "R3GAN state dict": (r3gan_state_dict_file, "pt", None),
     "torch.save(G)": (module_file, "pt", None),
     "StyleGAN2": (lambda path: path.write_bytes((PICKLES / "plain_t17_p3.pkl").read_bytes()), "pkl", True),
