@@ -50,6 +50,29 @@ def test_golden():
         assert error(images, data[name]) < 1e-5
 
 
+def test_gradients_are_those_of_the_two_networks_combined():
+    """To images, noise levels and weights: w of D's and 1 − w of the guide's; and those of differences of D."""
+    main, guide, data = golden()
+    x, sigma, c, w = data["x"], data["sigma"], data["class_labels"], 1.7
+    cotangent = torch.randn_like(data["D_w1.7"])
+
+    def gradients(net):
+        given = [x.clone().requires_grad_(True), sigma.clone().requires_grad_(True)]
+        return torch.autograd.grad(net(*given, c), given, cotangent)
+
+    for found, of_main, of_guide in zip(
+        gradients(Autoguided(main, guide, w)), gradients(main), gradients(guide), strict=True
+    ):
+        assert error(found, w * of_main + (1 - w) * of_guide) < TOLERANCE
+        assert error(found, of_main) > 10 * TOLERANCE  # the guide has its part
+    guided, direction, step = Autoguided(main, guide, w), torch.randn_like(x), 1e-2
+    x = x.requires_grad_(True)
+    (slope,) = torch.autograd.grad(guided(x, sigma, c), x, cotangent)
+    with torch.no_grad():
+        up, down = (guided(x + sign * step * direction, sigma, c).mul(cotangent).double().sum() for sign in (1, -1))
+    assert float((up - down) / (2 * step)) == pytest.approx(float((slope * direction).sum()), rel=1e-2)
+
+
 class Countdown(Denoiser):
     """Fails when it is asked."""
 

@@ -48,7 +48,11 @@ class _Graph(torch.nn.Module):
         if not self.truncates:
             return self.G(z, c, **options)
         mapping: Any = self.G.mapping
-        ws = mapping.w_avg + given["psi"] * (mapping(z, c) - mapping.w_avg)
+        mean = mapping.w_avg
+        if mean.ndim == 2:  # one for each class
+            assert c is not None, "means of classes need labels"
+            mean = mean[c.argmax(dim=1)].unsqueeze(1)
+        ws = mean + given["psi"] * (mapping(z, c) - mean)
         return self.G.synthesis(ws, **options)  # type: ignore[operator] # of every generator with a mapping
 
     def example(self) -> tuple[torch.Tensor, ...]:
@@ -70,21 +74,25 @@ def write_graph(out: str | os.PathLike, G: Generator) -> str:
         One sentence: inputs, output, and how far its images are from G's.
 
     Raises:
-        ValueError: ONNX is not installed, the network is too large for one file, or the result is another function.
+        ValueError: The network is too large for one file, has no graph, or the result is another function.
         OSError: The file cannot be written.
     """
     write, run = _WRITERS[Path(out).suffix.lstrip(".").lower()]
     graph = _Graph(G.cpu().float().eval())
     with _plain_ops(), dnnlib.replaced_atomically(out) as temporary:
-        with _quiet():
-            write(graph, temporary)
+        try:
+            with _quiet():
+                write(graph, temporary)
+        except RuntimeError as error:  # what exporters raise
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise ValueError(f"this network cannot be made into a graph: {reason[:200]}") from None
         inputs = graph.example()
         expected = graph(*inputs)
-        error = float((run(graph, temporary, inputs) - expected).abs().max() / expected.abs().max().clamp(min=1))
-        if not error <= TOLERANCE:
-            raise ValueError(f"the graph gives images that differ by {error:.2g}; expected at most {TOLERANCE:g}")
+        apart = float((run(graph, temporary, inputs) - expected).abs().max() / expected.abs().max().clamp(min=1))
+        if not apart <= TOLERANCE:
+            raise ValueError(f"the graph gives images that differ by {apart:.2g}; expected at most {TOLERANCE:g}")
     shape = f"(N, {G.img_channels}, {G.img_resolution}, {G.img_resolution})"
-    return f"{', '.join(graph.inputs)} → image {shape}; it was run and differs by {error:.1g} at most"
+    return f"{', '.join(graph.inputs)} → image {shape}; it was run and differs by {apart:.1g} at most"
 
 
 def check_installed(suffix: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from refine.cli.models_cmd import describe_entry, entry_lines
+from refine.cli.models_cmd import describe_entry, entry_lines, index_lines
 from refine.cli.options import kwargs_as_typed, kwargs_option, network_file
 
 
@@ -47,7 +47,8 @@ def inspect(file: str, as_json: bool, gan_kwargs: dict[str, Any] | None, teacher
     if use is not None:
         report |= {"use": use}
         report.pop("problem", None)
-    click.echo(describe.as_json(report) if as_json else describe.as_text(report))
+    text = describe.as_json(report) if as_json else describe.as_text(report)
+    click.echo(text if as_json or known is None else "\n".join([text, *index_lines(known)]))
     if use is None:
         raise ValueError(f"{path}: nothing in it can be used; it is {report['description']}")
 

@@ -55,9 +55,18 @@ def entry_lines(entry: dict[str, Any]) -> list[str]:
     """The entry as the lines of `python -m refine inspect`."""
     keys = {"name": "name", "kind": "kind", "what": "what", "resolution": "size", "classes": "classes"}
     keys |= {"licence": "licence", "url": "from", "where": "get it", "sha256": "sha256", "made_by": "made by"}
-    shown = {**entry, "classes": entry.get("classes") or "none"} if "classes" in entry else entry
+    shown = {**entry, "classes": entry.get("classes") or "none"} if "classes" in entry else dict(entry)
+    if "resolution" in entry:
+        shown["resolution"] = f"{entry['resolution']}×{entry['resolution']}"
     lines = [f"{label:<11} {shown[key]}" for key, label in keys.items() if key in shown]
     lines += [f"{'FID':<11} {entry['published']}, as published"] if "published" in entry else []
     if "guide" in entry:
         lines.append(f"{'meant with':<11} --guide={entry['guide']} --guidance={entry['guidance']:g}")
     return [*lines, f"{'file':<11} {entry['place']}"]
+
+
+def index_lines(entry: dict[str, Any]) -> list[str]:
+    """What only the index knows of a file that is here and was looked at."""
+    known = ("name", "licence", "FID", "meant with", "file")
+    lines = [line for line in entry_lines(entry) if line[:11].strip() in known]
+    return [line if not line.startswith("file") else f"{'place':<11} {entry['place']}" for line in lines]

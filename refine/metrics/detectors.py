@@ -251,10 +251,14 @@ def observe(detector: Detector, images: torch.Tensor, classes: bool) -> tuple[to
 
 
 def check_takes(judge: Detector, image_shape: Sequence[int], device: torch.device | str) -> None:
-    """Raises ValueError if the detector, which is on `device`, cannot look at images [C, H, W]; two black ones tell."""
+    """Raises ValueError if the detector, which is on `device`, cannot look at images [C, H, W]; two black ones tell.
+
+    A teacher has looked at images of its own size before, so that only what makes others into these is tried.
+    """
+    look = getattr(judge, "prepared", judge)
     try:
         with torch.no_grad():
-            judge(torch.zeros([2, *image_shape], dtype=torch.uint8, device=device))
+            look(torch.zeros([2, *image_shape], dtype=torch.uint8, device=device))
     except RuntimeError as error:  # what TorchScript raises for an input that does not fit
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(f"{judge.name} cannot take images {list(image_shape)}: {reason}") from None

@@ -65,7 +65,7 @@ class TeacherDetector:
 
     @torch.no_grad()
     def _means(self, images: torch.Tensor) -> list[torch.Tensor]:
-        return self.teacher.encode(self._from_uint8(images), SIGMA)
+        return self.teacher.encode(self.prepared(images), SIGMA)
 
     def image_note(self, shape: Sequence[int]) -> str | None:
         """What is done to images [C, H, W] that are not the teacher's own, for people."""
@@ -73,7 +73,7 @@ class TeacherDetector:
         bridge = plan_bridge((shape[-1], shape[0], 0), (size, channels, 0))
         return "; ".join(bridge.messages(null_label=True)) or None
 
-    def _from_uint8(self, images: torch.Tensor) -> torch.Tensor:
+    def prepared(self, images: torch.Tensor) -> torch.Tensor:
         """Images as the teacher takes them: larger ones are reduced, colours are made to fit, see `refine.pair`."""
         size, channels = self.teacher.img_resolution, self.teacher.img_channels
         fits = images.dtype == torch.uint8 and images.ndim == 4 and images.shape[2] == images.shape[3]

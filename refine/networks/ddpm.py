@@ -164,7 +164,8 @@ class DDPMPrecond(Preconditioner):
         augment_labels: torch.Tensor | None, dtype: torch.dtype,
     ) -> torch.Tensor:  # fmt: skip
         """By autocast, which leaves the library's own code as it is. The U-Net takes one time and class per image."""
-        time, classes = c_noise.expand(len(x)), self._classes(class_labels, len(x))
+        n = x.shape[0]
+        time, classes = c_noise.expand(n), self._classes(class_labels, n)
         with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
             return self.inner(x, time, class_labels=classes).sample
 

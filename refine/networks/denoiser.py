@@ -153,10 +153,11 @@ class Preconditioner(Denoiser, MixedPrecision):
             return None
         if class_labels is None:
             return x.new_zeros(1, self.label_dim)
-        if tuple(class_labels.shape) not in ((1, self.label_dim), (len(x), self.label_dim)):
+        n = x.shape[0]  # of a graph for any number of images; len() would fix it
+        if tuple(class_labels.shape) not in ((1, self.label_dim), (n, self.label_dim)):
             raise ValueError(
                 f"class labels have shape {tuple(class_labels.shape)}, but this network takes one-hot rows "
-                f"({len(x)}, {self.label_dim})."
+                f"({n}, {self.label_dim})."
             )
         return class_labels.to(x.device, torch.float32)
 

@@ -34,7 +34,7 @@ from refine.training.adversary import Others
 from refine.training.alike import check_options_alike, check_origins_alike
 from refine.training.best import mend_best
 from refine.training.callbacks import CallbackMonitor
-from refine.training.estimate import Estimate, counted, estimate, stand_ins
+from refine.training.estimate import Estimate, counted, estimate, is_too_long, outlined, stand_ins
 from refine.training.loading import Brought, Pair, load_pair, no_container
 from refine.training.loop import TrainingRun
 from refine.training.monitor import Monitor, Monitors
@@ -227,10 +227,14 @@ def _estimated(
 ) -> Run:
     """A dry run: a trainer that makes a few iterations, and is thrown away."""
     bridge = check_pair(pair.student, pair.teacher)
-    if config.adversarial and others is None:
-        others = stand_ins(bridge.student, bridge.teacher, device)
-    counts = counted(config, pair.student, pair.teacher, pair.guide, others is not None)
-    trainer = Trainer(config, pair.student, pair.teacher, device, others, pair.guide)
+    networks, critic = (pair.student, pair.teacher, pair.guide), bool(config.adversarial)
+    counts = counted(config, *networks, critic)
+    if is_too_long(config, device, counts):
+        trainer = outlined(config, *networks, critic)
+    else:
+        if critic and others is None:
+            others = stand_ins(bridge.student, bridge.teacher, device)
+        trainer = Trainer(config, pair.student, pair.teacher, device, others, pair.guide)
     images = sum(metric.num for metric in metrics[:1])  # of every average; further metrics only of the best
     found = estimate(trainer, images, no_container(config.gan, pair) is None, counts)
     _say(trainer.remarks)

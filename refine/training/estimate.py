@@ -92,6 +92,21 @@ def counted(
         return None
 
 
+def is_too_long(config: RefineConfig, device: torch.device, counts: Counted | None) -> bool:
+    """Whether an iteration would take so long on a CPU that it is only counted."""
+    return device.type in ("cpu", "meta") and counts is not None and counts.flops_per_image * config.batch > _TOO_LONG
+
+
+def outlined(
+    config: RefineConfig, student: Generator, teacher: Denoiser, guide: Denoiser | None, critic: bool
+) -> Trainer:
+    """The trainer of a run with shapes but no numbers, for an estimate without an iteration; as `counted`."""
+    sizes, meta = check_pair(student, teacher), torch.device("meta")
+    others = stand_ins(sizes.student, sizes.teacher, meta) if critic else None
+    guide = None if guide is None else weightless(guide)
+    return Trainer(config, weightless(student), weightless(teacher), meta, others, guide)
+
+
 def estimate(
     trainer: Trainer, metric_images: int = 0, in_container: bool = False, counts: Counted | None = None
 ) -> Estimate:
@@ -100,13 +115,13 @@ def estimate(
     On a CPU an iteration that takes very long is left out.
 
     Args:
-        trainer: Before its first step.
+        trainer: Before its first step; where the iteration is left out, one of `outlined` will do.
         metric_images: How many images all metrics together draw of one network.
         in_container: Whether snapshots are also written into a copy of the GAN's own file.
         counts: What an iteration takes, where that is known.
     """
     config = trainer.config
-    slow = trainer.device.type == "cpu" and counts and counts.flops_per_image * config.batch > _TOO_LONG
+    slow = is_too_long(config, trainer.device, counts)
     measured = {"seconds_per_kimg": None, "seconds": None, "memory_bytes": None} if slow else _measured(trainer)
     snapshots = 0
     if config.snap:

@@ -12,8 +12,9 @@ from refine.checkpoints.foreign import rosinality
 from refine.cli.main import run_command
 from refine.networks.edm import EDMPrecond
 from refine.networks.stylegan2 import Generator
-from tests.checkpoints.builders import Format, write
+from tests.checkpoints.builders import Format, ZipFormat, write
 from tests.checkpoints.foreign.test_nvidia import PICKLES
+from tests.checkpoints.stylegan3_files import Form, stylegan3_file, t_generator
 from tests.golden import read_arrays
 
 QUICK = ["--kimg=0.008", "--batch=4", "--metrics=none", "--adversarial=0", "--aux-warmup-kimg=0", "--lr=0.001"]
@@ -85,6 +86,25 @@ def test_a_one_step_generator_is_refined_and_goes_back(teacher, capsys, tmp_path
     assert np.array_equal(np.asarray(Image.open(tmp_path / "images/seed0001.png")), expected)
 
 
+def test_a_state_dict_is_refined_as_a_one_step_generator_and_comes_back(teacher, capsys, tmp_path):
+    from refine.checkpoints import load_teacher
+
+    source = tmp_path / "dmd.pt"
+    torch.save({"ema": load_teacher(teacher).state_dict()}, source)
+    options = [f"--gan=one-step:{source}", "--sigma-init=5", f"--teacher={teacher}", f"--outdir={tmp_path}"]
+    code, text, err = run(capsys, "refine", *options, *QUICK)
+    assert code == 0 and "EDMPrecond" in text, err  # what no state dict tells is said
+    snapshot, out = only(tmp_path, "*/network-snapshot-*.safetensors"), tmp_path / "x.safetensors"
+    code, _, err = run(capsys, "export", f"--network={snapshot}", f"--out={out}")
+    assert code == 0, err
+    code, text, _ = run(capsys, "inspect", out)
+    assert code == 0 and "one_step.OneStepGenerator 16×16×3" in text
+    after, again = load_generator(snapshot), load_generator(out)
+    before = load_generator(f"one-step:{source}", sigma_init=5)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in after.state_dict().items())
+    assert again.sigma_init == 5 and not all(map(torch.equal, before.parameters(), again.parameters()))
+
+
 def test_arguments_of_a_state_dict(capsys, tmp_path):
     small = {"mapping_kwargs": {"num_layers": 1}, "synthesis_kwargs": {"channel_base": 64, "channel_max": 8}}
     G = Generator(4, 0, 4, 8, 3, **small)
@@ -138,11 +158,28 @@ def state_dict_file(path):
     torch.save({"G_ema": Generator(8, 0, 8, 16, 3, {"num_layers": 2}, SMALL).state_dict()}, path)
 
 
+def stylegan3_file_r(path):
+    path.write_bytes(stylegan3_file(Form(), t_generator(conv_kernel=1, use_radial_filters=True)))
+
+
+def r3gan_state_dict_file(path):
+    torch.save(load_generator(PICKLES / "r3gan_current_uncond16.pkl").state_dict(), path)
+
+
+def module_file(path):
+    """torch.save(G)"""
+    form, G = ZipFormat(), Generator(8, 0, 8, 16, 3, {"num_layers": 2}, SMALL)
+    path.write_bytes(form.dumps(form.module(G, G.init_kwargs)))
+
+
 SMALL = {"channel_base": 128, "channel_max": 8}
 FAMILIES = {  # how a file is made, its ending, and the options of export after which it is one of its family again
     "TensorFlow": (tensorflow_file, "pkl", True),
     "rosinality": (rosinality_file, "pt", False),
     "state dict": (state_dict_file, "pt", None),
+    "StyleGAN3-r": (stylegan3_file_r, "pkl", True),
+    "R3GAN state dict": (r3gan_state_dict_file, "pt", None),
+    "torch.save(G)": (module_file, "pt", None),
     "StyleGAN2": (lambda path: path.write_bytes((PICKLES / "plain_t17_p3.pkl").read_bytes()), "pkl", True),
 }
 
@@ -162,7 +199,8 @@ def test_refined_exported_inspected_and_loaded_again(family, capsys, tmp_path):
     snapshot = only(tmp_path, "runs/*/network-snapshot-*.safetensors")
     after = load_generator(snapshot)
     moved = [name for name, value in before.state_dict().items() if not torch.equal(value, after.state_dict()[name])]
-    assert any(name.startswith("synthesis.") for name in moved) and any(name.startswith("mapping.") for name in moved)
+    parts = ("MainLayers.", "AggregationLayer.") if family.startswith("R3GAN") else ("synthesis.", "mapping.")
+    assert all(any(name.startswith(part) for name in moved) for part in parts)
     further = [f"--like={source}"] if like else []
     code, text, err = run(capsys, "export", f"--network={snapshot}", f"--out={out}", *further)
     assert code == 0 and text.startswith(f"Wrote {out}"), err

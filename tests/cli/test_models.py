@@ -71,6 +71,15 @@ def test_inspecting_a_shipped_name_says_both(capsys):
     assert report["index"]["place"] == "shipped" and report["networks"]["G_ema"]["kind"] == "generator"
 
 
+def test_what_only_the_index_knows_of_a_file_that_is_here_is_said(capsys):
+    code, out, _ = run(capsys, "inspect", "digits-gan")
+    assert code == 0 and [line.split() for line in out.splitlines()[-3:]] == [
+        ["name", "digits-gan"],
+        ["licence", "Apache-2.0"],
+        ["place", "shipped"],
+    ]
+
+
 def test_a_name_without_an_address_says_where_to_get_it():
     with pytest.raises(
         ValueError, match=r"r3gan-cifar10 has to be fetched by hand: the README of .*; then give the fil"

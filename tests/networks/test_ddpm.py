@@ -145,6 +145,27 @@ def test_denoiser_equals_the_librarys_own_arithmetic():
                 assert error(D_x, expected) < 2e-4, (schedule, prediction, t)
 
 
+@pytest.mark.parametrize("prediction", ddpm.PREDICTIONS)
+def test_gradients_equal_those_of_the_librarys_own_arithmetic(prediction):
+    """Of D to x, and to the weights, against the scheduler's step around the same U-Net."""
+    diffusers = pytest.importorskip("diffusers", reason="the optional package diffusers is not installed")
+    unet = {"block_out_channels": [8, 16], "norm_num_groups": 4, "layers_per_block": 1, "attention_head_dim": 8}
+    unet |= {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}
+    net = ddpm.DDPMPrecond(8, 2, prediction_type=prediction, **unet).eval()
+    scheduler = diffusers.DDPMScheduler(prediction_type=prediction, clip_sample=False)
+    weight = net.unet.conv_in.weight
+    for t in (3, 400, 990):
+        signal = scheduler.alphas_cumprod[t].double()
+        x = (torch.randn(2, 2, 8, 8) / signal.sqrt()).float().requires_grad_(True)
+        cotangent = torch.randn(2, 2, 8, 8)
+        x_t = x * signal.sqrt().float()
+        theirs = scheduler.step(net.unet(x_t, t).sample, t, x_t).pred_original_sample
+        ours = net(x, ((1 - signal) / signal).sqrt().float())
+        expected, found = (torch.autograd.grad(D_x, [x, weight], cotangent) for D_x in (theirs, ours))
+        for a, b in zip(found, expected, strict=True):
+            assert b.abs().max() > 0 and error(a, b) < 5e-4, (prediction, t)
+
+
 def test_compute_dtype():
     """bfloat16 by autocast around float32 parameters; float32 again where it is asked for."""
     pytest.importorskip("diffusers", reason="the optional package diffusers is not installed")

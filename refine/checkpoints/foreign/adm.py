@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from refine.checkpoints.foreign.container import FileNetwork
+from refine.checkpoints.foreign.flat import flattened, generators
 from refine.checkpoints.pickles.inert import Refused, shown
 from refine.checkpoints.pickles.tensors import TensorRef
 
 FAMILY = "a guided-diffusion .pt"
 CM_FAMILY = "a consistency_models .pt"
-_WRAPPER = "module."
 _MAX_JSON_BYTES = 1 << 20
 _MAX_STAGES = 200  # entries of a ladder; the largest published one has 21
 
 # What tells the U-Net from other networks with some of its names.
+_ANCHOR = "input_blocks.0.0.weight"
 _SIGNS = (
     *("time_embed.0.weight", "input_blocks.0.0.weight", "middle_block.1.qkv.weight"),
     *("output_blocks.0.0.in_layers.0.weight", "out.2.weight"),
@@ -161,13 +162,11 @@ def describe_teacher(refs: Mapping[str, TensorRef], path: Path, given: Mapping[s
 
 
 def _refs(value: Any) -> dict[str, TensorRef] | None:
-    """A state dict, without the prefix of DistributedDataParallel."""
-    if not isinstance(value, dict) or not value:
-        return None
-    if not all(isinstance(name, str) and isinstance(ref, TensorRef) for name, ref in value.items()):
-        return None
-    wrapped = all(name.startswith(_WRAPPER) for name in value)
-    return {str(name).removeprefix(_WRAPPER) if wrapped else str(name): ref for name, ref in value.items()}
+    """The state dict with these names, wherever it is in the file; of several the average. None = there is none."""
+    flat = flattened(value)
+    found = generators(flat, _ANCHOR)
+    at = found.get("G_ema", found.get("G"))
+    return None if at is None else flat.under(at)
 
 
 def _shape(refs: Mapping[str, TensorRef], name: str, axes: int) -> tuple[int, ...]:

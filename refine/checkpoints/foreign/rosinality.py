@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from refine.checkpoints.foreign.container import FileNetwork, Members, merged
 from refine.checkpoints.foreign.flat import (
@@ -33,6 +34,7 @@ ANCHOR = "conv1.conv.modulation.weight"
 _MAX_LAYERS = 64  # that a mean of w can be stored for, one by one
 _D_ANCHOR = "final_linear.1.weight"
 _MEANS = ("latent_avg", "truncation_latent")  # names that the mean of w goes by, beside the network or in it
+_MEAN_LABELS = 1 << 24  # numbers in the labels of one batch of them
 _MEAN_WEIGHTS = 8 * 513 * 512  # of a mapping up to which there are so many; fewer where more weights would take longer
 
 
@@ -219,13 +221,18 @@ def _set_mean_of_w(
 
 @torch.no_grad()
 def estimate_w_avg(network: Any) -> None:
-    """Sets w_avg of a `stylegan2.Generator` to the mean of w over a fixed set of random z."""
+    """Sets w_avg of a generator with StyleGAN2's mapping to the mean of w over a fixed set of random z, and over its
+    classes in turn."""
     rng, total = torch.Generator().manual_seed(0), torch.zeros(network.w_dim, dtype=torch.float64)
     weights = sum(p.numel() for p in network.mapping.parameters())
     draws = max(min(MEAN_OF, MEAN_OF * _MEAN_WEIGHTS // max(weights, 1)) // 10, 1)
-    for _ in range(10):
+    draws = max(min(draws, _MEAN_LABELS // max(network.c_dim, 1)), 1)
+    for part in range(10):
         z = torch.randn(draws, network.z_dim, generator=rng)
-        total += network.mapping(z, None, skip_w_avg_update=True)[:, 0].double().sum(dim=0)
+        c = None
+        if network.c_dim:
+            c = F.one_hot((torch.arange(draws) + part * draws) % network.c_dim, network.c_dim).float()
+        total += network.mapping(z, c, skip_w_avg_update=True)[:, 0].double().sum(dim=0)
     network.mapping.w_avg.copy_(total / (10 * draws))
 
 

@@ -81,8 +81,16 @@ def _tracks_mean(kwargs: Mapping[str, Any]) -> bool:
 
 def _outer(tensors: Mapping[str, TensorRef], size: int) -> dict[str, Any]:
     """Sizes, and arguments of the mapping network."""
-    layers = len({name for name in tensors if re.fullmatch(r"mapping\.fc\d{1,2}\.weight", name)})
     w_dim = shape_of(tensors, "synthesis.b4.conv1.affine.weight", 2)[1]
+    z_dim, c_dim, mapping = mapping_sizes(tensors, w_dim)
+    channels = shape_of(tensors, f"synthesis.b{size}.torgb.weight", 4)[0]
+    sizes = {"z_dim": z_dim, "c_dim": c_dim, "w_dim": w_dim, "img_resolution": size, "img_channels": channels}
+    return {**sizes, "mapping_kwargs": mapping}
+
+
+def mapping_sizes(tensors: Mapping[str, TensorRef], w_dim: int) -> tuple[int, int, dict[str, Any]]:
+    """z_dim, c_dim, and arguments of the mapping network, which is StyleGAN3's, too."""
+    layers = len({name for name in tensors if re.fullmatch(r"mapping\.fc\d{1,2}\.weight", name)})
     embed, c_dim = shape_of(tensors, "mapping.embed.weight", 2) if "mapping.embed.weight" in tensors else (0, 0)
     into = shape_of(tensors, "mapping.fc0.weight", 2) if layers else (w_dim, w_dim + embed)
     mapping: dict[str, Any] = {"num_layers": layers}
@@ -90,9 +98,7 @@ def _outer(tensors: Mapping[str, TensorRef], size: int) -> dict[str, Any]:
         mapping["layer_features"] = into[0]
     if c_dim and embed != w_dim:
         mapping["embed_features"] = embed
-    channels = shape_of(tensors, f"synthesis.b{size}.torgb.weight", 4)[0]
-    sizes = {"z_dim": into[1] - embed, "c_dim": c_dim, "w_dim": w_dim, "img_resolution": size, "img_channels": channels}
-    return {**sizes, "mapping_kwargs": mapping}
+    return into[1] - embed, c_dim, mapping
 
 
 def _synthesis(tensors: Mapping[str, TensorRef], sizes: list[int]) -> dict[str, Any]:

@@ -102,6 +102,27 @@ def test_files_as_the_originals_write_them(name, tmp_path):
     assert unlikeness(load_teacher(tmp_path / "net.pt")(data["x"], data["sigma"], labels), data["D"]) < 1e-2
 
 
+WRAPPED = {
+    "ema": lambda state: {"ema": state, "step": 3},
+    "both": lambda state: {"model": {name: value * 0 for name, value in state.items()}, "ema": state},
+    "state_dict": lambda state: {"state_dict": state, "epoch": 1},
+    "Lightning": lambda state: {"state_dict": {f"model.{name}": value for name, value in state.items()}},
+    "compiled": lambda state: {f"_orig_mod.{name}": value for name, value in state.items()},
+    "nested": lambda state: {"models": {"net": {f"module.{name}": value for name, value in state.items()}}},
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("wrap", WRAPPED)
+def test_wherever_the_state_dict_is(wrap, legacy, tmp_path):
+    name = "cm_edm_cond" if legacy else "cond_cosine_new"
+    net, said = golden.network(name), golden.kwargs_for_people(name)
+    state = {key.removeprefix("model."): value for key, value in net.state_dict().items()}
+    torch.save(WRAPPED[wrap](state), tmp_path / "x.pt", _use_new_zipfile_serialization=not legacy)
+    x, c = torch.randn(2, 3, 8, 8), torch.eye(2, net.label_dim)
+    assert torch.equal(load_teacher(tmp_path / "x.pt", said)(x, 0.7, c), net(x, 0.7, c))
+
+
 def test_they_become_native_files(tmp_path):
     net = golden.network("cond_cosine_new")
     native.save_networks(tmp_path / "x", {"ema": net}, provenance={})

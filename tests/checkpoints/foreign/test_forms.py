@@ -407,6 +407,14 @@ def test_sizes_follow_from_shapes(kwargs, tmp_path):
     assert_images(load_generator(tmp_path / "x.pt"), G)
 
 
+def test_the_mean_of_w_of_a_generator_with_classes_is_estimated_over_them(tmp_path):
+    G = Generator(6, 3, 6, 8, 3, **SMALL).eval().requires_grad_(False)
+    torch.save({name: value for name, value in G.state_dict().items() if name != "mapping.w_avg"}, tmp_path / "x.pt")
+    loaded = load_generator(tmp_path / "x.pt")
+    w = G.mapping(torch.randn(6000, 6), torch.eye(3).repeat(2000, 1))[:, 0]
+    assert (loaded.mapping.w_avg - w.mean(dim=0)).abs().max() < 0.1 * w.std()
+
+
 def test_what_no_tensor_tells_can_be_given(tmp_path):
     kwargs = {"z_dim": 6, "c_dim": 0, "w_dim": 6, "img_resolution": 8, "img_channels": 3}
     told = {"mapping_kwargs": {"lr_multiplier": 0.1}, "synthesis_kwargs": {"conv_clamp": 0.5}}
