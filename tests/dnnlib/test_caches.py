@@ -74,5 +74,5 @@ def test_folders_that_variables_name(monkeypatch, tmp_path):
         monkeypatch.setenv("REFINE_CACHE", named)
         assert named_folder("REFINE_CACHE") == folder
     monkeypatch.setenv("REFINE_CACHE", "~nobody-of-this-name/x")
-    with pytest.raises(ValueError, match="^REFINE_CACHE is ~nobody-of-this-name/x, in the home of nobody known"):
+    with pytest.raises(ValueError, match=r"^REFINE_CACHE is ~nobody-of-this-name/x, in the home of nobody known"):
         named_folder("REFINE_CACHE")
