@@ -1,8 +1,8 @@
 """Small helpers that know nothing of torch, GANs or diffusion: everything here is the standard library."""
 
-from refine.dnnlib.caches import distrust, keep_from_others, make_folder, user_cache
+from refine.dnnlib.caches import distrust, keep_from_others, make_folder, named_folder, user_cache
 from refine.dnnlib.streams import Outlet, descriptor, tell
-from refine.dnnlib.util import check_outdir, format_bytes, format_kimg, format_time, sha256_of_file
+from refine.dnnlib.util import check_outdir, format_bytes, format_kimg, format_time, read_text, sha256_of_file
 from refine.dnnlib.writing import append_text, replaced_atomically
 
 __all__ = [
@@ -16,6 +16,8 @@ __all__ = [
     "format_time",
     "keep_from_others",
     "make_folder",
+    "named_folder",
+    "read_text",
     "replaced_atomically",
     "sha256_of_file",
     "tell",

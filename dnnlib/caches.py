@@ -20,6 +20,19 @@ def user_cache() -> Path:
     return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "gan-refine"
 
 
+def named_folder(variable: str) -> Path | None:
+    """The absolute folder that an environment variable names, `~` being a home; None where it is not set, or empty.
+
+    Raises:
+        ValueError: It begins with the home of a user whom the system does not know.
+    """
+    named = os.environ.get(variable)
+    try:
+        return Path(named).expanduser().absolute() if named else None
+    except RuntimeError:
+        raise ValueError(f"{variable} is {named}, in the home of nobody known here; expected a folder") from None
+
+
 def distrust(path: Path, base: Path) -> str | None:
     """Why what lies at `path`, in the cache `base`, may be somebody else's; None if it is the user's own.
 

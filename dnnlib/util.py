@@ -37,6 +37,29 @@ def format_bytes(count: float) -> str:
     return f"{_three_digits(scaled, unit)} {unit}"
 
 
+def read_text(path: str | os.PathLike, most: int) -> str:
+    """Text of a small file that may come from anywhere: UTF-8, with a mark of byte order or without.
+
+    Args:
+        path: A pipe or a device, which would never end, is not waited for.
+        most: Bytes that it may have.
+
+    Raises:
+        ValueError: It is no regular file, longer than that, or not UTF-8.
+        OSError: It cannot be read.
+    """
+    if not stat.S_ISREG((status := os.stat(path)).st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise ValueError(f"{path} is not a regular file")
+    with open(path, "rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"{path} is longer than {most} bytes")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not text in UTF-8") from None
+
+
 def _three_digits(value: float, unit: str) -> str:
     digits = 0 if unit == "B" or value >= 99.95 else 1 if value >= 9.995 else 2
     return f"{value:.{digits}f}"

@@ -39,7 +39,7 @@ ONLY = {
     "refine.diff_instruct": ("torch", "refine.noise"),
     "refine.objectives": ("torch", "refine.noise", "refine.diff_instruct", "refine.objectives"),
     "refine.checkpoints.sniff": ("refine.dnnlib",),
-    "refine.checkpoints.foreign.diffusers_folder": (),
+    "refine.checkpoints.foreign.diffusers_folder": ("refine.dnnlib",),
     "refine.checkpoints.sources.index": (
         *("refine.dnnlib", "refine.checkpoints.sniff", "refine.checkpoints.sources.fetch"),
         *("refine.checkpoints.foreign.diffusers_folder", "tomli"),

@@ -10,6 +10,7 @@ import click
 from refine.cli.config_command import ConfigCommand, GroupedOption, read_options, show_preset
 from refine.config import OPTIONS, RefineConfig
 from refine.config.option import flag
+from refine.dnnlib import read_text
 from refine.errors import option
 from refine.processes import is_first, one_voice
 
@@ -108,11 +109,7 @@ def _read_config(path: str) -> dict[str, Any]:
     from refine.checkpoints.pickles.inert import shown
 
     with option("--config"):
-        text = (
-            Path(path).read_text(encoding="utf-8", errors="replace")
-            if Path(path).stat().st_size <= _MAX_CONFIG_BYTES
-            else ""
-        )
+        text = read_text(path, _MAX_CONFIG_BYTES)
         try:
             values = json.loads(text)
         except (ValueError, RecursionError):

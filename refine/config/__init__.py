@@ -49,6 +49,7 @@ TEACHER = "teacher"  # as --ref, images of --teacher; as the detector of --metri
 OPS_MODES = ("auto", "native", "ref")  # those of torch_utils.build.custom_ops, without importing it
 OPS_HELP = "Compiled ops: auto = where they are available, native = always, or an error, ref = plain torch."
 WARMUP_STEPS = 100  # aux is of the teacher's size whatever that is, and begins as near to its goal as the pair is close
+_MAX_NUMBER = 1e15  # larger ones overflow somewhere
 MAX_IMAGES = 1 << 30  # of a bank or a metric: so many seeds there are from the first of a bank to the last of all
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
@@ -352,6 +353,9 @@ class RefineConfig:
                 raise ValueError(f"{flag(name)} is missing; expected {known.kind.expected}")
             if not known.kind.allows(value):
                 raise ValueError(f"{flag(name)} is {value}; expected {known.kind.expected}")
+            numbers = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(number, int | float) and abs(number) > _MAX_NUMBER for number in numbers):
+                raise ValueError(f"{flag(name)} is {value}; expected {known.kind.expected}, up to {_MAX_NUMBER:g}")
             object.__setattr__(self, name, value)
         if not self.metrics and not asks_for_patience:
             object.__setattr__(self, "patience", 0)

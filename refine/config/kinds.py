@@ -7,8 +7,11 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
+
+from refine.dnnlib import read_text
+
+_MAX_JSON_BYTES = 1 << 20
 
 
 class Unreadable(ValueError):
@@ -49,7 +52,8 @@ class Kind:
             return self.read(text)
         except ValueError as error:
             expected = error if isinstance(error, Unreadable) else self.expected
-            raise ValueError(f"found {text!r}; expected {expected}") from None
+            found = text if len(text) <= 200 else f"{text[:200]}…"
+            raise ValueError(f"found {found!r}; expected {expected}") from None
 
     def format(self, value: Any) -> str:
         """The text that `parse` makes the value from."""
@@ -137,12 +141,15 @@ def _read_label_dist(text: str) -> tuple[float, ...] | None:
     if text.lower() == "uniform":
         return None
     try:
-        numbers = json.loads(text if text.lstrip().startswith("[") else Path(text).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        numbers = json.loads(text if text.lstrip().startswith("[") else read_text(text, _MAX_JSON_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
         raise Unreadable(f"uniform, a JSON list, or a file with one ({error})") from None
     if not isinstance(numbers, list) or not all(type(n) in (int, float) for n in numbers):
         raise Unreadable("a JSON list of one number per class")
-    return tuple(float(n) for n in numbers)
+    try:
+        return tuple(float(n) for n in numbers)
+    except OverflowError:
+        raise Unreadable("a JSON list of smaller numbers") from None
 
 
 def _read_minutes(text: str) -> float:
@@ -186,7 +193,7 @@ LABEL_DIST = optional(
         "LIST",
         _read_label_dist,
         "numbers ≥ 0, not all of them 0",
-        lambda value: all(0 <= p < math.inf for p in value) and sum(value) > 0,
+        lambda value: all(0 <= p <= 1e30 for p in value) and sum(value) >= 1e-30,  # they are drawn in single precision
         show=lambda value: json.dumps(list(value)),
         cast=_tuple,
     ),
@@ -237,19 +244,12 @@ NAMES = Kind(
 )
 
 
-_MAX_JSON_BYTES = 1 << 20
-
-
 def _read_table(text: str) -> dict[str, Any]:
     """A JSON object, or the path of a file with one."""
     try:
         if not (written := text.lstrip()).startswith("{"):
-            if os.path.getsize(text) > _MAX_JSON_BYTES:
-                raise Unreadable(f"a JSON object; the file is longer than {_MAX_JSON_BYTES} bytes")
-            written = Path(text).read_text(encoding="utf-8")
+            written = read_text(text, _MAX_JSON_BYTES)
         table = json.loads(written)
-    except Unreadable:
-        raise
     except (OSError, ValueError, RecursionError) as error:
         raise Unreadable(f"a JSON object or a file with one ({' '.join(str(error).split())[:100]})") from None
     if not isinstance(table, dict):

@@ -18,6 +18,7 @@ import torch
 
 from refine.checkpoints.pickles.inert import Refused, shown
 from refine.checkpoints.pickles.tensors import TensorRef, total_bytes
+from refine.dnnlib import read_text
 from refine.metrics.dinov2 import HEAD, PATCH, Architecture, VisionTransformer
 
 #: What Hugging Face calls the weights in the folder of a model.
@@ -214,7 +215,7 @@ def check_config(weights: Path, heads: int) -> None:
 def _config(folder: Path) -> dict[str, Any] | None:
     path = folder / "config.json"
     try:
-        table = json.loads(path.read_text(encoding="utf-8")) if path.stat().st_size <= _MAX_JSON_BYTES else None
+        table = json.loads(read_text(path, _MAX_JSON_BYTES))
     except (OSError, ValueError, RecursionError):
         return None
     return table if isinstance(table, dict) else None

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from refine.checkpoints.pickles.inert import shown
 from refine.checkpoints.sources import custom, one_step
 from refine.checkpoints.sources.fetch import is_url
 from refine.checkpoints.sources.index import resolve
@@ -24,6 +25,7 @@ from refine.config.option import flag
 from refine.metrics.named import detector_of
 from refine.training.state import FoundState, load_newest
 
+_MAX_CONFIG = 1 << 20  # characters
 MOVABLE = ("gan", "teacher", "guide", "data")  # may be given beside --resume: the same files in another place
 
 
@@ -44,8 +46,8 @@ class Resumed:
         for name, digest in files.items():
             if known.get(name, digest) != digest:
                 raise ValueError(
-                    f"{flag(name)} has the sha256 {digest[:12]}…, but the run was made with {str(known[name])[:12]}…; "
-                    "expected the same file"
+                    f"{flag(name)} has the sha256 {digest[:12]}…, but the run was made with "
+                    f"{shown(known[name][:12])}…; expected the same file"
                 )
 
 
@@ -63,11 +65,10 @@ def resumed_config(
         ValueError: No state can be read, an option cannot be changed, or has to be given again.
     """
     found = load_newest(state_paths)
+    options = _options_of(found)
     try:
-        saved = RefineConfig.from_dict(
-            {**json.loads(found.state["config"]), "time_limit": None, "trust_detector": False}
-        )
-    except (TypeError, AttributeError, RecursionError) as error:
+        saved = RefineConfig.from_dict({**options, "time_limit": None, "trust_detector": False})
+    except (TypeError, AttributeError) as error:
         raise ValueError(f"{found.path} holds options that cannot be read: {error}") from None
     _check_unchanged(given, saved)
     check_reach(given, saved, "the training state", own_metrics)
@@ -83,6 +84,16 @@ def resumed_config(
     if config.metrics[:1] != saved.metrics[:1]:
         found.state["since_best"] = 0  # patience is with the metric that is now the first
     return Resumed(found, saved), config
+
+
+def _options_of(found: FoundState) -> dict[str, Any]:
+    text = found.state["config"]
+    try:
+        if len(text) > _MAX_CONFIG:
+            raise ValueError(f"more than {_MAX_CONFIG} characters")
+        return dict(json.loads(text))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{found.path} holds options that cannot be read: {error}") from None
 
 
 def _check_unchanged(given: Mapping[str, Any], saved: RefineConfig) -> None:

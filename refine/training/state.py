@@ -126,6 +126,11 @@ class _Checked:
             raise self._error
 
 
+def _is_text(table: Any) -> bool:
+    """Whether it is a dict of texts by name."""
+    return isinstance(table, dict) and all(isinstance(text, str) for part in table.items() for text in part)
+
+
 def load_training_state(path: Path) -> dict[str, Any]:
     """Read a training state; nothing in the file is executed.
 
@@ -145,6 +150,7 @@ def load_training_state(path: Path) -> dict[str, Any]:
         complete = isinstance(state, dict) and {"config", "networks", "rng", "skips"} <= set(state)
         counts = [state.get(name) for name in ("nimg", "warmup_steps_done")] if complete else []
         complete &= all(type(count) is int and 0 <= count < 2**48 for count in counts)
+        complete = complete and _is_text(state.get("files", {}))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; expected a training-state-*.pt") from None
     except (RuntimeError, EOFError, OSError, TypeError, ValueError, KeyError) as error:

@@ -18,6 +18,9 @@ def config(**kwargs):
     ("kwargs", "flag"),
     [
         ({"kimg": 0.0}, "--kimg"),
+        ({"kimg": 1e300}, "--kimg"),
+        ({"batch": 10**400}, "--batch"),
+        ({"label_dist": (1e20, 1.0)}, "--label-dist"),
         ({"kimg": float("nan")}, "--kimg"),
         ({"batch": -1}, "--batch"),
         ({"batch_gpu": 0}, "--batch-gpu"),
@@ -107,7 +110,7 @@ def test_a_saved_run_keeps_its_values_when_its_preset_changes_or_goes(monkeypatc
     assert RefineConfig.from_dict(saved) == original
     del saved["keep_distances"]  # as if from a version that did not know it
     assert RefineConfig.from_dict(saved) == original
-    monkeypatch.delitem(PRESETS, "demo")
+    monkeypatch.setattr("refine.config.PRESETS", {name: PRESETS[name] for name in PRESETS if name != "demo"})
     assert RefineConfig.from_dict(saved) == original
 
 

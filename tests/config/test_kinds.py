@@ -1,5 +1,7 @@
 """Texts of the command line and the values that they are."""
 
+import os
+
 import pytest
 
 from refine.config import OPTIONS, SigmaOptions
@@ -46,6 +48,25 @@ def test_what_was_found_and_expected():
         with pytest.raises(ValueError) as caught:
             OPTIONS[name].kind.parse(text)
         assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("name", ["gan_kwargs", "teacher_kwargs", "label_dist"])
+def test_files_that_would_never_end_or_take_gigabytes(name, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large").write_bytes(b" " * ((1 << 20) + 1))
+    (tmp_path / "deep").write_text("[" * 100_000)
+    (tmp_path / "marked").write_bytes(b"\xef\xbb\xbf" + (b"[1, 2]" if name == "label_dist" else b'{"z_dim": 4}'))
+    for path in ("/dev/zero", *(tmp_path / file for file in ("pipe", "large", "deep"))):
+        with pytest.raises(ValueError, match=r"expected (a JSON object|uniform).* with one \("):
+            OPTIONS[name].kind.parse(str(path))
+    assert OPTIONS[name].kind.parse(str(tmp_path / "marked")) in ((1.0, 2.0), {"z_dim": 4})
+
+
+def test_how_often_classes_are_drawn_in_single_precision():
+    for text in ("[1e-320, 0]", "[1e300, 1e300]", "[0, 0]"):
+        assert not OPTIONS["label_dist"].kind.allows(OPTIONS["label_dist"].kind.parse(text))
+    with pytest.raises(ValueError, match="smaller numbers"):
+        OPTIONS["label_dist"].kind.parse(f"[{'9' * 400}, 1]")
 
 
 def test_values_in_the_form_of_json_and_of_callers(tmp_path):

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from refine.dnnlib import distrust, keep_from_others, make_folder, user_cache
+from refine.dnnlib import distrust, keep_from_others, make_folder, named_folder, user_cache
 
 
 @pytest.fixture
@@ -66,3 +66,13 @@ def test_relative_folders_of_the_environment_are_ignored(monkeypatch, tmp_path):
         assert user_cache().is_absolute() and user_cache().is_relative_to(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
     assert user_cache() in (Path("/xdg/gan-refine"), tmp_path / "Library/Caches/gan-refine")
+
+
+def test_folders_that_variables_name(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for named, folder in (("", None), ("~/x", tmp_path / "x"), ("x", Path.cwd() / "x"), ("/x", Path("/x"))):
+        monkeypatch.setenv("REFINE_CACHE", named)
+        assert named_folder("REFINE_CACHE") == folder
+    monkeypatch.setenv("REFINE_CACHE", "~nobody-of-this-name/x")
+    with pytest.raises(ValueError, match=r"^REFINE_CACHE is ~nobody-of-this-name/x, in the home of nobody known"):
+        named_folder("REFINE_CACHE")

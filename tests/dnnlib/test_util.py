@@ -67,3 +67,19 @@ def test_sha256(tmp_path):
 def test_dnnlib_never_imports_torch(root):
     code = "import sys, dnnlib; print([m for m in ('torch', 'numpy', 'click') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=root, text=True).strip() == "[]"
+
+
+def test_text_of_a_file_that_may_come_from_anywhere(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"\xef\xbb\xbfa\xc3\xbc")
+    assert dnnlib.read_text(path, 6) == "aü"
+    os.mkfifo(tmp_path / "pipe")
+    for file, most, message in (
+        *((path, 5, "longer than 5 bytes"), (tmp_path / "pipe", 9, "not a regular file")),
+        *(("/dev/zero", 9, "not a regular file"), (tmp_path / "latin", 9, "not text in UTF-8")),
+    ):
+        (tmp_path / "latin").write_bytes(b"\xfc")
+        with pytest.raises(ValueError, match=message):
+            dnnlib.read_text(file, most)
+    with pytest.raises(IsADirectoryError):
+        dnnlib.read_text(tmp_path, 9)

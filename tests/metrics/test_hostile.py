@@ -24,6 +24,10 @@ def read(path):
     return load_reference(path, PixelDetector(), Looking(cache=False, batch=4))
 
 
+def read_alone(path):
+    return load_reference(path)
+
+
 def classes(path):
     """Where classes are needed, labels that are of no use are refused."""
     if reason := ImageSet(path).no_classes:
@@ -130,6 +134,24 @@ def test_arrays_without_end(tmp_path):
 def test_statistics_of_more_features_than_a_detector_has(tmp_path):
     np.savez(tmp_path / "x.npz", mu=np.zeros(4097, np.float16), sigma=np.eye(4097, dtype=np.float16))
     assert "is of 4097 features, expected at most 4096" in outcome(read, tmp_path / "x.npz")
+
+
+def test_statistics_of_as_many_features_as_a_detector_has(tmp_path):
+    np.savez(tmp_path / "x.npz", mu=np.zeros(4096, np.float16), sigma=np.eye(4096, dtype=np.float16))
+    assert outcome(read_alone, tmp_path / "x.npz") == ""
+
+
+def test_features_that_are_packed_or_named_often(tmp_path):
+    """Their covariance would take minutes, whatever the file's size."""
+    np.savez_compressed(tmp_path / "x.npz", feats=np.zeros((4000, 4096), np.float16))
+    torch.save({"all_features": [torch.ones(100, 4096)] * 5000}, tmp_path / "x.pt")
+    for name, num in (("x.npz", 4000), ("x.pt", 500_000)):
+        assert f"holds {num} times 4096 features" in outcome(read_alone, tmp_path / name)
+
+
+def test_features_take_little_memory_beyond_theirs(tmp_path):
+    np.savez(tmp_path / "x.npz", feats=np.ones((1 << 22, 16), np.float32))  # 256 MiB; in float64 thrice as many more
+    assert outcome(read_alone, tmp_path / "x.npz") == ""
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])

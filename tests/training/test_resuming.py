@@ -124,7 +124,14 @@ def test_what_reaches_out(tmp_path, monkeypatch):
     assert reach_of("a:b") == "code to be imported"
 
 
-@pytest.mark.parametrize("config", [b"x", 7, "[]", "null", "{", json.dumps({"gan": 3}), json.dumps({"lr": "1"})])
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(b"x", 7, "[]", "null", "{", json.dumps({"gan": 3}), json.dumps({"lr": "1"})),
+        *("[" * 100_000, '{"a":' * 100_000, '{"kimg": ' + "9" * 5000 + "}", '{"metrics": [' + "[]," * 400_000 + "[]]}"),
+    ],
+    ids=lambda config: str(config)[:20],
+)
 def test_options_that_are_none_are_one_line(begun, tmp_path, capsys, config):
     path = training_states(tmp_path / "out" / "00000-x")[0]
     torch.save({**load_training_state(path), "config": config}, path)
@@ -251,7 +258,7 @@ def test_a_best_that_is_empty_is_noticed_and_made_again(tmp_path, damage):
     assert "the best snapshot is lost" in (tmp_path / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("name", ["student_optimizer", "rng", "skips", "best", "elapsed", "nimg", "networks"])
+@pytest.mark.parametrize("name", ["student_optimizer", "rng", "skips", "best", "elapsed", "nimg", "networks", "files"])
 @pytest.mark.parametrize("value", ["text", {"a": {"b": "c"}}])
 def test_a_state_with_something_else_inside_is_one_line(begun, tmp_path, capsys, name, value):
     path = training_states(tmp_path / "out" / "00000-x")[0]

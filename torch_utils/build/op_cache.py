@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from refine.dnnlib import distrust, keep_from_others, make_folder, user_cache
+from refine.dnnlib import distrust, keep_from_others, make_folder, named_folder, user_cache
 
 
 class CacheError(RuntimeError):
@@ -29,10 +29,10 @@ def cache_folders() -> list[Path]:
     """Where libraries are looked for, and built in the first that can be written: the one that the environment names,
     the user's cache folder, a private folder below the temporary one."""
     folders = []
-    if os.environ.get("REFINE_OPS_CACHE"):
-        folders.append(Path(os.environ["REFINE_OPS_CACHE"]).expanduser())
-    if os.environ.get("REFINE_CACHE"):
-        folders.append(Path(os.environ["REFINE_CACHE"]).expanduser() / "ops")
+    if (ours := named_folder("REFINE_OPS_CACHE")) is not None:
+        folders.append(ours)
+    if (common := named_folder("REFINE_CACHE")) is not None:
+        folders.append(common / "ops")
     with contextlib.suppress(RuntimeError):  # a user without a home folder
         folders.append(user_cache() / "ops")
     if hasattr(os, "getuid"):  # Windows cannot tell whose a folder is

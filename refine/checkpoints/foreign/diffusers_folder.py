@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from refine.dnnlib import read_text
+
 WEIGHTS = "diffusion_pytorch_model"
 CLASS = "UNet2DModel"
 _MAX_JSON_BYTES = 1 << 20
@@ -118,9 +120,7 @@ def _schedule(place: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> Mapping[str, Any]:
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise ValueError
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = json.loads(read_text(path, _MAX_JSON_BYTES))
     except (ValueError, RecursionError):
         table = None
     if not isinstance(table, dict):

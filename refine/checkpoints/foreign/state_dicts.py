@@ -28,6 +28,7 @@ from refine.checkpoints.native import _DTYPES
 from refine.checkpoints.pickles.inert import Blob, Refused, shown
 from refine.checkpoints.pickles.tensors import Storage, TensorRef
 from refine.checkpoints.sniff import BrokenHeader, TensorInfo, read_safetensors_header
+from refine.dnnlib import read_text
 
 _MAX_JSON_BYTES = 1 << 20
 _NPY_DTYPES = {"f2": torch.float16, "f4": torch.float32, "f8": torch.float64}
@@ -221,9 +222,10 @@ def _arguments(
         table = {"init_kwargs": _json(metadata["init_kwargs"]), "class": metadata.get("class")}
     else:
         beside = path.with_suffix(".json")
-        if beside.stat().st_size > _MAX_JSON_BYTES:
-            raise Refused(f"{beside.name} beside it is too long")
-        table = _json(beside.read_text(encoding="utf-8"))
+        try:
+            table = _json(read_text(beside, _MAX_JSON_BYTES))
+        except ValueError as error:
+            raise Refused(str(error)) from None
     if isinstance(table, dict) and "init_kwargs" in table:
         class_name, table = class_name or table.get("class"), table["init_kwargs"]
     if not isinstance(table, dict):

@@ -9,12 +9,14 @@ again.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import inspect
 import os
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,19 +92,19 @@ def wrap_generator(network: Any, reference: str, gave: str) -> OwnGenerator:
     """
     if not isinstance(network, torch.nn.Module):
         raise ValueError(f"{gave} {type(network).__name__}; expected a torch.nn.Module")
-    sizes: dict[str, Any] = {name: getattr(network, name, None) for name in _SIZES}
+    with _their_code(f"{gave} a generator that cannot be used"):
+        sizes: dict[str, Any] = {name: getattr(network, name, None) for name in _SIZES}
+        network.cpu().float().eval().requires_grad_(True)
+        network.state_dict()
     for name, value in sizes.items():
         if type(value) is not int or value < (name != "c_dim"):
             raise ValueError(f"{gave} a generator whose {name} is {value!r}; expected a whole number")
-    network.cpu().float().eval().requires_grad_(True)
-    try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            z = torch.randn(2, sizes["z_dim"])
-            c = torch.eye(sizes["c_dim"])[:1].repeat(2, 1) if sizes["c_dim"] else None
-            options = _accepted_options(network, z, c)
-            images = network(z, c, **options)
-    except Exception as error:  # whatever the user's network does
-        raise ValueError(f"{gave} a generator that fails at G(z, c): {_line(error)}") from error
+    failed = f"{gave} a generator that fails at G(z, c)"
+    with _their_code(failed), torch.random.fork_rng(devices=[]), torch.enable_grad():
+        z = torch.randn(2, sizes["z_dim"])
+        c = torch.eye(sizes["c_dim"])[:1].repeat(2, 1) if sizes["c_dim"] else None
+        options = _accepted_options(network, z, c)
+        images = network(z, c, **options)
     _check_images(images, (2, sizes["img_channels"], *[sizes["img_resolution"]] * 2), f"{gave} a generator", "latents")
     return OwnGenerator(network, reference, options)
 
@@ -111,26 +113,26 @@ def wrap_teacher(network: Any, reference: str, gave: str) -> OwnTeacher:
     """The user's diffusion model as one of ours; arguments and faults as for `wrap_generator`."""
     if not isinstance(network, torch.nn.Module):
         raise ValueError(f"{gave} {type(network).__name__}; expected a torch.nn.Module")
-    for name, least in (("img_resolution", 1), ("img_channels", 1), ("label_dim", 0)):
-        value = getattr(network, name, 0 if name == "label_dim" else None)
+    with _their_code(f"{gave} a teacher that cannot be used"):
+        names = {"img_resolution": 1, "img_channels": 1, "label_dim": 0}
+        sizes = {name: getattr(network, name, 0 if name == "label_dim" else None) for name in names}
+        lacks = getattr(network, "predicts", DENOISED) != DENOISED and not hasattr(network, "alphas_cumprod")
+    for name, least in names.items():
+        value = sizes[name]
         if type(value) is not int or value < least:
             raise ValueError(f"{gave} a teacher whose {name} is {value!r}; expected a whole number")
-    if getattr(network, "predicts", DENOISED) != DENOISED and not hasattr(network, "alphas_cumprod"):
+    if lacks:
         raise ValueError(f"{gave} a teacher that predicts {network.predicts!r} without alphas_cumprod")
-    network.cpu().float().eval().requires_grad_(True)
-    try:
+    with _their_code(f"{gave} a teacher that cannot be used"):  # of impossible attributes, or that cannot be copied
+        network.cpu().float().eval().requires_grad_(True)
         teacher = copy.deepcopy(OwnTeacher(network, reference)).eval()  # as the auxiliary network will be
-    except Exception as error:  # of impossible attributes, or of what cannot be copied
-        raise ValueError(f"{gave} a teacher that cannot be used: {_line(error)}") from error
     shape = (2, teacher.img_channels, teacher.img_resolution, teacher.img_resolution)
     sigma = min(max(1.0, teacher.sigma_min), teacher.sigma_max)
-    try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            c = torch.eye(teacher.label_dim)[:1].repeat(2, 1) if teacher.label_dim else None
-            images = teacher(torch.randn(shape), torch.full([2], sigma), c)
-    except Exception as error:  # whatever the user's network does
-        asked = "D(x, sigma, class_labels)" if teacher.predicts == DENOISED else "network(x, t, class_labels)"
-        raise ValueError(f"{gave} a teacher that fails at {asked}: {_line(error)}") from error
+    asked = "D(x, sigma, class_labels)" if teacher.predicts == DENOISED else "network(x, t, class_labels)"
+    failed = f"{gave} a teacher that fails at {asked}"
+    with _their_code(failed), torch.random.fork_rng(devices=[]), torch.enable_grad():
+        c = torch.eye(teacher.label_dim)[:1].repeat(2, 1) if teacher.label_dim else None
+        images = teacher(torch.randn(shape), torch.full([2], sigma), c)
     _check_images(images, shape, f"{gave} a teacher", "images")
     return teacher.requires_grad_(False)
 
@@ -139,16 +141,15 @@ def source_of(reference: Reference) -> Path:
     """The file that the weights come from, or else the source file of the function's module."""
     if reference.file is not None:
         return Path(reference.file)
-    return Path(_module(reference).__file__ or reference.module)
+    return Path(getattr(_module(reference), "__file__", None) or reference.module)
 
 
 def _module(reference: Reference) -> Any:
     here = os.getcwd()
     sys.path.append(here)  # behind everything else: a module beside the user, who may have called us from anywhere
     try:
-        return importlib.import_module(reference.module)
-    except Exception as error:  # whatever the user's module does
-        raise ValueError(f"{reference.module} cannot be imported: {_line(error)}") from error
+        with _their_code(f"{reference.module} cannot be imported"):
+            return importlib.import_module(reference.module)
     finally:
         sys.path.remove(here)
 
@@ -157,10 +158,8 @@ def _call(reference: Reference) -> Any:
     function = getattr(_module(reference), reference.function, None)
     if not callable(function):
         raise ValueError(f"{reference.module} has no function {reference.function}")
-    try:
+    with _their_code(f"{reference}() failed"):
         return function()
-    except Exception as error:  # whatever the user's function does
-        raise ValueError(f"{reference}() failed: {_line(error)}") from error
 
 
 def _accepted_options(network: torch.nn.Module, z: torch.Tensor, c: torch.Tensor | None) -> dict[str, Any]:
@@ -184,6 +183,8 @@ def _check_images(images: Any, expected: tuple[int, ...], what: str, given: str)
     if not isinstance(images, torch.Tensor) or tuple(images.shape) != expected or not images.is_floating_point():
         found = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, torch.Tensor) else type(images).__name__
         raise ValueError(f"{what} of {found} for two {given}; expected floats {expected}")
+    if images.layout != torch.strided or images.device.type != "cpu":
+        raise ValueError(f"{what} of {images.layout} on {images.device}; expected plain tensors where the weights are")
     if not images.isfinite().all():
         raise ValueError(f"{what} whose images hold NaN or infinity")
     if not images.requires_grad:
@@ -203,6 +204,15 @@ def _load_weights(G: OwnGenerator, reference: Reference, path: str) -> None:
     native.load_into(path, name, G)
 
 
-def _line(error: Exception) -> str:
+@contextlib.contextmanager
+def _their_code(failed: str) -> Iterator[None]:
+    """Around what may do anything: whatever it raises, also to end the program, becomes the ValueError `failed: …`."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{failed}: {_line(error)}") from error
+
+
+def _line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__

@@ -74,10 +74,15 @@ def without_secrets(url: str) -> str:
 
 
 def cache_dir() -> Path:
-    """`$REFINE_CACHE` where it is set, otherwise the platform's cache folder."""
-    if os.environ.get("REFINE_CACHE"):
-        return Path(os.environ["REFINE_CACHE"]).expanduser().absolute()
-    return dnnlib.user_cache()
+    """`$REFINE_CACHE` where it is set, otherwise the platform's cache folder.
+
+    Raises:
+        ValueError: There is neither.
+    """
+    try:
+        return dnnlib.named_folder("REFINE_CACHE") or dnnlib.user_cache()
+    except RuntimeError:
+        raise ValueError("no home folder is known for a cache; set REFINE_CACHE to a folder of your own") from None
 
 
 def cache_path(url: str) -> Path:

@@ -55,6 +55,23 @@ def no_gradient():
     net.forward = lambda z, c: torch.zeros(len(z), 1, 8, 8)
     return net
 
+def leaves():
+    import sys
+    sys.exit()
+
+def sparse():
+    net = Net()
+    net.forward = lambda z, c: torch.zeros(len(z), 1, 8, 8).to_sparse()
+    return net
+
+class Moody(Net):
+    @property
+    def z_dim(self):
+        raise RuntimeError("not today")
+    @z_dim.setter
+    def z_dim(self, value):
+        pass
+
 def fails():
     net = Net()
     net.z_dim = 5
@@ -133,6 +150,9 @@ FAULTS = {
     "own_gan:no_sizes": "z_dim is None",
     "own_gan:wrong_shape": r"expected floats \(2, 1, 16, 16\)",
     "own_gan:no_gradient": "do not depend differentiably",
+    "own_gan:leaves": "failed: SystemExit",
+    "own_gan:sparse": "sparse_coo on cpu; expected plain tensors",
+    "own_gan:Moody": "cannot be used: RuntimeError: not today",
     "own_gan:fails": "fails at G",
     "own_gan:not_finite": "hold NaN or infinity",
 }
