@@ -59,8 +59,10 @@ def test_a_unet_of_diffusers():
     means = network.encode(x, 0.1)
     assert [part.shape[1] for part in means] == [8, 16]
     torch.testing.assert_close(means[-1], seen["deepest"].mean(dim=(2, 3)))
+    of_classes = DDPMPrecond(16, 3, 4, **kwargs).eval().requires_grad_(False)
+    assert [part.shape for part in of_classes.encode(x, 0.1)] == [part.shape for part in means]
     with pytest.raises(ValueError, match="trained with classes only"):
-        DDPMPrecond(16, 3, 4, **kwargs).encode(x, 0.1)
+        of_classes(x, 0.1)
 
 
 def test_a_network_without_encoder_says_so():
