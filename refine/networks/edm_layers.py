@@ -60,8 +60,12 @@ class Linear(nn.Module):
         self.weight = init.weight([out_features, in_features], **fans)
         self.bias = init.bias([out_features], **fans) if bias else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+    def forward(self, x: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
+        """Of gain · x, (N, in_features) where there is a gain and a bias."""
+        weight = self.weight.to(x.dtype)
+        if self.bias is not None and gain != 1:
+            return torch.addmm(self.bias.to(x.dtype), x, weight.t(), alpha=gain)
+        return F.linear(x if gain == 1 else x * gain, weight, None if self.bias is None else self.bias.to(x.dtype))
 
 
 def linear_together(layers: Sequence[Linear], x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -233,14 +237,17 @@ class PositionalEmbedding(nn.Module):
         endpoint: Whether the lowest frequency is reached exactly (DDPM++) or would be the next one (ADM).
     """
 
+    freqs: torch.Tensor
+
     def __init__(self, num_channels: int, max_positions: int = 10_000, endpoint: bool = False):
         super().__init__()
         self.num_channels, self.max_positions, self.endpoint = num_channels, max_positions, endpoint
+        half = num_channels // 2
+        exponents = torch.arange(half, dtype=torch.float32) / (half - endpoint)
+        self.register_buffer("freqs", (1 / max_positions) ** exponents, persistent=False)
 
     def angles(self, x: torch.Tensor) -> torch.Tensor:
-        half = self.num_channels // 2
-        exponents = torch.arange(half, dtype=torch.float32, device=x.device) / (half - self.endpoint)
-        return x.outer(((1 / self.max_positions) ** exponents).to(x.dtype))
+        return x.outer(self.freqs.to(x.dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         angles = self.angles(x)

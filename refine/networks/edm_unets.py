@@ -213,7 +213,7 @@ class SongUNet(LadderUNet):
         angles = self.map_noise.angles(noise_labels)
         emb = torch.cat([angles.sin(), angles.cos()], dim=1)  # this family was trained with the sines first
         if self.map_label is not None:
-            emb = emb + self.map_label(self._drop_labels(class_labels) * math.sqrt(self.label_dim))
+            emb = emb + self.map_label(self._drop_labels(class_labels), gain=math.sqrt(self.label_dim))
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
         emb = F.silu(self.map_layer0(emb))

@@ -53,10 +53,9 @@ class FullyConnectedLayer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight.to(x.dtype) * self.weight_gain
-        bias = None if self.bias is None else self.bias.to(x.dtype) * self.bias_gain
-        if self.activation == "linear":
-            return F.linear(x, weight, bias)
-        return bias_act(F.linear(x, weight), bias, act=self.activation)
+        if self.bias is None:
+            return bias_act(F.linear(x, weight), act=self.activation)
+        return bias_act(torch.addmm(self.bias.to(x.dtype), x, weight.t(), beta=self.bias_gain), act=self.activation)
 
 
 class Conv2dLayer(nn.Module):
@@ -157,10 +156,14 @@ def _demodulation(styles: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
 
 
 class Modulation(NamedTuple):
-    """What w tells a layer: scales of its input channels (N, I), and what `modulated_conv2d` takes as `demodulate`."""
+    """What w tells a layer: scales of its input channels (N, I), and what `modulated_conv2d` takes as `demodulate`.
+
+    weight: That of the layer in the dtype of its activations; of a `ToRGBLayer` (N, O, I), with the scales.
+    """
 
     styles: torch.Tensor
     demodulate: bool | torch.Tensor
+    weight: torch.Tensor
 
 
 def modulations(
@@ -168,27 +171,41 @@ def modulations(
 ) -> list[Modulation]:
     """Of some layers, for the w (N, w_dim) and the dtype of the activations of each.
 
-    Layers of the same kind and size share every operator: on a GPU a launch costs more than so small a product.
+    Layers of the same size share every operator: on a GPU a launch costs more than so small a product.
     """
-    alike: dict[Any, list[int]] = {}
-    for index, (layer, dtype) in enumerate(zip(layers, dtypes, strict=True)):
-        alike.setdefault((layer.weight.shape, layer.style_gain, layer.demodulate, dtype), []).append(index)
-    found: dict[int, Modulation] = {}
-    for (_, gain, demodulate, dtype), indices in alike.items():
-        some = [layers[index] for index in indices]
-        affines = [layer.affine for layer in some]
-        weight = stacked([affine.weight for affine in affines]) * affines[0].weight_gain
-        bias = stacked([affine.bias for affine in affines if affine.bias is not None])
-        w = stacked([ws[index] for index in indices])  # [LNw]
-        styles = torch.baddbmm(bias[..., None], weight, w.mT, beta=affines[0].bias_gain).mT  # [LNI]
-        styles = styles if gain == 1 else styles * gain
-        factors: Sequence[bool | torch.Tensor] = [demodulate] * len(some)
-        if demodulate and dtype != torch.float16:  # which `modulated_conv2d` keeps in range
-            squares = stacked([layer.weight.square().sum(dim=[2, 3]) for layer in some])  # [LOI]
-            factors = _demodulation(styles, squares).to(dtype).unbind()
-        styles = styles if dtype == torch.float16 else styles.to(dtype)
-        found |= dict(zip(indices, map(Modulation, styles.unbind(), factors), strict=True))
-    return [found[index] for index in range(len(layers))]
+    styles: dict[int, torch.Tensor] = {}
+    for some in _alike([layer.affine.weight.shape for layer in layers]):
+        affines = [layers[index].affine for index in some]
+        weight = stacked([affine.weight for affine in affines])  # [LIw]
+        bias = stacked([affine.bias for affine in affines if affine.bias is not None])[..., None]
+        gains = {"beta": affines[0].bias_gain, "alpha": affines[0].weight_gain}
+        found = torch.baddbmm(bias, weight, stacked([ws[index] for index in some]).mT, **gains).mT  # [LNI]
+        styles |= zip(some, found.unbind(), strict=True)
+    result: dict[int, Modulation] = {}
+    keys = [(layer.weight.shape, layer.demodulate, dtype) for layer, dtype in zip(layers, dtypes, strict=True)]
+    for some in _alike(keys):
+        _, demodulate, dtype = keys[some[0]]
+        its = stacked([styles[index] for index in some])
+        weights, factors = [layers[index].weight for index in some], [demodulate] * len(some)
+        if not demodulate:
+            weights = (stacked(weights).flatten(2)[:, None] * its[:, :, None]).to(dtype).unbind()
+        elif dtype != torch.float16:  # which `modulated_conv2d` keeps in range
+            planes = weights[0].is_contiguous()  # else they are kept in channels_last, here, too
+            weight = stacked([w if planes else w.permute(0, 2, 3, 1) for w in weights])
+            squares = weight.square().sum(dim=[3, 4] if planes else [2, 3])  # [LOI]
+            factors = _demodulation(its, squares).to(dtype).unbind()
+            weights = [w if planes else w.permute(0, 3, 1, 2) for w in weight.to(dtype).unbind()]
+            its = its.to(dtype)
+        result |= zip(some, map(Modulation, its.unbind(), factors, weights), strict=True)
+    return [result[index] for index in range(len(layers))]
+
+
+def _alike(keys: Sequence[Any]) -> list[list[int]]:
+    """The places of each key."""
+    places: dict[Any, list[int]] = {}
+    for index, key in enumerate(keys):
+        places.setdefault(key, []).append(index)
+    return list(places.values())
 
 
 def stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -201,7 +218,7 @@ class SynthesisLayer(nn.Module):
 
     noise_const: torch.Tensor
     resample_filter: torch.Tensor
-    style_gain, demodulate = 1.0, True
+    demodulate = True
 
     def __init__(
         self,
@@ -231,7 +248,7 @@ class SynthesisLayer(nn.Module):
 
     def forward(self, x, w, noise_mode="random", fused_modconv=False, gain=1.0):
         """`w` may be the `Modulation` that follows from it."""
-        styles, factors = w if isinstance(w, Modulation) else modulations([self], [w], [x.dtype])[0]
+        styles, factors, weight = w if isinstance(w, Modulation) else modulations([self], [w], [x.dtype])[0]
         noise = None
         if self.use_noise and noise_mode == "random":
             shape = [x.shape[0], 1, self.resolution, self.resolution]
@@ -239,7 +256,7 @@ class SynthesisLayer(nn.Module):
         elif self.use_noise and noise_mode == "const":
             noise = self.noise_const * self.noise_strength
         x = modulated_conv2d(
-            x, self.weight, styles, noise, self.up, self.padding, self.resample_filter, factors, fused_modconv
+            x, weight, styles, noise, self.up, self.padding, self.resample_filter, factors, fused_modconv
         )
         clamp = None if self.conv_clamp is None else self.conv_clamp * gain
         return bias_act(x, self.bias.to(x.dtype), act=self.activation, gain=self.act_gain * gain, clamp=clamp)
@@ -250,19 +267,20 @@ class ToRGBLayer(nn.Module):
 
     demodulate = False
 
-    def __init__(self, in_channels: int, out_channels: int, w_dim: int, kernel_size: int = 1, conv_clamp=None):
+    def __init__(self, in_channels: int, out_channels: int, w_dim: int, conv_clamp: float | None = None):
         super().__init__()
         self.conv_clamp = conv_clamp
         self.affine = FullyConnectedLayer(w_dim, in_channels, bias_init=1)
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 1, 1))
         self.bias = nn.Parameter(torch.zeros(out_channels))
-        self.style_gain = 1 / math.sqrt(in_channels * kernel_size**2)
+        self.style_gain = 1 / math.sqrt(in_channels)
 
-    def forward(self, x, w, fused_modconv=False):
+    def forward(self, x, w):
         """`w` may be the `Modulation` that follows from it."""
-        styles, _ = w if isinstance(w, Modulation) else modulations([self], [w], [x.dtype])[0]
-        x = modulated_conv2d(x, self.weight, styles, demodulate=False, fused=fused_modconv)
-        return bias_act(x, self.bias.to(x.dtype), clamp=self.conv_clamp)
+        weight = (w if isinstance(w, Modulation) else modulations([self], [w], [x.dtype])[0]).weight
+        bias = self.bias.to(x.dtype)[:, None]
+        y = torch.baddbmm(bias, weight.to(x.dtype), x.flatten(2), alpha=self.style_gain)
+        return bias_act(y.unflatten(2, x.shape[2:]), clamp=self.conv_clamp)
 
 
 # Generator.
@@ -342,7 +360,7 @@ class MappingNetwork(nn.Module):
         for index in range(self.num_layers):
             x = getattr(self, f"fc{index}")(x)
         if self.training and self.w_avg_beta is not None and self.num_ws is not None and not skip_w_avg_update:
-            self.w_avg.copy_(x.detach().mean(dim=0).lerp(self.w_avg, self.w_avg_beta))
+            self.w_avg.lerp_(x.detach().mean(dim=0), 1 - self.w_avg_beta)
         if self.num_ws is None:
             return x
         ws = x.unsqueeze(1).repeat(1, self.num_ws, 1)  # [NLw]
@@ -408,8 +426,9 @@ class SynthesisBlock(bases.MixedPrecision):
         layer = {"noise_mode": noise_mode, "fused_modconv": fused_modconv}
         dtype = self.dtype(force_fp32)
         if self.in_channels == 0:
-            x = self.const.to(dtype).unsqueeze(0).repeat(ws[0].styles.shape[0], 1, 1, 1)
-            x = self.conv1(x.to(memory_format=self._format(x)), next(w_iter), **layer)
+            x = self.const.to(dtype).unsqueeze(0)
+            x = x.to(memory_format=self._format(x)).expand(len(ws[0].styles), -1, -1, -1)
+            x = self.conv1(x, next(w_iter), **layer)
         else:
             x = x.to(dtype=dtype, memory_format=self._format(x))
             if self.architecture == "resnet":
@@ -422,7 +441,7 @@ class SynthesisBlock(bases.MixedPrecision):
         if img is not None:
             img = upsample2d(img, self.resample_filter)
         if self.num_torgb:
-            y = self.torgb(x, next(w_iter), fused_modconv=fused_modconv).to(torch.float32)
+            y = self.torgb(x, next(w_iter)).to(torch.float32)
             img = y if img is None else img + y
         return x, img
 

@@ -56,7 +56,8 @@ class GuardedAdam:
         self.steps = 0
 
     def zero_grad(self) -> None:
-        self.adam.zero_grad(set_to_none=True)
+        for parameter in self.parameters:  # as Adam does it, without asking torch's profiler
+            parameter.grad = None
 
     def step(self, lr: float) -> torch.Tensor:
         """A step with the gradients summed over the processes, unless they are broken.
@@ -136,18 +137,18 @@ class SkippedSteps:
     """
 
     def __init__(self, device: torch.device):
-        self.counts = torch.zeros(2, dtype=torch.int64, device=device)  # in all, in a row until now
+        self.counts = torch.zeros(2, dtype=torch.float64, device=device)  # in all, in a row until now
 
     def step(self, optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None:
         """A step of a fused optimiser if `norm`, that of all gradients, is finite."""
-        broken = (norm - norm).ne(0)  # NaN or infinite
+        broken = (norm - norm).ne_(0)  # 1 where it is NaN or infinite, else 0
         self.counts += broken
         self.counts[1].mul_(broken)
         # Decided on the device, without waiting for it: torch's fused optimisers look for these two.
-        optimizer.grad_scale, optimizer.found_inf = None, broken.float()  # type: ignore[attr-defined]
+        optimizer.grad_scale, optimizer.found_inf = None, broken  # type: ignore[attr-defined]
         optimizer.step()
 
     def read(self) -> tuple[int, int]:
         """(in all, in a row until now); a CPU–GPU synchronisation."""
         total, row = self.counts.tolist()
-        return total, row
+        return int(total), int(row)

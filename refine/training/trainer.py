@@ -225,7 +225,7 @@ class Trainer:
             with batch.drawing:
                 x, task = self._auxiliary_task(batch, keep)
                 loss = self._aux_loss(*task)
-            optimizer.scale.scale(loss.sum() / self.config.batch).backward()
+            loss.backward(optimizer.scale.scale(torch.full_like(loss, 1 / self.config.batch)))
             self.means.add("Loss/aux", loss)
             if keep:
                 self._kept.append(Fakes(x, batch.z, batch.c))
