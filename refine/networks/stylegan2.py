@@ -16,6 +16,7 @@ from refine.networks import bases
 from refine.networks.bases import records_init_kwargs
 from refine.torch_utils.ops.bias_act import ACTIVATIONS, bias_act
 from refine.torch_utils.ops.conv2d_resample import conv2d_resample
+from refine.torch_utils.ops.modulated_act import modulated_act
 from refine.torch_utils.ops.upfirdn2d import downsample2d, setup_filter, upsample2d
 
 NOISE_MODES = ("random", "const", "none")
@@ -103,20 +104,18 @@ def modulated_conv2d(
     x: torch.Tensor,
     weight: torch.Tensor,
     styles: torch.Tensor,
-    noise: torch.Tensor | None = None,
     up: int = 1,
     padding: int = 0,
     resample_filter: torch.Tensor | None = None,
     demodulate: bool | torch.Tensor = True,
     fused: bool = False,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Convolve with a kernel that each sample scales per input channel (StyleGAN2, eqs. 1–3).
 
     Args:
         x: (N, I, H, W).
         weight: (O, I, k, k), shared by the samples.
         styles: (N, I) scales of the input channels.
-        noise: Added after demodulation, broadcastable to the output, or None.
         up: Integer upsampling factor.
         padding: Padding of the convolution.
         resample_filter: Filter of the upsampling.
@@ -125,7 +124,7 @@ def modulated_conv2d(
             before and after one shared convolution: the same numbers to 1e-6, and on a CPU about twice as fast.
 
     Returns:
-        (N, O, H·up, W·up).
+        (N, O, H·up, W·up), and the factors (N, O) by which it is still to be multiplied, or None.
     """
     n, (o, i, k, _) = x.shape[0], weight.shape
     if x.dtype == torch.float16 and demodulate is True:  # keep the products in range; demodulation undoes it
@@ -138,16 +137,14 @@ def modulated_conv2d(
 
     if not fused:
         x = conv2d_resample(x * styles.to(x.dtype)[:, :, None, None], weight.to(x.dtype), **geometry)
-        x = x if d is None else x * d.to(x.dtype)[:, :, None, None]
-    else:
-        w = weight[None] * styles[:, None, :, None, None]  # [NOIkk]
-        w = w if d is None else w * d[:, :, None, None, None]
-        # One sample with n·I channels has no useful channels_last form; its backward is wrong there (torch 2.13, CPU).
-        x = x.contiguous().reshape(1, n * i, *x.shape[2:])
-        w = w.contiguous().reshape(n * o, i, k, k)
-        x = conv2d_resample(x, w.to(x.dtype), groups=n, **geometry)
-        x = x.reshape(n, o, *x.shape[2:])
-    return x if noise is None else x + noise.to(x.dtype)
+        return x, None if d is None else d.to(x.dtype)
+    w = weight[None] * styles[:, None, :, None, None]  # [NOIkk]
+    w = w if d is None else w * d[:, :, None, None, None]
+    # One sample with n·I channels has no useful channels_last form; its backward is wrong there (torch 2.13, CPU).
+    x = x.contiguous().reshape(1, n * i, *x.shape[2:])
+    w = w.contiguous().reshape(n * o, i, k, k)
+    x = conv2d_resample(x, w.to(x.dtype), groups=n, **geometry)
+    return x.reshape(n, o, *x.shape[2:]), None
 
 
 def _demodulation(styles: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
@@ -249,17 +246,19 @@ class SynthesisLayer(nn.Module):
     def forward(self, x, w, noise_mode="random", fused_modconv=False, gain=1.0):
         """`w` may be the `Modulation` that follows from it."""
         styles, factors, weight = w if isinstance(w, Modulation) else modulations([self], [w], [x.dtype])[0]
-        noise = None
+        noise = strength = None
         if self.use_noise and noise_mode == "random":
-            shape = [x.shape[0], 1, self.resolution, self.resolution]
-            noise = torch.randn(shape, device=x.device) * self.noise_strength
+            noise = torch.randn([x.shape[0], 1, self.resolution, self.resolution], device=x.device)
         elif self.use_noise and noise_mode == "const":
-            noise = self.noise_const * self.noise_strength
-        x = modulated_conv2d(
-            x, weight, styles, noise, self.up, self.padding, self.resample_filter, factors, fused_modconv
+            noise = self.noise_const
+        if noise is not None:
+            strength = self.noise_strength
+        x, factors = modulated_conv2d(
+            x, weight, styles, self.up, self.padding, self.resample_filter, factors, fused_modconv
         )
         clamp = None if self.conv_clamp is None else self.conv_clamp * gain
-        return bias_act(x, self.bias.to(x.dtype), act=self.activation, gain=self.act_gain * gain, clamp=clamp)
+        bias, gain = self.bias.to(x.dtype), self.act_gain * gain
+        return modulated_act(x, factors, noise, strength, bias, self.activation, gain, clamp)
 
 
 class ToRGBLayer(nn.Module):

@@ -30,4 +30,64 @@ __global__ void __launch_bounds__(kPointThreads) sum_kernel(const BiasActRecord 
     }
 }
 
+// What follows a modulated convolution: y = clamp(act(x · d + noise · strength + b) · gain, −clamp, +clamp), or dx and
+// the sums that make the other gradients (modulated_act.py).
+struct ModulatedActRecord {
+    int64_t x, d, noise, strength, b, dy, out;  // addresses; null where not used. d: Number (n, c); noise, strength: Acc
+    int64_t sums;                               // Acc (3, n, c): of dz · x, dz, dz · noise
+    int64_t act, channels_last, n, c, area;
+    int64_t noise_step;  // from one image's noise to the next one's
+    double alpha, gain, clamp;
+};
+
+// A block has 8 planes, 32 threads along each; or 32 neighbouring channels, 8 threads along the pixels.
+template <int Order, class Number>
+__global__ void __launch_bounds__(kPointThreads) modulated_kernel(const ModulatedActRecord record) {
+    using Acc = typename AccOf<Number>::type;
+    __shared__ Acc shared[3 * kPointThreads];
+    const auto *x = reinterpret_cast<const Number*>(record.x), *d = reinterpret_cast<const Number*>(record.d);
+    const auto *b = reinterpret_cast<const Number*>(record.b), *dy = reinterpret_cast<const Number*>(record.dy);
+    const auto* noise = reinterpret_cast<const Acc*>(record.noise);
+    auto* out = reinterpret_cast<Number*>(record.out);
+    auto* sums = reinterpret_cast<Acc*>(record.sums);
+    const Acc strength = noise ? *reinterpret_cast<const Acc*>(record.strength) : Acc(0);
+    const Epilogue<Acc> epilogue = {Acc(record.alpha), Acc(record.gain), Acc(record.clamp)};
+    const bool last = record.channels_last != 0, clamped = record.clamp >= 0;
+    const int thread = int(threadIdx.x), lanes = last ? 8 : 32, columns = kPointThreads / lanes;
+    const int lane = last ? thread / columns : thread % lanes, column = last ? thread % columns : thread / lanes;
+    const int64_t n = record.n, c = record.c, area = record.area, tiles = ceil_div(c, columns);
+    for (int64_t block = blockIdx.x; block < n * tiles; block += gridDim.x) {
+        const int64_t image = block / tiles, channel = block % tiles * columns + column;
+        const int64_t first = last ? image * area * c + channel : (image * c + channel) * area, step = last ? c : 1;
+        Acc sum_x = Acc(0), sum = Acc(0), sum_noise = Acc(0);
+        if (channel < c) {
+            const Acc scale = d ? Acc(load(d[image * c + channel])) : Acc(1), bias = Acc(load(b[channel]));
+            for (int64_t pixel = lane; pixel < area; pixel += lanes) {
+                const int64_t i = first + pixel * step;
+                const Acc from = Acc(load(x[i])), added = noise ? noise[image * record.noise_step + pixel] : Acc(0);
+                const Acc z = from * scale + added * strength + bias, slope = Order > 0 ? Acc(load(dy[i])) : Acc(0);
+                const Acc value = chosen_element<kAnyActivation, Order>(record.act, clamped, z, slope, Acc(0), epilogue);
+                store(&out[i], Order > 0 ? value * scale : value);
+                sum_x += value * from;
+                sum += value;
+                sum_noise += value * added;
+            }
+        }
+        if (Order == 0) continue;
+        shared[thread] = sum_x;
+        shared[kPointThreads + thread] = sum;
+        shared[2 * kPointThreads + thread] = sum_noise;
+        for (int half = lanes / 2; half > 0; half /= 2) {
+            __syncthreads();
+            const int other = thread + half * (last ? columns : 1);
+            if (lane >= half) continue;
+            for (int k = 0; k < 3 * kPointThreads; k += kPointThreads) shared[k + thread] += shared[k + other];
+        }
+        __syncthreads();
+        if (lane == 0 && channel < c)
+            for (int k = 0; k < 3; ++k) sums[(k * n + image) * c + channel] = shared[k * kPointThreads + thread];
+        __syncthreads();
+    }
+}
+
 }  // namespace refine
