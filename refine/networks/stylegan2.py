@@ -29,6 +29,8 @@ DEFAULT_FILTER = (1, 3, 3, 1)
 
 def normalize_2nd_moment(x: torch.Tensor, dim: int = 1) -> torch.Tensor:
     """Scale `x` to a mean square of 1 along `dim`."""
+    if dim % x.ndim == x.ndim - 1:
+        return F.rms_norm(x, x.shape[-1:], eps=1e-8)  # one kernel on a GPU
     return x * (x.square().mean(dim=dim, keepdim=True) + 1e-8).rsqrt()
 
 
@@ -170,31 +172,38 @@ def modulations(
 
     Layers of the same size share every operator: on a GPU a launch costs more than so small a product.
     """
-    styles: dict[int, torch.Tensor] = {}
+    keys = [(layer.weight.shape, layer.demodulate, dtype) for layer, dtype in zip(layers, dtypes, strict=True)]
+    result: dict[int, Modulation] = {}
     for some in _alike([layer.affine.weight.shape for layer in layers]):
-        affines = [layers[index].affine for index in some]
+        groups = [[some[place] for place in group] for group in _alike([keys[index] for index in some])]
+        order = [index for group in groups for index in group]
+        affines = [layers[index].affine for index in order]
         weight = stacked([affine.weight for affine in affines])  # [LIw]
         bias = stacked([affine.bias for affine in affines if affine.bias is not None])[..., None]
         gains = {"beta": affines[0].bias_gain, "alpha": affines[0].weight_gain}
-        found = torch.baddbmm(bias, weight, stacked([ws[index] for index in some]).mT, **gains).mT  # [LNI]
-        styles |= zip(some, found.unbind(), strict=True)
-    result: dict[int, Modulation] = {}
-    keys = [(layer.weight.shape, layer.demodulate, dtype) for layer, dtype in zip(layers, dtypes, strict=True)]
-    for some in _alike(keys):
-        _, demodulate, dtype = keys[some[0]]
-        its = stacked([styles[index] for index in some])
-        weights, factors = [layers[index].weight for index in some], [demodulate] * len(some)
-        if not demodulate:
-            weights = (stacked(weights).flatten(2)[:, None] * its[:, :, None]).to(dtype).unbind()
-        elif dtype != torch.float16:  # which `modulated_conv2d` keeps in range
-            planes = weights[0].is_contiguous()  # else they are kept in channels_last, here, too
-            weight = stacked([w if planes else w.permute(0, 2, 3, 1) for w in weights])
-            squares = weight.square().sum(dim=[3, 4] if planes else [2, 3])  # [LOI]
-            factors = _demodulation(its, squares).to(dtype).unbind()
-            weights = [w if planes else w.permute(0, 3, 1, 2) for w in weight.to(dtype).unbind()]
-            its = its.to(dtype)
-        result |= zip(some, map(Modulation, its.unbind(), factors, weights), strict=True)
+        styles = torch.baddbmm(bias, weight, stacked([ws[index] for index in order]).mT, **gains).mT  # [LNI]
+        for group, its in zip(groups, styles.split([len(group) for group in groups]), strict=True):
+            found = _modulations_of([layers[index] for index in group], its, dtypes[group[0]])
+            result |= zip(group, found, strict=True)
     return [result[index] for index in range(len(layers))]
+
+
+def _modulations_of(
+    layers: Sequence["SynthesisLayer | ToRGBLayer"], styles: torch.Tensor, dtype: torch.dtype
+) -> list[Modulation]:
+    """Of layers of one kind and size, from their styles (L, N, I)."""
+    weights, factors = [layer.weight for layer in layers], [layers[0].demodulate] * len(layers)
+    if isinstance(layers[0], ToRGBLayer):
+        styles = styles * layers[0].style_gain
+        weights = (stacked(weights).flatten(2)[:, None] * styles[:, :, None]).to(dtype).unbind()
+    elif dtype != torch.float16:  # which `modulated_conv2d` keeps in range
+        planes = weights[0].is_contiguous()  # else they are kept in channels_last, here, too
+        weight = stacked([w if planes else w.permute(0, 2, 3, 1) for w in weights])
+        squares = weight.square().sum(dim=[3, 4] if planes else [2, 3])  # [LOI]
+        factors = _demodulation(styles, squares).to(dtype).unbind()
+        weights = [w if planes else w.permute(0, 3, 1, 2) for w in weight.to(dtype).unbind()]
+        styles = styles.to(dtype)
+    return [Modulation(*each) for each in zip(styles.unbind(), factors, weights, strict=True)]
 
 
 def _alike(keys: Sequence[Any]) -> list[list[int]]:
@@ -278,7 +287,7 @@ class ToRGBLayer(nn.Module):
         """`w` may be the `Modulation` that follows from it."""
         weight = (w if isinstance(w, Modulation) else modulations([self], [w], [x.dtype])[0]).weight
         bias = self.bias.to(x.dtype)[:, None]
-        y = torch.baddbmm(bias, weight.to(x.dtype), x.flatten(2), alpha=self.style_gain)
+        y = torch.baddbmm(bias, weight.to(x.dtype), x.flatten(2))
         return bias_act(y.unflatten(2, x.shape[2:]), clamp=self.conv_clamp)
 
 

@@ -117,6 +117,7 @@ native.kernels(
     "bias_act",
     *(f"refine::point_kernel<{a},{order},{{}}>" for a in (_LRELU, _ANY) for order in range(3)),
     *(f"refine::sum_kernel<{a},{{}}>" for a in (_LRELU, _ANY)),
+    *(f"refine::modulated_kernel<{order},{{}}>" for order in range(2)),  # of modulated_act.py
 )
 
 

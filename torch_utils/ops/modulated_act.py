@@ -60,8 +60,6 @@ _THREADS = 256
 _INPUTS = "Tensor x, Tensor? d, Tensor? noise, Tensor? strength, Tensor b"
 _OPTIONS = "str act, float gain, float clamp"
 
-native.kernels("bias_act", "refine::modulated_kernel<0,{}>", "refine::modulated_kernel<1,{}>")
-
 
 def _forward(x, d, noise, strength, b, act, gain, clamp):
     if not x.is_cuda or native.function("bias_act", x) is None:  # a graph that was exported for a GPU

@@ -78,9 +78,13 @@ def modulated_act_error(dtype):
             inputs = {name: (t if impl == "native" else t.float()).requires_grad_() for name, t in narrow.items()}
             rest = {"noise": noise, "d": None, "strength": None, **inputs}
             y = modulated_act(**rest, act="swish" if case == 1 else "lrelu", clamp=clamp, impl=impl)
-            grads = torch.autograd.grad(y, list(inputs.values()), dy.to(y.dtype))
+            wanted = list(inputs.values())
+            grads = torch.autograd.grad(y, wanted, dy.to(y.dtype), retain_graph=True)
             assert impl == "ref" or (y.dtype, y.stride()) == (dtype, inputs["x"].stride())
-            found.append([t.double() for t in (y, *grads)])
+            again = torch.autograd.grad(y, wanted, dy.to(y.dtype), create_graph=True)
+            second = torch.autograd.grad(sum(g.square().sum() for g in again), wanted, allow_unused=True)
+            second = [torch.zeros([]) if g is None or dtype == torch.float16 else g for g in second]
+            found.append([t.double() for t in (y, *grads, *second)])
         worst = max(worst, error(*found))
     return worst
 
