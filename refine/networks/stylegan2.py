@@ -105,7 +105,7 @@ class Conv2dLayer(nn.Module):
 def modulated_conv2d(
     x: torch.Tensor,
     weight: torch.Tensor,
-    styles: torch.Tensor,
+    styles: torch.Tensor | None,
     up: int = 1,
     padding: int = 0,
     resample_filter: torch.Tensor | None = None,
@@ -117,7 +117,7 @@ def modulated_conv2d(
     Args:
         x: (N, I, H, W).
         weight: (O, I, k, k), shared by the samples.
-        styles: (N, I) scales of the input channels.
+        styles: (N, I) scales of the input channels; None = x has been multiplied with them (not if `fused`).
         up: Integer upsampling factor.
         padding: Padding of the convolution.
         resample_filter: Filter of the upsampling.
@@ -138,7 +138,8 @@ def modulated_conv2d(
     geometry: dict[str, Any] = {"f": resample_filter, "up": up, "padding": padding, "flip_weight": up == 1}
 
     if not fused:
-        x = conv2d_resample(x * styles.to(x.dtype)[:, :, None, None], weight.to(x.dtype), **geometry)
+        x = x if styles is None else x * styles.to(x.dtype)[:, :, None, None]
+        x = conv2d_resample(x, weight.to(x.dtype), **geometry)
         return x, None if d is None else d.to(x.dtype)
     w = weight[None] * styles[:, None, :, None, None]  # [NOIkk]
     w = w if d is None else w * d[:, :, None, None, None]
@@ -252,8 +253,9 @@ class SynthesisLayer(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.register_buffer("resample_filter", setup_filter(resample_filter))
 
-    def forward(self, x, w, noise_mode="random", fused_modconv=False, gain=1.0):
-        """`w` may be the `Modulation` that follows from it."""
+    def forward(self, x, w, noise_mode="random", fused_modconv=False, gain=1.0, then=None, scaled=False):
+        """`w` may be the `Modulation` that follows from it. The output is multiplied with `then`, (N, O): styles of the
+        next layer, for which its input is `scaled` then."""
         styles, factors, weight = w if isinstance(w, Modulation) else modulations([self], [w], [x.dtype])[0]
         noise = strength = None
         if self.use_noise and noise_mode == "random":
@@ -263,11 +265,11 @@ class SynthesisLayer(nn.Module):
         if noise is not None:
             strength = self.noise_strength
         x, factors = modulated_conv2d(
-            x, weight, styles, self.up, self.padding, self.resample_filter, factors, fused_modconv
+            x, weight, None if scaled else styles, self.up, self.padding, self.resample_filter, factors, fused_modconv
         )
         clamp = None if self.conv_clamp is None else self.conv_clamp * gain
         bias, gain = self.bias.to(x.dtype), self.act_gain * gain
-        return modulated_act(x, factors, noise, strength, bias, self.activation, gain, clamp)
+        return modulated_act(x, factors, noise, strength, bias, then, None, self.activation, gain, clamp)
 
 
 class ToRGBLayer(nn.Module):
@@ -283,12 +285,15 @@ class ToRGBLayer(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.style_gain = 1 / math.sqrt(in_channels)
 
-    def forward(self, x, w):
-        """`w` may be the `Modulation` that follows from it."""
+    def forward(self, x, w, img=None):
+        """Added to `img`, in float32; `w` may be the `Modulation` that follows from it."""
         weight = (w if isinstance(w, Modulation) else modulations([self], [w], [x.dtype])[0]).weight
         bias = self.bias.to(x.dtype)[:, None]
-        y = torch.baddbmm(bias, weight.to(x.dtype), x.flatten(2))
-        return bias_act(y.unflatten(2, x.shape[2:]), clamp=self.conv_clamp)
+        y = torch.baddbmm(bias, weight.to(x.dtype), x.flatten(2)).unflatten(2, x.shape[2:])
+        if img is None or self.conv_clamp is None or y.dtype != img.dtype:
+            y = bias_act(y, clamp=self.conv_clamp).to(torch.float32)
+            return y if img is None else img + y
+        return modulated_act(y, None, None, None, None, beside=img, clamp=self.conv_clamp)
 
 
 # Generator.
@@ -371,7 +376,7 @@ class MappingNetwork(nn.Module):
             self.w_avg.lerp_(x.detach().mean(dim=0), 1 - self.w_avg_beta)
         if self.num_ws is None:
             return x
-        ws = x.unsqueeze(1).repeat(1, self.num_ws, 1)  # [NLw]
+        ws = x.unsqueeze(1).expand(-1, self.num_ws, -1)  # [NLw]
         if truncation_psi != 1:
             if self.w_avg_beta is None:
                 raise ValueError(f"truncation_psi is {truncation_psi}, but this network tracks no mean of w")
@@ -444,13 +449,14 @@ class SynthesisBlock(bases.MixedPrecision):
                 x = self.conv0(x, next(w_iter), **layer)
                 x = y + self.conv1(x, next(w_iter), gain=math.sqrt(0.5), **layer)
             else:
-                x = self.conv0(x, next(w_iter), **layer)
-                x = self.conv1(x, next(w_iter), **layer)
+                first, second = next(w_iter), next(w_iter)
+                scaled = x.dtype != torch.float16 and not fused_modconv
+                x = self.conv0(x, first, then=second.styles if scaled else None, **layer)
+                x = self.conv1(x, second, scaled=scaled, **layer)
         if img is not None:
             img = upsample2d(img, self.resample_filter)
         if self.num_torgb:
-            y = self.torgb(x, next(w_iter)).to(torch.float32)
-            img = y if img is None else img + y
+            img = self.torgb(x, next(w_iter), img)
         return x, img
 
     def _format(self, x):

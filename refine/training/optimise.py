@@ -47,6 +47,7 @@ class GuardedAdam:
         self._of_group = {"capturable": on_device}  # a CUDA graph may hold a step; what a state says does not count
         # A tensor where a graph is to see each step's own.
         self._rate: torch.Tensor | float = torch.zeros([], device=device) if on_device else 0.0
+        self._filled = 0.0  # what it holds
         self.scale = LossScale(precision, device)
         self.skips = SkippedSteps(device)
         self.signal: torch.Tensor | None = None
@@ -81,10 +82,11 @@ class GuardedAdam:
         return "keep" if place == 0 else ""
 
     def begin(self, lr: float) -> None:
-        if isinstance(self._rate, torch.Tensor):
-            self._rate.fill_(lr)
-        else:
+        if not isinstance(self._rate, torch.Tensor):
             self._rate = lr
+        elif lr != self._filled:
+            self._rate.fill_(lr)
+            self._filled = lr
 
     def apply(self) -> torch.Tensor:
         """The step itself; returns the norm of the gradients before clipping."""

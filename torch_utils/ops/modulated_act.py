@@ -20,20 +20,24 @@ def modulated_act(
     d: torch.Tensor | None,
     noise: torch.Tensor | None,
     strength: torch.Tensor | None,
-    b: torch.Tensor,
+    b: torch.Tensor | None,
+    then: torch.Tensor | None = None,
+    beside: torch.Tensor | None = None,
     act: str = "linear",
     gain: float | None = None,
     clamp: float | None = None,
     impl: str | None = None,
 ) -> torch.Tensor:
-    """clamp(act(x · d + noise · strength + b) · gain, −clamp, +clamp); derivatives as of `bias_act`.
+    """clamp(act(x · d + noise · strength + b) · gain, −clamp, +clamp) · then + beside; derivatives as of `bias_act`.
 
     Args:
         x: (N, C, H, W), any floating dtype.
         d: (N, C), like x; None = 1.
         noise: (N, 1, H, W) or (H, W), without a gradient; None = 0.
         strength: A scalar; None = none, as noise.
-        b: (C,), like x.
+        b: (C,), like x; None = 0.
+        then: (N, C), like x; None = 1.
+        beside: (N, C, H, W), like x; None = 0.
         act, gain, clamp, impl: See `bias_act`.
 
     Returns:
@@ -41,49 +45,54 @@ def modulated_act(
     """
     gain = float(ACTIVATIONS[act].gain if gain is None else gain)
     limit = -1.0 if clamp is None else float(clamp)
-    served = x.device.type != "cpu" and (d is None or d.dtype == x.dtype) and b.dtype == x.dtype
+    alike = all(t is None or t.dtype == x.dtype for t in (d, b, then, beside))
+    served = alike and x.device.type != "cpu"
     if impl != "ref" and served and native.choose("bias_act", x, impl) == "native":
-        return _native(x, d, noise, strength, b, act, gain, limit)
-    return _plain(x, d, noise, strength, b, act, gain, limit, impl)
+        return _native(x, d, noise, strength, b, then, beside, act, gain, limit)
+    return _plain(x, d, noise, strength, b, then, beside, act, gain, limit, impl)
 
 
-def _plain(x, d, noise, strength, b, act, gain, clamp, impl=None):
+def _plain(x, d, noise, strength, b, then, beside, act, gain, clamp, impl=None):
     x = x if d is None else x * d[:, :, None, None]
     x = x if noise is None else x + (noise * strength).to(x.dtype)
-    return bias_act(x, b, act=act, gain=gain, clamp=None if clamp < 0 else clamp, impl=impl)
+    x = bias_act(x, b, act=act, gain=gain, clamp=None if clamp < 0 else clamp, impl=impl)
+    x = x if then is None else x * then[:, :, None, None]
+    return x if beside is None else x + beside
 
 
 # The kernels, registered as torch.ops.refine.modulated_act and its derivative.
 
-_RECORD = struct.Struct("=14q3d")  # ModulatedActRecord of bias_act.cu
+_RECORD = struct.Struct("=16q3d")  # ModulatedActRecord of bias_act.cu
 _THREADS = 256
-_INPUTS = "Tensor x, Tensor? d, Tensor? noise, Tensor? strength, Tensor b"
+_INPUTS = "Tensor x, Tensor? d, Tensor? noise, Tensor? strength, Tensor? b, Tensor? then, Tensor? beside"
 _OPTIONS = "str act, float gain, float clamp"
 
 
-def _forward(x, d, noise, strength, b, act, gain, clamp):
+def _forward(x, d, noise, strength, b, then, beside, act, gain, clamp):
     if not x.is_cuda or native.function("bias_act", x) is None:  # a graph that was exported for a GPU
-        y = _plain(x, d, noise, strength, b, act, gain, clamp)
+        y = _plain(x, d, noise, strength, b, then, beside, act, gain, clamp)
         return y.contiguous(memory_format=native.layout_of(x))
-    return _run(None, x, d, noise, strength, b, act, gain, clamp)
+    return _run(None, x, d, noise, strength, b, then, beside, act, gain, clamp)
 
 
-def _grad(dy, x, d, noise, strength, b, act, gain, clamp):
+def _grad(dy, x, d, noise, strength, b, then, beside, act, gain, clamp):
+    """Gradients of x, d, strength, b and then; empty where there is no such input."""
+    given = (x, d, strength, b, then)
     if not x.is_cuda or native.function("bias_act", x) is None:
-        inputs = [None if t is None else t.detach().requires_grad_(t.is_floating_point()) for t in (x, d, strength, b)]
+        inputs = [None if t is None else t.detach().requires_grad_() for t in given]
         with torch.enable_grad():
-            y = _plain(inputs[0], inputs[1], noise, inputs[2], inputs[3], act, gain, clamp)
+            y = _plain(inputs[0], inputs[1], noise, *inputs[2:], beside, act, gain, clamp)
             found = iter(torch.autograd.grad(y, [t for t in inputs if t is not None], dy))
-        dx, dd, ds, db = (x.new_empty(0) if t is None else next(found) for t in inputs)
-        return dx.contiguous(memory_format=native.layout_of(x)), dd, ds, db
-    sums = torch.empty([3, *x.shape[:2]], dtype=native.acc_dtype(x.dtype), device=x.device)
-    dx = _run(dy, x, d, noise, strength, b, act, gain, clamp, sums)
-    dd = x.new_empty(0) if d is None else sums[0].to(d.dtype)
-    ds = x.new_empty(0) if strength is None else sums[2].sum().to(strength.dtype)
-    return dx, dd, ds, sums[1].sum(0).to(b.dtype)
+        dx, *grads = (x.new_empty(0) if t is None else next(found) for t in inputs)
+        return dx.contiguous(memory_format=native.layout_of(x)), *grads
+    sums = torch.empty([4, *x.shape[:2]], dtype=native.acc_dtype(x.dtype), device=x.device)
+    dx = _run(dy, x, d, noise, strength, b, then, None, act, gain, clamp, sums)
+    made = (lambda: sums[0], lambda: sums[2].sum(), lambda: sums[1].sum(0), lambda: sums[3])
+    pairs = zip(given[1:], made, strict=True)
+    return dx, *(x.new_empty(0) if t is None else make().to(t.dtype) for t, make in pairs)
 
 
-def _run(dy, x, d, noise, strength, b, act, gain, clamp, sums=None):
+def _run(dy, x, d, noise, strength, b, then, beside, act, gain, clamp, sums=None):
     layout, dtype = native.layout_of(x), native.acc_dtype(x.dtype)
     x = x.contiguous(memory_format=layout)
     out = torch.empty_like(x)
@@ -92,12 +101,13 @@ def _run(dy, x, d, noise, strength, b, act, gain, clamp, sums=None):
             sums.zero_()
         return out
     dy = None if dy is None else dy.contiguous(memory_format=layout)
-    d, b = None if d is None else d.contiguous(), b.contiguous()
+    d, b, then = (None if t is None else t.contiguous() for t in (d, b, then))
+    beside = None if beside is None else beside.contiguous(memory_format=layout)
     step = 0
     if noise is not None:
         noise, strength = noise.to(dtype).contiguous(), strength.to(dtype)
         step = math.prod(x.shape[2:]) if noise.ndim == 4 else 0
-    addresses = (0 if t is None else t.data_ptr() for t in (x, d, noise, strength, b, dy, out, sums))
+    addresses = (0 if t is None else t.data_ptr() for t in (x, d, noise, strength, b, then, beside, dy, out, sums))
     last, area = layout == torch.channels_last, math.prod(x.shape[2:])
     sizes = (CODES[act], last, *x.shape[:2], area, step)
     record = _RECORD.pack(*addresses, *sizes, ACTIVATIONS[act].alpha, gain, clamp)
@@ -111,9 +121,8 @@ def _fake(x, *_):
     return torch.empty_like(x, memory_format=native.layout_of(x))
 
 
-def _fake_grad(dy, x, d, noise, strength, b, *_):
-    like = (x.new_empty(0) if t is None else torch.empty_like(t) for t in (d, strength, b))
-    return _fake(x), *like
+def _fake_grad(dy, x, d, noise, strength, b, then, *_):
+    return _fake(x), *(x.new_empty(0) if t is None else torch.empty_like(t) for t in (d, strength, b, then))
 
 
 # Autograd.
@@ -121,30 +130,31 @@ def _fake_grad(dy, x, d, noise, strength, b, *_):
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
     *tensors, ctx.act, ctx.gain, ctx.clamp = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*tensors[:6])
 
 
 def _backward(ctx: Any, dy: torch.Tensor) -> Any:
-    x, d, noise, strength, b = ctx.saved_tensors
+    x, d, noise, strength, b, then = ctx.saved_tensors
     options = (ctx.act, ctx.gain, ctx.clamp)
-    need = [ctx.needs_input_grad[index] for index in (0, 1, 3, 4)]
-    inputs = [None if t is None else t.view_as(t) for t in (x, d, strength, b)]  # an input may depend on another one
-    if torch.is_grad_enabled():  # somebody will differentiate this: the graph of plain torch
-        wanted = [t for t, needed in zip(inputs, need, strict=True) if needed and t is not None]
-        y = _plain(inputs[0], inputs[1], noise, inputs[2], inputs[3], *options)
-        found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-        dx, dd, ds, db = (
-            next(found) if needed and t is not None else None for t, needed in zip(inputs, need, strict=True)
-        )
+    need = [ctx.needs_input_grad[index] for index in (0, 1, 3, 4, 5)]
+    inputs = [None if t is None else t.view_as(t) for t in (x, d, strength, b, then)]  # one may depend on another
+    wanted = [needed and t is not None for needed, t in zip(need, inputs, strict=True)]
+    if not any(wanted):
+        grads: Any = (None,) * 5
+    elif torch.is_grad_enabled():  # somebody will differentiate this: the graph of plain torch
+        y = _plain(inputs[0], inputs[1], noise, *inputs[2:], None, *options)
+        chosen = [t for t, is_wanted in zip(inputs, wanted, strict=True) if is_wanted]
+        found = iter(torch.autograd.grad(y, chosen, dy, create_graph=True))
+        grads = [next(found) if is_wanted else None for is_wanted in wanted]
     else:
-        grads = _native_grad(dy, x, d, noise, strength, b, *options)
-        dx, dd, ds, db = (
-            g if needed and t is not None else None for g, t, needed in zip(grads, inputs, need, strict=True)
-        )
-    return dx, dd, None, ds, db, None, None, None
+        grads = _native_grad(dy, x, d, noise, strength, b, then, None, *options)
+    dx, dd, ds, db, dt = (g if is_wanted else None for g, is_wanted in zip(grads, wanted, strict=True))
+    return dx, dd, None, ds, db, dt, dy if ctx.needs_input_grad[6] else None, None, None, None
 
 
 _native = native.register(f"modulated_act({_INPUTS}, {_OPTIONS}) -> Tensor", _forward, _fake, _save, _backward)
 _native_grad = native.register(
-    f"modulated_act_grad(Tensor dy, {_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)", _grad, _fake_grad
+    f"modulated_act_grad(Tensor dy, {_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _grad,
+    _fake_grad,
 )

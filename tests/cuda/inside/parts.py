@@ -71,6 +71,8 @@ def modulated_act_error(dtype):
         given |= {"d": torch.randn(n, c, device=DEVICE)} if case != 1 else {}
         given |= {"strength": torch.randn([], device=DEVICE)} if case != 2 else {}
         noise = torch.randn(size if case == 3 else [n, 1, *size], device=DEVICE) if case != 2 else None
+        given |= {"then": torch.randn(n, c, device=DEVICE)} if case in (0, 2) else {}
+        given |= {"beside": torch.randn_like(given["x"])} if case in (0, 3) else {}
         clamp = 0.5 if dtype == torch.float32 and case == 0 else None
         dy, found = torch.randn(shape, device=DEVICE).to(dtype), []
         for impl in KINDS:
