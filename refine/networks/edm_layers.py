@@ -392,6 +392,7 @@ class UNetBlock(nn.Module):
         y = scaled_dot_product(*split_heads(self.qkv.by_pixel(x, self.num_heads, qkv)))
         if not as_products(x):
             return self.proj(merge_heads(y, like=x))
+        assert self.proj.weight is not None and self.proj.bias is not None
         weight, bias = self.proj.weight.to(x.dtype), self.proj.bias.to(x.dtype)
         pixels = y.permute(0, 3, 1, 2).flatten(2)  # as attention writes them
         y = torch.baddbmm(bias[:, None], weight.flatten(1).expand(len(x), -1, -1), pixels.mT)

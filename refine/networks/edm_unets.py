@@ -94,7 +94,8 @@ class LadderUNet(nn.Module):
         blocks = [layer for layer in (*self.enc.values(), *self.dec.values()) if isinstance(layer, UNetBlock)]
         params = linear_together([block.affine for block in blocks], emb, x.dtype)
         attending = [block.qkv for block in blocks if block.num_heads]
-        channels_last = not blocks[0].conv0.weight.is_contiguous()  # and so are the activations
+        assert blocks[0].conv1.weight is not None
+        channels_last = not blocks[0].conv1.weight.is_contiguous()  # and so are the activations
         wanted = attending and (channels_last or as_products(x))
         sorted_qkv = iter(sorted_together(attending, x.dtype) if wanted else [None] * len(attending))
         qkv = [next(sorted_qkv) if block.num_heads else None for block in blocks]

@@ -105,25 +105,27 @@ class Conv2dLayer(nn.Module):
 def modulated_conv2d(
     x: torch.Tensor,
     weight: torch.Tensor,
-    styles: torch.Tensor | None,
+    styles: torch.Tensor,
     up: int = 1,
     padding: int = 0,
     resample_filter: torch.Tensor | None = None,
     demodulate: bool | torch.Tensor = True,
     fused: bool = False,
+    scaled: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Convolve with a kernel that each sample scales per input channel (StyleGAN2, eqs. 1–3).
 
     Args:
         x: (N, I, H, W).
         weight: (O, I, k, k), shared by the samples.
-        styles: (N, I) scales of the input channels; None = x has been multiplied with them (not if `fused`).
+        styles: (N, I) scales of the input channels.
         up: Integer upsampling factor.
         padding: Padding of the convolution.
         resample_filter: Filter of the upsampling.
         demodulate: Scale each output channel to unit expected variance; or the factors that do it, (N, O).
         fused: Build one kernel per sample and run them as a grouped convolution. The other form scales activations
             before and after one shared convolution: the same numbers to 1e-6, and on a CPU about twice as fast.
+        scaled: x has been multiplied with the styles (not if `fused`).
 
     Returns:
         (N, O, H·up, W·up), and the factors (N, O) by which it is still to be multiplied, or None.
@@ -138,7 +140,7 @@ def modulated_conv2d(
     geometry: dict[str, Any] = {"f": resample_filter, "up": up, "padding": padding, "flip_weight": up == 1}
 
     if not fused:
-        x = x if styles is None else x * styles.to(x.dtype)[:, :, None, None]
+        x = x if scaled else x * styles.to(x.dtype)[:, :, None, None]
         x = conv2d_resample(x, weight.to(x.dtype), **geometry)
         return x, None if d is None else d.to(x.dtype)
     w = weight[None] * styles[:, None, :, None, None]  # [NOIkk]
@@ -181,8 +183,8 @@ def modulations(
         affines = [layers[index].affine for index in order]
         weight = stacked([affine.weight for affine in affines])  # [LIw]
         bias = stacked([affine.bias for affine in affines if affine.bias is not None])[..., None]
-        gains = {"beta": affines[0].bias_gain, "alpha": affines[0].weight_gain}
-        styles = torch.baddbmm(bias, weight, stacked([ws[index] for index in order]).mT, **gains).mT  # [LNI]
+        w, beta, alpha = stacked([ws[index] for index in order]), affines[0].bias_gain, affines[0].weight_gain
+        styles = torch.baddbmm(bias, weight, w.mT, beta=beta, alpha=alpha).mT  # [LNI]
         for group, its in zip(groups, styles.split([len(group) for group in groups]), strict=True):
             found = _modulations_of([layers[index] for index in group], its, dtypes[group[0]])
             result |= zip(group, found, strict=True)
@@ -193,7 +195,8 @@ def _modulations_of(
     layers: Sequence["SynthesisLayer | ToRGBLayer"], styles: torch.Tensor, dtype: torch.dtype
 ) -> list[Modulation]:
     """Of layers of one kind and size, from their styles (L, N, I)."""
-    weights, factors = [layer.weight for layer in layers], [layers[0].demodulate] * len(layers)
+    weights: Sequence[torch.Tensor] = [layer.weight for layer in layers]
+    factors: Sequence[bool | torch.Tensor] = [layers[0].demodulate] * len(layers)
     if isinstance(layers[0], ToRGBLayer):
         styles = styles * layers[0].style_gain
         weights = (stacked(weights).flatten(2)[:, None] * styles[:, :, None]).to(dtype).unbind()
@@ -265,7 +268,7 @@ class SynthesisLayer(nn.Module):
         if noise is not None:
             strength = self.noise_strength
         x, factors = modulated_conv2d(
-            x, weight, None if scaled else styles, self.up, self.padding, self.resample_filter, factors, fused_modconv
+            x, weight, styles, self.up, self.padding, self.resample_filter, factors, fused_modconv, scaled
         )
         clamp = None if self.conv_clamp is None else self.conv_clamp * gain
         bias, gain = self.bias.to(x.dtype), self.act_gain * gain

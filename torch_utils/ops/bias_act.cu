@@ -43,7 +43,7 @@ struct ModulatedActRecord {
 
 template <int Order, class Acc>
 REFINE_FN Acc chosen(int64_t act, bool clamped, Acc z, Acc dy, const Epilogue<Acc>& e) {
-    return chosen_element<kAnyActivation, Order>(act, clamped, z, dy, Acc(0), e);
+    return chosen_element<Order>(act, clamped, z, dy, Acc(0), e);
 }
 
 // A block has 8 planes, 32 threads along each; or 32 neighbouring channels, 8 threads along the pixels.

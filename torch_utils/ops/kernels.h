@@ -290,9 +290,8 @@ REFINE_FN Acc point_element(bool clamped, Acc z, Acc dy, Acc g, const Epilogue<A
     return clamped ? bias_act_element<A, Order, true>(z, dy, g, e) : bias_act_element<A, Order, false>(z, dy, g, e);
 }
 
-template <int A, int Order, class Acc>
+template <int Order, class Acc>
 REFINE_FN Acc chosen_element(int64_t act, bool clamped, Acc z, Acc dy, Acc g, const Epilogue<Acc>& e) {
-    if (A != kAnyActivation) return point_element<A, Order>(clamped, z, dy, g, e);
     switch (act) {
         case kRelu: return point_element<kRelu, Order>(clamped, z, dy, g, e);
         case kLrelu: return point_element<kLrelu, Order>(clamped, z, dy, g, e);
@@ -312,7 +311,9 @@ REFINE_FN typename AccOf<Number>::type point_value(const Points<Number>& p, Numb
     using Acc = typename AccOf<Number>::type;
     const Acc z = Acc(load(x)) + b, dy = Order > 0 ? Acc(load(dy_number)) : Acc(0);
     const Acc g = Order > 1 ? Acc(load(g_number)) : Acc(0);
-    return chosen_element<A, Order>(p.act, p.clamped, z, dy, g, p.epilogue);
+    const auto& e = p.epilogue;
+    if (A != kAnyActivation) return point_element<A, Order>(p.clamped, z, dy, g, e);
+    return chosen_element<Order>(p.act, p.clamped, z, dy, g, e);
 }
 
 template <int A, int Order, class Number>

@@ -142,8 +142,9 @@ def _backward(ctx: Any, dy: torch.Tensor) -> Any:
     if not any(wanted):
         grads: Any = (None,) * 5
     elif torch.is_grad_enabled():  # somebody will differentiate this: the graph of plain torch
-        y = _plain(inputs[0], inputs[1], noise, *inputs[2:], None, *options)
-        chosen = [t for t, is_wanted in zip(inputs, wanted, strict=True) if is_wanted]
+        (x, d, strength, b, then), act, gain, clamp = inputs, *options
+        y = _plain(x, d, noise, strength, b, then, None, act, gain, clamp)
+        chosen: Any = [t for t, is_wanted in zip(inputs, wanted, strict=True) if is_wanted]
         found = iter(torch.autograd.grad(y, chosen, dy, create_graph=True))
         grads = [next(found) if is_wanted else None for is_wanted in wanted]
     else:
