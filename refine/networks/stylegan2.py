@@ -196,6 +196,8 @@ def _modulations_of(
 ) -> list[Modulation]:
     """Of layers of one kind and size, from their styles (L, N, I)."""
     weights: Sequence[torch.Tensor] = [layer.weight for layer in layers]
+    if not torch.is_grad_enabled():
+        weights = [weight.detach() for weight in weights]  # a view of a parameter asks for a gradient even then
     factors: Sequence[bool | torch.Tensor] = [layers[0].demodulate] * len(layers)
     if isinstance(layers[0], ToRGBLayer):
         styles = styles * layers[0].style_gain
