@@ -34,12 +34,14 @@ from refine.training.trainer import Trainer
 VIEWS = {
     *("view", "_unsafe_view", "_reshape_alias", "expand", "permute", "transpose", "t", "slice", "select", "unbind"),
     *("unsqueeze", "squeeze", "detach", "alias", "as_strided", "split", "split_with_sizes", "narrow", "chunk"),
+    *("_record_function_enter_new", "_record_function_exit"),  # torch's profiler: nothing is launched, either
 }
 KINDS = {
     "convolution": {"convolution", "convolution_backward", "upfirdn2d"},
     "norm": {
         *("native_group_norm", "native_group_norm_backward", "group_norm_silu", "group_norm_silu_grad"),
         *("sum_group_norm_silu", "sum_group_norm_silu_grad"),
+        *("native_layer_norm", "native_layer_norm_backward"),
     },
     "matrices": {"addmm", "mm", "bmm", "baddbmm"},
     "attention": {"_scaled_dot_product_efficient_attention", "_scaled_dot_product_efficient_attention_backward"},
@@ -91,7 +93,7 @@ class Counting(TorchDispatchMode):
             network = getattr(trainer, name)
             handles.append(network.register_forward_pre_hook(lambda *_, name=name: self.inside.append(name)))
             handles.append(network.register_forward_hook(lambda *_: self.inside.pop() and None, always_call=True))
-        with FusedAttention(), self:
+        with Fused(), self:
             yield
         for handle in handles:
             handle.remove()
@@ -118,12 +120,15 @@ def as_cudnn(out, args):
     return tuple(as_cudnn(x, args) if x is not None and x.ndim == 4 else x for x in out)
 
 
-class FusedAttention(TorchFunctionMode):
-    """The kernel that a GPU has, under the conditions under which it is used."""
+class Fused(TorchFunctionMode):
+    """Kernels that a GPU has, under the conditions under which they are used, where torch would take them apart for a
+    device that has none."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.scaled_dot_product_attention and all(x.stride(-1) == 1 for x in args):
             return torch.ops.aten._scaled_dot_product_efficient_attention(*args, None, True)[0]
+        if func is F.rms_norm:  # on a GPU one operator, and one backward, as this is
+            return torch.ops.aten.native_layer_norm(*args, None, None, kwargs["eps"])[0]
         return func(*args, **(kwargs or {}))
 
 

@@ -19,16 +19,17 @@ from refine.torch_utils.ops.conv2d_resample import conv2d_resample
 from refine.training.rates import learning_rates
 
 
-def modulated_conv2d(x, weight, styles, noise=None, up=1, padding=0, resample_filter=None, demodulate=True, fused=None):
+def modulated_conv2d(
+    x, weight, styles, up=1, padding=0, resample_filter=None, demodulate=True, fused=None, scaled=False
+):
     """StyleGAN2, eqs. 1–3, in their order: scale the kernels of each sample, demodulate them, convolve in groups."""
     n, (o, i, k, _) = len(x), weight.shape
     w = weight[None] * styles[:, None, :, None, None]
-    if demodulate is not False:
-        w = w * (w.square().sum(dim=[2, 3, 4], keepdim=True) + 1e-8).rsqrt()
+    d = (w.square().sum(dim=[2, 3, 4], keepdim=True) + 1e-8).rsqrt() if demodulate is not False else 1
+    w = d * (weight[None] if scaled else w)
     x, w = x.reshape(1, n * i, *x.shape[2:]), w.reshape(n * o, i, k, k)
     x = conv2d_resample(x, w, f=resample_filter, up=up, padding=padding, flip_weight=up == 1, groups=n)
-    x = x.reshape(n, o, *x.shape[2:])
-    return x if noise is None else x + noise
+    return x.reshape(n, o, *x.shape[2:]), None
 
 
 def scaled_dot_product(q, k, v):

@@ -17,6 +17,7 @@ and barely penalises missing modes.
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 
 from refine.noise import Weighting
 
@@ -32,12 +33,12 @@ def aux_loss(aux, x, c, sigma, noise, sigma_data=0.5):
         sigma_data: Standard deviation of images, which balances the noise levels.
 
     Returns:
-        Loss per sample (N,): λ(σ) ‖D(x + σn; σ) − x‖², λ = (σ² + σ_data²) / (σ σ_data)² (Karras et al. 2022, eq. 8).
+        Loss per sample (N,): λ(σ) ‖D(x + σn; σ) − x‖², λ = 1 / σ² + 1 / σ_data² (Karras et al. 2022, eq. 8).
     """
     x = x.detach()
-    D_x = aux(x + sigma * noise, sigma, c)
-    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
-    return (weight * (D_x - x) ** 2).sum(dim=[1, 2, 3])
+    D_x = aux(torch.addcmul(x, sigma, noise), sigma, c)
+    weight = sigma**-2 + sigma_data**-2
+    return (weight * F.mse_loss(D_x, x, reduction="none")).sum(dim=[1, 2, 3])
 
 
 @torch.no_grad()
@@ -56,7 +57,7 @@ def student_gradient(teacher, aux, x, c, sigma, noise, weighting: Weighting):
     Returns:
         gradient (N, C, H, W) = w' (D_aux − D_teacher), and the unweighted gap mean|D_aux − D_teacher| per sample (N,).
     """
-    x_sigma = x + sigma * noise
+    x_sigma = torch.addcmul(x, sigma, noise)
     with evaluating(teacher, aux):
         D_teacher = teacher(x_sigma, sigma, c)
         D_aux = aux(x_sigma, sigma, c)

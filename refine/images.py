@@ -54,15 +54,15 @@ def clamp_images(x: torch.Tensor) -> torch.Tensor:
 class _Clamp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.clamp(-1, 1)
+        clamped = x.clamp(-1, 1)
+        ctx.save_for_backward(x, clamped)
+        return clamped
 
     @staticmethod
     def backward(ctx, gradient):
-        # Descent moves x against its gradient.
-        (x,) = ctx.saved_tensors
-        outwards = ((x < -1) & (gradient > 0)) | ((x > 1) & (gradient < 0))
-        return gradient.masked_fill(outwards, 0)
+        # Descent moves x against its gradient: outwards where that and the excess have different signs.
+        x, clamped = ctx.saved_tensors
+        return gradient.masked_fill((x - clamped) * gradient < 0, 0)
 
 
 def image_grid(images: torch.Tensor, columns: int | None = None) -> torch.Tensor:

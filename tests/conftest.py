@@ -52,6 +52,15 @@ def _fixed_seeds() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In torch's default a GPU's convolutions round to TF32, and a run in another precision leaves its switches behind:
+    what is compared with a reference in float32 is not to depend on either."""
+    if torch.cuda.is_available():
+        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture
 def full_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures of a run as users have them."""

@@ -13,11 +13,15 @@ from pathlib import Path
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as `run_command` does before it loads torch
 
-import torch._dynamo  # noqa: F401 - torch's optimisers import it
+import torch
+import torch._dynamo  # torch's optimisers import it
 
 from refine import evaluation  # noqa: F401
 from refine.cli.main import run_command
 from refine.training import assemble, fakes  # noqa: F401
+
+# On a GPU the first calls of a process load and compile kernels: half a minute with empty caches, more beside others.
+PATIENCE = 5 if torch.cuda.is_available() else 1
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.launch"])
@@ -44,8 +48,8 @@ def launch_ranks(args, folder: Path, count: int, prepare=None, ranks=None, port=
 
 
 def wait(processes, seconds: float = 60) -> list[int | None]:
-    """Exit codes; None for what still ran after so many seconds, and is ended now."""
-    deadline = time.monotonic() + seconds
+    """Exit codes; None for what still ran after so many seconds (times PATIENCE), and is ended now."""
+    deadline = time.monotonic() + PATIENCE * seconds
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
     codes = [process.exitcode for process in processes]

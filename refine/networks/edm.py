@@ -18,10 +18,9 @@ from refine.networks.edm_unets import UNETS, DhariwalUNet, LadderUNet
 
 def edm_scalings(sigma: torch.Tensor, sigma_data: float) -> Scalings:
     """c_skip, c_out, c_in, c_noise with which input, target and error have unit variance (table 1, "Ours")."""
-    variance = sigma**2 + sigma_data**2
-    c_skip = sigma_data**2 / variance
-    c_out = sigma * sigma_data / variance.sqrt()
-    return c_skip, c_out, 1 / variance.sqrt(), sigma.log() / 4
+    c_in = (sigma**2 + sigma_data**2).rsqrt()
+    scaled = c_in * sigma_data
+    return scaled**2, sigma * scaled, c_in, sigma.log() / 4
 
 
 class _AroundUNet(Preconditioner):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -60,8 +60,12 @@ class Linear(nn.Module):
         self.weight = init.weight([out_features, in_features], **fans)
         self.bias = init.bias([out_features], **fans) if bias else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+    def forward(self, x: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
+        """Of gain · x, (N, in_features) where there is a gain and a bias."""
+        weight = self.weight.to(x.dtype)
+        if self.bias is not None and gain != 1:
+            return torch.addmm(self.bias.to(x.dtype), x, weight.t(), alpha=gain)
+        return F.linear(x if gain == 1 else x * gain, weight, None if self.bias is None else self.bias.to(x.dtype))
 
 
 def linear_together(layers: Sequence[Linear], x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -141,12 +145,41 @@ class Conv2d(nn.Module):
 class QKV(Conv2d):
     """The 1×1 convolution to queries, keys and values, which the published weights have in turns, see `thirds`."""
 
-    def by_pixel(self, x: torch.Tensor, num_heads: int) -> torch.Tensor:
-        """(N, C, H, W) → (N, H·W, 3, heads, c), see the function of that name."""
-        if x.is_contiguous():  # what is copied anyway is sorted there
+    def by_pixel(self, x: torch.Tensor, num_heads: int, given: Pointwise | None = None) -> torch.Tensor:
+        """(N, C, H, W) → (N, H·W, 3, heads, c), see the function of that name; `given` is of `sorted_together`."""
+        if given is None and x.is_contiguous():  # what is copied anyway is sorted there
             return self(x).flatten(2).unflatten(1, (num_heads, -1, 3)).permute(0, 4, 3, 1, 2).contiguous()
-        assert self.weight is not None and self.bias is not None
-        return by_pixel(conv2d(x, thirds(self.weight.to(x.dtype)), thirds(self.bias.to(x.dtype))), num_heads)
+        weight, bias = given or sorted_together([self], x.dtype)[0]
+        if x.is_contiguous():
+            y = torch.baddbmm(bias, x.flatten(2).mT, weight.flatten(1).mT.expand(len(x), -1, -1))
+            return y.unflatten(2, (3, num_heads, -1))
+        return by_pixel(conv2d(x, weight, bias), num_heads)
+
+
+Pointwise: TypeAlias = tuple[torch.Tensor, torch.Tensor]  # weight (O, I, 1, 1) and bias (O,)
+
+
+def sorted_together(layers: Sequence[QKV], dtype: torch.dtype) -> list[Pointwise]:
+    """Weights of some layers in the order of `thirds`; those of one size are sorted in one operator."""
+    found: dict[int, Pointwise] = {}
+    for size in {layer.out_channels: None for layer in layers}:
+        some = [index for index, layer in enumerate(layers) if layer.out_channels == size]
+        weights, biases = (
+            torch.stack([getattr(layers[index], name).to(dtype) for index in some])
+            .unflatten(1, (-1, 3))
+            .transpose(1, 2)
+            .flatten(1, 2)
+            .unbind()
+            for name in ("weight", "bias")
+        )
+        found |= zip(some, zip(weights, biases, strict=True), strict=True)
+    return [found[index] for index in range(len(layers))]
+
+
+def as_products(x: torch.Tensor) -> bool:
+    """Whether a GPU is to compute 1×1 convolutions around attention as products of matrices, which read and write
+    pixels of either layout: nothing is copied then. Backward they would be four operators, a convolution is one."""
+    return x.is_contiguous() and x.device.type != "cpu" and not torch.is_grad_enabled()
 
 
 class GroupNorm(nn.Module):
@@ -233,14 +266,17 @@ class PositionalEmbedding(nn.Module):
         endpoint: Whether the lowest frequency is reached exactly (DDPM++) or would be the next one (ADM).
     """
 
+    freqs: torch.Tensor
+
     def __init__(self, num_channels: int, max_positions: int = 10_000, endpoint: bool = False):
         super().__init__()
         self.num_channels, self.max_positions, self.endpoint = num_channels, max_positions, endpoint
+        half = num_channels // 2
+        exponents = torch.arange(half, dtype=torch.float32) / (half - endpoint)
+        self.register_buffer("freqs", (1 / max_positions) ** exponents, persistent=False)
 
     def angles(self, x: torch.Tensor) -> torch.Tensor:
-        half = self.num_channels // 2
-        exponents = torch.arange(half, dtype=torch.float32, device=x.device) / (half - self.endpoint)
-        return x.outer(((1 / self.max_positions) ** exponents).to(x.dtype))
+        return x.outer(self.freqs.to(x.dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         angles = self.angles(x)
@@ -324,14 +360,20 @@ class UNetBlock(nn.Module):
             self.qkv = QKV(out_channels, out_channels * 3, kernel=1, init=init_attn or init)
             self.proj = Conv2d(out_channels, out_channels, kernel=1, init=init_zero)
 
-    def forward(self, x: Any, emb: torch.Tensor | None, params: torch.Tensor | None = None) -> Any:
+    def forward(
+        self,
+        x: Any,
+        emb: torch.Tensor | None,
+        params: torch.Tensor | None = None,
+        qkv: Pointwise | None = None,
+    ) -> Any:
         """[N C_in H W], [N E] → [N C_out H' W'].
 
-        A `Sum` becomes a `Sum`. `params` is what `affine` makes of the embedding, which is not needed then; see
-        `linear_together`.
+        A `Sum` becomes a `Sum`. `params` is what `affine` makes of the embedding, which is not needed then, see
+        `linear_together`; `qkv` is of `sorted_together`.
         """
         if not isinstance(x, Sum):
-            return self.forward(Sum(x), emb, params).total
+            return self.forward(Sum(x), emb, params, qkv).total
         h = self.conv0(x.normed(self.norm0))
         params = self.affine(emb) if params is None else params
         if self.adaptive_scale:
@@ -342,12 +384,19 @@ class UNetBlock(nn.Module):
         h = self.conv1(F.dropout(h, self.dropout, self.training))
         result = Sum(h, x.total if self.skip is None else self.skip(x.total), self.skip_scale)
         if self.num_heads:
-            h = self.proj(self._attention(result.normed(self.norm2)))
+            h = self._attention(result.normed(self.norm2), qkv)
             result = Sum(h, result.total, self.skip_scale)
         return result
 
-    def _attention(self, x: torch.Tensor) -> torch.Tensor:  # [N C H W] → [N C H W]
-        return merge_heads(scaled_dot_product(*split_heads(self.qkv.by_pixel(x, self.num_heads))), like=x)
+    def _attention(self, x: torch.Tensor, qkv: Pointwise | None) -> torch.Tensor:  # [N C H W] → [N C H W]
+        y = scaled_dot_product(*split_heads(self.qkv.by_pixel(x, self.num_heads, qkv)))
+        if not as_products(x):
+            return self.proj(merge_heads(y, like=x))
+        assert self.proj.weight is not None and self.proj.bias is not None
+        weight, bias = self.proj.weight.to(x.dtype), self.proj.bias.to(x.dtype)
+        pixels = y.permute(0, 3, 1, 2).flatten(2)  # as attention writes them
+        y = torch.baddbmm(bias[:, None], weight.flatten(1).expand(len(x), -1, -1), pixels.mT)
+        return y.unflatten(2, x.shape[2:])
 
 
 def thirds(weight: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,9 @@ from refine.networks.edm_layers import (
     PositionalEmbedding,
     Sum,
     UNetBlock,
+    as_products,
     linear_together,
+    sorted_together,
 )
 
 
@@ -87,10 +89,17 @@ class LadderUNet(nn.Module):
     def _add_decoder_aux(self, level: int, prefix: str, width: int) -> None:
         """Hook behind the blocks of each decoder level."""
 
-    def _params(self, emb: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """What the blocks, in the order in which they run, make of the embedding [N E]."""
+    def _params(self, emb: torch.Tensor, x: torch.Tensor) -> Iterator[tuple[torch.Tensor, Any]]:
+        """What the blocks, in the order in which they run, make of the embedding [N E], and their qkv; for images x."""
         blocks = [layer for layer in (*self.enc.values(), *self.dec.values()) if isinstance(layer, UNetBlock)]
-        return iter(linear_together([block.affine for block in blocks], emb, dtype))
+        params = linear_together([block.affine for block in blocks], emb, x.dtype)
+        attending = [block.qkv for block in blocks if block.num_heads]
+        assert blocks[0].conv1.weight is not None
+        channels_last = not blocks[0].conv1.weight.is_contiguous()  # and so are the activations
+        wanted = attending and (channels_last or as_products(x))
+        sorted_qkv = iter(sorted_together(attending, x.dtype) if wanted else [None] * len(attending))
+        qkv = [next(sorted_qkv) if block.num_heads else None for block in blocks]
+        return zip(params, qkv, strict=True)
 
     def _drop_labels(self, class_labels: torch.Tensor | None) -> torch.Tensor:
         """In train mode, blank whole label rows at the rate ``label_dropout``."""
@@ -206,20 +215,20 @@ class SongUNet(LadderUNet):
         augment_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The raw network F: images [N C R R], c_noise [N] or [1], labels [N L], augmentation [N A] → [N C_out R R]."""
-        params = self._params(self._embed(noise_labels, class_labels, augment_labels), x.dtype)
+        params = self._params(self._embed(noise_labels, class_labels, augment_labels), x)
         return self._decode(self._encode(x, params), params)
 
     def _embed(self, noise_labels, class_labels, augment_labels) -> torch.Tensor:
         angles = self.map_noise.angles(noise_labels)
         emb = torch.cat([angles.sin(), angles.cos()], dim=1)  # this family was trained with the sines first
         if self.map_label is not None:
-            emb = emb + self.map_label(self._drop_labels(class_labels) * math.sqrt(self.label_dim))
+            emb = emb + self.map_label(self._drop_labels(class_labels), gain=math.sqrt(self.label_dim))
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
         emb = F.silu(self.map_layer0(emb))
         return F.silu(self.map_layer1(emb))
 
-    def _encode(self, image: torch.Tensor, params: Iterator[torch.Tensor]) -> list[Sum]:
+    def _encode(self, image: torch.Tensor, params: Iterator[tuple[torch.Tensor, Any]]) -> list[Sum]:
         skips: list[Sum] = []
         aux = image
         for name, layer in self.enc.items():
@@ -231,12 +240,12 @@ class SongUNet(LadderUNet):
                 skips[-1] = Sum(layer(aux), skips[-1].total, math.sqrt(0.5))
                 aux = skips[-1].total
             elif isinstance(layer, UNetBlock):
-                skips.append(layer(skips[-1], None, next(params)))
+                skips.append(layer(skips[-1], None, *next(params)))
             else:
                 skips.append(Sum(layer(image)))
         return skips
 
-    def _decode(self, skips: list[Sum], params: Iterator[torch.Tensor]) -> torch.Tensor:
+    def _decode(self, skips: list[Sum], params: Iterator[tuple[torch.Tensor, Any]]) -> torch.Tensor:
         image: torch.Tensor | None = None
         x, normed = skips[-1], None
         for name, layer in self.dec.items():
@@ -249,7 +258,7 @@ class SongUNet(LadderUNet):
             else:
                 if x.channels != layer.in_channels:
                     x = x.with_beside(skips.pop())
-                x = layer(x, None, next(params))
+                x = layer(x, None, *next(params))
         assert image is not None  # the last level ends in an aux_conv
         return image
 
@@ -310,17 +319,17 @@ class DhariwalUNet(LadderUNet):
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
         if self.map_label is not None:
             emb = emb + self.map_label(self._drop_labels(class_labels))
-        params = self._params(F.silu(emb), x.dtype)
+        params = self._params(F.silu(emb), x)
 
         skips: list[Sum] = []
         for layer in self.enc.values():
             block = isinstance(layer, UNetBlock)
-            skips.append(layer(skips[-1], None, next(params)) if block else Sum(layer(x)))
+            skips.append(layer(skips[-1], None, *next(params)) if block else Sum(layer(x)))
         h = skips[-1]
         for layer in self.dec.values():
             if h.channels != layer.in_channels:
                 h = h.with_beside(skips.pop())
-            h = layer(h, None, next(params))
+            h = layer(h, None, *next(params))
         return self.out_conv(h.normed(self.out_norm))
 
 

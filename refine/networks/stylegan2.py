@@ -16,6 +16,7 @@ from refine.networks import bases
 from refine.networks.bases import records_init_kwargs
 from refine.torch_utils.ops.bias_act import ACTIVATIONS, bias_act
 from refine.torch_utils.ops.conv2d_resample import conv2d_resample
+from refine.torch_utils.ops.modulated_act import modulated_act
 from refine.torch_utils.ops.upfirdn2d import downsample2d, setup_filter, upsample2d
 
 NOISE_MODES = ("random", "const", "none")
@@ -28,6 +29,8 @@ DEFAULT_FILTER = (1, 3, 3, 1)
 
 def normalize_2nd_moment(x: torch.Tensor, dim: int = 1) -> torch.Tensor:
     """Scale `x` to a mean square of 1 along `dim`."""
+    if dim % x.ndim == x.ndim - 1:
+        return F.rms_norm(x, x.shape[-1:], eps=1e-8)  # one kernel on a GPU
     return x * (x.square().mean(dim=dim, keepdim=True) + 1e-8).rsqrt()
 
 
@@ -53,10 +56,9 @@ class FullyConnectedLayer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight.to(x.dtype) * self.weight_gain
-        bias = None if self.bias is None else self.bias.to(x.dtype) * self.bias_gain
-        if self.activation == "linear":
-            return F.linear(x, weight, bias)
-        return bias_act(F.linear(x, weight), bias, act=self.activation)
+        if self.bias is None:
+            return bias_act(F.linear(x, weight), act=self.activation)
+        return bias_act(torch.addmm(self.bias.to(x.dtype), x, weight.t(), beta=self.bias_gain), act=self.activation)
 
 
 class Conv2dLayer(nn.Module):
@@ -104,29 +106,29 @@ def modulated_conv2d(
     x: torch.Tensor,
     weight: torch.Tensor,
     styles: torch.Tensor,
-    noise: torch.Tensor | None = None,
     up: int = 1,
     padding: int = 0,
     resample_filter: torch.Tensor | None = None,
     demodulate: bool | torch.Tensor = True,
     fused: bool = False,
-) -> torch.Tensor:
+    scaled: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Convolve with a kernel that each sample scales per input channel (StyleGAN2, eqs. 1–3).
 
     Args:
         x: (N, I, H, W).
         weight: (O, I, k, k), shared by the samples.
         styles: (N, I) scales of the input channels.
-        noise: Added after demodulation, broadcastable to the output, or None.
         up: Integer upsampling factor.
         padding: Padding of the convolution.
         resample_filter: Filter of the upsampling.
         demodulate: Scale each output channel to unit expected variance; or the factors that do it, (N, O).
         fused: Build one kernel per sample and run them as a grouped convolution. The other form scales activations
             before and after one shared convolution: the same numbers to 1e-6, and on a CPU about twice as fast.
+        scaled: x has been multiplied with the styles (not if `fused`).
 
     Returns:
-        (N, O, H·up, W·up).
+        (N, O, H·up, W·up), and the factors (N, O) by which it is still to be multiplied, or None.
     """
     n, (o, i, k, _) = x.shape[0], weight.shape
     if x.dtype == torch.float16 and demodulate is True:  # keep the products in range; demodulation undoes it
@@ -138,17 +140,16 @@ def modulated_conv2d(
     geometry: dict[str, Any] = {"f": resample_filter, "up": up, "padding": padding, "flip_weight": up == 1}
 
     if not fused:
-        x = conv2d_resample(x * styles.to(x.dtype)[:, :, None, None], weight.to(x.dtype), **geometry)
-        x = x if d is None else x * d.to(x.dtype)[:, :, None, None]
-    else:
-        w = weight[None] * styles[:, None, :, None, None]  # [NOIkk]
-        w = w if d is None else w * d[:, :, None, None, None]
-        # One sample with n·I channels has no useful channels_last form; its backward is wrong there (torch 2.13, CPU).
-        x = x.contiguous().reshape(1, n * i, *x.shape[2:])
-        w = w.contiguous().reshape(n * o, i, k, k)
-        x = conv2d_resample(x, w.to(x.dtype), groups=n, **geometry)
-        x = x.reshape(n, o, *x.shape[2:])
-    return x if noise is None else x + noise.to(x.dtype)
+        x = x if scaled else x * styles.to(x.dtype)[:, :, None, None]
+        x = conv2d_resample(x, weight.to(x.dtype), **geometry)
+        return x, None if d is None else d.to(x.dtype)
+    w = weight[None] * styles[:, None, :, None, None]  # [NOIkk]
+    w = w if d is None else w * d[:, :, None, None, None]
+    # One sample with n·I channels has no useful channels_last form; its backward is wrong there (torch 2.13, CPU).
+    x = x.contiguous().reshape(1, n * i, *x.shape[2:])
+    w = w.contiguous().reshape(n * o, i, k, k)
+    x = conv2d_resample(x, w.to(x.dtype), groups=n, **geometry)
+    return x.reshape(n, o, *x.shape[2:]), None
 
 
 def _demodulation(styles: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
@@ -157,10 +158,14 @@ def _demodulation(styles: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
 
 
 class Modulation(NamedTuple):
-    """What w tells a layer: scales of its input channels (N, I), and what `modulated_conv2d` takes as `demodulate`."""
+    """What w tells a layer: scales of its input channels (N, I), and what `modulated_conv2d` takes as `demodulate`.
+
+    weight: That of the layer in the dtype of its activations; of a `ToRGBLayer` (N, O, I), with the scales.
+    """
 
     styles: torch.Tensor
     demodulate: bool | torch.Tensor
+    weight: torch.Tensor
 
 
 def modulations(
@@ -168,27 +173,51 @@ def modulations(
 ) -> list[Modulation]:
     """Of some layers, for the w (N, w_dim) and the dtype of the activations of each.
 
-    Layers of the same kind and size share every operator: on a GPU a launch costs more than so small a product.
+    Layers of the same size share every operator: on a GPU a launch costs more than so small a product.
     """
-    alike: dict[Any, list[int]] = {}
-    for index, (layer, dtype) in enumerate(zip(layers, dtypes, strict=True)):
-        alike.setdefault((layer.weight.shape, layer.style_gain, layer.demodulate, dtype), []).append(index)
-    found: dict[int, Modulation] = {}
-    for (_, gain, demodulate, dtype), indices in alike.items():
-        some = [layers[index] for index in indices]
-        affines = [layer.affine for layer in some]
-        weight = stacked([affine.weight for affine in affines]) * affines[0].weight_gain
-        bias = stacked([affine.bias for affine in affines if affine.bias is not None])
-        w = stacked([ws[index] for index in indices])  # [LNw]
-        styles = torch.baddbmm(bias[..., None], weight, w.mT, beta=affines[0].bias_gain).mT  # [LNI]
-        styles = styles if gain == 1 else styles * gain
-        factors: Sequence[bool | torch.Tensor] = [demodulate] * len(some)
-        if demodulate and dtype != torch.float16:  # which `modulated_conv2d` keeps in range
-            squares = stacked([layer.weight.square().sum(dim=[2, 3]) for layer in some])  # [LOI]
-            factors = _demodulation(styles, squares).to(dtype).unbind()
-        styles = styles if dtype == torch.float16 else styles.to(dtype)
-        found |= dict(zip(indices, map(Modulation, styles.unbind(), factors), strict=True))
-    return [found[index] for index in range(len(layers))]
+    keys = [(layer.weight.shape, layer.demodulate, dtype) for layer, dtype in zip(layers, dtypes, strict=True)]
+    result: dict[int, Modulation] = {}
+    for some in _alike([layer.affine.weight.shape for layer in layers]):
+        groups = [[some[place] for place in group] for group in _alike([keys[index] for index in some])]
+        order = [index for group in groups for index in group]
+        affines = [layers[index].affine for index in order]
+        weight = stacked([affine.weight for affine in affines])  # [LIw]
+        bias = stacked([affine.bias for affine in affines if affine.bias is not None])[..., None]
+        w, beta, alpha = stacked([ws[index] for index in order]), affines[0].bias_gain, affines[0].weight_gain
+        styles = torch.baddbmm(bias, weight, w.mT, beta=beta, alpha=alpha).mT  # [LNI]
+        for group, its in zip(groups, styles.split([len(group) for group in groups]), strict=True):
+            found = _modulations_of([layers[index] for index in group], its, dtypes[group[0]])
+            result |= zip(group, found, strict=True)
+    return [result[index] for index in range(len(layers))]
+
+
+def _modulations_of(
+    layers: Sequence["SynthesisLayer | ToRGBLayer"], styles: torch.Tensor, dtype: torch.dtype
+) -> list[Modulation]:
+    """Of layers of one kind and size, from their styles (L, N, I)."""
+    weights: Sequence[torch.Tensor] = [layer.weight for layer in layers]
+    if not torch.is_grad_enabled():
+        weights = [weight.detach() for weight in weights]  # a view of a parameter asks for a gradient even then
+    factors: Sequence[bool | torch.Tensor] = [layers[0].demodulate] * len(layers)
+    if isinstance(layers[0], ToRGBLayer):
+        styles = styles * layers[0].style_gain
+        weights = (stacked(weights).flatten(2)[:, None] * styles[:, :, None]).to(dtype).unbind()
+    elif dtype != torch.float16:  # which `modulated_conv2d` keeps in range
+        planes = weights[0].is_contiguous()  # else they are kept in channels_last, here, too
+        weight = stacked([w if planes else w.permute(0, 2, 3, 1) for w in weights])
+        squares = weight.square().sum(dim=[3, 4] if planes else [2, 3])  # [LOI]
+        factors = _demodulation(styles, squares).to(dtype).unbind()
+        weights = [w if planes else w.permute(0, 3, 1, 2) for w in weight.to(dtype).unbind()]
+        styles = styles.to(dtype)
+    return [Modulation(*each) for each in zip(styles.unbind(), factors, weights, strict=True)]
+
+
+def _alike(keys: Sequence[Any]) -> list[list[int]]:
+    """The places of each key."""
+    places: dict[Any, list[int]] = {}
+    for index, key in enumerate(keys):
+        places.setdefault(key, []).append(index)
+    return list(places.values())
 
 
 def stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -201,7 +230,7 @@ class SynthesisLayer(nn.Module):
 
     noise_const: torch.Tensor
     resample_filter: torch.Tensor
-    style_gain, demodulate = 1.0, True
+    demodulate = True
 
     def __init__(
         self,
@@ -229,20 +258,23 @@ class SynthesisLayer(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.register_buffer("resample_filter", setup_filter(resample_filter))
 
-    def forward(self, x, w, noise_mode="random", fused_modconv=False, gain=1.0):
-        """`w` may be the `Modulation` that follows from it."""
-        styles, factors = w if isinstance(w, Modulation) else modulations([self], [w], [x.dtype])[0]
-        noise = None
+    def forward(self, x, w, noise_mode="random", fused_modconv=False, gain=1.0, then=None, scaled=False):
+        """`w` may be the `Modulation` that follows from it. The output is multiplied with `then`, (N, O): styles of the
+        next layer, for which its input is `scaled` then."""
+        styles, factors, weight = w if isinstance(w, Modulation) else modulations([self], [w], [x.dtype])[0]
+        noise = strength = None
         if self.use_noise and noise_mode == "random":
-            shape = [x.shape[0], 1, self.resolution, self.resolution]
-            noise = torch.randn(shape, device=x.device) * self.noise_strength
+            noise = torch.randn([x.shape[0], 1, self.resolution, self.resolution], device=x.device)
         elif self.use_noise and noise_mode == "const":
-            noise = self.noise_const * self.noise_strength
-        x = modulated_conv2d(
-            x, self.weight, styles, noise, self.up, self.padding, self.resample_filter, factors, fused_modconv
+            noise = self.noise_const
+        if noise is not None:
+            strength = self.noise_strength
+        x, factors = modulated_conv2d(
+            x, weight, styles, self.up, self.padding, self.resample_filter, factors, fused_modconv, scaled
         )
         clamp = None if self.conv_clamp is None else self.conv_clamp * gain
-        return bias_act(x, self.bias.to(x.dtype), act=self.activation, gain=self.act_gain * gain, clamp=clamp)
+        bias, gain = self.bias.to(x.dtype), self.act_gain * gain
+        return modulated_act(x, factors, noise, strength, bias, then, None, self.activation, gain, clamp)
 
 
 class ToRGBLayer(nn.Module):
@@ -250,19 +282,23 @@ class ToRGBLayer(nn.Module):
 
     demodulate = False
 
-    def __init__(self, in_channels: int, out_channels: int, w_dim: int, kernel_size: int = 1, conv_clamp=None):
+    def __init__(self, in_channels: int, out_channels: int, w_dim: int, conv_clamp: float | None = None):
         super().__init__()
         self.conv_clamp = conv_clamp
         self.affine = FullyConnectedLayer(w_dim, in_channels, bias_init=1)
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 1, 1))
         self.bias = nn.Parameter(torch.zeros(out_channels))
-        self.style_gain = 1 / math.sqrt(in_channels * kernel_size**2)
+        self.style_gain = 1 / math.sqrt(in_channels)
 
-    def forward(self, x, w, fused_modconv=False):
-        """`w` may be the `Modulation` that follows from it."""
-        styles, _ = w if isinstance(w, Modulation) else modulations([self], [w], [x.dtype])[0]
-        x = modulated_conv2d(x, self.weight, styles, demodulate=False, fused=fused_modconv)
-        return bias_act(x, self.bias.to(x.dtype), clamp=self.conv_clamp)
+    def forward(self, x, w, img=None):
+        """Added to `img`, in float32; `w` may be the `Modulation` that follows from it."""
+        weight = (w if isinstance(w, Modulation) else modulations([self], [w], [x.dtype])[0]).weight
+        bias = self.bias.to(x.dtype)[:, None]
+        y = torch.baddbmm(bias, weight.to(x.dtype), x.flatten(2)).unflatten(2, x.shape[2:])
+        if img is None or self.conv_clamp is None or y.dtype != img.dtype:
+            y = bias_act(y, clamp=self.conv_clamp).to(torch.float32)
+            return y if img is None else img + y
+        return modulated_act(y, None, None, None, None, beside=img, clamp=self.conv_clamp)
 
 
 # Generator.
@@ -342,10 +378,10 @@ class MappingNetwork(nn.Module):
         for index in range(self.num_layers):
             x = getattr(self, f"fc{index}")(x)
         if self.training and self.w_avg_beta is not None and self.num_ws is not None and not skip_w_avg_update:
-            self.w_avg.copy_(x.detach().mean(dim=0).lerp(self.w_avg, self.w_avg_beta))
+            self.w_avg.lerp_(x.detach().mean(dim=0), 1 - self.w_avg_beta)
         if self.num_ws is None:
             return x
-        ws = x.unsqueeze(1).repeat(1, self.num_ws, 1)  # [NLw]
+        ws = x.unsqueeze(1).expand(-1, self.num_ws, -1)  # [NLw]
         if truncation_psi != 1:
             if self.w_avg_beta is None:
                 raise ValueError(f"truncation_psi is {truncation_psi}, but this network tracks no mean of w")
@@ -408,8 +444,9 @@ class SynthesisBlock(bases.MixedPrecision):
         layer = {"noise_mode": noise_mode, "fused_modconv": fused_modconv}
         dtype = self.dtype(force_fp32)
         if self.in_channels == 0:
-            x = self.const.to(dtype).unsqueeze(0).repeat(ws[0].styles.shape[0], 1, 1, 1)
-            x = self.conv1(x.to(memory_format=self._format(x)), next(w_iter), **layer)
+            x = self.const.to(dtype).unsqueeze(0)
+            x = x.to(memory_format=self._format(x)).expand(len(ws[0].styles), -1, -1, -1)
+            x = self.conv1(x, next(w_iter), **layer)
         else:
             x = x.to(dtype=dtype, memory_format=self._format(x))
             if self.architecture == "resnet":
@@ -417,13 +454,14 @@ class SynthesisBlock(bases.MixedPrecision):
                 x = self.conv0(x, next(w_iter), **layer)
                 x = y + self.conv1(x, next(w_iter), gain=math.sqrt(0.5), **layer)
             else:
-                x = self.conv0(x, next(w_iter), **layer)
-                x = self.conv1(x, next(w_iter), **layer)
+                first, second = next(w_iter), next(w_iter)
+                scaled = x.dtype != torch.float16 and not fused_modconv
+                x = self.conv0(x, first, then=second.styles if scaled else None, **layer)
+                x = self.conv1(x, second, scaled=scaled, **layer)
         if img is not None:
             img = upsample2d(img, self.resample_filter)
         if self.num_torgb:
-            y = self.torgb(x, next(w_iter), fused_modconv=fused_modconv).to(torch.float32)
-            img = y if img is None else img + y
+            img = self.torgb(x, next(w_iter), img)
         return x, img
 
     def _format(self, x):

@@ -117,7 +117,7 @@ def ask(teacher, aux, x, c, sigma, noise, graph: bool) -> Answers:
     """Evaluate both denoisers once, in eval mode, at x_σ = x + σn; with `graph` they can be differentiated by x."""
     with torch.set_grad_enabled(graph), evaluating(teacher, aux):
         x = x.detach().requires_grad_(graph)
-        x_sigma = x + sigma * noise
+        x_sigma = torch.addcmul(x, sigma, noise)
         return Answers(x, teacher(x_sigma, sigma, c), aux(x_sigma, sigma, c))
 
 

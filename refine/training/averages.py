@@ -19,7 +19,7 @@ from scipy.optimize import brentq
 from torch import nn
 
 from refine.checkpoints.native import load_networks, read_metadata
-from refine.training.ema import update_ema
+from refine.training.ema import update_emas
 
 LONGEST = 1 / math.sqrt(12)  # of the plain mean of the whole run, γ = 0
 
@@ -101,8 +101,8 @@ class PowerAverages:
 
     def update(self, network: nn.Module, before: float, now: float) -> None:
         """Take in the network that the run has at time `now`; the last update was at `before`."""
-        for length, average in self.networks.items():
-            update_ema(average, network, (before / now) ** (self._gammas[length] + 1))
+        share = before / now
+        update_emas([(self.networks[length], share ** (gamma + 1)) for length, gamma in self._gammas.items()], network)
 
     def longest(self) -> Any:
         """The longest average; None where there is none."""

@@ -1,5 +1,7 @@
 """Exponential moving average of a network, counted in images."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -18,11 +20,12 @@ def ema_beta(batch: int, nimg: int, halflife_kimg: float, rampup: float | None) 
 
 
 @torch.no_grad()
-def update_ema(ema: nn.Module, network: nn.Module, beta: float) -> None:
+def update_emas(betas: Sequence[tuple[nn.Module, float]], network: nn.Module) -> None:
     """ema ← beta · ema + (1 − beta) · network for parameters; buffers (such as truncation's w_avg) are copied."""
-    averaged: list[torch.Tensor] = list(ema.parameters())
     current: list[torch.Tensor] = list(network.parameters())
-    torch._foreach_lerp_(averaged, current, 1 - beta)
-    kept: list[torch.Tensor] = list(ema.buffers())
+    for ema, beta in betas:
+        averaged: list[torch.Tensor] = list(ema.parameters())
+        torch._foreach_lerp_(averaged, current, 1 - beta)
+    kept: list[torch.Tensor] = [buffer for ema, _ in betas for buffer in ema.buffers()]
     if kept:
-        torch._foreach_copy_(kept, list(network.buffers()))
+        torch._foreach_copy_(kept, list(network.buffers()) * len(betas))

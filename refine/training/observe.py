@@ -33,9 +33,8 @@ class Observer:
             return
         self.means.add("Diversity/batch_spread", x.var(dim=0).mean().sqrt())
         if c is not None:  # variance around class means, from sums: no loop over classes, no synchronisation
-            count = c.sum(dim=0).clamp_min(1)
-            x = x.flatten(1)
+            x, count = x.flatten(1), c.sum(dim=0).clamp_min(1)
             centre = (c.t() @ x) / count[:, None]
-            freedom = (c.sum(dim=0) - 1).clamp_min(0).sum().clamp_min(1)
-            within = (x - c @ centre).square().sum(dim=0) / freedom
+            freedom = (count - 1).sum().clamp_min(1)
+            within = torch.addmm(x, c, centre, alpha=-1).square().sum(dim=0) / freedom
             self.means.add("Diversity/class_spread", within.mean().sqrt())

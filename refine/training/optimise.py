@@ -47,6 +47,7 @@ class GuardedAdam:
         self._of_group = {"capturable": on_device}  # a CUDA graph may hold a step; what a state says does not count
         # A tensor where a graph is to see each step's own.
         self._rate: torch.Tensor | float = torch.zeros([], device=device) if on_device else 0.0
+        self._filled = 0.0  # what it holds
         self.scale = LossScale(precision, device)
         self.skips = SkippedSteps(device)
         self.signal: torch.Tensor | None = None
@@ -56,7 +57,8 @@ class GuardedAdam:
         self.steps = 0
 
     def zero_grad(self) -> None:
-        self.adam.zero_grad(set_to_none=True)
+        for parameter in self.parameters:  # as Adam does it, without asking torch's profiler
+            parameter.grad = None
 
     def step(self, lr: float) -> torch.Tensor:
         """A step with the gradients summed over the processes, unless they are broken.
@@ -80,10 +82,11 @@ class GuardedAdam:
         return "keep" if place == 0 else ""
 
     def begin(self, lr: float) -> None:
-        if isinstance(self._rate, torch.Tensor):
-            self._rate.fill_(lr)
-        else:
+        if not isinstance(self._rate, torch.Tensor):
             self._rate = lr
+        elif lr != self._filled:
+            self._rate.fill_(lr)
+            self._filled = lr
 
     def apply(self) -> torch.Tensor:
         """The step itself; returns the norm of the gradients before clipping."""
@@ -136,18 +139,18 @@ class SkippedSteps:
     """
 
     def __init__(self, device: torch.device):
-        self.counts = torch.zeros(2, dtype=torch.int64, device=device)  # in all, in a row until now
+        self.counts = torch.zeros(2, dtype=torch.float64, device=device)  # in all, in a row until now
 
     def step(self, optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None:
         """A step of a fused optimiser if `norm`, that of all gradients, is finite."""
-        broken = (norm - norm).ne(0)  # NaN or infinite
+        broken = (norm - norm).ne_(0)  # 1 where it is NaN or infinite, else 0
         self.counts += broken
         self.counts[1].mul_(broken)
         # Decided on the device, without waiting for it: torch's fused optimisers look for these two.
-        optimizer.grad_scale, optimizer.found_inf = None, broken.float()  # type: ignore[attr-defined]
+        optimizer.grad_scale, optimizer.found_inf = None, broken  # type: ignore[attr-defined]
         optimizer.step()
 
     def read(self) -> tuple[int, int]:
         """(in all, in a row until now); a CPU–GPU synchronisation."""
         total, row = self.counts.tolist()
-        return total, row
+        return int(total), int(row)

@@ -22,7 +22,7 @@ from refine.training.adversary import PENALTY_EVERY, Adversary, Others
 from refine.training.averages import PowerAverages
 from refine.training.batches import Batches, Fakes, MicroBatch
 from refine.training.diversity import distance_gradient
-from refine.training.ema import ema_beta, update_ema
+from refine.training.ema import ema_beta, update_emas
 from refine.training.graphs import Graphs, why_none
 from refine.training.observe import Observer
 from refine.training.optimise import GuardedAdam
@@ -184,7 +184,8 @@ class Trainer:
         if self.averages.networks:
             self.averages.update(self.G, before, now)
         else:
-            update_ema(self.G_ema, self.G, ema_beta(now - before, before, self.config.ema_kimg, self.config.ema_rampup))
+            beta = ema_beta(now - before, before, self.config.ema_kimg, self.config.ema_rampup)
+            update_emas([(self.G_ema, beta)], self.G)
 
     def aux_step(self, lr: float, keep: bool = False) -> None:
         """One step of aux on fresh images of the student, which are kept for the student step if `keep`."""
@@ -225,7 +226,7 @@ class Trainer:
             with batch.drawing:
                 x, task = self._auxiliary_task(batch, keep)
                 loss = self._aux_loss(*task)
-            optimizer.scale.scale(loss.sum() / self.config.batch).backward()
+            loss.backward(optimizer.scale.scale(torch.full_like(loss, 1 / self.config.batch)))
             self.means.add("Loss/aux", loss)
             if keep:
                 self._kept.append(Fakes(x, batch.z, batch.c))

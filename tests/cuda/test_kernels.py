@@ -2,7 +2,7 @@
 
 import pytest
 
-OPS = ("bias_act", "upfirdn2d", "group_norm_silu", "sum_group_norm_silu", "filtered_lrelu")
+OPS = ("bias_act", "modulated_act", "upfirdn2d", "group_norm_silu", "sum_group_norm_silu", "filtered_lrelu")
 
 
 @pytest.mark.parametrize("way", ["launched", "shuffled", "backwards"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from refine.training.ema import ema_beta, update_ema
+from refine.training.ema import ema_beta, update_emas
 from tests.golden import read_arrays
 
 
@@ -29,7 +29,7 @@ def test_parameters_are_averaged_and_buffers_copied():
         return net
 
     ema, net = network(0.0), network(1.0)
-    update_ema(ema, net, beta=0.75)
+    update_emas([(ema, 0.75)], net)
     assert torch.allclose(ema.weight, torch.tensor([0.25, 0.25]))
     assert torch.equal(ema.running_mean, torch.tensor([1.0, 1.0]))
     assert torch.equal(net.weight, torch.ones(2))

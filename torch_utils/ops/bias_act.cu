@@ -30,4 +30,81 @@ __global__ void __launch_bounds__(kPointThreads) sum_kernel(const BiasActRecord 
     }
 }
 
+// What follows a modulated convolution: y = clamp(act(x · d + noise · strength + b) · gain, −clamp, +clamp) · then +
+// beside, or dx and the sums that make the other gradients (modulated_act.py).
+struct ModulatedActRecord {
+    int64_t x, d, noise, strength, b, then, beside;  // addresses; null where not used. d, then: Number (n, c)
+    int64_t dy, out;                                 // noise, strength: Acc
+    int64_t sums;  // Acc (4, n, c): of dz · x, dz, dz · noise, dy · what is multiplied with `then`
+    int64_t act, channels_last, n, c, area;
+    int64_t noise_step;  // from one image's noise to the next one's
+    double alpha, gain, clamp;
+};
+
+template <int Order, class Acc>
+REFINE_FN Acc chosen(int64_t act, bool clamped, Acc z, Acc dy, const Epilogue<Acc>& e) {
+    return chosen_element<Order>(act, clamped, z, dy, Acc(0), e);
+}
+
+// A block has 8 planes, 32 threads along each; or 32 neighbouring channels, 8 threads along the pixels.
+template <int Order, class Number>
+__global__ void __launch_bounds__(kPointThreads) modulated_kernel(const ModulatedActRecord record) {
+    using Acc = typename AccOf<Number>::type;
+    __shared__ Acc shared[4 * kPointThreads];
+    const auto *x = reinterpret_cast<const Number*>(record.x), *d = reinterpret_cast<const Number*>(record.d);
+    const auto *b = reinterpret_cast<const Number*>(record.b), *dy = reinterpret_cast<const Number*>(record.dy);
+    const auto *then = reinterpret_cast<const Number*>(record.then);
+    const auto *beside = reinterpret_cast<const Number*>(record.beside);
+    const auto* noise = reinterpret_cast<const Acc*>(record.noise);
+    auto* out = reinterpret_cast<Number*>(record.out);
+    auto* sums = reinterpret_cast<Acc*>(record.sums);
+    const Acc strength = noise ? *reinterpret_cast<const Acc*>(record.strength) : Acc(0);
+    const Epilogue<Acc> epilogue = {Acc(record.alpha), Acc(record.gain), Acc(record.clamp)};
+    const bool last = record.channels_last != 0, clamped = record.clamp >= 0;
+    const int thread = int(threadIdx.x), lanes = last ? 8 : 32, columns = kPointThreads / lanes;
+    const int lane = last ? thread / columns : thread % lanes, column = last ? thread % columns : thread / lanes;
+    const int64_t n = record.n, c = record.c, area = record.area, tiles = ceil_div(c, columns);
+    for (int64_t block = blockIdx.x; block < n * tiles; block += gridDim.x) {
+        const int64_t image = block / tiles, channel = block % tiles * columns + column;
+        const int64_t first = last ? image * area * c + channel : (image * c + channel) * area, step = last ? c : 1;
+        Acc sum_x = Acc(0), sum = Acc(0), sum_noise = Acc(0), sum_then = Acc(0);
+        if (channel < c) {
+            const Acc scale = d ? Acc(load(d[image * c + channel])) : Acc(1), bias = b ? Acc(load(b[channel])) : Acc(0);
+            const Acc after = then ? Acc(load(then[image * c + channel])) : Acc(1);
+            for (int64_t pixel = lane; pixel < area; pixel += lanes) {
+                const int64_t i = first + pixel * step;
+                const Acc from = Acc(load(x[i])), added = noise ? noise[image * record.noise_step + pixel] : Acc(0);
+                const Acc z = from * scale + added * strength + bias;
+                const Acc y = Order == 0 || then ? chosen<0>(record.act, clamped, z, Acc(0), epilogue) : Acc(0);
+                if (Order == 0) {
+                    store(&out[i], y * after + (beside ? Acc(load(beside[i])) : Acc(0)));
+                    continue;
+                }
+                const Acc slope = Acc(load(dy[i]));
+                const Acc value = chosen<1>(record.act, clamped, z, slope * after, epilogue);
+                store(&out[i], value * scale);
+                sum_then += slope * y;
+                sum_x += value * from;
+                sum += value;
+                sum_noise += value * added;
+            }
+        }
+        if (Order == 0) continue;
+        shared[thread] = sum_x;
+        shared[kPointThreads + thread] = sum;
+        shared[2 * kPointThreads + thread] = sum_noise;
+        shared[3 * kPointThreads + thread] = sum_then;
+        for (int half = lanes / 2; half > 0; half /= 2) {
+            __syncthreads();
+            const int other = thread + half * (last ? columns : 1);
+            if (lane >= half) continue;
+            for (int k = 0; k < 4 * kPointThreads; k += kPointThreads) shared[k + thread] += shared[k + other];
+        }
+        __syncthreads();
+        if (lane == 0 && channel < c)
+            for (int k = 0; k < 4; ++k) sums[(k * n + image) * c + channel] = shared[k * kPointThreads + thread];
+        __syncthreads();
+    }
+}
+
 }  // namespace refine

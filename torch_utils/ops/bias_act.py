@@ -109,7 +109,7 @@ def _reference(x, b, dim, act, alpha, gain, clamp):
 _RECORD = struct.Struct("=13q3d")  # BiasActRecord of kernels.h
 _POINT_THREADS = 256
 _LRELU, _ANY = 2, -1  # kernels.h: the one activation with kernels of its own, and all others
-_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 _PIECEWISE_LINEAR = ("linear", "relu", "lrelu")  # no second derivative
 _OPTIONS = "int dim, str act, float alpha, float gain, float clamp"
 
@@ -117,6 +117,7 @@ native.kernels(
     "bias_act",
     *(f"refine::point_kernel<{a},{order},{{}}>" for a in (_LRELU, _ANY) for order in range(3)),
     *(f"refine::sum_kernel<{a},{{}}>" for a in (_LRELU, _ANY)),
+    *(f"refine::modulated_kernel<{order},{{}}>" for order in range(2)),  # of modulated_act.py
 )
 
 
@@ -183,7 +184,7 @@ def _run(order, g, dy, x, b, dim, act, alpha, gain, clamp, db=None):
     elif db is not None:
         db_address = db.data_ptr()
     addresses = (x.data_ptr(), b_address, dy_address, g_address, out.data_ptr(), db_address, partial_address)
-    codes = (native.DTYPES[x.dtype], _CODES[act], order)
+    codes = (native.DTYPES[x.dtype], CODES[act], order)
     record, number = _RECORD.pack(*addresses, *codes, *extents, alpha, gain, clamp), native.NUMBERS[x.dtype]
     act_form = _LRELU if act == "lrelu" else _ANY
     if not x.is_cuda:

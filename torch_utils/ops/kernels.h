@@ -290,6 +290,21 @@ REFINE_FN Acc point_element(bool clamped, Acc z, Acc dy, Acc g, const Epilogue<A
     return clamped ? bias_act_element<A, Order, true>(z, dy, g, e) : bias_act_element<A, Order, false>(z, dy, g, e);
 }
 
+template <int Order, class Acc>
+REFINE_FN Acc chosen_element(int64_t act, bool clamped, Acc z, Acc dy, Acc g, const Epilogue<Acc>& e) {
+    switch (act) {
+        case kRelu: return point_element<kRelu, Order>(clamped, z, dy, g, e);
+        case kLrelu: return point_element<kLrelu, Order>(clamped, z, dy, g, e);
+        case kTanh: return point_element<kTanh, Order>(clamped, z, dy, g, e);
+        case kSigmoid: return point_element<kSigmoid, Order>(clamped, z, dy, g, e);
+        case kElu: return point_element<kElu, Order>(clamped, z, dy, g, e);
+        case kSelu: return point_element<kSelu, Order>(clamped, z, dy, g, e);
+        case kSoftplus: return point_element<kSoftplus, Order>(clamped, z, dy, g, e);
+        case kSwish: return point_element<kSwish, Order>(clamped, z, dy, g, e);
+    }
+    return point_element<kLinear, Order>(clamped, z, dy, g, e);
+}
+
 template <int A, int Order, class Number>
 REFINE_FN typename AccOf<Number>::type point_value(const Points<Number>& p, Number x, Number dy_number, Number g_number,
                                                    typename AccOf<Number>::type b) {
@@ -298,17 +313,7 @@ REFINE_FN typename AccOf<Number>::type point_value(const Points<Number>& p, Numb
     const Acc g = Order > 1 ? Acc(load(g_number)) : Acc(0);
     const auto& e = p.epilogue;
     if (A != kAnyActivation) return point_element<A, Order>(p.clamped, z, dy, g, e);
-    switch (p.act) {
-        case kRelu: return point_element<kRelu, Order>(p.clamped, z, dy, g, e);
-        case kLrelu: return point_element<kLrelu, Order>(p.clamped, z, dy, g, e);
-        case kTanh: return point_element<kTanh, Order>(p.clamped, z, dy, g, e);
-        case kSigmoid: return point_element<kSigmoid, Order>(p.clamped, z, dy, g, e);
-        case kElu: return point_element<kElu, Order>(p.clamped, z, dy, g, e);
-        case kSelu: return point_element<kSelu, Order>(p.clamped, z, dy, g, e);
-        case kSoftplus: return point_element<kSoftplus, Order>(p.clamped, z, dy, g, e);
-        case kSwish: return point_element<kSwish, Order>(p.clamped, z, dy, g, e);
-    }
-    return point_element<kLinear, Order>(p.clamped, z, dy, g, e);
+    return chosen_element<Order>(p.act, p.clamped, z, dy, g, e);
 }
 
 template <int A, int Order, class Number>

@@ -25,6 +25,7 @@ from refine.torch_utils.distributed import packed
 from refine.torch_utils.ops.bias_act import bias_act
 from refine.torch_utils.ops.filtered_lrelu import filtered_lrelu
 from refine.torch_utils.ops.group_norm_silu import group_norm_silu
+from refine.torch_utils.ops.modulated_act import modulated_act
 from refine.torch_utils.ops.sum_group_norm_silu import sum_group_norm_silu
 from refine.torch_utils.ops.upfirdn2d import setup_filter, upfirdn2d
 
@@ -57,6 +58,36 @@ def bias_act_error(dtype):
                 options = {"act": act, "clamp": clamp}
                 found = [both_orders(functools.partial(bias_act, impl=impl, **options), [x, b]) for impl in KINDS]
                 worst = max(worst, error(*found))
+    return worst
+
+
+def modulated_act_error(dtype):
+    """In float16 the reference computes in float32: it would round after every step."""
+    worst = 0.0
+    for shape, layout, case in itertools.product(SHAPES, LAYOUTS, range(4)):
+        n, c, *size = shape
+        given = {"x": torch.randn(shape, device=DEVICE).contiguous(memory_format=layout)}
+        given |= {"b": torch.randn(c, device=DEVICE)}
+        given |= {"d": torch.randn(n, c, device=DEVICE)} if case != 1 else {}
+        given |= {"strength": torch.randn([], device=DEVICE)} if case != 2 else {}
+        noise = torch.randn(size if case == 3 else [n, 1, *size], device=DEVICE) if case != 2 else None
+        given |= {"then": torch.randn(n, c, device=DEVICE)} if case in (0, 2) else {}
+        given |= {"beside": torch.randn_like(given["x"])} if case in (0, 3) else {}
+        clamp = 0.5 if dtype == torch.float32 and case == 0 else None
+        dy, found = torch.randn(shape, device=DEVICE).to(dtype), []
+        for impl in KINDS:
+            narrow = {name: t if name == "strength" else t.to(dtype) for name, t in given.items()}
+            inputs = {name: (t if impl == "native" else t.float()).requires_grad_() for name, t in narrow.items()}
+            rest = {"noise": noise, "d": None, "strength": None, **inputs}
+            y = modulated_act(**rest, act="swish" if case == 1 else "lrelu", clamp=clamp, impl=impl)
+            wanted = list(inputs.values())
+            grads = torch.autograd.grad(y, wanted, dy.to(y.dtype), retain_graph=True)
+            assert impl == "ref" or (y.dtype, y.stride()) == (dtype, inputs["x"].stride())
+            again = torch.autograd.grad(y, wanted, dy.to(y.dtype), create_graph=True)
+            second = torch.autograd.grad(sum(g.square().sum() for g in again), wanted, allow_unused=True)
+            second = [torch.zeros([]) if g is None or dtype == torch.float16 else g for g in second]
+            found.append([t.double() for t in (y, *grads, *second)])
+        worst = max(worst, error(*found))
     return worst
 
 
@@ -207,6 +238,7 @@ WAYS = {"launched": ("", ""), "shuffled": ("3", "shuffled"), "backwards": ("1", 
 
 OPS = {
     "bias_act": bias_act_error,
+    "modulated_act": modulated_act_error,
     "upfirdn2d": upfirdn2d_error,
     "group_norm_silu": group_norm_silu_error,
     "sum_group_norm_silu": sum_group_norm_silu_error,
