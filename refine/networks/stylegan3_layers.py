@@ -16,7 +16,7 @@ from scipy import special
 from torch import nn
 
 from refine.networks import bases
-from refine.networks.stylegan2 import FullyConnectedLayer
+from refine.networks.stylegan2_layers import FullyConnectedLayer
 from refine.torch_utils.ops.conv2d_resample import conv2d_resample
 from refine.torch_utils.ops.filtered_lrelu import filtered_lrelu
 

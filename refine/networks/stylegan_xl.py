@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from refine.networks.bases import records_init_kwargs
-from refine.networks.stylegan2 import FullyConnectedLayer, checked_batch, normalize_2nd_moment
+from refine.networks.stylegan2 import checked_batch
+from refine.networks.stylegan2_layers import FullyConnectedLayer, normalize_2nd_moment
 from refine.networks.stylegan3 import StyleGenerator, SynthesisNetwork, layers_of
 from refine.networks.stylegan3_layers import Signal
 

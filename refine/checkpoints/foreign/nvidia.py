@@ -18,7 +18,7 @@ from refine.checkpoints.foreign.rosinality import MEAN_OF, estimate_w_avg
 from refine.checkpoints.pickles.inert import Buildable, Refused, Stub, Unknown, shown
 from refine.checkpoints.pickles.machine import COMMON_RULES
 from refine.checkpoints.pickles.tensors import NUMPY_RULES, TENSOR_RULES, VALUE_RULES, TensorRef
-from refine.networks import edm, edm2, edm_unets, stylegan2
+from refine.networks import edm, edm2, edm_unets, stylegan2, stylegan2_layers
 
 PERSISTENCE_VERSION = 6  # of every public file
 _MAX_DEPTH, _MAX_TENSORS = 12, 20_000
@@ -230,7 +230,7 @@ def describe_generator(item: Persistent) -> FileNetwork:
     options.pop("fused_modconv_default", None)
     notes = [] if item.class_name == "Generator" else [f"its class is called {shown(item.class_name)}, not Generator"]
     mapping = _known_only(mapping, _arguments_of(stylegan2.MappingNetwork), "its mapping network", notes)
-    known = _arguments_of(stylegan2.SynthesisNetwork, stylegan2.SynthesisBlock, stylegan2.SynthesisLayer)
+    known = _arguments_of(stylegan2.SynthesisNetwork, stylegan2.SynthesisBlock, stylegan2_layers.SynthesisLayer)
     synthesis = _known_only({**_table(synthesis), **options}, known, "it", notes)
     if flattened:
         synthesis = {"num_fp16_res": 4, "conv_clamp": 256, **synthesis}
