@@ -151,7 +151,7 @@ class QKV(Conv2d):
             return self(x).flatten(2).unflatten(1, (num_heads, -1, 3)).permute(0, 4, 3, 1, 2).contiguous()
         weight, bias = given or sorted_together([self], x.dtype)[0]
         if x.is_contiguous():
-            y = torch.baddbmm(bias, x.flatten(2).mT, weight.flatten(1).mT.expand(len(x), -1, -1))
+            y = torch.baddbmm(bias, x.flatten(2).mT, weight.flatten(1).mT.expand(x.shape[0], -1, -1))
             return y.unflatten(2, (3, num_heads, -1))
         return by_pixel(conv2d(x, weight, bias), num_heads)
 
@@ -395,7 +395,7 @@ class UNetBlock(nn.Module):
         assert self.proj.weight is not None and self.proj.bias is not None
         weight, bias = self.proj.weight.to(x.dtype), self.proj.bias.to(x.dtype)
         pixels = y.permute(0, 3, 1, 2).flatten(2)  # as attention writes them
-        y = torch.baddbmm(bias[:, None], weight.flatten(1).expand(len(x), -1, -1), pixels.mT)
+        y = torch.baddbmm(bias[:, None], weight.flatten(1).expand(x.shape[0], -1, -1), pixels.mT)
         return y.unflatten(2, x.shape[2:])
 
 

@@ -171,7 +171,7 @@ class SynthesisBlock(bases.MixedPrecision):
         dtype = self.dtype(force_fp32)
         if self.in_channels == 0:
             x = self.const.to(dtype).unsqueeze(0)
-            x = x.to(memory_format=self._format(x)).expand(len(ws[0].styles), -1, -1, -1)
+            x = x.to(memory_format=self._format(x)).expand(ws[0].styles.shape[0], -1, -1, -1)
             x = self.conv1(x, next(w_iter), **layer)
         else:
             x = x.to(dtype=dtype, memory_format=self._format(x))
