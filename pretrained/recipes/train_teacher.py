@@ -29,7 +29,7 @@ from refine.images import save_image_grid
 from refine.networks.edm import EDMPrecond
 from refine.networks.edm_loss import EDMLoss
 from refine.networks.sampler import heun_sampler
-from refine.training.ema import ema_beta, update_ema
+from refine.training.ema import ema_beta, update_emas
 
 NETWORK = {
     "img_resolution": RESOLUTION,
@@ -97,7 +97,7 @@ class TeacherTraining(Training):
         loss.backward()
         self.optimizer.step()
         beta = ema_beta(self.options["batch"], self.nimg, self.options["ema_halflife_kimg"], rampup=0.05)
-        update_ema(self.ema, self.net, beta)
+        update_emas([(self.ema, beta)], self.net)
         self.nimg += self.options["batch"]
         return {"loss": loss.item()}
 
