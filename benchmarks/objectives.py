@@ -23,6 +23,7 @@ from refine.checkpoints import load_generator, load_teacher
 from refine.config import PRESETS, RefineConfig, SigmaOptions
 from refine.dnnlib import replaced_atomically
 from refine.metrics.named import NamedMetric
+from refine.training.rates import learning_rates
 from refine.training.trainer import Trainer
 
 VARIANTS = {
@@ -33,7 +34,7 @@ VARIANTS = {
     "sim": {"objective": "sim"},
     "ikl, coarser": {"sigma": SigmaOptions("karras", sigma_max=24.4)},
     "ikl, 2 aux steps": {"aux_steps": 2},
-    "ikl, half lr": {"lr": PRESETS["demo"]["lr"] / 2},
+    "ikl, half lr": {"lr": "half"},  # of what it is without the option
     "ikl, distances 0.3": {"keep_distances": 0.3},
     "ikl, distances 1": {"keep_distances": 1.0},
     "ikl, guidance 2": {"guidance": 2.0},
@@ -42,8 +43,11 @@ NUMBERS = ("fd_digits", "precision", "recall")
 
 
 def make_trainer(variant: str, seed: int, kimg: float, pair: tuple) -> Trainer:
-    options = {**VARIANTS[variant], "seed": seed, "kimg": kimg}
-    return Trainer(RefineConfig("digits-gan", "digits-teacher", preset="demo", **options), *pair)
+    given = {"gan": "digits-gan", "teacher": "digits-teacher", "preset": "demo", "seed": seed, "kimg": kimg}
+    options = {**VARIANTS[variant]}
+    if options.get("lr") == "half":
+        options["lr"] = learning_rates(RefineConfig(**given), *pair)[0] / 2
+    return Trainer(RefineConfig(**given, **options), *pair)
 
 
 def seconds_per_step(variant: str, pair: tuple, repeats: int = 5) -> float:
@@ -58,7 +62,7 @@ def seconds_per_step(variant: str, pair: tuple, repeats: int = 5) -> float:
 def refine(variant: str, seed: int, kimg: float, pair: tuple, metric: NamedMetric) -> dict:
     trainer, start = make_trainer(variant, seed, kimg, pair), time.process_time()
     for _ in range(trainer.config.warmup_steps):
-        trainer.aux_step(trainer.config.aux_lr)
+        trainer.warm_up_step()
     for _ in range(trainer.config.num_steps):
         trainer.step()
     seconds = time.process_time() - start
