@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from refine.config import RefineConfig
-from refine.networks import edm_layers, stylegan2
+from refine.networks import edm_layers, stylegan2_layers
 from refine.noise import SigmaLaw
 from refine.torch_utils.ops import native
 from refine.torch_utils.ops.conv2d_resample import conv2d_resample
@@ -43,7 +43,7 @@ def plain_layers(networks):
     convs = [m for network in networks for m in network.modules() if isinstance(m, edm_layers.Conv2d)]
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(native, "choose", lambda op, x, impl: "ref"))
-        stack.enter_context(mock.patch.object(stylegan2, "modulated_conv2d", modulated_conv2d))
+        stack.enter_context(mock.patch.object(stylegan2_layers, "modulated_conv2d", modulated_conv2d))
         stack.enter_context(mock.patch.object(edm_layers, "scaled_dot_product", scaled_dot_product))
         for conv in convs:
             stack.enter_context(mock.patch.object(conv, "box_filter", False))

@@ -109,13 +109,17 @@ def _read_config(path: str) -> dict[str, Any]:
     from refine.checkpoints.pickles.inert import shown
 
     with option("--config"):
-        text = read_text(path, _MAX_CONFIG_BYTES)
+        expected = "expected options, as in a training_options.json"
+        try:
+            text = read_text(path, _MAX_CONFIG_BYTES)
+        except ValueError as error:
+            raise ValueError(f"{error}; {expected}") from None
         try:
             values = json.loads(text)
         except (ValueError, RecursionError):
             values = None
         if not isinstance(values, dict):
-            raise ValueError(f"{path} is not an object in JSON; expected options, as in a training_options.json")
+            raise ValueError(f"{path} is not an object in JSON; {expected}")
         noted = {"device", *_NOTED} if "versions" in values else set()
         # A program that a file names is trusted on the command line only.
         values = {name: value for name, value in values.items() if name not in noted and name != "trust_detector"}

@@ -266,17 +266,14 @@ class PositionalEmbedding(nn.Module):
         endpoint: Whether the lowest frequency is reached exactly (DDPM++) or would be the next one (ADM).
     """
 
-    freqs: torch.Tensor
-
     def __init__(self, num_channels: int, max_positions: int = 10_000, endpoint: bool = False):
         super().__init__()
         self.num_channels, self.max_positions, self.endpoint = num_channels, max_positions, endpoint
-        half = num_channels // 2
-        exponents = torch.arange(half, dtype=torch.float32) / (half - endpoint)
-        self.register_buffer("freqs", (1 / max_positions) ** exponents, persistent=False)
 
     def angles(self, x: torch.Tensor) -> torch.Tensor:
-        return x.outer(self.freqs.to(x.dtype))
+        half = self.num_channels // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=x.device) / (half - self.endpoint)
+        return x.outer(((1 / self.max_positions) ** exponents).to(x.dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         angles = self.angles(x)
