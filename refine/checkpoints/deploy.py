@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from refine import dnnlib
+from refine.checkpoints.writers import patient
 from refine.networks.bases import Generator
 from refine.torch_utils.build import custom_ops
 
@@ -130,7 +131,7 @@ def _run_onnx(graph: _Graph, path: Path, inputs: tuple[torch.Tensor, ...]) -> to
 
 
 def _write_program(graph: _Graph, path: Path) -> None:
-    with open(path, "wb") as file:
+    with patient(path) as file:
         torch.export.save(_exported(graph), file)
 
 

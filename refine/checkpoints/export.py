@@ -21,6 +21,7 @@ from refine.checkpoints.foreign import rosinality, state_dicts
 from refine.checkpoints.foreign.container import write_back
 from refine.checkpoints.foreign.opening import open_container
 from refine.checkpoints.sniff import sniff
+from refine.checkpoints.writers import patient
 
 
 def can_write_like(source_path: str | os.PathLike) -> str | None:
@@ -124,8 +125,8 @@ def write_rosinality(out_path: str | os.PathLike, networks: Mapping[str, torch.n
             table["d"] = rosinality.discriminator_state(networks["D"])
         else:
             notes.append(f"D was left out: {reason}")
-    with dnnlib.replaced_atomically(out_path) as temporary:
-        torch.save(table, temporary)
+    with dnnlib.replaced_atomically(out_path) as temporary, patient(temporary) as file:
+        torch.save(table, file)
     return notes
 
 

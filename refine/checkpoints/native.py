@@ -18,12 +18,11 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import safetensors.torch
 import torch
 
-from refine import dnnlib
 from refine.checkpoints import registry
 from refine.checkpoints.sniff import HEADER_KEY, BrokenHeader, TensorInfo, read_safetensors_header, sniff
+from refine.checkpoints.writers import save_safetensors
 from refine.networks.bases import Network
 from refine.networks.own import OwnGenerator
 
@@ -175,8 +174,7 @@ def _write(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], metadat
             raise ValueError(f"the tensor {key!r} ({value.dtype}, {value.layout}) has no place in a native file")
     # One metadata key only: safetensors keeps metadata in no order, and equal networks shall give equal bytes.
     header = {HEADER_KEY: _to_json({"format": FORMAT, "version": VERSION, **metadata}, "the metadata")}
-    with dnnlib.replaced_atomically(path) as temporary:
-        safetensors.torch.save_file(_unshared(tensors), temporary, metadata=header)
+    save_safetensors(path, _unshared(tensors), header)
 
 
 def _unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

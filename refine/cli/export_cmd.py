@@ -1,13 +1,14 @@
 """`python -m refine export`: a network in the format that another tool reads."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
 from refine.cli.options import kwargs_as_typed, kwargs_option, network_file, sigma_init_option
-from refine.errors import option
+from refine.errors import describe_os_error, option
 
 
 @click.command("export", short_help="Write networks for other tools.")
@@ -87,12 +88,14 @@ def export(
         kept = _write_like(original, out, networks, notes)
         notes += [f"{name} is the original's" for name in kept]
     elif (format_name or defaults[suffix]) == "rosinality":
-        with option("--network"):
+        with option("--network"), _writing():
             notes += formats.write_rosinality(out, networks)
     elif (format_name or defaults[suffix]) == "plain":
-        formats.write_plain(out, networks)
+        with _writing():
+            formats.write_plain(out, networks)
     else:
-        formats.write_native(out, networks, source)
+        with _writing():
+            formats.write_native(out, networks, source)
     click.echo(f"Wrote {out}" + "".join(f"\n  {note}" for note in notes))
 
 
@@ -126,7 +129,8 @@ def _write_graph(
             G = load_generator(network, kwargs, sigma_init)
         except ValueError as error:
             raise ValueError(in_words_typed(str(error))) from None
-        said = deploy.write_graph(out, G)
+        with _writing():
+            said = deploy.write_graph(out, G)
     click.echo(f"Wrote {out}\n  {said}" + "".join(f"\n  {note}" for note in G.notes))
 
 
@@ -143,4 +147,14 @@ def _write_like(original: Path, out: str, networks: Mapping[str, Any], notes: li
         if not wanted:
             found = ", ".join(networks)
             raise ValueError(f"{original} holds {', '.join(held)}; --network holds {found}, none of these")
-        return write_like(original, out, wanted, notes)
+        with _writing():
+            return write_like(original, out, wanted, notes)
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    """Around what only writes: whatever the system refuses concerns `--out`."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"--out: {describe_os_error(error)}") from None

@@ -90,7 +90,9 @@ def run_command(command: click.Command | str, args: Sequence[str] | None = None)
         sys.stdout.flush()  # here, where a closed pipe is still handled
     except BrokenPipeError:  # the reader of our output (`| head`) has left: no message, and no second one at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last resort: everything is reported, nothing passed over
+    except SystemExit:
+        raise
+    except BaseException as error:  # noqa: BLE001 - the last resort: everything is reported, nothing passed over
         if os.environ.get("REFINE_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()
         code, message = describe_failure(error)
@@ -111,7 +113,7 @@ def describe_failure(error: BaseException) -> tuple[int, str]:
             message = f"{error.param.opts[0]} is missing; expected {error.param.metavar or 'a value'}"
         return 2, f"Error: {message}{hint}"
     if isinstance(error, OSError) and error.strerror:
-        return 2, f"Error: {describe_os_error(error)}"
+        return 2, f"Error: {_one_line(describe_os_error(error))}"
     if isinstance(error, ValueError | OSError):
         return 2, f"Error: {_one_line(str(error)) or type(error).__name__}"
     if isinstance(error, ModuleNotFoundError) and not f"{error.name}.".startswith("refine."):
@@ -166,4 +168,6 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    """The text with spaces for line ends, and without the middle of one that nobody would read."""
+    line = " ".join(text.split())
+    return line if len(line) <= 2000 else f"{line[:1000]} … {line[-1000:]}"

@@ -12,13 +12,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
 
 from refine.checkpoints import archives
 from refine.checkpoints.foreign.torch_save import load_plain
 from refine.checkpoints.pickles.inert import shown
+from refine.checkpoints.writers import patient
 from refine.dnnlib import replaced_atomically
 from refine.training.finding import training_states
 from refine.training.snapshots import Standing
@@ -86,44 +87,13 @@ def save_training_state(
         OSError: The folder is gone or cannot be written, or the disk is full; older states are as they were.
     """
     path = folder / f"training-state-{number}.pt"
-    with replaced_atomically(path) as temporary, open(temporary, "wb") as file:
-        # To a file of Python's, whose errors are OSErrors; torch's own writer hides a full disk in a RuntimeError.
-        checked = _Checked(file)
-        torch.save(state, cast(IO[bytes], checked))
-        checked.flush()
-        checked.check()
+    with replaced_atomically(path) as temporary, patient(temporary) as file:
+        torch.save(state, file)
     for old in training_states(folder)[keep:]:
         if old not in (path, protected):
             with contextlib.suppress(FileNotFoundError):
                 old.unlink()
     return path
-
-
-class _Checked:
-    """A file whose first failure to write is the error that is seen: torch's writer fails again while it closes."""
-
-    def __init__(self, file):
-        self._file, self._error = file, None
-
-    def write(self, data) -> int:
-        if self._error is None:
-            try:
-                return self._file.write(data)
-            except OSError as error:
-                self._error = error
-        return len(data)
-
-    def flush(self) -> None:
-        if self._error is None:
-            try:
-                self._file.flush()
-            except OSError as error:
-                self._error = error
-
-    def check(self) -> None:
-        """Raises the OSError that happened, if one did."""
-        if self._error is not None:
-            raise self._error
 
 
 def _is_text(table: Any) -> bool:

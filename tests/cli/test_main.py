@@ -103,6 +103,8 @@ class OutOfMemoryError(RuntimeError):
         (OutOfMemoryError("2 GiB"), 1, "Error: out of memory; try a smaller --batch-gpu or --batch (2 GiB)"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "Error: out of memory"),
         (KeyError("x"), 1, "Error: this should not have happened (KeyError: 'x'); REFINE_DEBUG=1 shows the traceback"),
+        (GeneratorExit(), 1, "Error: this should not have happened (GeneratorExit: )"),
+        (ValueError(f"--gan: {'x' * 9000}: no such file"), 2, f"Error: --gan: {'x' * 993} … {'x' * 986}: no such file"),
         (KeyboardInterrupt(), 130, "Interrupted."),
         (click.Abort(), 130, "Interrupted."),
     ],

@@ -122,6 +122,7 @@ REVIEWED = {
     "refine/checkpoints/sources/fetch.py",  # a download's own folder
     "refine/evaluation/styles.py",  # films: the temporary file, as below
     "refine/checkpoints/deploy.py",  # the temporary file that `write_graph` gets of `replaced_atomically`
+    "refine/checkpoints/writers.py",  # likewise
 }
 REVIEWED_CALLS = {
     "picture.save(buffer, format='png')",  # memory

@@ -250,11 +250,8 @@ def save_plain(path: str | os.PathLike, network: torch.nn.Module) -> None:
         ValueError: the class is not one of the registry.
         OSError: the file cannot be written.
     """
-    import safetensors.torch
-
-    from refine import dnnlib
+    from refine.checkpoints.writers import save_safetensors
 
     metadata = {"class": registry.registry_name(network), "init_kwargs": json.dumps(network.init_kwargs)}
     state = {name: value.detach().cpu().contiguous().clone() for name, value in network.state_dict().items()}
-    with dnnlib.replaced_atomically(path) as temporary:
-        safetensors.torch.save_file(state, temporary, metadata=metadata)
+    save_safetensors(path, state, metadata)

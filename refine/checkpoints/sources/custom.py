@@ -94,7 +94,7 @@ def wrap_generator(network: Any, reference: str, gave: str) -> OwnGenerator:
         raise ValueError(f"{gave} {type(network).__name__}; expected a torch.nn.Module")
     with _their_code(f"{gave} a generator that cannot be used"):
         sizes: dict[str, Any] = {name: getattr(network, name, None) for name in _SIZES}
-        network.cpu().float().eval().requires_grad_(True)
+        copy.deepcopy(network.cpu().float().eval().requires_grad_(True))  # as training will
         network.state_dict()
     for name, value in sizes.items():
         if type(value) is not int or value < (name != "c_dim"):
@@ -209,7 +209,9 @@ def _their_code(failed: str) -> Iterator[None]:
     """Around what may do anything: whatever it raises, also to end the program, becomes the ValueError `failed: …`."""
     try:
         yield
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise ValueError(f"{failed}: {_line(error)}") from error
 
 

@@ -59,6 +59,16 @@ def leaves():
     import sys
     sys.exit()
 
+class Stop(BaseException):
+    pass
+
+def stops():
+    raise Stop("at once")
+
+class Alone(Net):
+    def __deepcopy__(self, memo):
+        raise Stop("no second one")
+
 def sparse():
     net = Net()
     net.forward = lambda z, c: torch.zeros(len(z), 1, 8, 8).to_sparse()
@@ -151,6 +161,8 @@ FAULTS = {
     "own_gan:wrong_shape": r"expected floats \(2, 1, 16, 16\)",
     "own_gan:no_gradient": "do not depend differentiably",
     "own_gan:leaves": "failed: SystemExit",
+    "own_gan:stops": "failed: Stop: at once",
+    "own_gan:Alone": "cannot be used: Stop: no second one",
     "own_gan:sparse": "sparse_coo on cpu; expected plain tensors",
     "own_gan:Moody": "cannot be used: RuntimeError: not today",
     "own_gan:fails": "fails at G",
