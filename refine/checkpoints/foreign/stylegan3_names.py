@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 from refine.checkpoints import registry
 from refine.checkpoints.foreign.container import FileNetwork, Members, merged
 from refine.checkpoints.foreign.flat import Flat, generators, shape_of
@@ -31,7 +33,7 @@ _MAX_SIZE, _MAX_LAYERS = 8192, 100
 _FILTERS = (".up_filter", ".down_filter")
 _UPSAMPLING = 2  # of the nonlinearity; the first layer's filter has as many times `filter_size` taps
 _OF_VALUES = ("conv_clamp", "magnitude_ema_beta")  # what has nothing to do with a layer's filters
-_MOST_NUMBERS = 1 << 16  # that are read for a filter
+MOST_NUMBERS = 1 << 16  # that are read for a filter
 _TOLERANCE = 5e-3  # between filters, in units of the largest tap: they may be stored in bfloat16
 OF_SCHEDULE = ("num_critical", "first_cutoff", "first_stopband", "last_stopband_rel", "margin_size")
 
@@ -58,9 +60,10 @@ def describe_generator(tensors: Mapping[str, TensorRef], given: Mapping[str, Any
     registry.check_init_kwargs(given)
     tensors = {name: ref for name, ref in tensors.items() if "." in name}  # without counters
     layers = layers_of(tensors)
-    if [layer.index for layer in layers] != list(range(len(layers))):
+    if [layer.number for layer in layers] != list(range(len(layers))):
         raise Refused("its layers are not numbered from 0 on, as those of a StyleGAN3 are")
-    kwargs, notes = merged(_sizes(tensors, layers, given), given), []
+    kwargs = merged(_sizes(tensors, layers, given), given)
+    notes: list[str] = []
     assume(kwargs, given, notes)
     made = _schedule(kwargs, layers)
     if [name for name, *_ in made] != [layer.name for layer in layers]:
@@ -114,20 +117,20 @@ class Layer(NamedTuple):
     """What the name of a layer tells: its samples along an axis, margins included, and its channels."""
 
     name: str
-    index: int
+    number: int
     size: int
     channels: int
 
 
 def layers_of(tensors: Mapping[str, TensorRef]) -> list[Layer]:
-    """The layers by their index, ToRGB the last.
+    """The layers by their number, ToRGB the last.
 
     Raises:
-        Refused: there are too few or too many, two have one index, or one is of an impossible size.
+        Refused: there are too few or too many, two have one number, or one is of an impossible size.
     """
     found = [match for name in tensors if (match := _LAYER.fullmatch(name))]
-    layers = sorted((Layer(m[1], int(m[2]), int(m[3]), int(m[4])) for m in found), key=lambda layer: layer.index)
-    if not 2 <= len(layers) <= _MAX_LAYERS or len({layer.index for layer in layers}) < len(layers):
+    layers = sorted((Layer(m[1], int(m[2]), int(m[3]), int(m[4])) for m in found), key=lambda layer: layer.number)
+    if not 2 <= len(layers) <= _MAX_LAYERS or len({layer.number for layer in layers}) < len(layers):
         raise Refused(f"it has {len(layers)} layers; expected 2 to {_MAX_LAYERS}, each of another number")
     if not all(0 < layer.size <= _MAX_SIZE and layer.channels for layer in layers):
         raise Refused(f"its layers have impossible sizes, such as {shown(layers[0].name)}")
@@ -207,12 +210,17 @@ def fits(layers: Iterable[tuple[str, Any, Mapping[str, Any]]], source: Any, tens
             layer = SynthesisLayer(1, source._replace(channels=1), target._replace(channels=1), **of_filters)
         for kind, ref in stored.items():
             made = getattr(layer, kind[1:])
-            if made is None or made.shape != ref.shape or ref.span > _MOST_NUMBERS:
-                return False
-            if not float((ref.read() - made).abs().max()) < _TOLERANCE * float(made.abs().max()):
+            if made is None or not is_filter(ref, made):
                 return False
         source = target
     return True
+
+
+def is_filter(ref: TensorRef, made: torch.Tensor) -> bool:
+    """Whether a filter of a file is this one."""
+    if ref.shape != made.shape or ref.span > MOST_NUMBERS:
+        return False
+    return float((ref.read() - made).abs().max()) < _TOLERANCE * float(made.abs().max())
 
 
 def other_layers(which: str, given: Mapping[str, Any]) -> str:

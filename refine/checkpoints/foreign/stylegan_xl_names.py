@@ -26,7 +26,7 @@ from refine.checkpoints.pickles.tensors import TensorRef
 
 FAMILY = "a state dict of a StyleGAN-XL"
 _TOLD_APART = ("is_torgb", "is_critically_sampled", "use_fp16")  # options of a layer that follow from its place
-_MAX_TRIES = 2000  # the published network of most layers takes some 100
+_MAX_TRIES = 1000  # the published network of most layers takes 119
 
 
 def members(flat: Flat, given: Mapping[str, Any] | None) -> Members | None:
@@ -77,7 +77,7 @@ def _sizes(tensors: Mapping[str, TensorRef], layers: Sequence[names.Layer]) -> d
     if "mapping.embed_proj.weight" in tensors:
         z_dim = shape_of(tensors, "mapping.embed_proj.weight", 2)[0]
         c_dim = shape_of(tensors, "mapping.w_avg", 2)[0]  # a mean of w for each class
-    mapping = {"embedding": list(shape_of(tensors, "mapping.embed.weight", 2))}
+    mapping: dict[str, Any] = {"embedding": list(shape_of(tensors, "mapping.embed.weight", 2))}
     mapping["num_layers"] = sum(re.fullmatch(r"mapping\.fc\d{1,2}\.weight", name) is not None for name in tensors)
     kwargs = {"z_dim": z_dim, "c_dim": c_dim, "w_dim": w_dim, "mapping_kwargs": mapping}
     kwargs |= {"img_resolution": layers[-1].size, "img_channels": layers[-1].channels}
@@ -95,15 +95,15 @@ def _layers(
         tensors: Of the file.
         given: What a refusal says that they were made with.
     """
-    count, stem = len(named), next((i for i, layer in enumerate(named) if layer.index != i), len(named))
-    if [layer.index for layer in named[stem:]] != list(range(stem + 1, count + 1)):
+    count, stem = len(named), next((i for i, layer in enumerate(named) if layer.number != i), len(named))
+    if [layer.number for layer in named[stem:]] != list(range(stem + 1, count + 1)):
         raise Refused("its layers are not numbered from 0 on, one number left out after those of the stem")
     if stem < count and not names.has_filters(tensors):
         raise Refused("it lacks the filters of its layers, which tell where its stages of super-resolution begin")
     found: list[tuple[str, Any, dict[str, Any]]] = []
     tries = itertools.count(1)
     while len(found) < count:
-        for end, resolution in _ends(named, len(found), stem):
+        for end, resolution in _ends(named, len(found), stem, tensors):
             if next(tries) > _MAX_TRIES:
                 raise Refused("its layers could be stages of super-resolution in too many ways")
             part = _stage(named[len(found) : end], end == count, resolution, found[-1:], options, tensors)
@@ -115,7 +115,9 @@ def _layers(
     return [layer_table(*layer) for layer in found]
 
 
-def _ends(named: Sequence[names.Layer], start: int, stem: int) -> Iterator[tuple[int, int]]:
+def _ends(
+    named: Sequence[names.Layer], start: int, stem: int, tensors: Mapping[str, TensorRef]
+) -> Iterator[tuple[int, int]]:
     """Where the stage that begins at a layer may end, the last one first, and what its resolution may be.
 
     A part of a stage fits wherever the stage does, but no more than the stage: the layer after its last is equal to it.
@@ -125,8 +127,16 @@ def _ends(named: Sequence[names.Layer], start: int, stem: int) -> Iterator[tuple
         yield count, image
     lower = [size for size in range(4, image // 2 + 1) if image % size == 0]
     for end in range(count - 1, start, -1) if start else [stem]:
-        if end < count and (end == stem or named[end][2:] == named[end - 1][2:]):
+        if end < count and (end == stem or _may_repeat(named[end - 1], named[end], tensors)):
             yield from ((end, size) for size in lower)
+
+
+def _may_repeat(one: names.Layer, two: names.Layer, tensors: Mapping[str, TensorRef]) -> bool:
+    """Whether two layers may make the same signal; a circular filter and a separable one cannot be compared."""
+    first, second = (tensors.get(f"synthesis.{layer.name}.down_filter") for layer in (one, two))
+    if first is None or second is None or first.shape != second.shape or first.span > names.MOST_NUMBERS:
+        return one[2:] == two[2:]
+    return one[2:] == two[2:] and names.is_filter(second, first.read())
 
 
 def _stage(
