@@ -26,7 +26,7 @@ from refine.checkpoints.pickles.tensors import TensorRef
 
 FAMILY = "a state dict of a StyleGAN-XL"
 _TOLD_APART = ("is_torgb", "is_critically_sampled", "use_fp16")  # options of a layer that follow from its place
-_MAX_TRIES = 1000  # the published network of most layers takes 119
+_MAX_TRIES = 500  # the published network of most layers takes 119
 
 
 def members(flat: Flat, given: Mapping[str, Any] | None) -> Members | None:
@@ -121,6 +121,7 @@ def _ends(
     """Where the stage that begins at a layer may end, the last one first, and what its resolution may be.
 
     A part of a stage fits wherever the stage does, but no more than the stage: the layer after its last is equal to it.
+    A stage of which only one layer is left fits at any resolution; nothing but that layer's `use_fp16` depends on it.
     """
     count, image = len(named), named[-1].size
     if start or stem == count:
