@@ -49,7 +49,7 @@ from refine.networks.adm import ADMPrecond, CMPrecond
 from refine.networks.edm import EDMPrecond
 from refine.networks.stylegan2 import Discriminator, Generator
 from tests.checkpoints.builders import Call, Format, Global, dumps, edm2_file, edm_file, stylegan2_file
-from tests.checkpoints.stylegan3_files import t_generator
+from tests.checkpoints.stylegan3_files import t_generator, xl_chain
 from tests.metrics.networks import PixelDetector
 
 with atheris.instrument_imports(include=["refine.checkpoints"]) if atheris else contextlib.nullcontext():
@@ -151,6 +151,8 @@ def network_seeds() -> Seeds:
         files.append((family, saved({name.removeprefix("model."): value for name, value in table.items()})))
     files.append(("EDM, state dict", saved(T.state_dict())))
     files += [("StyleGAN3, state dict", saved(t_generator().state_dict(), modern)) for modern in (True, False)]
+    X = xl_chain((8, 4), (16, 3)).state_dict()
+    files += [("StyleGAN-XL, state dict", saved(X, modern)) for modern in (True, False)]
     small = {"channel_base": 16, "channel_max": 2}
     state, mean = rosinality.generator_state(Generator(4, 0, 4, 8, 3, {"num_layers": 1}, small))
     for table in ({"g_ema": state, "latent_avg": mean}, {"g": state, "d": state, "g_optim": {"state": {0: {}}}}):

@@ -252,8 +252,8 @@ def _read_container(found: Sniffed, path: Path, kind: str, kwargs: Mapping[str, 
 
 _PREFERRED = {"generator": "G_ema", "teacher": "ema"}
 _EXPECTED = {
-    "generator": "a generator: a StyleGAN2 pickle (PyTorch or TensorFlow) or state dict, a StyleGAN3 pickle or "
-    "state dict, a StyleGAN-XL pickle, an R3GAN file, a rosinality .pt, or a file of this toolkit",
+    "generator": "a generator: a StyleGAN2 pickle (PyTorch or TensorFlow) or state dict, a StyleGAN3 or "
+    "StyleGAN-XL pickle or state dict, an R3GAN file, a rosinality .pt, or a file of this toolkit",
     "teacher": "a teacher: an EDM or EDM2 pickle, an EDM state dict, a .pt of guided-diffusion or consistency_models, "
     "a UNet2DModel of diffusers, or a file of this toolkit",
 }

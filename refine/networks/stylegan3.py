@@ -17,6 +17,7 @@ from refine.networks.stylegan2 import MappingNetwork
 from refine.networks.stylegan3_layers import Signal, SynthesisInput, SynthesisLayer
 
 _MAX_SIZE = 8192  # of activations along one axis
+_MAX_LAYERS = 1000
 _NAME = re.compile(r"L[0-9]{1,4}_[0-9]{1,6}_[0-9]{1,6}")
 
 
@@ -97,6 +98,7 @@ def schedule(
     last_stopband_rel: float = 2**0.3,
     margin_size: int = 10,
     num_fp16_res: int = 4,
+    first_rate: float | None = None,
     **layer_kwargs: Any,
 ) -> list[tuple[str, Signal, dict[str, Any]]]:
     """The layers of a StyleGAN3: cutoffs and stopbands grow geometrically until the last `num_critical` ones (arXiv
@@ -114,6 +116,7 @@ def schedule(
         last_stopband_rel: Of the last layer, relative to its cutoff.
         margin_size: Samples beyond the image on each side, until the last two layers.
         num_fp16_res: How many of the highest resolutions compute in float16 on a GPU.
+        first_rate: Sampling rate of the Fourier features and the first layer. None = by the rule of the others.
         layer_kwargs: Further arguments of `SynthesisLayer`.
 
     Returns:
@@ -123,7 +126,8 @@ def schedule(
         ValueError: The numbers make no network.
     """
     numbers = (channel_base, channel_max, first_cutoff, first_stopband, last_stopband_rel)
-    if not (img_resolution >= 4 and 0 <= num_critical < num_layers and margin_size >= 0 and min(numbers) > 0):
+    counted = 0 <= num_critical < num_layers <= _MAX_LAYERS
+    if not (img_resolution >= 4 and counted and margin_size >= 0 and min(numbers) > 0):
         raise ValueError("its resolution, layers, channels or cutoffs make no network")
     last_cutoff = img_resolution / 2
     last_stopband = last_cutoff * last_stopband_rel
@@ -133,6 +137,8 @@ def schedule(
         cutoff = first_cutoff * (last_cutoff / first_cutoff) ** share
         stopband = first_stopband * (last_stopband / first_stopband) ** share
         rate = 2 ** math.ceil(math.log2(min(2 * stopband, img_resolution)))
+        if index == 0 and first_rate is not None:
+            rate = first_rate
         is_torgb = index == num_layers
         size = img_resolution if index >= num_layers - 1 else rate + 2 * margin_size
         channels = img_channels if is_torgb else round(min(channel_base / 2 / cutoff, channel_max))

@@ -1,8 +1,13 @@
 """Pickles of StyleGAN3 and StyleGAN-XL, built from our own networks: as NVIDIA's code and as dill write them."""
 
+import io
+import math
+
 import numpy as np
 import torch
 
+from refine.checkpoints.pickles.inert import Blob
+from refine.checkpoints.pickles.tensors import Storage, TensorRef
 from refine.networks import stylegan3, stylegan_xl
 from refine.networks.stylegan3_layers import SynthesisInput, SynthesisLayer
 from tests.checkpoints.builders import DATA_SET, Call, Format, Global, New
@@ -29,6 +34,55 @@ def xl_generator(c_dim=3):
     layers = [dict(zip(names, row[:6], strict=True)) | row[6] for row in rows]
     sizes = {"z_dim": 8, "c_dim": c_dim, "w_dim": 8, "img_resolution": 16, "img_channels": 1}
     return stylegan_xl.Generator(**sizes, layers=layers, input_channels=6, mapping_kwargs={"embedding": [5, 4]}).eval()
+
+
+def xl_chain(*stages, c_dim=3, schedule=(), options=(), **changes):
+    """A small StyleGAN-XL as its stages make it: (resolution, layers, further options of its layers) of each.
+
+    Args:
+        stages: The stem, and what is put upon it one after the other.
+        c_dim: Classes.
+        schedule: Where the cutoffs of the stem lie, if not where they usually do.
+        options: Of all layers.
+        changes: Further arguments of the class.
+    """
+    told = {"first_cutoff": 2, "first_stopband": 2**2.1, "last_stopband_rel": 2**0.3, "margin_size": 10, "critical": 2}
+    told, layers = told | dict(schedule), []
+    for resolution, count, *own in stages:
+        layers = [layer for layer in layers if not layer["is_critically_sampled"]]
+        below, first = layers[-1:], len(layers) + bool(layers)
+        begins = [(layer["cutoff"], layer["cutoff"] + layer["half_width"]) for layer in below]
+        begin, stop_begin = begins[0] if below else (told["first_cutoff"], told["first_stopband"])
+        end, stop_end = resolution / 2, resolution / 2 * told["last_stopband_rel"]
+        for j in range(count + 1):
+            share = min(j / (count - told["critical"]), 1)
+            cutoff, stop = begin * (end / begin) ** share, stop_begin * (stop_end / stop_begin) ** share
+            rate = 2 ** math.ceil(math.log2(min(2 * stop, resolution)))
+            rate = below[0]["rate"] if below and j == 0 else rate
+            size = resolution if j > count - 2 else rate + 2 * told["margin_size"]
+            channels = 1 if j == count else below[0]["channels"] if below and j == 0 else 2 + (first + j) % 2
+            layer = {"name": f"L{first + j}_{size}_{channels}", "channels": channels, "size": size, "rate": rate}
+            layer |= {"cutoff": cutoff, "half_width": max(stop, rate / 2) - cutoff, "use_fp16": rate * 16 > resolution}
+            layer |= {"is_torgb": j == count, "is_critically_sampled": j >= count - told["critical"]}
+            layers.append(layer | dict(options) | (own[0] if own else {}))
+    sizes = {"z_dim": 8, "w_dim": 8, "img_resolution": stages[-1][0], "img_channels": 1, "input_channels": 4}
+    more = {"mapping_kwargs": {"embedding": [5, 4]}, **sizes, **changes}
+    torch.manual_seed(0)
+    G = stylegan_xl.Generator(c_dim=c_dim, layers=layers, **more).eval().requires_grad_(False)
+    for name, value in G.state_dict().items():
+        if name.endswith(("bias", "w_avg", "magnitude_ema")):
+            value.add_(torch.rand_like(value))
+    return G
+
+
+def refs_of(state):
+    """Tensors as a file has them; those on 'meta' have no numbers."""
+    refs = {}
+    for name, value in state.items():
+        data = b"" if value.is_meta else value.numpy().tobytes()
+        storage = Storage(value.dtype, value.numel(), Blob(io.BytesIO(data), 0, len(data)), 0)
+        refs[name] = TensorRef(storage, 0, tuple(value.shape), value.stride())
+    return refs
 
 
 class Form(Format):

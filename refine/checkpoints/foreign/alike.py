@@ -9,6 +9,7 @@ from torch import nn
 
 # How numbers are formatted, and what only training looks at.
 _OF_NO_CONSEQUENCE = {"training", "use_fp16", "use_bf16", "w_avg_beta", "dropout", "label_dropout", "notes"}
+_OF_NO_CONSEQUENCE |= {"magnitude_ema_beta"}
 
 
 def difference(ours: nn.Module, theirs: nn.Module) -> tuple[str, Any, Any] | None:

@@ -15,6 +15,7 @@ from refine.checkpoints.foreign import (
     stylegan2_names,
     stylegan3,
     stylegan3_names,
+    stylegan_xl_names,
     tensorflow,
 )
 from refine.checkpoints.foreign.container import Members
@@ -22,7 +23,7 @@ from refine.checkpoints.foreign.flat import flattened
 
 # Families that are state dicts; few programs write those as plain pickles, so none is written back into one.
 STATE_DICTS = {adm.FAMILY, adm.CM_FAMILY, edm_names.FAMILY, rosinality.FAMILY}
-STATE_DICTS |= {stylegan2_names.FAMILY, stylegan3_names.FAMILY}
+STATE_DICTS |= {stylegan2_names.FAMILY, stylegan3_names.FAMILY, stylegan_xl_names.FAMILY}
 
 
 def find(value: Any, path: Path, kwargs: Mapping[str, Any] | None = None) -> tuple[str, Members, bool] | None:
@@ -43,7 +44,7 @@ def find(value: Any, path: Path, kwargs: Mapping[str, Any] | None = None) -> tup
     if diffusion is not None:
         return *diffusion, True
     flat = flattened(value)
-    for family in (stylegan2_names, stylegan3_names, r3gan, rosinality, edm_names):
+    for family in (stylegan2_names, stylegan_xl_names, stylegan3_names, r3gan, rosinality, edm_names):
         if (found := family.members(flat, kwargs)) is not None:
             return family.FAMILY, found, True
     return None

@@ -60,7 +60,7 @@ def kwargs_option(kind: str) -> str:
 
 
 EXPECTED = (
-    "a StyleGAN2, StyleGAN3, StyleGAN-XL, R3GAN, EDM or EDM2 pickle, a state dict of StyleGAN2, R3GAN or EDM, "
-    "a legacy TensorFlow pickle of StyleGAN2, a rosinality .pt, a guided-diffusion or consistency_models .pt, "
-    "or a file of this toolkit"
+    "a StyleGAN2, StyleGAN3, StyleGAN-XL, R3GAN, EDM or EDM2 pickle, a state dict of StyleGAN2, StyleGAN3, "
+    "StyleGAN-XL, R3GAN or EDM, a legacy TensorFlow pickle of StyleGAN2, a rosinality .pt, a guided-diffusion or "
+    "consistency_models .pt, or a file of this toolkit"
 )

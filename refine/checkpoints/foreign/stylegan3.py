@@ -189,26 +189,33 @@ def layer_names(synthesis: Any) -> list[str]:
 
 
 # Layers tell their own arguments; these are the ones of `SynthesisLayer` that may be left out, with their defaults.
-_OPTIONS: dict[str, int | float] = {
+LAYER_OPTIONS: dict[str, int | float] = {
     "conv_kernel": 3,
     "filter_size": 6,
     "lrelu_upsampling": 2,
     "use_radial_filters": False,
     "conv_clamp": 256,
 }
-_OPTIONS |= {"magnitude_ema_beta": 0.999, "is_torgb": False, "is_critically_sampled": False, "use_fp16": False}
+LAYER_OPTIONS |= {"magnitude_ema_beta": 0.999, "is_torgb": False, "is_critically_sampled": False, "use_fp16": False}
 
 
 def _layer(name: str, item: Any) -> dict[str, Any]:
     """A layer as `stylegan_xl.Generator` takes it."""
     given = _arguments(name, item)
-    layer: dict[str, Any] = {"name": name}
-    layer |= dict(zip(("channels", "size", "rate", "cutoff", "half_width"), _signal(given, "out"), strict=True))
-    for key, default in _OPTIONS.items():
-        value = plain(given[key], key) if key in given else default
-        if value != default:
-            layer[key] = value
-    return layer
+    options = {key: plain(given[key], key) for key in LAYER_OPTIONS if key in given}
+    return layer_table(name, _signal(given, "out"), options)
+
+
+def layer_table(name: str, signal: Sequence[float], options: Mapping[str, Any]) -> dict[str, Any]:
+    """A layer as `stylegan_xl.Generator` takes it.
+
+    Args:
+        name: L{index}_{size}_{channels}.
+        signal: The fields of its output `Signal`.
+        options: Further arguments of `SynthesisLayer`; those that have their default values are left out.
+    """
+    told = dict(zip(("channels", "size", "rate", "cutoff", "half_width"), signal, strict=True))
+    return {"name": name} | told | {key: value for key, value in options.items() if value != LAYER_OPTIONS[key]}
 
 
 def _arguments(name: str, item: Any) -> Mapping[str, Any]:

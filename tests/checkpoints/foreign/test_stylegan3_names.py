@@ -6,10 +6,9 @@ import torch
 from refine.checkpoints import load_generator, native, peek
 from refine.checkpoints.foreign import stylegan3_names
 from refine.checkpoints.registry import build_empty
-from tests.checkpoints.foreign.test_adm import ref
 from tests.checkpoints.foreign.test_forms import WRAPPED
 from tests.checkpoints.foreign.test_nvidia import PICKLES
-from tests.checkpoints.stylegan3_files import t_generator, xl_generator
+from tests.checkpoints.stylegan3_files import refs_of, t_generator
 from tests.golden import ROOT, max_error, read_arrays, read_json
 
 RADIAL = {"conv_kernel": 1, "use_radial_filters": True}
@@ -60,8 +59,9 @@ def test_sizes_follow_from_names_and_shapes(changes, tmp_path):
 def test_official_sizes(name):
     case = read_json(f"stylegan3/names/{name}")
     shapes = [*case["parameters"], *case["buffers"]]
-    refs = {key: ref(shape) for key, shape in shapes}
-    found = stylegan3_names.describe_generator(refs)
+    state = build_empty("stylegan3.Generator", case["init_kwargs"]).state_dict()
+    assert {key: list(value.shape) for key, value in state.items()} == {key: list(shape) for key, shape in shapes}
+    found = stylegan3_names.describe_generator(refs_of(state))
     state = build_empty(found.class_name, found.init_kwargs).state_dict()
     assert {key: list(value.shape) for key, value in state.items()} == {key: list(shape) for key, shape in shapes}
     for key in ("channel_base", "channel_max", "img_resolution", "conv_kernel"):
@@ -110,9 +110,10 @@ def test_another_schedule_is_asked_for(unusual, tmp_path):
     assert torch.equal(images(load_generator(tmp_path / "x.pt", unusual)), images(G))
 
 
-def test_a_stylegan_xl_is_refused_in_a_plain_sentence(tmp_path):
-    torch.save({"G_ema": xl_generator().state_dict()}, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match=r"it is the state dict of a StyleGAN-XL, .*; expected its pickle"):
+def test_frequencies_beyond_the_cutoff_are_of_another_schedule(tmp_path):
+    state = {name: value for name, value in small(first_cutoff=3).state_dict().items() if "_filter" not in name}
+    torch.save({**state, "synthesis.input.freqs": torch.full([6, 2], 2.0)}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="such as its Fourier features, are not those of num_critical 2, f"):
         load_generator(tmp_path / "x.pt")
 
 
