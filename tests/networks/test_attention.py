@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from refine.networks.attention import by_pixel, merge_heads, split_heads, thirds
 from refine.networks.edm2 import Block
-from refine.networks.edm_layers import UNetBlock, by_pixel, merge_heads, split_heads, thirds
+from refine.networks.edm_layers import UNetBlock
 
 MODULES = {
     "EDM, one head": lambda: UNetBlock(16, 16, 8, attention=True, num_heads=1),
