@@ -54,10 +54,11 @@ WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select
 
 
 class Counting(TorchDispatchMode):
-    """Counts operators by name, and what they make the processor wait for or the bus carry."""
+    """Counts operators by name, and what they make the processor wait for or the bus carry; also by line if `lines`."""
 
-    def __init__(self) -> None:
+    def __init__(self, lines: bool) -> None:
         super().__init__()
+        self.by_line = lines
         self.operators: Counter[str] = Counter()
         self.copies = self.waits = 0
         self.places: dict[str, Counter[str]] = {}  # where → kind → operators beside views
@@ -75,7 +76,8 @@ class Counting(TorchDispatchMode):
             )
             kind = next((kind for kind, names in KINDS.items() if name in names), "other")
             self.places.setdefault(place, Counter())[kind] += 1
-            self.lines[f"{place}: {name} in {_gradient_of() if backward else _line()}"] += 1
+            if self.by_line:
+                self.lines[f"{place}: {name} in {_gradient_of() if backward else _line()}"] += 1
         if name in WAITS:
             self.waits += 1
             if name == "_local_scalar_dense":
@@ -98,7 +100,8 @@ class Counting(TorchDispatchMode):
             network = getattr(trainer, name)
             handles.append(network.register_forward_pre_hook(lambda *_, name=name: self.inside.append(name)))
             handles.append(network.register_forward_hook(lambda *_: self.inside.pop() and None, always_call=True))
-        with Fused(), torch.autograd.set_detect_anomaly(True, check_nan=False), self:  # it notes lines
+        noting = torch.autograd.set_detect_anomaly(self.by_line, check_nan=False)  # it notes where nodes are from
+        with Fused(), noting, self:
             yield
         for handle in handles:
             handle.remove()
@@ -158,7 +161,7 @@ class Fused(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def count(precision: str, batch: int, iterations: int = 2) -> Counting:
+def count(precision: str, batch: int, lines: bool, iterations: int = 2) -> Counting:
     """The last of some iterations: the first makes Adam's state."""
     custom_ops.OPS["meta"] = custom_ops.OPS["cuda"]
     custom_ops._ready["meta"] = ctypes.CDLL(None)  # nobody calls it: the ops know shapes
@@ -166,7 +169,7 @@ def count(precision: str, batch: int, iterations: int = 2) -> Counting:
     config = RefineConfig("student", "teacher", batch=batch, adversarial=0.0, precision=precision)
     trainer = Trainer(config, *cifar10_pair(), device="meta")
     for _ in range(iterations):
-        counting = Counting()
+        counting = Counting(lines)
         with counting.of(trainer):
             trainer.step()
     return counting
@@ -181,7 +184,7 @@ def main(precisions: str, batch: int, top: int, lines: int) -> None:
     chosen = precisions.split(",")
     if unknown := set(chosen) - set(PRECISIONS):
         raise click.BadParameter(f"found {', '.join(sorted(unknown))}; expected {', '.join(PRECISIONS)}")
-    counted = {precision: count(precision, batch) for precision in chosen}
+    counted = {precision: count(precision, batch, lines > 0) for precision in chosen}
     heads = list(next(iter(counted.values())).row())
     print(f"| one iteration, batch {batch} | {' | '.join(heads)} |")
     print("|---" * (len(heads) + 1) + "|")
