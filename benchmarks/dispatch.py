@@ -1,6 +1,6 @@
 """What one iteration asks of a GPU before any arithmetic: operators, clones, copies between host and device, waits.
 
-    python benchmarks/dispatch.py [--precisions=fp32,bf16] [--batch=64] [--top=0]
+    python benchmarks/dispatch.py [--precisions=fp32,bf16] [--batch=64] [--top=0] [--lines=0]
 
 At CIFAR-10's official sizes (`iteration.cifar10_pair`), on tensors that have shapes and no memory (torch's device
 meta, which takes the path of a GPU), so that no GPU is needed and seconds are enough. A compiled op counts as one
@@ -12,7 +12,9 @@ looks for waits and copies with values.
 
 import contextlib
 import ctypes
+import re
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +33,7 @@ from refine.config import PRECISIONS, RefineConfig
 from refine.torch_utils.build import custom_ops
 from refine.training.trainer import Trainer
 
+ROOT = Path(__file__).resolve().parents[1]
 VIEWS = {
     *("view", "_unsafe_view", "_reshape_alias", "expand", "permute", "transpose", "t", "slice", "select", "unbind"),
     *("unsqueeze", "squeeze", "detach", "alias", "as_strided", "split", "split_with_sizes", "narrow", "chunk"),
@@ -51,14 +54,16 @@ WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select
 
 
 class Counting(TorchDispatchMode):
-    """Counts operators by name, and what they make the processor wait for or the bus carry."""
+    """Counts operators by name, and what they make the processor wait for or the bus carry; also by line if `lines`."""
 
-    def __init__(self) -> None:
+    def __init__(self, lines: bool) -> None:
         super().__init__()
+        self.by_line = lines
         self.operators: Counter[str] = Counter()
         self.copies = self.waits = 0
         self.places: dict[str, Counter[str]] = {}  # where → kind → operators beside views
         self.inside: list[str] = []
+        self.lines: Counter[str] = Counter()  # network, line and operator → operators beside views
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -71,6 +76,8 @@ class Counting(TorchDispatchMode):
             )
             kind = next((kind for kind, names in KINDS.items() if name in names), "other")
             self.places.setdefault(place, Counter())[kind] += 1
+            if self.by_line:
+                self.lines[f"{place}: {name} in {_gradient_of() if backward else _line()}"] += 1
         if name in WAITS:
             self.waits += 1
             if name == "_local_scalar_dense":
@@ -93,7 +100,8 @@ class Counting(TorchDispatchMode):
             network = getattr(trainer, name)
             handles.append(network.register_forward_pre_hook(lambda *_, name=name: self.inside.append(name)))
             handles.append(network.register_forward_hook(lambda *_: self.inside.pop() and None, always_call=True))
-        with Fused(), self:
+        noting = torch.autograd.set_detect_anomaly(self.by_line, check_nan=False)  # it notes where nodes are from
+        with Fused(), noting, self:
             yield
         for handle in handles:
             handle.remove()
@@ -108,6 +116,27 @@ class Counting(TorchDispatchMode):
             "host copies": self.copies,
             "waits": self.waits,
         }
+
+
+def _line() -> str:
+    """The line of the project that is being executed, and who called that."""
+    frames = [frame for frame in traceback.extract_stack() if _is_ours(frame.filename)]
+    return " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames[:-4:-1])
+
+
+def _is_ours(filename: str) -> bool:
+    return f"{ROOT}/refine/" in filename or f"{ROOT}/torch_utils/" in filename
+
+
+def _gradient_of() -> str:
+    """The node of autograd's graph that is being executed, and the line that made it."""
+    node = torch._C._current_autograd_node()
+    if node is None:
+        return "autograd"
+    made = [line for line in node.metadata.get("traceback_", []) if "refine/" in line or "torch_utils/" in line]
+    found = [re.search(r'File "([^"]+)", line (\d+)', line) for line in made[:-4:-1]]
+    lines = [f"{Path(match[1]).name}:{match[2]}" for match in found if match]
+    return f"{node.name()} of {' < '.join(lines) or 'autograd'}"
 
 
 def as_cudnn(out, args):
@@ -132,7 +161,7 @@ class Fused(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def count(precision: str, batch: int, iterations: int = 2) -> Counting:
+def count(precision: str, batch: int, lines: bool, iterations: int = 2) -> Counting:
     """The last of some iterations: the first makes Adam's state."""
     custom_ops.OPS["meta"] = custom_ops.OPS["cuda"]
     custom_ops._ready["meta"] = ctypes.CDLL(None)  # nobody calls it: the ops know shapes
@@ -140,7 +169,7 @@ def count(precision: str, batch: int, iterations: int = 2) -> Counting:
     config = RefineConfig("student", "teacher", batch=batch, adversarial=0.0, precision=precision)
     trainer = Trainer(config, *cifar10_pair(), device="meta")
     for _ in range(iterations):
-        counting = Counting()
+        counting = Counting(lines)
         with counting.of(trainer):
             trainer.step()
     return counting
@@ -150,11 +179,12 @@ def count(precision: str, batch: int, iterations: int = 2) -> Counting:
 @click.option("--precisions", default="fp32,bf16", show_default=True, help="Which, comma-separated.")
 @click.option("--batch", type=click.IntRange(min=2), default=64, show_default=True)
 @click.option("--top", type=click.IntRange(min=0), default=0, show_default=True, help="The commonest operators, too.")
-def main(precisions: str, batch: int, top: int) -> None:
+@click.option("--lines", type=click.IntRange(min=0), default=0, show_default=True, help="The lines with most, too.")
+def main(precisions: str, batch: int, top: int, lines: int) -> None:
     chosen = precisions.split(",")
     if unknown := set(chosen) - set(PRECISIONS):
         raise click.BadParameter(f"found {', '.join(sorted(unknown))}; expected {', '.join(PRECISIONS)}")
-    counted = {precision: count(precision, batch) for precision in chosen}
+    counted = {precision: count(precision, batch, lines > 0) for precision in chosen}
     heads = list(next(iter(counted.values())).row())
     print(f"| one iteration, batch {batch} | {' | '.join(heads)} |")
     print("|---" * (len(heads) + 1) + "|")
@@ -170,6 +200,9 @@ def main(precisions: str, batch: int, top: int) -> None:
         for precision, counting in counted.items():
             names = ", ".join(f"{name} {number}" for name, number in counting.operators.most_common(top))
             print(f"\n{precision}: {names}")
+    for precision, counting in counted.items():
+        for line, number in counting.lines.most_common(lines):
+            print(f"{precision}: {number} × {line}")
 
 
 if __name__ == "__main__":

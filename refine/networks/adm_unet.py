@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from refine.networks.attention import scaled_dot_product
 from refine.networks.bases import check_choice
-from refine.networks.edm_layers import Conv2d, Init, Linear, scaled_dot_product
+from refine.networks.edm_layers import Conv2d, Init, Linear
 from refine.torch_utils.ops.conv3x3 import conv2d
 from refine.torch_utils.ops.group_norm_silu import group_norm_silu
 

@@ -87,7 +87,7 @@ class Preconditioner(Denoiser, MixedPrecision):
         labels = self._checked_labels(class_labels, x)
         c_skip, c_out, c_in, c_noise = self.scalings(sigma)
         F_x = self._evaluate(c_in * x, c_noise.flatten(), labels, augment_labels, self._dtype(x, force_fp32))
-        return c_skip * x + c_out * F_x[:, : self.img_channels].to(torch.float32)
+        return c_skip * x + c_out * F_x[:, : self.img_channels]  # of 16 bits times float32, or times 1: is float32
 
     def encode(self, x: torch.Tensor, sigma: float) -> list[torch.Tensor]:
         """See `Denoiser.encode`. The decoder is not run; whoever knows no missing label is told the first class."""

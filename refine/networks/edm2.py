@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from refine.networks.attention import by_pixel, merge_heads, scaled_dot_product, split_heads, thirds
 from refine.networks.bases import TrainingRate, check_choice, records_init_kwargs
 from refine.networks.denoiser import Preconditioner, Scalings
 from refine.networks.edm import edm_scalings
-from refine.networks.edm_layers import by_pixel, merge_heads, scaled_dot_product, split_heads, thirds
 from refine.torch_utils.ops.conv3x3 import conv2d
 
 # ---------------------------------------------------------------------------------------------------------------------

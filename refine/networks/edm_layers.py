@@ -7,15 +7,27 @@ N batch, C channels, E embedding.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from refine.networks.attention import (
+    Heads,
+    Pointwise,
+    SplitHeads,
+    as_products,
+    in_thirds,
+    merge_heads,
+    pointwise,
+    scaled_dot_product,
+    split_heads,
+)
 from refine.torch_utils.ops.conv3x3 import conv2d
 from refine.torch_utils.ops.group_norm_silu import group_norm_silu
 from refine.torch_utils.ops.sum_group_norm_silu import sum_beside, sum_group_norm_silu
@@ -145,41 +157,34 @@ class Conv2d(nn.Module):
 class QKV(Conv2d):
     """The 1×1 convolution to queries, keys and values, which the published weights have in turns, see `thirds`."""
 
-    def by_pixel(self, x: torch.Tensor, num_heads: int, given: Pointwise | None = None) -> torch.Tensor:
-        """(N, C, H, W) → (N, H·W, 3, heads, c), see the function of that name; `given` is of `sorted_together`."""
-        if given is None and x.is_contiguous():  # what is copied anyway is sorted there
-            return self(x).flatten(2).unflatten(1, (num_heads, -1, 3)).permute(0, 4, 3, 1, 2).contiguous()
-        weight, bias = given or sorted_together([self], x.dtype)[0]
-        if x.is_contiguous():
-            y = torch.baddbmm(bias, x.flatten(2).mT, weight.flatten(1).mT.expand(x.shape[0], -1, -1))
-            return y.unflatten(2, (3, num_heads, -1))
-        return by_pixel(conv2d(x, weight, bias), num_heads)
+    def heads(self, x: torch.Tensor, num_heads: int, given: Pointwise | None = None) -> Heads:
+        """(N, C, H, W) → queries, keys and values, (N, heads, c, H·W) each; `given` is of `sorted_together`."""
+        if given is None and x.is_contiguous() and not as_products(x):  # what is copied anyway is sorted there
+            return split_heads(self(x).flatten(2).unflatten(1, (num_heads, -1, 3)).permute(0, 4, 3, 1, 2).contiguous())
+        in_thirds = given or sorted_together([self], x)[0]
+        if not torch.is_grad_enabled() or x.device.type == "cpu":
+            return split_heads(pointwise(x, in_thirds, num_heads))
+        assert self.weight is not None and self.bias is not None
+        return SplitHeads.apply(x, self.weight.to(x.dtype), self.bias.to(x.dtype), in_thirds, num_heads)
 
 
-Pointwise: TypeAlias = tuple[torch.Tensor, torch.Tensor]  # weight (O, I, 1, 1) and bias (O,)
+def sorted_together(layers: Sequence[QKV], x: torch.Tensor) -> list[Pointwise]:
+    """Weights of some layers in the order of `thirds`, for images like x; those of one size are sorted in one operator.
 
-
-def sorted_together(layers: Sequence[QKV], dtype: torch.dtype) -> list[Pointwise]:
-    """Weights of some layers in the order of `thirds`; those of one size are sorted in one operator."""
+    Without a gradient where `SplitHeads` has that of the weights as they are.
+    """
     found: dict[int, Pointwise] = {}
-    for size in {layer.out_channels: None for layer in layers}:
-        some = [index for index, layer in enumerate(layers) if layer.out_channels == size]
-        weights, biases = (
-            torch.stack([getattr(layers[index], name).to(dtype) for index in some])
-            .unflatten(1, (-1, 3))
-            .transpose(1, 2)
-            .flatten(1, 2)
-            .unbind()
-            for name in ("weight", "bias")
-        )
-        found |= zip(some, zip(weights, biases, strict=True), strict=True)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and x.device.type == "cpu"):
+        for size in {layer.out_channels: None for layer in layers}:
+            some = [index for index, layer in enumerate(layers) if layer.out_channels == size]
+            weights, biases = (
+                torch.stack([in_thirds(getattr(layers[index], name).to(x.dtype)) for index in some])
+                .flatten(1, 2)
+                .unbind()
+                for name in ("weight", "bias")
+            )
+            found |= zip(some, zip(weights, biases, strict=True), strict=True)
     return [found[index] for index in range(len(layers))]
-
-
-def as_products(x: torch.Tensor) -> bool:
-    """Whether a GPU is to compute 1×1 convolutions around attention as products of matrices, which read and write
-    pixels of either layout: nothing is copied then. Backward they would be four operators, a convolution is one."""
-    return x.is_contiguous() and x.device.type != "cpu" and not torch.is_grad_enabled()
 
 
 class GroupNorm(nn.Module):
@@ -271,13 +276,21 @@ class PositionalEmbedding(nn.Module):
         self.num_channels, self.max_positions, self.endpoint = num_channels, max_positions, endpoint
 
     def angles(self, x: torch.Tensor) -> torch.Tensor:
-        half = self.num_channels // 2
-        exponents = torch.arange(half, dtype=torch.float32, device=x.device) / (half - self.endpoint)
-        return x.outer(((1 / self.max_positions) ** exponents).to(x.dtype))
+        kept = type(x) is torch.Tensor and not torch.compiler.is_compiling()  # not what belongs to a tracer
+        make = _frequencies if kept else _frequencies.__wrapped__
+        return x.outer(make(self.num_channels // 2, self.max_positions, self.endpoint, x.device).to(x.dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         angles = self.angles(x)
         return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+@functools.cache
+@torch.inference_mode(False)  # a run may train with what an evaluation has made
+def _frequencies(half: int, max_positions: int, endpoint: bool, device: torch.device) -> torch.Tensor:
+    """Made once for each device. A buffer would have to be in the published files, where it is not."""
+    exponents = torch.arange(half, dtype=torch.float32, device=device) / (half - endpoint)
+    return (1 / max_positions) ** exponents
 
 
 class FourierEmbedding(nn.Module):
@@ -386,7 +399,7 @@ class UNetBlock(nn.Module):
         return result
 
     def _attention(self, x: torch.Tensor, qkv: Pointwise | None) -> torch.Tensor:  # [N C H W] → [N C H W]
-        y = scaled_dot_product(*split_heads(self.qkv.by_pixel(x, self.num_heads, qkv)))
+        y = scaled_dot_product(*self.qkv.heads(x, self.num_heads, qkv))
         if not as_products(x):
             return self.proj(merge_heads(y, like=x))
         assert self.proj.weight is not None and self.proj.bias is not None
@@ -394,44 +407,3 @@ class UNetBlock(nn.Module):
         pixels = y.permute(0, 3, 1, 2).flatten(2)  # as attention writes them
         y = torch.baddbmm(bias[:, None], weight.flatten(1).expand(x.shape[0], -1, -1), pixels.mT)
         return y.unflatten(2, x.shape[2:])
-
-
-def thirds(weight: torch.Tensor) -> torch.Tensor:
-    """Rows q0 k0 v0 q1 k1 v1 …, as in the published weights, to q0 q1 … k0 k1 … v0 v1 …; shape (3C, ...).
-
-    With them a convolution gives what attention takes; else its output, which is much larger, would be sorted.
-    """
-    return torch.cat(weight.unflatten(0, (-1, 3)).unbind(1))
-
-
-def by_pixel(qkv: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Queries, keys and values, (N, 3C, H, W), as (N, H·W, 3, heads, c) with c = C / heads; dense.
-
-    They lie so in memory already where `qkv` is channels_last.
-    """
-    n, _, height, width = qkv.shape
-    return qkv.permute(0, 2, 3, 1).reshape(n, height * width, 3, num_heads, -1).contiguous()
-
-
-def split_heads(pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """(N, H·W, 3, heads, c) → queries, keys and values (N, heads, c, H·W), views with the c numbers side by side."""
-    return tuple(part.permute(0, 2, 3, 1) for part in pixels.unbind(2))
-
-
-def merge_heads(y: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """(N, heads, c, H·W) → (N, heads · c, H, W), with the height, width and memory format of `like`."""
-    n, heads, c, _ = y.shape
-    height, width = like.shape[2:]
-    if like.is_contiguous():
-        return y.reshape(n, heads * c, height, width).contiguous()
-    return y.permute(0, 3, 1, 2).reshape(n, height, width, heads * c).contiguous().permute(0, 3, 1, 2)  # channels_last
-
-
-def scaled_dot_product(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Attention over the last axis: softmax(qᵀk / √c) over the keys, applied to v. Shapes (N, heads, c, HW).
-
-    torch's fused attention takes (N, heads, HW, c), on a GPU with the c numbers side by side only; what lies otherwise
-    is copied.
-    """
-    q, k, v = (x.mT if x.stride(-2) == 1 else x.mT.contiguous() for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).mT

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from refine.networks.attention import as_products
 from refine.networks.bases import check_choice
 from refine.networks.edm_layers import (
     Conv2d,
@@ -25,7 +26,6 @@ from refine.networks.edm_layers import (
     PositionalEmbedding,
     Sum,
     UNetBlock,
-    as_products,
     linear_together,
     sorted_together,
 )
@@ -97,7 +97,7 @@ class LadderUNet(nn.Module):
         assert blocks[0].conv1.weight is not None
         channels_last = not blocks[0].conv1.weight.is_contiguous()  # and so are the activations
         wanted = attending and (channels_last or as_products(x))
-        sorted_qkv = iter(sorted_together(attending, x.dtype) if wanted else [None] * len(attending))
+        sorted_qkv = iter(sorted_together(attending, x) if wanted else [None] * len(attending))
         qkv = [next(sorted_qkv) if block.num_heads else None for block in blocks]
         return zip(params, qkv, strict=True)
 

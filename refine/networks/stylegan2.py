@@ -164,15 +164,24 @@ class SynthesisBlock(bases.MixedPrecision):
         """Of the activations."""
         return torch.float16 if self.use_fp16 and not force_fp32 else self.compute_dtype
 
-    def forward(self, x, img, ws, force_fp32=False, fused_modconv=False, noise_mode="random"):
-        """`ws` has a w, or a `Modulation`, for each layer."""
+    def takes_scaled(self, dtype: torch.dtype, force_fp32: bool) -> bool:
+        """Whether activations of this dtype may come multiplied with the styles of the first layer."""
+        return self.architecture != "resnet" and dtype == self.dtype(force_fp32) != torch.float16
+
+    def forward(
+        self, x, img, ws, force_fp32=False, fused_modconv=False, noise_mode="random", scaled=False, then=None
+    ):  # fmt: skip
+        """`ws` has a w, or a `Modulation`, for each layer. x is `scaled` if it has been multiplied with the first one's
+        styles; what is returned of the activations is multiplied with `then`, (N, O), those of the block that follows.
+        """
         w_iter = iter(ws)
         layer = {"noise_mode": noise_mode, "fused_modconv": fused_modconv}
         dtype = self.dtype(force_fp32)
+        onwards: dict[str, Any] = {"then": then, "both": then is not None and self.num_torgb > 0}
         if self.in_channels == 0:
             x = self.const.to(dtype).unsqueeze(0)
             x = x.to(memory_format=self._format(x)).expand(ws[0].styles.shape[0], -1, -1, -1)
-            x = self.conv1(x, next(w_iter), **layer)
+            x = self.conv1(x, next(w_iter), **onwards, **layer)
         else:
             x = x.to(dtype=dtype, memory_format=self._format(x))
             if self.architecture == "resnet":
@@ -181,14 +190,15 @@ class SynthesisBlock(bases.MixedPrecision):
                 x = y + self.conv1(x, next(w_iter), gain=math.sqrt(0.5), **layer)
             else:
                 first, second = next(w_iter), next(w_iter)
-                scaled = x.dtype != torch.float16 and not fused_modconv
-                x = self.conv0(x, first, then=second.styles if scaled else None, **layer)
-                x = self.conv1(x, second, scaled=scaled, **layer)
+                beforehand = x.dtype != torch.float16 and not fused_modconv
+                x = self.conv0(x, first, then=second.styles if beforehand else None, scaled=scaled, **layer)
+                x = self.conv1(x, second, scaled=beforehand, **onwards, **layer)
+        x, x_scaled = x if onwards["both"] else (x, x)
         if img is not None:
             img = upsample2d(img, self.resample_filter)
         if self.num_torgb:
             img = self.torgb(x, next(w_iter), img)
-        return x, img
+        return x_scaled, img
 
     def _format(self, x):
         # A channels_last network (`.to(memory_format=…)` on its convolution weights) keeps its activations so, too.
@@ -288,10 +298,14 @@ class SynthesisNetwork(nn.Module):
             dtypes += [torch.float32 if fused_modconv else block.dtype(force_fp32)] * len(found)
             first += block.num_conv
         waiting = iter(modulations(layers, its_ws, dtypes))
-        x = img = None
-        for block in blocks:
-            mine = [next(waiting) for _ in block.layers()]
-            x, img = block(x, img, mine, force_fp32, fused_modconv, noise_mode)
+        each = [[next(waiting) for _ in block.layers()] for block in blocks]
+        x = img = then = None
+        for index, block in enumerate(blocks):
+            scaled, then = then is not None, None
+            if index + 1 < len(blocks) and not fused_modconv:
+                follower = blocks[index + 1]
+                then = each[index + 1][0].styles if follower.takes_scaled(block.dtype(force_fp32), force_fp32) else None
+            x, img = block(x, img, each[index], force_fp32, fused_modconv, noise_mode, scaled, then)
         assert img is not None  # the last block always makes one
         return img
 

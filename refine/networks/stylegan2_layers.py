@@ -252,9 +252,9 @@ class SynthesisLayer(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.register_buffer("resample_filter", setup_filter(resample_filter))
 
-    def forward(self, x, w, noise_mode="random", fused_modconv=False, gain=1.0, then=None, scaled=False):
+    def forward(self, x, w, noise_mode="random", fused_modconv=False, gain=1.0, then=None, scaled=False, both=False):
         """`w` may be the `Modulation` that follows from it. The output is multiplied with `then`, (N, O): styles of the
-        next layer, for which its input is `scaled` then."""
+        next layer, for which its input is `scaled` then. If `both`, as it is and multiplied."""
         styles, factors, weight = w if isinstance(w, Modulation) else modulations([self], [w], [x.dtype])[0]
         noise = strength = None
         if self.use_noise and noise_mode == "random":
@@ -268,7 +268,7 @@ class SynthesisLayer(nn.Module):
         )
         clamp = None if self.conv_clamp is None else self.conv_clamp * gain
         bias, gain = self.bias.to(x.dtype), self.act_gain * gain
-        return modulated_act(x, factors, noise, strength, bias, then, None, self.activation, gain, clamp)
+        return modulated_act(x, factors, noise, strength, bias, then, None, self.activation, gain, clamp, both=both)
 
 
 class ToRGBLayer(nn.Module):
@@ -289,7 +289,7 @@ class ToRGBLayer(nn.Module):
         weight = (w if isinstance(w, Modulation) else modulations([self], [w], [x.dtype])[0]).weight
         bias = self.bias.to(x.dtype)[:, None]
         y = torch.baddbmm(bias, weight.to(x.dtype), x.flatten(2)).unflatten(2, x.shape[2:])
-        if img is None or self.conv_clamp is None or y.dtype != img.dtype:
+        if img is None or self.conv_clamp is None:
             y = bias_act(y, clamp=self.conv_clamp).to(torch.float32)
             return y if img is None else img + y
         return modulated_act(y, None, None, None, None, beside=img, clamp=self.conv_clamp)

@@ -8,9 +8,10 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from refine.networks.edm import EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond, vp_sigma
-from refine.networks.edm_layers import GroupNorm
+from refine.networks.edm_layers import GroupNorm, PositionalEmbedding, _frequencies
 from refine.networks.edm_loss import EDMLoss
 from refine.networks.edm_unets import DhariwalUNet, SongUNet
 from refine.networks.sampler import heun_sampler, karras_sigmas
@@ -306,3 +307,20 @@ def test_loss():
     D_x = net(noisy, sigma, c, augment_labels=torch.ones(3, 9))
     assert loss.shape == images.shape
     torch.testing.assert_close(loss, weight * (D_x - images) ** 2)
+
+
+def test_frequencies_are_made_once_and_serve_everywhere():
+    """What an evaluation in inference mode has made, or a tracer, does not get into a training run."""
+    embedding, sigma = PositionalEmbedding(24, max_positions=77, endpoint=True), torch.tensor([0.3, 2.0])
+    with FakeTensorMode() as mode:
+        assert isinstance(embedding(mode.from_tensor(sigma)), FakeTensor)
+    with torch.inference_mode():
+        before = embedding(sigma)
+    made = _frequencies.cache_info().misses
+    level = sigma.clone().requires_grad_()
+    after = copy.deepcopy(embedding)(level)
+    assert torch.equal(before, after) and _frequencies.cache_info().misses == made
+    (slope,) = torch.autograd.grad(after.sum(), level)
+    assert slope.isfinite().all() and not embedding.state_dict()
+    exponents = torch.arange(12, dtype=torch.float32) / 11
+    assert torch.equal(embedding.angles(sigma), sigma.outer((1 / 77) ** exponents))
