@@ -1,7 +1,9 @@
 """Kernels of GPUs without a GPU: NVRTC compiles every one, and a driver that is not there is told to start them."""
 
 import ctypes
+import importlib
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -11,11 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from refine.torch_utils import ops
 from refine.torch_utils.build import device_code, driver, nvrtc, op_builder, op_cache, toolchain
-from refine.torch_utils.ops import bias_act, filtered_lrelu, native, upfirdn2d  # noqa: F401 - they note their kernels
+from refine.torch_utils.ops import bias_act, native, upfirdn2d
 
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-KERNELS = [(op, name) for (op, _), names in device_code.KERNELS.items() for name in names]
+for ops_module in pkgutil.iter_modules(ops.__path__, f"{ops.__name__}."):
+    importlib.import_module(ops_module.name)  # which makes its kernels known
+KERNELS = sorted((op, name) for (op, _), names in device_code.KERNELS.items() for name in names)
+SPILLS = 64  # bytes, of a thread that has 64 registers or more
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +52,7 @@ def test_nvrtc_compiles_every_kernel(compiler, first):
         image, said = compiler.compile(source.name, source.texts, name, target)
         assert image[:4] == b"\x7fELF", said
         spilled = sum(map(int, re.findall(r"(\d+) bytes spill stores", said)))
-        assert "warning" not in said and "Used" in said and (spilled <= 32 or "double" in name), said
+        assert "warning" not in said and "Used" in said and (spilled <= SPILLS or "double" in name), said
         mangled = driver.entry_of(image)
         template = name.partition("<")[0].removeprefix("refine::")
         assert mangled.startswith(f"_ZN6refine{len(template)}{template}I") and mangled in said
