@@ -1,10 +1,12 @@
 """Bytes of a file into memory, by a few threads: most of the time goes to the system, which hands out memory page by
-page, and to several threads at once."""
+page, to several threads at once.
+"""
 
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from io import BytesIO
 from typing import Any, BinaryIO
 
@@ -33,16 +35,22 @@ def read_at(stream: BinaryIO, offset: int, view: memoryview) -> int:
 
 
 def in_threads(work: Callable[[Iterator[Any]], None], items: Iterable[Any]) -> None:
-    """Calls `work` in a few threads, which share the items among them and have ended when this returns or raises.
+    """Calls `work` in a few threads, this one among them, which share the items; the others have ended on return.
 
     After a fault no further item is given out; one of the faults is raised.
     """
-    todo = iter(list(items))
-    with ThreadPoolExecutor(_THREADS) as pool:
+    todo, helpers = iter(list(items)), list[Future]()
+
+    def share() -> None:
         try:
-            workers = [pool.submit(work, todo) for _ in range(_THREADS)]
-            wait(workers, return_when=FIRST_EXCEPTION)
+            work(todo)
         finally:
-            deque(todo, maxlen=0)  # nothing is left
-    for worker in workers:
-        worker.result()
+            deque(todo, maxlen=0)  # nothing is left for the others
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        with suppress(RuntimeError):  # no further thread can be started
+            for _ in range(_THREADS - 1):
+                helpers.append(pool.submit(share))
+        share()
+    for helper in helpers:
+        helper.result()

@@ -114,7 +114,9 @@ class Conv2d(nn.Module):
         self.conv_pad = kernel // 2
         self.filter_pad = (len(resample_filter) - 1) // 2
         self.box_filter = list(resample_filter) == [1, 1]
-        self.register_buffer("resample_filter", _separable(resample_filter) if up or down else None)
+        taps = torch.as_tensor(resample_filter, dtype=torch.float32)
+        kernel_2d = taps.outer(taps)[None, None] / taps.sum() ** 2 if up or down else None
+        self.register_buffer("resample_filter", kernel_2d)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [N C_in H W] → [N C_out H' W']
         conv_pad, filter_pad = self.conv_pad, self.filter_pad
@@ -138,12 +140,6 @@ class Conv2d(nn.Module):
         if self.up:  # × 4: three of four inputs are inserted zeros
             return F.conv_transpose2d(x, depthwise * 4, groups=x.shape[1], stride=2, padding=padding)
         return F.conv2d(x, depthwise, groups=x.shape[1], stride=2, padding=padding)
-
-
-def _separable(taps: Sequence[float]) -> torch.Tensor:
-    """A FIR filter along both axes, of sum 1: (1, 1, k, k)."""
-    line = torch.as_tensor(taps, dtype=torch.float32)
-    return line.outer(line)[None, None] / line.sum() ** 2
 
 
 class QKV(Conv2d):

@@ -23,7 +23,7 @@ _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001  # of torch.save before torch 1.
 _HEADER_BYTES = 1024  # of a legacy stream of one storage; about 244 are used
 _HEADER_OPCODES = 200
 _STORAGE_COST = 40  # opcodes in a usual header
-_PIECE = 1 << 18  # numbers that are converted at a time: few enough to stay in the processor's cache
+_PIECE = 1 << 19  # numbers that are converted at a time: few enough to stay in the processor's cache
 
 _STORAGE_DTYPES = {
     "FloatStorage": torch.float32,
