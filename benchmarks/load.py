@@ -30,8 +30,8 @@ from tests.golden import read_json
 from tests.networks.stylegan3_tables import xl_kwargs
 from tests.networks.test_golden_r3gan import kwargs_of
 
-# Loads by the function `load` what is called `name`, and reads `path` before and after: processor seconds and seconds of
-# reading, of loading, bytes of memory, of tensors.
+# Loads by the function `load` what is called `name`, and reads `path` before and after. Prints processor seconds and
+# seconds of reading, both of loading, bytes of memory, of tensors.
 CHILD = """
 import gc, importlib, importlib.util, json, sys, time
 from pathlib import Path

@@ -198,9 +198,7 @@ def _unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return result
 
 
-def _read_header(
-    path: str | os.PathLike, found: Sniffed | None = None
-) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+def _read_header(path: str | os.PathLike, found: Sniffed | None = None) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
     found = found or sniff(path)
     if found.kind != "native" or found.header is None:
         raise ValueError(f"{path} is {found.description}; expected a file of networks written by this toolkit")

@@ -52,7 +52,7 @@ class OneStepGenerator(Generator):
         sizes = {"img_resolution": img_resolution, "img_channels": img_channels, "label_dim": c_dim}
         self._set_up(DENOISERS[denoiser](**sizes, **denoiser_kwargs), sigma_init)
 
-    def _set_up(self, denoiser: Preconditioner, sigma_init: float) -> None:
+    def _set_up(self, denoiser: Denoiser, sigma_init: float) -> None:
         super().__init__()
         self.img_resolution, self.img_channels = denoiser.img_resolution, denoiser.img_channels
         self.c_dim, self.z_dim = denoiser.label_dim, denoiser.img_channels * denoiser.img_resolution**2
@@ -86,10 +86,10 @@ class OneStepGenerator(Generator):
         Raises:
             ValueError: The teacher is of no class of `DENOISERS`, or sigma_init is not in its range.
         """
-        G = cls.__new__(cls)
-        G.init_kwargs = cls._kwargs_around(teacher, sigma_init)
+        G, kwargs = cls.__new__(cls), cls._kwargs_around(teacher, sigma_init)
         with option("--sigma-init"):
             G._set_up(teacher, sigma_init)
+        G.init_kwargs = kwargs
         return G
 
     @staticmethod

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from refine.checkpoints import load_generator, load_teacher, native, reading, sniff
-from refine.checkpoints.foreign.opening import open_container
 from refine.checkpoints.pickles import tensors
 from refine.checkpoints.pickles.inert import Blob, Refused
 from refine.networks.edm import EDMPrecond
