@@ -2,6 +2,7 @@
 
     sniff.py      what a file is, told by its bytes
     native.py     the toolkit's own files, read and written
+    reading.py    bytes of a file into memory, by a few threads
     registry.py   which classes a native file may name, and how they are built safely
     describe.py   what is in a file, for `python -m refine inspect`
     export.py     gives networks back in the formats they came in

@@ -5,6 +5,7 @@ import os
 import re
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -127,3 +128,20 @@ def test_the_header_of_safetensors_is_read_once(net, tmp_path, monkeypatch):
     monkeypatch.setitem(sniff.__globals__, "read_safetensors_header", lambda path: seen.append(path) or read(path))
     load_teacher(written(net, "native", tmp_path))
     assert len(seen) == 1
+
+
+def test_what_is_arranged_anew_takes_memory_once(threads, tmp_path):
+    """The room of a tensor is free again once its numbers are in their order."""
+    used, held = [], []
+
+    class Ref:
+        def room(self):
+            return torch.empty(8)
+
+        def read(self, room):
+            used.append(weakref.ref(room))
+            held.append(sum(ref() is not None for ref in list(used)))
+            return room.clone()
+
+    assert len(tensors.read_all([Ref() for _ in range(30)])) == len(held) == 30
+    assert max(held) <= threads

@@ -216,13 +216,12 @@ class Machine:
         table = self.stack[-1].table if isinstance(self.stack[-1], Unknown) else self.stack[-1]
         if not isinstance(table, dict) or len(items) % 2:
             raise Refused(f"it sets items of {_what(table)}")
-        keys, values = items[::2], items[1::2]
-        if not _TEXT.issuperset(map(type, keys)):
+        pairs = list(zip(items[::2], items[1::2], strict=True))
+        if not _TEXT.issuperset(map(type, items[::2])):
             if self.lenient:
-                values = [value for key, value in zip(keys, values, strict=True) if isinstance(key, _KEY_TYPES)]
-                keys = [key for key in keys if isinstance(key, _KEY_TYPES)]
-            self.check_keys(keys, "a dict")
-        table.update(zip(keys, values, strict=True))
+                pairs = [(key, value) for key, value in pairs if isinstance(key, _KEY_TYPES)]
+            self.check_keys([key for key, _ in pairs], "a dict")
+        table.update(pairs)
 
     def append_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
