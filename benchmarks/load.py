@@ -3,12 +3,15 @@
     python benchmarks/load.py [--folder=FOLDER] [--only=edm,adm]
 
 Builds a file of each family with random weights (4 GB in all; those already in FOLDER are used again). Fresh processes
-that have imported everything then load it and read it. Printed are the smallest processor seconds of each, and the peak
-memory of loading above what the process had before, in units of the file and of its tensors in float32.
+that have imported everything read it, load it, and read it again, with as many threads as they have by default. Printed
+are the smallest processor seconds of each; the median over the processes of how much longer loading takes than the
+shorter of the two readings, by the clock; and the peak memory of loading above what the process had before, in units of
+the file and of its tensors in float32.
 """
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,13 +30,14 @@ from tests.golden import read_json
 from tests.networks.stylegan3_tables import xl_kwargs
 from tests.networks.test_golden_r3gan import kwargs_of
 
-# Loads by the function `load` what is called `name`, then reads `path`: seconds of both, bytes of memory, of tensors.
+# Loads by the function `load` what is called `name`, and reads `path` before and after. Prints processor seconds and
+# seconds of reading, both of loading, bytes of memory, of tensors.
 CHILD = """
 import gc, importlib, importlib.util, json, sys, time
 from pathlib import Path
 import torch
-torch.set_num_threads(1)
 from refine import checkpoints
+from refine.checkpoints import describe
 from refine.checkpoints.foreign import opening
 from refine.checkpoints.registry import NETWORK_CLASSES
 for entry in NETWORK_CLASSES.values():
@@ -45,16 +49,24 @@ def peak():
     lines = Path('/proc/self/status').read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith('VmHWM'))
 
+def timed(function, argument):
+    start = time.process_time(), time.perf_counter()
+    result = function(argument)
+    return time.process_time() - start[0], time.perf_counter() - start[1], result
+
+def reading():
+    return timed(Path.read_bytes, Path(path))[:2]
+
 load, name, path = sys.argv[1:]
-before, start = peak(), time.process_time()
-network = getattr(checkpoints, load)(name)
-seconds, memory = time.process_time() - start, peak() - before
+first = reading()
+Path('/proc/self/clear_refs').write_text('5')  # the peak is what there is now
+before = peak()
+*loading, network = timed(getattr(checkpoints, load), name)
+memory = peak() - before
 tensors = sum(value.nbytes for value in network.state_dict().values())
 del network
 gc.collect()
-start = time.process_time()
-data = Path(path).read_bytes()
-print(json.dumps([seconds, time.process_time() - start, memory, tensors]))
+print(json.dumps([*map(min, first, reading()), *loading, memory, tensors]))
 """
 
 EDM = {"img_resolution": 32, "img_channels": 3, "label_dim": 10, "model_type": "SongUNet", "augment_dim": 9}
@@ -143,27 +155,28 @@ ROWS: list[tuple[str, str, Callable[[Path], None], str]] = [  # what, file, who 
 ]
 
 
-def measure(load: str, name: str, path: Path, repeats: int) -> list[float]:
-    """Smallest seconds of loading and of reading, peak bytes, and bytes of the tensors."""
-    results = []
+def measure(load: str, name: str, path: Path, repeats: int) -> tuple[float, float, float, float, float]:
+    """Processor seconds of reading and of loading, how much longer loading takes, peak bytes, bytes of the tensors."""
+    results: list[list[float]] = []
     for _ in range(repeats):
         command = [sys.executable, "-c", CHILD, load, name, str(path)]
         done = subprocess.run(
             command, cwd=Path(__file__).resolve().parents[1], check=True, capture_output=True, text=True
         )
         results.append(json.loads(done.stdout))
-    return [min(column) for column in zip(*results, strict=True)]
+    longer = statistics.median(loading / reading for _, reading, _, loading, *_ in results)
+    reading, _, loading, _, memory, tensors = (min(column) for column in zip(*results, strict=True))
+    return reading, loading, longer, memory, tensors
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, help="Where the files are built. Default: a temporary folder.")
     parser.add_argument("--only", default="", help="Names of files without suffix, separated by commas. Default: all.")
-    parser.add_argument("--repeats", type=int, default=3, help="Processes for each file. Default: 3.")
+    parser.add_argument("--repeats", type=int, default=5, help="Processes for each file. Default: 5.")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    print("| file | MB | reading, s | loading, s | ratio | peak memory / file | / tensors |")
-    print("|---|---|---|---|---|---|---|")
+    print("| file | MB | reading, s | loading, s | ratio | ratio by the clock | peak memory / file | / tensors |")
+    print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         for what, name, write, load in ROWS:
@@ -175,10 +188,11 @@ def main() -> None:
                 torch.manual_seed(0)
                 write(path)
             source = name.replace(path.relative_to(folder).as_posix(), str(path))
-            seconds, reading, memory, tensors = measure(load, source, path, options.repeats)
+            reading, loading, longer, memory, tensors = measure(load, source, path, options.repeats)
             size = path.stat().st_size
-            row = [what, f"{size / 1e6:.0f}", f"{reading:.3f}", f"{seconds:.3f}", f"{seconds / reading:.2f}"]
-            print(f"| {' | '.join([*row, f'{memory / size:.2f}', f'{memory / tensors:.2f}'])} |", flush=True)
+            row = [what, f"{size / 1e6:.0f}", f"{reading:.3f}", f"{loading:.3f}"]
+            ratios = (loading / reading, longer, memory / size, memory / tensors)
+            print(f"| {' | '.join([*row, *(f'{ratio:.2f}' for ratio in ratios)])} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     sniff.py      what a file is, told by its bytes
     native.py     the toolkit's own files, read and written
+    reading.py    bytes of a file into memory, by a few threads
     registry.py   which classes a native file may name, and how they are built safely
     describe.py   what is in a file, for `python -m refine inspect`
     export.py     gives networks back in the formats they came in
@@ -102,14 +103,11 @@ def load_generator(
 
 
 def _one_step(file: str, kwargs: Mapping[str, Any] | None, sigma_init: float) -> Generator:
-    from refine.checkpoints import registry
     from refine.networks.one_step import OneStepGenerator
 
     with _as_generator():
         teacher = load_teacher(file, kwargs)
-    with registry.without_weights():
-        G = OneStepGenerator.like(teacher, sigma_init).eval().requires_grad_(False)
-    registry.fill(G.denoiser, teacher.state_dict())
+    G = OneStepGenerator.around(teacher, sigma_init)
     G.notes = teacher.notes
     return G
 
@@ -205,26 +203,28 @@ def _reader(path: Path, kind: str) -> Any:
     name and init kwargs."""
     found = sniff(path)
     if found.kind == "native":
-        return _read_native
+        return functools.partial(_read_native, found)
     if found.kind in ("pickle", "torch", "npz", "safetensors"):
         return functools.partial(_read_container, found)
     raise ValueError(f"{path} is {found.description}; expected {_EXPECTED[kind]}")
 
 
-def _read_native(path: Path, kind: str, kwargs: Mapping[str, Any] | None, build: bool) -> Any:
-    from refine.checkpoints import describe, native, registry
+def _read_native(found: Sniffed, path: Path, kind: str, kwargs: Mapping[str, Any] | None, build: bool) -> Any:
+    from refine.checkpoints import native, registry
     from refine.checkpoints.foreign.opening import kwargs_option
 
     if kwargs is not None:
         option = kwargs_option(kind)
         raise ValueError(f"{path} is a native file, which tells how its networks are built; expected no {option}")
-    metadata = native.read_metadata(path)
+    metadata = native.read_metadata(path, found)
     if metadata["kind"] != "networks":
         raise ValueError(f"{path} is a native file of {metadata['kind']}; expected a {kind}")
     networks, preferred = metadata["networks"], _PREFERRED[kind]
     # aux: the auxiliary network of a run follows that run's student, so it is not a teacher
     of_kind = [name for name, entry in networks.items() if registry.kind_of(entry["class"]) == kind and name != "aux"]
     if not of_kind:
+        from refine.checkpoints import describe
+
         raise ValueError(f"{path} holds {describe.contents(networks)}; expected a {kind}")
     if preferred not in of_kind and len(of_kind) > 1:
         raise ValueError(
@@ -232,7 +232,7 @@ def _read_native(path: Path, kind: str, kwargs: Mapping[str, Any] | None, build:
         )
     name = preferred if preferred in of_kind else of_kind[0]
     entry = networks[name]
-    return native.load_networks(path, [name])[name] if build else (entry["class"], entry["init_kwargs"])
+    return native.load_networks(path, [name], found)[name] if build else (entry["class"], entry["init_kwargs"])
 
 
 def _read_container(found: Sniffed, path: Path, kind: str, kwargs: Mapping[str, Any] | None, build: bool) -> Any:

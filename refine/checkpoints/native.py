@@ -15,13 +15,15 @@ judged: NaN and infinity are loaded as they are.
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from refine.checkpoints import registry
-from refine.checkpoints.sniff import HEADER_KEY, BrokenHeader, TensorInfo, read_safetensors_header, sniff
+from refine.checkpoints.pickles.tensors import as_bytes
+from refine.checkpoints.reading import in_threads, read_at
+from refine.checkpoints.sniff import HEADER_KEY, Sniffed, TensorInfo, sniff
 from refine.checkpoints.writers import save_safetensors
 from refine.networks.bases import Network
 from refine.networks.own import OwnGenerator
@@ -77,12 +79,15 @@ def save_networks(
     _write(path, tensors, {"kind": "networks", "networks": table, "provenance": provenance})
 
 
-def load_networks(path: str | os.PathLike, names: Iterable[str] | None = None) -> dict[str, Network]:
+def load_networks(
+    path: str | os.PathLike, names: Iterable[str] | None = None, found: Sniffed | None = None
+) -> dict[str, Network]:
     """Reads networks from a native file.
 
     Args:
         path: The file.
         names: Which networks to read; None = all. The tensors of others are not read.
+        found: What `sniff(path)` has said.
 
     Returns:
         Name → network on the CPU, in the dtypes of its class, in train mode with gradients enabled, as if just
@@ -92,7 +97,7 @@ def load_networks(path: str | os.PathLike, names: Iterable[str] | None = None) -
         ValueError: the file is not a whole native file of networks, a wanted one is not in it, or the names, shapes or
             dtypes of its tensors are not those that its class and init kwargs ask for.
     """
-    metadata, infos = _read_header(path)
+    metadata, infos = _read_header(path, found)
     table = metadata["networks"]
     names = list(table if names is None else names)
     for name in names:
@@ -101,7 +106,7 @@ def load_networks(path: str | os.PathLike, names: Iterable[str] | None = None) -
     strays = [key for key in infos if key.partition(".")[0] not in table]
     if strays:
         raise ValueError(f"{path}: the tensor {strays[0]!r} belongs to none of the networks {', '.join(table)}")
-    networks = {}
+    networks, states = {}, {}
     for name in names:
         if table[name]["class"] == CUSTOM:
             raise ValueError(
@@ -112,17 +117,18 @@ def load_networks(path: str | os.PathLike, names: Iterable[str] | None = None) -
             mine = {key[len(name) + 1 :]: info for key, info in infos.items() if key.startswith(f"{name}.")}
             held = len(mine), sum(info.numel for info in mine.values())
             network = registry.build_empty(table[name]["class"], table[name]["init_kwargs"], held)
-            found = {key: (_DTYPES.get(info.dtype), info.shape) for key, info in mine.items()}
-            _check_state(found, network.state_dict(), f"network {name}")
+            tensors = {key: (_DTYPES.get(info.dtype), info.shape) for key, info in mine.items()}
+            states[name] = network.state_dict(keep_vars=True)
+            _check_state(tensors, states[name], f"network {name}")
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         networks[name] = network
     for name, network in networks.items():
-        keys = list(network.state_dict())
-        values = _read_tensors(path, [infos[f"{name}.{key}"] for key in keys])
+        values = _read_tensors(path, [infos[f"{name}.{key}"] for key in states[name]])
         # The tensors read become the parameters, so no weight exists twice and none is initialised in vain.
-        registry.fill(network, dict(zip(keys, values, strict=True)))
-        homeless = [key for key, t in [*network.named_parameters(), *network.named_buffers()] if t.is_meta]
+        registry.fill(network, dict(zip(states[name], values, strict=True)))
+        kept = [item for m in network.modules() for item in (*m._parameters.items(), *m._buffers.items())]
+        homeless = [key for key, tensor in kept if tensor is not None and tensor.is_meta]
         assert not homeless, (
             f"{type(network).__name__} keeps {homeless[0]} out of its state_dict, so it cannot be loaded"
         )
@@ -156,8 +162,8 @@ def load_into(path: str | os.PathLike, name: str, network: torch.nn.Module) -> N
     network.load_state_dict(tensors)
 
 
-def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
-    """The JSON of a native file, without reading a tensor.
+def read_metadata(path: str | os.PathLike, found: Sniffed | None = None) -> dict[str, Any]:
+    """The JSON of a native file, without reading a tensor; for `found` see `load_networks`.
 
     Returns:
         'format', 'version', 'kind' (always 'networks'), 'networks' (name → 'class', 'init_kwargs'), 'provenance'.
@@ -165,7 +171,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
         ValueError: the file is not a whole native file of a version that is known here.
     """
-    return _read_header(path)[0]
+    return _read_header(path, found)[0]
 
 
 def _write(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], metadata: dict[str, Any]) -> None:
@@ -190,21 +196,18 @@ def _unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return result
 
 
-def _read_header(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
-    found = sniff(path)
-    if found.kind != "native":
+def _read_header(path: str | os.PathLike, found: Sniffed | None = None) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    found = found or sniff(path)
+    if found.kind != "native" or found.header is None:
         raise ValueError(f"{path} is {found.description}; expected a file of networks written by this toolkit")
     try:
-        infos, header = read_safetensors_header(path)
-        metadata = json.loads(header[HEADER_KEY])
-    except BrokenHeader as error:  # the file changed between two looks at it
-        raise ValueError(f"{path} is a safetensors file {error}") from None
+        metadata = json.loads(found.header[1][HEADER_KEY])
     except (ValueError, RecursionError):
         raise ValueError(f"{path}: its {HEADER_KEY} metadata are not valid JSON") from None
     reason = _metadata_fault(metadata)
     if reason:
         raise ValueError(f"{path}: {reason}")
-    return metadata, infos
+    return metadata, found.header[0]
 
 
 def _metadata_fault(metadata: Any) -> str | None:
@@ -248,20 +251,21 @@ def _check_state(
             raise ValueError(f"{what}: {key} has dtype {dtype}; expected {tensor.dtype}")
 
 
-def _read_tensors(path: str | os.PathLike, infos: Iterable[TensorInfo]) -> list[torch.Tensor]:
+def _read_tensors(path: str | os.PathLike, infos: Sequence[TensorInfo]) -> list[torch.Tensor]:
     """Tensors in memory of their own: a map of the file would change or die with it."""
-    tensors = []
     try:
+        flats = [torch.empty(info.numel, dtype=_DTYPES[info.dtype]) for info in infos]
         with open(path, "rb") as file:
-            for info in infos:
-                flat = torch.empty(info.numel, dtype=_DTYPES[info.dtype])
-                file.seek(info.start)
-                if info.numel and file.readinto(flat.view(torch.uint8).numpy().data) != info.end - info.start:
-                    raise ValueError(f"{path} was cut off while it was read")
-                tensors.append(flat.reshape(info.shape))
+
+            def read(places: Iterable[tuple[TensorInfo, torch.Tensor]]) -> None:
+                for info, flat in places:
+                    if read_at(file, info.start, as_bytes(flat)) != info.end - info.start:
+                        raise ValueError(f"{path} was cut off while it was read")
+
+            in_threads(read, zip(infos, flats, strict=True))
     except (OSError, KeyError) as error:
         raise ValueError(f"{path} cannot be read as safetensors ({error})") from None
-    return tensors
+    return [flat.reshape(info.shape) for info, flat in zip(infos, flats, strict=True)]
 
 
 def _to_json(value: Any, what: str) -> str:

@@ -67,10 +67,12 @@ class Sniffed:
         kind: 'native', 'safetensors', 'pickle', 'torch', 'torchscript', 'npz', 'zip', 'html', 'lfs', 'text', 'empty',
             'broken-safetensors', or another short word for what no reader takes.
         description: The same for people, with an article: 'an HTML page (…)'.
+        header: See `read_safetensors_header`; None of other files.
     """
 
     kind: str
     description: str
+    header: "tuple[dict[str, TensorInfo], dict[str, str]] | None" = None
 
 
 @dataclass(frozen=True)
@@ -213,12 +215,12 @@ def _looks_like_safetensors(head: bytes, size: int) -> bool:
 
 def _sniff_safetensors(path: str | os.PathLike) -> Sniffed:
     try:
-        metadata = read_safetensors_header(path)[1]
+        header = read_safetensors_header(path)
     except BrokenHeader as error:
         return Sniffed("broken-safetensors", f"a safetensors file {error}")
-    if HEADER_KEY in metadata:
-        return Sniffed("native", "a native file of this toolkit")
-    return Sniffed("safetensors", "a safetensors file of another program")
+    if HEADER_KEY in header[1]:
+        return Sniffed("native", "a native file of this toolkit", header)
+    return Sniffed("safetensors", "a safetensors file of another program", header)
 
 
 def zip_entries(file: Any) -> float:

@@ -47,15 +47,17 @@ class OneStepGenerator(Generator):
         self, denoiser: str, sigma_init: float, img_resolution: int, img_channels: int, c_dim: int,
         denoiser_kwargs: dict[str, Any],
     ):  # fmt: skip
-        super().__init__()
         if denoiser not in DENOISERS:
             raise ValueError(f"unknown denoiser {denoiser!r}; expected one of {', '.join(DENOISERS)}")
-        self.img_resolution, self.img_channels, self.c_dim = img_resolution, img_channels, c_dim
-        self.z_dim = img_channels * img_resolution**2
-        self.denoiser = DENOISERS[denoiser](
-            img_resolution=img_resolution, img_channels=img_channels, label_dim=c_dim, **denoiser_kwargs
-        )
-        low, high = self.denoiser.sigma_min, self.denoiser.sigma_max
+        sizes = {"img_resolution": img_resolution, "img_channels": img_channels, "label_dim": c_dim}
+        self._set_up(DENOISERS[denoiser](**sizes, **denoiser_kwargs), sigma_init)
+
+    def _set_up(self, denoiser: Denoiser, sigma_init: float) -> None:
+        super().__init__()
+        self.img_resolution, self.img_channels = denoiser.img_resolution, denoiser.img_channels
+        self.c_dim, self.z_dim = denoiser.label_dim, denoiser.img_channels * denoiser.img_resolution**2
+        self.denoiser = denoiser
+        low, high = denoiser.sigma_min, denoiser.sigma_max
         if not max(low, 0) < sigma_init <= high or math.isinf(sigma_init):
             raise ValueError(
                 f"sigma_init is {sigma_init:g}; expected a noise level of the network, {low:g} to {high:g}"
@@ -70,26 +72,36 @@ class OneStepGenerator(Generator):
 
     @classmethod
     def from_teacher(cls, teacher: Denoiser, sigma_init: float) -> OneStepGenerator:
-        """A generator that begins as a copy of `teacher`, float32; faults as those of `like`."""
-        G = cls.like(teacher, sigma_init)
+        """A generator that begins as a copy of `teacher`, float32; faults as those of `around`."""
+        kwargs = cls._kwargs_around(teacher, sigma_init)
+        with option("--sigma-init"):
+            G = cls(**kwargs)
         G.denoiser.load_state_dict(teacher.state_dict())
         return G.float()
 
     @classmethod
-    def like(cls, teacher: Denoiser, sigma_init: float) -> OneStepGenerator:
-        """A generator of the same structure as `teacher`.
+    def around(cls, teacher: Denoiser, sigma_init: float) -> OneStepGenerator:
+        """A generator whose denoiser is `teacher` itself.
 
         Raises:
             ValueError: The teacher is of no class of `DENOISERS`, or sigma_init is not in its range.
         """
+        G, kwargs = cls.__new__(cls), cls._kwargs_around(teacher, sigma_init)
+        with option("--sigma-init"):
+            G._set_up(teacher, sigma_init)
+        G.init_kwargs = kwargs
+        return G
+
+    @staticmethod
+    def _kwargs_around(teacher: Denoiser, sigma_init: float) -> dict[str, Any]:
         name = next((name for name, known in DENOISERS.items() if type(teacher) is known), None)
         if name is None:
             raise ValueError(f"unknown denoiser {type(teacher).__name__!r}; expected one of {', '.join(DENOISERS)}")
-        sizes = teacher.img_resolution, teacher.img_channels, teacher.label_dim
-        given = ("img_resolution", "img_channels", "label_dim")
+        sizes = {"img_resolution": teacher.img_resolution, "img_channels": teacher.img_channels}
+        given = {**sizes, "label_dim": teacher.label_dim}
         kwargs = {key: value for key, value in teacher.init_kwargs.items() if key not in given}
-        with option("--sigma-init"):
-            return cls(name, sigma_init, *sizes, kwargs)
+        own = {"denoiser": name, "sigma_init": sigma_init, "c_dim": teacher.label_dim, "denoiser_kwargs": kwargs}
+        return {**own, **sizes}
 
     def forward(self, z: torch.Tensor, c: torch.Tensor | None = None) -> torch.Tensor:
         """Images for latents.

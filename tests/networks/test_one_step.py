@@ -34,6 +34,15 @@ def test_it_is_the_teacher_at_one_noise_level():
         assert torch.equal(p, q) and p.data_ptr() != q.data_ptr()
 
 
+def test_around_a_teacher_it_is_the_same_without_a_copy():
+    teacher = make_teacher()
+    G, copied = OneStepGenerator.around(teacher, 2.5), OneStepGenerator.from_teacher(teacher, 2.5)
+    assert G.denoiser is teacher and not teacher.training
+    assert G.init_kwargs == copied.init_kwargs and vars(G).keys() == vars(copied).keys()
+    z, c = torch.randn(3, 1, 8, 8), torch.eye(3)
+    assert torch.equal(G(z, c), copied(z, c))
+
+
 @pytest.mark.parametrize(
     "teacher",
     [

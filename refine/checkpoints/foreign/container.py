@@ -22,7 +22,7 @@ from refine import dnnlib
 from refine.checkpoints import registry
 from refine.checkpoints.foreign.alike import difference
 from refine.checkpoints.pickles.inert import Refused
-from refine.checkpoints.pickles.tensors import TensorRef, total_bytes
+from refine.checkpoints.pickles.tensors import TensorRef, read_all, total_bytes
 
 Members: TypeAlias = "dict[str, tuple[str, Callable[[], FileNetwork]]]"  # name → kind, and how to describe the network
 MAX_VALUES = 4000  # numbers, texts and tables in the arguments of one network
@@ -62,11 +62,10 @@ class FileNetwork:
             ValueError: the class cannot be built from these arguments.
         """
         network, expected = self._outlined(limit)
-        state, rng = {}, torch.Generator().manual_seed(0)
+        rng = torch.Generator().manual_seed(0)
+        state = dict(zip(self.tensors, read_all(list(self.tensors.values())), strict=True))
         for name, made in expected.items():
-            if name in self.tensors:
-                state[name] = self.tensors[name].read()
-            elif name.endswith("noise_const"):  # that a file lacks: the same at every loading
+            if name.endswith("noise_const") and name not in state:  # that a file lacks: the same at every loading
                 state[name] = torch.randn(made.shape, generator=rng)
         registry.fill(network, state)
         for name, value in self.attributes.items():

@@ -43,7 +43,8 @@ def open_container(
     }
     if found.kind not in openers:
         raise ValueError(f"{path} is {found.description}; expected {expected}")
-    options = {"class_name": class_name} if found.kind in ("npz", "safetensors") else {}
+    options: dict[str, Any] = {"class_name": class_name} if found.kind in ("npz", "safetensors") else {}
+    options |= {} if found.header is None else {"header": found.header}
     with open(path, "rb") as stream:
         container = openers[found.kind](Path(path), stream, expected, kwargs, **options)
         if kwargs is not None and not container.takes_kwargs:

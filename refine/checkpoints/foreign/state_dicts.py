@@ -27,7 +27,7 @@ from refine.checkpoints.foreign.container import Container, FileNetwork, plain, 
 from refine.checkpoints.native import _DTYPES
 from refine.checkpoints.pickles.inert import Blob, Refused, shown
 from refine.checkpoints.pickles.tensors import Storage, TensorRef
-from refine.checkpoints.sniff import BrokenHeader, TensorInfo, read_safetensors_header
+from refine.checkpoints.sniff import TensorInfo
 from refine.dnnlib import read_text
 
 _MAX_JSON_BYTES = 1 << 20
@@ -40,17 +40,16 @@ def open_safetensors(
     expected: str,
     kwargs: Mapping[str, Any] | None = None,
     class_name: str | None = None,
+    *,
+    header: tuple[dict[str, TensorInfo], dict[str, str]],
 ) -> Container:
-    """The network of a plain safetensors file.
+    """The network of a plain safetensors file; for `header` see `sniff.read_safetensors_header`.
 
     Raises:
-        ValueError: it is broken, or nothing tells its class and arguments.
+        ValueError: nothing tells its class and arguments.
     """
     given = _given(kwargs, class_name)
-    try:
-        infos, metadata = read_safetensors_header(path)
-    except BrokenHeader as error:
-        raise ValueError(f"{path} is a safetensors file {error}") from None
+    infos, metadata = header
     with saying(str(path)):
         from_diffusers = None if given else diffusers_folder.describe(path)
     if from_diffusers is not None:

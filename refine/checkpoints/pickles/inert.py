@@ -11,9 +11,12 @@ What is large stays in the file; only its place is noted. No torch.
 from __future__ import annotations
 
 import codecs
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
+
+from refine.checkpoints.reading import read_at
 
 _FEW_READS = 8
 
@@ -59,15 +62,9 @@ class Blob:
         """
         if start < 0 or length < 0 or start + length > self.length:
             raise Refused("data end before they should")
-        if self.text_length is not None:
-            decoded = bytearray(length)
-            self.read_into(start, memoryview(decoded))
-            return bytes(decoded)
-        self.stream.seek(self.offset + start)
-        data = self.stream.read(length)
-        if len(data) != length:
-            raise Refused("the file is cut off")
-        return data
+        data = bytearray(length)
+        self.read_into(start, memoryview(data))
+        return bytes(data)
 
     def read_into(self, start: int, view: memoryview) -> None:
         """Fills a writable view of bytes from `start`, without a copy in between where that is possible.
@@ -78,18 +75,21 @@ class Blob:
         if start < 0 or start + len(view) > self.length:
             raise Refused("data end before they should")
         if self.text_length is None:
-            self.stream.seek(self.offset + start)
-            if self.stream.readinto(view) != len(view):  # type: ignore[attr-defined] # what binary files have
+            if read_at(self.stream, self.offset + start, view) != len(view):
                 raise Refused("the file is cut off")
             return
+        with _DECODING:
+            self._decode_into(start, view, self.text_length)
+
+    def _decode_into(self, start: int, view: memoryview, text_length: int) -> None:
         self.reads += 1
         if self.decoded is None and self.reads > _FEW_READS:
-            self.decoded = b"".join(latin1_chunks(self.stream, self.offset, self.text_length))
+            self.decoded = b"".join(latin1_chunks(self.stream, self.offset, text_length))
         if self.decoded is not None:
             view[:] = self.decoded[start : start + len(view)]
             return
         position = 0  # of the chunk among the decoded bytes
-        for chunk in latin1_chunks(self.stream, self.offset, self.text_length):
+        for chunk in latin1_chunks(self.stream, self.offset, text_length):
             low, high = max(start, position), min(start + len(view), position + len(chunk))
             if low < high:
                 view[low - start : high - start] = chunk[low - position : high - position]
@@ -98,17 +98,18 @@ class Blob:
                 return
 
 
+_DECODING = threading.Lock()  # memory stays small, and no text is decoded twice
+
+
 def latin1_chunks(stream: BinaryIO, offset: int, length: int) -> Iterator[bytes]:
     """Bytes that were written as text, one character each; a piece at a time, so that memory stays small."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    stream.seek(offset)
-    while length:
-        data = stream.read(min(length, 1 << 20))
-        if not data:
+    for start in range(0, length, 1 << 20):
+        data = bytearray(min(length - start, 1 << 20))
+        if read_at(stream, offset + start, memoryview(data)) != len(data):
             raise Refused("the file is cut off")
-        length -= len(data)
         try:
-            yield decoder.decode(data, final=length == 0).encode("latin-1")
+            yield decoder.decode(data, final=start + len(data) == length).encode("latin-1")
         except UnicodeError:
             raise Refused("it holds text where there should be bytes") from None
 

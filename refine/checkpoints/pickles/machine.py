@@ -92,12 +92,15 @@ class Machine:
         Raises:
             Refused: the file is broken, or holds what is not allowed. Nothing of it has been run.
         """
-        read, dispatch = self.read, _DISPATCH
+        read, memo, operation_of = self.read, self.memo, _DISPATCH.get
         try:
             for _ in range(self.budget):
                 code = read(1)
-                operation = dispatch.get(code)
-                if operation is not None:
+                if code == b"h":  # half of all opcodes are one of these two
+                    self.stack.append(memo[read(1)[0]])
+                elif code == b"\x94":
+                    memo[len(memo)] = self.stack[-1]
+                elif (operation := operation_of(code)) is not None:
                     operation(self)
                 elif code == b".":
                     return self.stack.pop()
@@ -269,9 +272,7 @@ def encode_latin1(text: Any, encoding: Any) -> Blob:
         stream, offset, length = text.place
         return Blob(stream, offset, len(str(text).encode("latin-1")), text_length=length)
     if text.blob is None:  # decoded once, to know the number of bytes; a file cannot make us do it again
-        behind = text.stream.tell()
         length = sum(len(chunk) for chunk in latin1_chunks(text.stream, text.offset, text.length))
-        text.stream.seek(behind)
         text.blob = Blob(text.stream, text.offset, length, text_length=text.length)
     return text.blob
 
