@@ -107,7 +107,7 @@ def _one_step(file: str, kwargs: Mapping[str, Any] | None, sigma_init: float) ->
 
     with _as_generator():
         teacher = load_teacher(file, kwargs)
-    G = OneStepGenerator.around(teacher, sigma_init)
+    G = OneStepGenerator.around(teacher, sigma_init).float()
     G.notes = teacher.notes
     return G
 
@@ -130,8 +130,9 @@ def load_teacher(path_or_name: str | os.PathLike, kwargs: Mapping[str, Any] | No
         kwargs: How its network is built, where the file does not tell it all, see `foreign.opening.open_container`.
 
     Returns:
-        Module in eval mode, float32, on the CPU, without gradients: `T(x, sigma, class_labels=None)` → denoised images
-        D_x, see `refine.networks.bases.Denoiser`.
+        Module in eval mode, on the CPU, without gradients: `T(x, sigma, class_labels=None)` → denoised images D_x, see
+        `refine.networks.bases.Denoiser`. Float32; weights of EDM2 are as its files have them, float16, which every
+        call widens.
 
     Raises:
         ValueError: the file cannot be used; one sentence says what it is and what was expected.

@@ -151,7 +151,7 @@ def load_all(path: str | os.PathLike, kwargs: Mapping[str, Any] | None = None) -
     with open_container(path, kwargs=kwargs) as container:
         for name, kind in container.members.items():
             if kind != "discriminator":
-                networks[name] = container.load(name)
+                networks[name] = container.load(name).float()
         if "D" in container.members:  # it may be of a kind that is not known here, and that is not a reason to fail
             with contextlib.suppress(ValueError):
                 networks["D"] = container.load("D")

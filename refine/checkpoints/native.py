@@ -69,7 +69,7 @@ def save_networks(
             continue
         class_name = registry.registry_name(network)
         init_kwargs = json.loads(_to_json(network.init_kwargs, f"init_kwargs of {name}"))
-        state = network.state_dict()
+        state = {key: t.float() if network.keeps_halves else t for key, t in network.state_dict().items()}
         expected = registry.build_empty(class_name, init_kwargs).state_dict()
         _check_state({key: (t.dtype, tuple(t.shape)) for key, t in state.items()}, expected, f"network {name}")
         table[name] = {"class": class_name, "init_kwargs": init_kwargs}

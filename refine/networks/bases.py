@@ -35,10 +35,13 @@ class Network(nn.Module):
     Attributes:
         init_kwargs: The constructor's arguments as JSON values, see `records_init_kwargs`.
         notes: What a person should know about how its file was read.
+        keeps_halves: Whether float16 weights of its file, but for single numbers, stay so until it is trained, since
+            every call widens them.
     """
 
     init_kwargs: dict[str, Any]
     notes: tuple[str, ...] = ()
+    keeps_halves: bool = False
 
     @property
     def training_rate(self) -> TrainingRate:

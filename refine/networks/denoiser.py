@@ -36,7 +36,8 @@ class Preconditioner(Denoiser, MixedPrecision):
         use_fp16: Run F in float16 where the images are on a GPU.
 
     Attributes:
-        compute_dtype: What F computes in otherwise; parameters, noise levels and D_x are float32 all the same.
+        compute_dtype: What F computes in otherwise; parameters (but see `keeps_halves`), noise levels and D_x are
+            float32 all the same.
     """
 
     inner_name = "model"

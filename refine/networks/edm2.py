@@ -268,6 +268,7 @@ class Precond(Preconditioner):
     """
 
     inner_name = "unet"
+    keeps_halves = True  # they are normalised, in float32, at each call; gains are single numbers
 
     @records_init_kwargs(defaults=False)
     def __init__(

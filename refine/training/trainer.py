@@ -97,7 +97,7 @@ class Trainer:
         formats = [training_format(network, self.precision, self.device) for network in (student, teacher)]
         seen_in = inference_format(self.precision, self.device)
         self.teacher = _copied(teacher, self.device, seen_in).eval().requires_grad_(False)
-        self.aux = _copied(teacher, self.device, formats[1]).requires_grad_(True)
+        self.aux = _copied(teacher, self.device, formats[1]).float().requires_grad_(True)
         self.aux.train(config.dropout or config.aux_dropout is not None)
         if config.aux_dropout is not None:
             set_dropout(self.aux, config.aux_dropout)

@@ -135,7 +135,7 @@ def test_what_is_arranged_anew_takes_memory_once(threads, tmp_path):
     used, held = [], []
 
     class Ref:
-        def room(self):
+        def room(self, halves):
             return torch.empty(8)
 
         def read(self, room):

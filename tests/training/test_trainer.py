@@ -8,8 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from refine.checkpoints import load_teacher
 from refine.config import RefineConfig
 from refine.diff_instruct import aux_loss
+from refine.networks import edm2
 from refine.networks.edm import EDMPrecond
 from refine.networks.stylegan2 import Generator
 from refine.objectives import REGISTRY
@@ -21,6 +23,7 @@ from refine.training.snapshots import Best, Standing
 from refine.training.state import load_training_state
 from refine.training.tensorboard import TensorBoard
 from refine.training.trainer import Trainer, select_parameters
+from tests.checkpoints.builders import Format, edm2_file, write
 from tests.metrics.networks import PlainGenerator
 
 
@@ -319,3 +322,17 @@ def test_pairs_that_disagree_are_refused(student, teacher, word):
 def test_gap_bins_cover_all_noise_levels():
     assert len(GAP_NAMES) == len(SIGMA_EDGES) + 1
     assert GAP_NAMES[0] == "Gap/sigma_0-0.03" and GAP_NAMES[-1] == "Gap/sigma_10-inf"
+
+
+def test_a_teacher_of_half_weights_trains_as_the_same_in_float32(tmp_path):
+    """Its weights stay as EDM2's files have them; what is trained is not."""
+    torch.manual_seed(2)
+    net = edm2.Precond(8, 1, 3, model_channels=8, channel_mult=[1], num_blocks=1).eval()
+    torch.nn.init.constant_(net.unet.out_gain, 0.3)
+    teacher = load_teacher(write(tmp_path / "x.pkl", edm2_file(Format(dtype=torch.float16), net)))
+    wide = copy.deepcopy(teacher).float()
+    half, same = (run(make_run(tmp_path / name, teacher=T)) for name, T in (("half", teacher), ("wide", wide)))
+    assert half.teacher.unet.out_conv.weight.dtype == torch.float16
+    assert all(p.dtype == torch.float32 for p in half.aux.parameters())
+    assert equal_states(half.aux, same.aux) and equal_states(half.G, same.G)
+    assert not equal_states(half.aux, wide)

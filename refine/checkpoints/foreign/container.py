@@ -52,7 +52,8 @@ class FileNetwork:
     notes: list[str] = field(default_factory=list)
 
     def build(self, limit: int) -> torch.nn.Module:
-        """The network: float32, CPU, every tensor of its own read from the file, strictly by name and shape.
+        """The network: CPU, every tensor of its own read from the file, strictly by name and shape, as float32; or as
+        the file's float16, where the network `keeps_halves`.
 
         Args:
             limit: Bytes that its tensors may take.
@@ -63,7 +64,7 @@ class FileNetwork:
         """
         network, expected = self._outlined(limit)
         rng = torch.Generator().manual_seed(0)
-        state = dict(zip(self.tensors, read_all(list(self.tensors.values())), strict=True))
+        state = dict(zip(self.tensors, read_all(list(self.tensors.values()), network.keeps_halves), strict=True))
         for name, made in expected.items():
             if name.endswith("noise_const") and name not in state:  # that a file lacks: the same at every loading
                 state[name] = torch.randn(made.shape, generator=rng)
@@ -156,7 +157,7 @@ class Container:
         return self._networks[name]
 
     def load(self, name: str) -> torch.nn.Module:
-        """One network, float32, on the CPU.
+        """One network, on the CPU; its dtype as `FileNetwork.build`.
 
         Raises:
             ValueError: as `network`, or its tensors are not those of its class.

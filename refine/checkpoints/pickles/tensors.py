@@ -160,13 +160,15 @@ class TensorRef:
     def read(self, room: torch.Tensor | None = None) -> torch.Tensor:
         """The values: float32, contiguous, on the CPU, in memory of their own; for `room` see `read_all`."""
         room = self.room() if room is None else room
-        values = self._arranged(self._filled(room)) if len(room) else self.read_exact().to(torch.float32)
+        values = self._arranged(self._filled(room)) if len(room) else self.read_exact().to(room.dtype)
         return values.mul_(self.scale).add_(self.shift) if self.scale != 1 or self.shift != 0 else values
 
-    def room(self) -> torch.Tensor:
-        """Memory for the values, float32, of one axis; none where more is read than used."""
-        span = self.span
-        return torch.empty(span if span == self.numel else 0, dtype=torch.float32)
+    def room(self, halves: bool = False) -> torch.Tensor:
+        """Memory for the values, of one axis; none where more is read than used. Float32, but if `halves` float16 for
+        what the file has in it, single numbers excepted."""
+        as_it_is = halves and self.shape and self.storage.dtype == torch.float16 and self.scale == 1 and self.shift == 0
+        size = self.span if self.span == self.numel else 0
+        return torch.empty(size, dtype=torch.float16 if as_it_is else torch.float32)
 
     def read_exact(self) -> torch.Tensor:
         """The values as the file has them, in its dtype, contiguous; without scale and shift."""
@@ -238,13 +240,17 @@ def as_bytes(flat: torch.Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
-def read_all(refs: Sequence[TensorRef]) -> list[torch.Tensor]:
+def read_all(refs: Sequence[TensorRef], halves: bool = False) -> list[torch.Tensor]:
     """The values of several tensors, see `TensorRef.read`. The room for them is made by one thread, filled by a few.
+
+    Args:
+        refs: Where they are.
+        halves: Leave float16 as it is, but for single numbers.
 
     Raises:
         Refused: the file ends before them.
     """
-    rooms, values = {index: ref.room() for index, ref in enumerate(refs)}, list[Any](refs)
+    rooms, values = {index: ref.room(halves) for index, ref in enumerate(refs)}, list[Any](refs)
     inference = torch.is_inference_mode_enabled()  # of this thread
 
     def read(indices: Iterable[int]) -> None:

@@ -1,5 +1,6 @@
 """Pickles of StyleGAN2-ADA and EDM: the originals' own tiny files, and variants of them built from plain data."""
 
+import copy
 import itertools
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from refine.checkpoints import load_generator, load_teacher
 from refine.checkpoints.export import write_like
 from refine.checkpoints.foreign.opening import open_container
+from refine.checkpoints.native import save_networks
 from refine.networks import edm, edm2
 from refine.networks.stylegan2 import Discriminator, Generator
 from tests.checkpoints import builders
@@ -279,6 +281,14 @@ def test_edm2(form, tmp_path):
     loaded = load_teacher(path)
     assert_same(loaded, net)
     assert_teacher(loaded, {**data, "base:D": data["fp32params:D"]})
+    assert all(
+        value.dtype == (torch.float16 if value.ndim else torch.float32) for value in loaded.state_dict().values()
+    )
+    wide, inputs = copy.deepcopy(loaded).float(), (data["x"], data["sigma"], data["class_labels"])
+    assert torch.equal(loaded(*inputs), wide(*inputs))
+    assert all(p.dtype == torch.float32 for p in load_generator(f"one-step:{path}").parameters())
+    save_networks(tmp_path / "ours.safetensors", {"ema": loaded}, provenance={})
+    assert torch.equal(load_teacher(tmp_path / "ours.safetensors")(*inputs), wide(*inputs))
     assert (loaded.label_dim, loaded.img_resolution, loaded.img_channels, loaded.use_fp16) == (10, 16, 3, True)
     with open_container(path) as container:
         assert container.family == "an EDM2 pickle"
