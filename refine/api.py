@@ -15,16 +15,18 @@ does (`--kimg` is the argument `kimg`).
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import json
 import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -48,6 +50,8 @@ __all__ = [
     *("Bridge", "Comparison", "Event", "Measured", "MetricFunction", "OwnMetric", "Result"),
     *("bridge", "compare", "load_generator", "load_teacher", "refine", "sample"),
 ]
+
+P, R = ParamSpec("P"), TypeVar("R")
 
 #: A file, URL, name or `package.module:function`, or the network itself.
 Network = str | os.PathLike[str] | nn.Module
@@ -123,6 +127,34 @@ class Comparison:
         return f"{text_table(self.results)}\n\n{self.summary}\n{feature_space_note(self.results)}"
 
 
+@contextlib.contextmanager
+def _usual_torch() -> Iterator[None]:
+    """torch as a new process has it: float32, on the CPU, with gradients; put back as the caller had it."""
+    dtype = torch.get_default_dtype()
+    with contextlib.ExitStack() as modes:
+        modes.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32)
+        if torch.empty(0).device.type != "cpu":  # otherwise not: under it every call of torch takes longer
+            modes.enter_context(torch.device("cpu"))
+        modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(torch.enable_grad())
+        for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+            modes.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def _whatever_torch_is_told(function: Callable[P, R]) -> Callable[P, R]:
+    """A function whose result does not depend on the modes and defaults of torch that the caller has set."""
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _usual_torch():
+            return function(*args, **kwargs)
+
+    return called
+
+
+@_whatever_torch_is_told
 def load_generator(
     path_or_name: str | os.PathLike[str], kwargs: Mapping[str, Any] | None = None, sigma_init: float | None = None
 ) -> Generator:
@@ -130,18 +162,20 @@ def load_generator(
     return checkpoints.load_generator(path_or_name, kwargs, sigma_init)
 
 
+@_whatever_torch_is_told
 def load_teacher(path_or_name: str | os.PathLike[str], kwargs: Mapping[str, Any] | None = None) -> Denoiser:
     """The diffusion model of a file, see `refine.checkpoints.load_teacher`, in the same state as a generator."""
     return checkpoints.load_teacher(path_or_name, kwargs)
 
 
+@_whatever_torch_is_told
 def refine(
     G: Network | None = None,
     T: Network | None = None,
     *,
     preset: str | None = None,
     callbacks: Sequence[Callable[[Event], object]] = (),
-    metrics: Sequence[str | MetricFunction | OwnMetric] | None = None,
+    metrics: str | Sequence[str | MetricFunction | OwnMetric] | None = None,
     outdir: str | os.PathLike[str] | None = None,
     resume: str | os.PathLike[str] | None = None,
     quiet: bool = False,
@@ -154,7 +188,7 @@ def refine(
         preset: Defaults for a kind of run, see `refine.py --help`.
         callbacks: Called before the first step and at the end of every tick; `event.stop()` ends the run.
         metrics: Names, and functions of one's own, which are given the generator; the first decides which snapshot is
-            the best. None = what the preset says.
+            the best; or their names as in --metrics. None = what the preset says.
         outdir: Where the run folder is made; None = in a temporary place, which goes with the result.
         resume: A run folder or training state to go on from; options are then those that `--resume` may change, and G
             and T are needed only where they are modules.
@@ -182,10 +216,14 @@ def refine(
         elif T is not None:
             given["teacher"] = T
     own: list[OwnMetric] = []
-    if metrics is not None:
+    if isinstance(metrics, str):
+        given["metrics"] = OPTIONS["metrics"].kind.parse(metrics)
+    elif metrics is not None:
         chosen = [metric if isinstance(metric, str) else as_own_metric(metric) for metric in metrics]
         own = [metric for metric in chosen if isinstance(metric, OwnMetric)]
         given["metrics"] = tuple(metric.name if isinstance(metric, OwnMetric) else metric for metric in chosen)
+    if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
+        raise ValueError(f"callbacks: found {type(callbacks).__name__}; expected a list of functions of an event")
     brought = assemble.Brought(student, teacher, own, tuple(callbacks), quiet)
     if preset is not None:
         given["preset"] = preset
@@ -214,6 +252,7 @@ def refine(
     return result
 
 
+@_whatever_torch_is_told
 def sample(
     network: Network | Result,
     seeds: Sequence[int],
@@ -267,6 +306,7 @@ def sample(
         return torch.cat([part.images.cpu() for part in side.sample(seeds, asked, floats=floats)])
 
 
+@_whatever_torch_is_told
 def compare(
     before: Network,
     after: Network | Result,
@@ -315,6 +355,7 @@ def compare(
     return Comparison(**said, before=means["before"], after=means["after"], results=found)
 
 
+@_whatever_torch_is_told
 def bridge(G: Network, T: Network) -> Bridge:
     """How a generator's images and labels reach a diffusion model, where the two differ; files are not loaded.
 

@@ -12,7 +12,7 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 from refine.dnnlib import Outlet, descriptor
 from refine.errors import describe_missing_package, describe_os_error
@@ -83,7 +83,9 @@ def run_command(command: click.Command | str, args: Sequence[str] | None = None)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # not torch's page about a closed connection
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     code = 1
+    _lead_closed_streams_nowhere()
     try:
+        _check_current_folder()
         command = load_command(command) if isinstance(command, str) else _with_version(command)
         result = command.main(args=None if args is None else list(args), standalone_mode=False)
         code = result if type(result) is int else 0  # click hands the code of ctx.exit() back like this
@@ -95,6 +97,8 @@ def run_command(command: click.Command | str, args: Sequence[str] | None = None)
     except BaseException as error:  # noqa: BLE001 - the last resort: everything is reported, nothing passed over
         if os.environ.get("REFINE_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()
+        if _is_of_stdout(error):
+            error.filename = "stdout"
         code, message = describe_failure(error)
         _complain(message)
     sys.exit(code)
@@ -118,11 +122,41 @@ def describe_failure(error: BaseException) -> tuple[int, str]:
         return 2, f"Error: {_one_line(str(error)) or type(error).__name__}"
     if isinstance(error, ModuleNotFoundError) and not f"{error.name}.".startswith("refine."):
         return 2, f"Error: {describe_missing_package(error)}"
+    if isinstance(error, ImportError) and not f"{error.name}.".startswith("refine."):  # half installed, or no memory
+        return 2, f"Error: a package cannot be loaded: {_one_line(str(error))}"
     if _is_out_of_memory(error):
         details = _one_line(str(error))[:200] or "no details"
         return 1, f"Error: out of memory; try a smaller --batch-gpu or --batch ({details})"
     details = f"{type(error).__name__}: {_one_line(str(error))[:300]}"
     return 1, f"Error: this should not have happened ({details}); REFINE_DEBUG=1 shows the traceback"
+
+
+def _lead_closed_streams_nowhere() -> None:
+    """Streams that the caller closed (`>&-`): their place would be taken by the next file that is opened, and what is
+    printed would go into it; Python has None for them, which nobody who prints expects."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.set_inheritable(null, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115 - as long as the process
+
+
+def _check_current_folder() -> None:
+    """Raises ValueError where it was deleted: torch does not even start there."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ValueError("the current folder does not exist any more; expected one that does") from None
+
+
+def _is_of_stdout(error: BaseException) -> TypeGuard[OSError]:
+    """Whether a command's own output could not be written, as to `> file` on a full disk; Python does not say."""
+    if not isinstance(error, OSError) or error.filename is not None or not error.strerror:
+        return False
+    return traceback.extract_tb(error.__traceback__)[-1].name in ("echo", run_command.__name__)
 
 
 def _complain(message: str) -> None:

@@ -17,7 +17,7 @@ from refine.config import CHANGEABLE, OPTIONS, TEACHER, RefineConfig
 from refine.config.needs import ONE_STEP
 from refine.config.option import flag
 from refine.device import choose_device, choose_ops
-from refine.dnnlib import check_outdir
+from refine.dnnlib import check_outdir, naming
 from refine.errors import option
 from refine.guidance import Guided
 from refine.metrics.image_sets import ImageSet
@@ -396,7 +396,7 @@ def _train(
 ) -> tuple[int | None, str]:
     """Train to the end, or to a reason to stop, as `TrainingRun.run` says; and what was gained."""
     config = training.config
-    with StopRequests(config.time_limit, began) as stop:
+    with StopRequests(config.time_limit, began) as stop, naming(run_dir.path):
         monitor = _open_monitors(training, run_dir, resumed, stop, brought)
         try:
             stopped, verdict = training.run(monitor, stop), ""
