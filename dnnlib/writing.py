@@ -73,7 +73,8 @@ def naming(target: Path, temporary: Path | None = None) -> Iterator[None]:
     except OSError as error:
         unnamed = error.filename is None and error.errno in _DISK
         if unnamed or (temporary is not None and str(temporary) in (str(error.filename), str(error.filename2))):
-            error.filename, error.filename2 = str(target), None
+            error.filename = str(target)
+            del error.filename2  # where the temporary file was copied from, or was to go
         raise
 
 

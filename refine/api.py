@@ -19,9 +19,11 @@ import contextlib
 import copy
 import functools
 import json
+import operator
 import os
 import shutil
 import tempfile
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,6 +54,8 @@ __all__ = [
 ]
 
 P, R = ParamSpec("P"), TypeVar("R")
+
+_running = threading.RLock()
 
 #: A file, URL, name or `package.module:function`, or the network itself.
 Network = str | os.PathLike[str] | nn.Module
@@ -196,9 +200,29 @@ def refine(
         **options: Fields of `refine.config.RefineConfig`, by their names: kimg=6.4, batch=32, lr=1e-4, …
 
     Raises:
-        ValueError: An option or a network cannot be used, or the numbers diverged.
+        ValueError: An option or a network cannot be used, the numbers diverged, or another thread is in here: torch's
+            random numbers are those of the whole process.
         OSError: A file could not be written.
     """
+    if not _running.acquire(blocking=False):
+        raise ValueError("another thread of this process refines; expected one run at a time, or a process for each")
+    try:
+        return _refine(G, T, preset, callbacks, metrics, outdir, resume, quiet, options)
+    finally:
+        _running.release()
+
+
+def _refine(
+    G: Network | None,
+    T: Network | None,
+    preset: str | None,
+    callbacks: Sequence[Callable[[Event], object]],
+    metrics: str | Sequence[str | MetricFunction | OwnMetric] | None,
+    outdir: str | os.PathLike[str] | None,
+    resume: str | os.PathLike[str] | None,
+    quiet: bool,
+    options: Mapping[str, Any],
+) -> Result:
     from refine.training import assemble
     from refine.training.finding import find_training_states
 
@@ -234,14 +258,16 @@ def refine(
                 if outdir is not None:
                     raise ValueError("--outdir beside --resume: a run goes on in its folder")
                 with option("--resume"):
-                    states = find_training_states(os.fspath(resume))
+                    states = find_training_states(_path(resume))
                 run = assemble.resume(states, given, brought=brought)
             else:
                 given |= {"gan": name_of(student)} if student is not None else {}
                 given |= {"teacher": teacher.name} if teacher is not None else {}
                 if outdir is None:
                     outdir = temporary = tempfile.mkdtemp(prefix="refine-")
-                run = assemble.run(RefineConfig(**given, outdir=os.fspath(outdir)), brought=brought)
+                with option("--outdir"):
+                    given["outdir"] = _path(outdir)
+                run = assemble.run(RefineConfig(**given), brought=brought)
         result = _result(run)
     except BaseException:
         if temporary is not None:
@@ -289,8 +315,8 @@ def sample(
     from refine.evaluation.teachers import TeacherOptions
     from refine.networks.sampler_settings import SamplerChoice
 
-    seeds = list(seeds)
     with option("--seeds"):
+        seeds = _whole(seeds)
         if not seeds or min(seeds) < 0 or max(seeds) >= 2**32:
             raise ValueError(f"found {len(seeds)} seeds; expected at least one, within 0 to {2**32 - 1}")
     choice, teachers = SamplerChoice({} if steps is None else {"steps": steps}), TeacherOptions(guidance=guidance)
@@ -343,6 +369,12 @@ def compare(
     from refine.evaluation.compare import compare as compare_networks
     from refine.metrics.pipeline import sharing
 
+    with option("--ref"):
+        ref = _path(ref)
+    with option("--detector"):
+        detector = None if detector is None else _path(detector)
+    with option("--seeds"):
+        seeds = _whole(seeds)
     name = prepare_device(device, None)
     judged = after.folder if isinstance(after, Result) else after
     with together(cuda=False), sharing():
@@ -369,6 +401,21 @@ def bridge(G: Network, T: Network) -> Bridge:
     with option("--teacher"):
         teacher = given_teacher(T) if isinstance(T, nn.Module) else checkpoints.peek(T, "teacher")
     return check_pair(student, teacher)
+
+
+def _path(given: object) -> str:
+    """Raises ValueError for what is neither a text nor a path."""
+    if not isinstance(given, str | os.PathLike):
+        raise ValueError(f"found {type(given).__name__}; expected a path or a name")
+    return os.fspath(given)
+
+
+def _whole(given: Any) -> list[int]:
+    """Raises ValueError for what are not whole numbers; those of numpy and torch are."""
+    try:
+        return [operator.index(number) for number in given]
+    except TypeError:
+        raise ValueError(f"found {str(given)[:60]}; expected a sequence of whole numbers") from None
 
 
 def _check_names(options: Mapping[str, Any]) -> None:

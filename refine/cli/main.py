@@ -10,6 +10,7 @@ import importlib
 import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn, TypeGuard
@@ -80,9 +81,10 @@ def run_command(command: click.Command | str, args: Sequence[str] | None = None)
     # Read when torch loads OpenMP. Threads that spin while they wait are good on an idle machine only: beside one other
     # busy process, a refinement step on two cores took 9 to 14 s with spinning threads and 2.3 s with sleeping ones.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # not torch's page about a closed connection
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if launched:  # not torch's page about a closed connection
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    code = 1
+    code: str | int | None = 1
     _lead_closed_streams_nowhere()
     try:
         _check_current_folder()
@@ -92,8 +94,8 @@ def run_command(command: click.Command | str, args: Sequence[str] | None = None)
         sys.stdout.flush()  # here, where a closed pipe is still handled
     except BrokenPipeError:  # the reader of our output (`| head`) has left: no message, and no second one at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except SystemExit:
-        raise
+    except SystemExit as end:
+        code = end.code
     except BaseException as error:  # noqa: BLE001 - the last resort: everything is reported, nothing passed over
         if os.environ.get("REFINE_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()
@@ -101,6 +103,8 @@ def run_command(command: click.Command | str, args: Sequence[str] | None = None)
             error.filename = "stdout"
         code, message = describe_failure(error)
         _complain(message)
+    if launched and isinstance(code, int) and any(thread.name == "within" for thread in threading.enumerate()):
+        os._exit(code)  # left in C++, where torch waits for a store: Python's end would make it abort the process
     sys.exit(code)
 
 
@@ -134,12 +138,13 @@ def describe_failure(error: BaseException) -> tuple[int, str]:
 def _lead_closed_streams_nowhere() -> None:
     """Streams that the caller closed (`>&-`): their place would be taken by the next file that is opened, and what is
     printed would go into it; Python has None for them, which nobody who prints expects."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
+    for number in range(3):
         try:
             os.fstat(number)
         except OSError:
             null = os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
             os.set_inheritable(null, True)
+    for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115 - as long as the process
 
