@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import itertools
+import time
 import typing
 from concurrent.futures import ThreadPoolExecutor
 
@@ -267,6 +269,14 @@ def test_one_run_at_a_time():
 
     assert short_run(metrics=[], kimg=0.004, callbacks=[elsewhere]).finished
     assert isinstance(said[0], ValueError) and "another thread of this process refines" in str(said[0])
+
+
+def test_a_clock_that_is_set_back_ends_no_run(monkeypatch):
+    now = itertools.count(time.time(), -3600)
+    monkeypatch.setattr(time, "time", lambda: next(now))
+    said = []
+    assert short_run(metrics=[], callbacks=[said.append]).finished
+    assert 0 < said[-1].scalars["Timing/total_hours"] < 1 and said[-1].scalars["Timing/sec_per_tick"] > 0
 
 
 def test_what_a_callback_raises_is_seen(tmp_path):

@@ -141,7 +141,7 @@ def _lead_closed_streams_nowhere() -> None:
     for number in range(3):
         try:
             os.fstat(number)
-        except OSError:
+        except OSError:  # noqa: PERF203 - three of them
             null = os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
             os.set_inheritable(null, True)
     for name in ("stdin", "stdout", "stderr"):

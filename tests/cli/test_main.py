@@ -103,6 +103,19 @@ def test_a_folder_that_was_deleted_is_no_place_to_start_in(root, tmp_path):
     assert result.stderr == "Error: the current folder does not exist any more; expected one that does\n"
 
 
+def test_a_thread_that_was_left_in_torch_is_not_waited_for(root):
+    # at Python's end it would be unwound within C++, which aborts the process
+    code = "import atexit, time\nfrom refine.cli.main import run_command\nfrom refine.torch_utils.pulse import within\n"
+    code += "import click\natexit.register(print, 'the usual end')\n"
+    code += "run_command(click.command()(lambda: within(0.1, time.sleep, 60)), [])"
+    for processes, usual in (("2", False), ("1", True)):
+        environment = {**os.environ, "PYTHONPATH": str(root), "WORLD_SIZE": processes, "RANK": "0"}
+        command = [sys.executable, "-c", code]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 2 and result.stderr == "Error: no answer within 0 s\n"
+        assert ("the usual end" in result.stdout) == usual
+
+
 def run(capsys, command, *args) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as caught:
         cli.run_command(command, args)
