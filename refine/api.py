@@ -53,7 +53,8 @@ __all__ = [
     *("bridge", "compare", "load_generator", "load_teacher", "refine", "sample"),
 ]
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _running = threading.RLock()
 

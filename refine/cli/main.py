@@ -5,7 +5,6 @@ mistyped option answer at once. They raise ValueError (or OSError) for what the 
 one line of it.
 """
 
-import contextlib
 import importlib
 import os
 import re
@@ -15,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn, TypeGuard
 
-from refine.dnnlib import Outlet, descriptor
+from refine.dnnlib import descriptor, tell
 from refine.errors import describe_missing_package, describe_os_error
 
 try:
@@ -169,8 +168,7 @@ def _complain(message: str) -> None:
     if (file := descriptor(sys.stderr)) is None:
         print(message, file=sys.stderr)
         return
-    with contextlib.suppress(OSError, RuntimeError):
-        Outlet(file).write(f"{message}\n".encode(sys.stderr.encoding, errors="replace"), 5)
+    tell(f"{message}\n", 5, file, sys.stderr.encoding)
 
 
 def load_command(name: str) -> click.Command:

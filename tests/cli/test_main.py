@@ -103,6 +103,21 @@ def test_a_folder_that_was_deleted_is_no_place_to_start_in(root, tmp_path):
     assert result.stderr == "Error: the current folder does not exist any more; expected one that does\n"
 
 
+def test_a_message_needs_no_thread(root):
+    code = "import _thread\ndef none(*args): raise RuntimeError('no thread')\n_thread.start_new_thread = none\n"
+    code += "from refine.cli.main import run_command\nrun_command('models', ['--no-such-option'])"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (
+        result.returncode == 2 and result.stderr.startswith("Error: No such option") and result.stderr.count("\n") == 1
+    )
+
+
 def test_a_thread_that_was_left_in_torch_is_not_waited_for(root):
     # at Python's end it would be unwound within C++, which aborts the process
     code = "import atexit, time\nfrom refine.cli.main import run_command\nfrom refine.torch_utils.pulse import within\n"
