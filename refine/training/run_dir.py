@@ -141,7 +141,7 @@ def _kimg_of(line: str) -> float:
     try:
         return float(json.loads(line)["kimg"])
     except (ValueError, KeyError, TypeError):  # half a line, left by a kill
-        print(f"a broken line was dropped: {line[:60]}", file=sys.stderr)
+        print(f"a broken line was dropped: {line[:60]!r}", file=sys.stderr)
         return float("inf")
 
 
