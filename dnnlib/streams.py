@@ -78,7 +78,11 @@ def descriptor(stream: Any) -> int | None:
     return None
 
 
-def tell(text: str, seconds: float) -> None:
+def tell(text: str, seconds: float, file: int = 2, encoding: str = "utf-8") -> None:
     """One text to the process's stderr, past Python's streams, if that takes it in time."""
-    with contextlib.suppress(OSError, RuntimeError):
-        Outlet(2).write(text.encode(errors="replace"), seconds)
+    data = text.encode(encoding, errors="replace")
+    with contextlib.suppress(OSError):
+        try:
+            Outlet(file).write(data, seconds)
+        except RuntimeError:  # there is no thread to be had, which may be what is told
+            os.write(file, data)

@@ -107,6 +107,9 @@ def check_outdir(path: str | os.PathLike) -> Path:
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not existing.is_dir():
         raise ValueError(f"{existing} is a file; expected a folder")
+    for missing in (folder, *folder.absolute().parents):
+        if missing.is_symlink() and not missing.exists():
+            raise ValueError(f"{missing} is a link that leads nowhere; expected a folder")
     try:  # permissions alone do not tell, least of all root
         with tempfile.TemporaryFile(dir=existing):
             pass

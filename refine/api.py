@@ -15,16 +15,20 @@ does (`--kimg` is the argument `kimg`).
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import json
+import operator
 import os
 import shutil
 import tempfile
+import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -48,6 +52,11 @@ __all__ = [
     *("Bridge", "Comparison", "Event", "Measured", "MetricFunction", "OwnMetric", "Result"),
     *("bridge", "compare", "load_generator", "load_teacher", "refine", "sample"),
 ]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_running = threading.RLock()
 
 #: A file, URL, name or `package.module:function`, or the network itself.
 Network = str | os.PathLike[str] | nn.Module
@@ -123,6 +132,34 @@ class Comparison:
         return f"{text_table(self.results)}\n\n{self.summary}\n{feature_space_note(self.results)}"
 
 
+@contextlib.contextmanager
+def _usual_torch() -> Iterator[None]:
+    """torch as a new process has it: float32, on the CPU, with gradients; put back as the caller had it."""
+    dtype = torch.get_default_dtype()
+    with contextlib.ExitStack() as modes:
+        modes.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32)
+        if torch.empty(0).device.type != "cpu":  # otherwise not: under it every call of torch takes longer
+            modes.enter_context(torch.device("cpu"))
+        modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(torch.enable_grad())
+        for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+            modes.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def _whatever_torch_is_told(function: Callable[P, R]) -> Callable[P, R]:
+    """A function whose result does not depend on the modes and defaults of torch that the caller has set."""
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _usual_torch():
+            return function(*args, **kwargs)
+
+    return called
+
+
+@_whatever_torch_is_told
 def load_generator(
     path_or_name: str | os.PathLike[str], kwargs: Mapping[str, Any] | None = None, sigma_init: float | None = None
 ) -> Generator:
@@ -130,18 +167,20 @@ def load_generator(
     return checkpoints.load_generator(path_or_name, kwargs, sigma_init)
 
 
+@_whatever_torch_is_told
 def load_teacher(path_or_name: str | os.PathLike[str], kwargs: Mapping[str, Any] | None = None) -> Denoiser:
     """The diffusion model of a file, see `refine.checkpoints.load_teacher`, in the same state as a generator."""
     return checkpoints.load_teacher(path_or_name, kwargs)
 
 
+@_whatever_torch_is_told
 def refine(
     G: Network | None = None,
     T: Network | None = None,
     *,
     preset: str | None = None,
     callbacks: Sequence[Callable[[Event], object]] = (),
-    metrics: Sequence[str | MetricFunction | OwnMetric] | None = None,
+    metrics: str | Sequence[str | MetricFunction | OwnMetric] | None = None,
     outdir: str | os.PathLike[str] | None = None,
     resume: str | os.PathLike[str] | None = None,
     quiet: bool = False,
@@ -154,7 +193,7 @@ def refine(
         preset: Defaults for a kind of run, see `refine.py --help`.
         callbacks: Called before the first step and at the end of every tick; `event.stop()` ends the run.
         metrics: Names, and functions of one's own, which are given the generator; the first decides which snapshot is
-            the best. None = what the preset says.
+            the best; or their names as in --metrics. None = what the preset says.
         outdir: Where the run folder is made; None = in a temporary place, which goes with the result.
         resume: A run folder or training state to go on from; options are then those that `--resume` may change, and G
             and T are needed only where they are modules.
@@ -162,9 +201,29 @@ def refine(
         **options: Fields of `refine.config.RefineConfig`, by their names: kimg=6.4, batch=32, lr=1e-4, …
 
     Raises:
-        ValueError: An option or a network cannot be used, or the numbers diverged.
+        ValueError: An option or a network cannot be used, the numbers diverged, or another thread is in here: torch's
+            random numbers are those of the whole process.
         OSError: A file could not be written.
     """
+    if not _running.acquire(blocking=False):
+        raise ValueError("another thread of this process refines; expected one run at a time, or a process for each")
+    try:
+        return _refine(G, T, preset, callbacks, metrics, outdir, resume, quiet, options)
+    finally:
+        _running.release()
+
+
+def _refine(
+    G: Network | None,
+    T: Network | None,
+    preset: str | None,
+    callbacks: Sequence[Callable[[Event], object]],
+    metrics: str | Sequence[str | MetricFunction | OwnMetric] | None,
+    outdir: str | os.PathLike[str] | None,
+    resume: str | os.PathLike[str] | None,
+    quiet: bool,
+    options: Mapping[str, Any],
+) -> Result:
     from refine.training import assemble
     from refine.training.finding import find_training_states
 
@@ -182,10 +241,14 @@ def refine(
         elif T is not None:
             given["teacher"] = T
     own: list[OwnMetric] = []
-    if metrics is not None:
+    if isinstance(metrics, str):
+        given["metrics"] = OPTIONS["metrics"].kind.parse(metrics)
+    elif metrics is not None:
         chosen = [metric if isinstance(metric, str) else as_own_metric(metric) for metric in metrics]
         own = [metric for metric in chosen if isinstance(metric, OwnMetric)]
         given["metrics"] = tuple(metric.name if isinstance(metric, OwnMetric) else metric for metric in chosen)
+    if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
+        raise ValueError(f"callbacks: found {type(callbacks).__name__}; expected a list of functions of an event")
     brought = assemble.Brought(student, teacher, own, tuple(callbacks), quiet)
     if preset is not None:
         given["preset"] = preset
@@ -196,14 +259,16 @@ def refine(
                 if outdir is not None:
                     raise ValueError("--outdir beside --resume: a run goes on in its folder")
                 with option("--resume"):
-                    states = find_training_states(os.fspath(resume))
+                    states = find_training_states(_path(resume))
                 run = assemble.resume(states, given, brought=brought)
             else:
                 given |= {"gan": name_of(student)} if student is not None else {}
                 given |= {"teacher": teacher.name} if teacher is not None else {}
                 if outdir is None:
                     outdir = temporary = tempfile.mkdtemp(prefix="refine-")
-                run = assemble.run(RefineConfig(**given, outdir=os.fspath(outdir)), brought=brought)
+                with option("--outdir"):
+                    given["outdir"] = _path(outdir)
+                run = assemble.run(RefineConfig(**given), brought=brought)
         result = _result(run)
     except BaseException:
         if temporary is not None:
@@ -214,6 +279,7 @@ def refine(
     return result
 
 
+@_whatever_torch_is_told
 def sample(
     network: Network | Result,
     seeds: Sequence[int],
@@ -250,8 +316,8 @@ def sample(
     from refine.evaluation.teachers import TeacherOptions
     from refine.networks.sampler_settings import SamplerChoice
 
-    seeds = list(seeds)
     with option("--seeds"):
+        seeds = _whole(seeds)
         if not seeds or min(seeds) < 0 or max(seeds) >= 2**32:
             raise ValueError(f"found {len(seeds)} seeds; expected at least one, within 0 to {2**32 - 1}")
     choice, teachers = SamplerChoice({} if steps is None else {"steps": steps}), TeacherOptions(guidance=guidance)
@@ -267,6 +333,7 @@ def sample(
         return torch.cat([part.images.cpu() for part in side.sample(seeds, asked, floats=floats)])
 
 
+@_whatever_torch_is_told
 def compare(
     before: Network,
     after: Network | Result,
@@ -303,6 +370,12 @@ def compare(
     from refine.evaluation.compare import compare as compare_networks
     from refine.metrics.pipeline import sharing
 
+    with option("--ref"):
+        ref = _path(ref)
+    with option("--detector"):
+        detector = None if detector is None else _path(detector)
+    with option("--seeds"):
+        seeds = _whole(seeds)
     name = prepare_device(device, None)
     judged = after.folder if isinstance(after, Result) else after
     with together(cuda=False), sharing():
@@ -315,6 +388,7 @@ def compare(
     return Comparison(**said, before=means["before"], after=means["after"], results=found)
 
 
+@_whatever_torch_is_told
 def bridge(G: Network, T: Network) -> Bridge:
     """How a generator's images and labels reach a diffusion model, where the two differ; files are not loaded.
 
@@ -328,6 +402,21 @@ def bridge(G: Network, T: Network) -> Bridge:
     with option("--teacher"):
         teacher = given_teacher(T) if isinstance(T, nn.Module) else checkpoints.peek(T, "teacher")
     return check_pair(student, teacher)
+
+
+def _path(given: object) -> str:
+    """Raises ValueError for what is neither a text nor a path."""
+    if not isinstance(given, str | os.PathLike):
+        raise ValueError(f"found {type(given).__name__}; expected a path or a name")
+    return os.fspath(given)
+
+
+def _whole(given: Any) -> list[int]:
+    """Raises ValueError for what are not whole numbers; those of numpy and torch are."""
+    try:
+        return [operator.index(number) for number in given]
+    except TypeError:
+        raise ValueError(f"found {str(given)[:60]}; expected a sequence of whole numbers") from None
 
 
 def _check_names(options: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """What a user can put right is a ValueError or OSError whose message begins with the option to change."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 
@@ -8,7 +9,8 @@ from collections.abc import Iterator
 def describe_os_error(error: OSError) -> str:
     """`path: reason`, without error numbers and Python's quoting."""
     reason = error.strerror or str(error) or type(error).__name__
-    return f"{error.filename}: {reason}" if error.filename is not None else reason
+    name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+    return reason if name is None else f"{name}: {reason}"
 
 
 def describe_missing_package(error: ImportError) -> str:

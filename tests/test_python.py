@@ -1,7 +1,11 @@
 """The toolkit from Python: refine.refine, sample, compare, bridge, on networks in memory and in files."""
 
+import contextlib
 import copy
+import itertools
+import time
 import typing
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -185,8 +189,16 @@ def test_images_by_seed(tmp_path):
         (lambda: short_run(speed=3), "--speed is no option"),
         (lambda: short_run(learning_rate=1e-3), "--learning-rate is no option; did you mean lr?"),
         (lambda: short_run(kimg="many"), "--kimg is many; expected a number > 0"),
+        (lambda: short_run(batch=True), "--batch is True; expected a whole number"),
         (lambda: short_run(preset="fast"), "--preset is fast; expected one of"),
         (lambda: short_run(metrics=[3]), "--metrics: found int; expected names, functions, or OwnMetric"),
+        (lambda: short_run(metrics="psnr"), "--metrics: unknown metric 'psnr'"),
+        (lambda: short_run(callbacks=5), "callbacks: found int; expected a list of functions"),
+        (lambda: short_run(callbacks=[None]), "callbacks: found list; expected a list of functions"),
+        (lambda: short_run(outdir=5), "--outdir: found int; expected a path"),
+        (lambda: refine.refine(resume=5), "--resume: found int; expected a path"),
+        (lambda: short_run(make_student().to("meta")), "--gan: Generator is on the device meta"),
+        (lambda: short_run(T=make_teacher().to("meta")), "--teacher: EDMPrecond is on the device meta"),
         (lambda: short_run(make_teacher()), "--gan: found a teacher"),
         (lambda: short_run(T=make_student()), "--teacher: found a generator"),
         (lambda: short_run(nn.Linear(1, 1)), "--gan: Linear is a generator whose z_dim is None"),
@@ -197,6 +209,9 @@ def test_images_by_seed(tmp_path):
         (lambda: refine.bridge(make_student(5), make_teacher()), "--gan has classes 5"),
         (lambda: refine.sample(make_student(), []), "--seeds: found 0 seeds"),
         (lambda: refine.sample(make_student(), [-1]), "--seeds"),
+        (lambda: refine.sample(make_student(), 5), "--seeds: found 5; expected a sequence of whole numbers"),
+        (lambda: refine.sample(make_student(), [1.5]), "--seeds: found [1.5]; expected a sequence of whole numbers"),
+        (lambda: refine.compare(make_student(), make_student(), 5), "--ref: found int; expected a path"),
         (lambda: refine.sample(make_student(), [0], classes=9), "--network: class 9 was asked for"),
         (lambda: refine.sample(make_student(), [0, 1], classes=[0]), "found 1 classes for 2 seeds"),
         (lambda: refine.sample(make_student(), [0], steps=3), "--steps is for diffusion models"),
@@ -208,6 +223,60 @@ def test_faults_are_one_line(call, message):
         call()
     text = str(caught.value)
     assert message in text and "\n" not in text, text
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "surroundings",
+    [
+        lambda: default_dtype(torch.float64),
+        lambda: torch.device("meta"),
+        torch.inference_mode,
+        torch.no_grad,
+        lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    ],
+    ids=["float64", "meta", "inference", "no_grad", "autocast"],
+)
+def test_what_the_caller_told_torch_does_not_matter(result, surroundings, tmp_path):
+    save_networks(tmp_path / "g.safetensors", {"G_ema": result[0].student}, provenance={})
+    images, teacher = refine.sample(result[0].student, range(2), device="cpu"), make_teacher()
+    with surroundings():
+        before = torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        again = refine.refine(result[0].student, teacher, quiet=True, **{**SHORT, "kimg": 0.008}, metrics=[])
+        same = refine.sample(tmp_path / "g.safetensors", range(2), device="cpu")
+        assert before == (torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+    assert torch.equal(images, same)
+    assert all(value.dtype != torch.float64 for value in states(again.student).values())
+    assert not equal(states(again.student), states(result[0].student))
+
+
+def test_one_run_at_a_time():
+    said = []
+
+    def elsewhere(event):
+        with ThreadPoolExecutor(1) as threads:
+            said.append(threads.submit(short_run, metrics=[]).exception())
+        if not said[1:]:
+            short_run(metrics=[], kimg=0.004)  # in the same thread, it has random numbers of its own
+
+    assert short_run(metrics=[], kimg=0.004, callbacks=[elsewhere]).finished
+    assert isinstance(said[0], ValueError) and "another thread of this process refines" in str(said[0])
+
+
+def test_a_clock_that_is_set_back_ends_no_run(monkeypatch):
+    now = itertools.count(time.time(), -3600)
+    monkeypatch.setattr(time, "time", lambda: next(now))
+    said = []
+    assert short_run(metrics=[], callbacks=[said.append]).finished
+    assert 0 < said[-1].scalars["Timing/total_hours"] < 1 and said[-1].scalars["Timing/sec_per_tick"] > 0
 
 
 def test_what_a_callback_raises_is_seen(tmp_path):

@@ -81,6 +81,8 @@ def recipe_of(network: Denoiser) -> str:
 def _copied(network: Any) -> Any:
     if not isinstance(network, torch.nn.Module):
         raise ValueError(f"found {type(network).__name__}; expected a file, a name, or a torch.nn.Module")
+    if any(t.is_meta for t in (*network.parameters(), *network.buffers())):
+        raise ValueError(f"{type(network).__name__} is on the device meta, without weights; expected one that has them")
     try:
         return copy.deepcopy(network)
     except Exception as error:  # of whatever the user's module holds

@@ -46,7 +46,8 @@ class _Patient:
     """A file whose first failure to write is kept for later, and that takes all that comes after."""
 
     def __init__(self, file: IO[bytes]):
-        self._file, self._error = file, None
+        self._file = file
+        self._error: OSError | None = None
 
     def write(self, data: Any) -> int:
         if self._error is None:

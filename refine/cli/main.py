@@ -5,16 +5,16 @@ mistyped option answer at once. They raise ValueError (or OSError) for what the 
 one line of it.
 """
 
-import contextlib
 import importlib
 import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
-from refine.dnnlib import Outlet, descriptor
+from refine.dnnlib import descriptor, tell
 from refine.errors import describe_missing_package, describe_os_error
 
 try:
@@ -80,23 +80,30 @@ def run_command(command: click.Command | str, args: Sequence[str] | None = None)
     # Read when torch loads OpenMP. Threads that spin while they wait are good on an idle machine only: beside one other
     # busy process, a refinement step on two cores took 9 to 14 s with spinning threads and 2.3 s with sleeping ones.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # not torch's page about a closed connection
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if launched:  # not torch's page about a closed connection
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    code = 1
+    code: str | int | None = 1
+    _lead_closed_streams_nowhere()
     try:
+        _check_current_folder()
         command = load_command(command) if isinstance(command, str) else _with_version(command)
         result = command.main(args=None if args is None else list(args), standalone_mode=False)
         code = result if type(result) is int else 0  # click hands the code of ctx.exit() back like this
         sys.stdout.flush()  # here, where a closed pipe is still handled
     except BrokenPipeError:  # the reader of our output (`| head`) has left: no message, and no second one at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except SystemExit:
-        raise
+    except SystemExit as end:
+        code = end.code
     except BaseException as error:  # noqa: BLE001 - the last resort: everything is reported, nothing passed over
         if os.environ.get("REFINE_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()
+        if _is_of_stdout(error):
+            error.filename = "stdout"
         code, message = describe_failure(error)
         _complain(message)
+    if launched and isinstance(code, int) and any(thread.name == "within" for thread in threading.enumerate()):
+        os._exit(code)  # left in C++, where torch waits for a store: Python's end would make it abort the process
     sys.exit(code)
 
 
@@ -118,6 +125,8 @@ def describe_failure(error: BaseException) -> tuple[int, str]:
         return 2, f"Error: {_one_line(str(error)) or type(error).__name__}"
     if isinstance(error, ModuleNotFoundError) and not f"{error.name}.".startswith("refine."):
         return 2, f"Error: {describe_missing_package(error)}"
+    if isinstance(error, ImportError) and not f"{error.name}.".startswith("refine."):  # half installed, or no memory
+        return 2, f"Error: a package cannot be loaded: {_one_line(str(error))}"
     if _is_out_of_memory(error):
         details = _one_line(str(error))[:200] or "no details"
         return 1, f"Error: out of memory; try a smaller --batch-gpu or --batch ({details})"
@@ -125,13 +134,41 @@ def describe_failure(error: BaseException) -> tuple[int, str]:
     return 1, f"Error: this should not have happened ({details}); REFINE_DEBUG=1 shows the traceback"
 
 
+def _lead_closed_streams_nowhere() -> None:
+    """Streams that the caller closed (`>&-`): their place would be taken by the next file that is opened, and what is
+    printed would go into it; Python has None for them, which nobody who prints expects."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # noqa: PERF203 - three of them
+            null = os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.set_inheritable(null, True)
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115 - as long as the process
+
+
+def _check_current_folder() -> None:
+    """Raises ValueError where it was deleted: torch does not even start there."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ValueError("the current folder does not exist any more; expected one that does") from None
+
+
+def _is_of_stdout(error: BaseException) -> TypeGuard[OSError]:
+    """Whether a command's own output could not be written, as to `> file` on a full disk; Python does not say."""
+    if not isinstance(error, OSError) or error.filename is not None or not error.strerror:
+        return False
+    return traceback.extract_tb(error.__traceback__)[-1].name in ("echo", run_command.__name__)
+
+
 def _complain(message: str) -> None:
     """One line to stderr; a reader who does not read does not keep the program from ending."""
     if (file := descriptor(sys.stderr)) is None:
         print(message, file=sys.stderr)
         return
-    with contextlib.suppress(OSError, RuntimeError):
-        Outlet(file).write(f"{message}\n".encode(sys.stderr.encoding, errors="replace"), 5)
+    tell(f"{message}\n", 5, file, sys.stderr.encoding)
 
 
 def load_command(name: str) -> click.Command:

@@ -60,8 +60,9 @@ def network_file(path: str, name: str) -> str:
     """
     from pathlib import Path
 
-    if not Path(path).is_dir():  # the usual case, without importing torch
-        return path
+    with option(name):
+        if not Path(path).is_dir():  # the usual case, without importing torch
+            return path
     from refine.evaluation.run_folder import network_in
     from refine.processes import is_first
 

@@ -63,6 +63,8 @@ class Kind:
         """Whether the value is possible."""
         if value is None:
             return bool(self.none)
+        if isinstance(value, bool) and self.read in (int, float):  # numbers to Python only
+            return False
         try:
             return self.holds(value)
         except TypeError:

@@ -160,7 +160,9 @@ def folder_and_grid(outdir: str | os.PathLike) -> tuple[Path, Path]:
     """Where the images go, and the grid beside them, named as the user names them; both can be made."""
     folder = check_outdir(outdir)
     named = folder if folder.name not in ("", "..") else folder.resolve()  # '.' has a name by its place only
-    return folder, check_outdir(named.parent) / f"{named.name}-grid.png"
+    grid = check_outdir(named.parent) / f"{named.name}-grid.png"
+    grid.exists()  # raises where its name is too long
+    return folder, grid
 
 
 def write_images(images: torch.Tensor, paths: Sequence[Path]) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import struct
+import subprocess
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -27,6 +30,7 @@ from refine.images import save_image_grid, to_pil, to_uint8
 from refine.metrics.sampling import latents_of_seeds
 
 FPS = 30
+_CRF = 18  # of H.264: hardly to be told from what went in
 _UNREADABLE = (  # of zipfile and of numpy, for whatever a file holds
     *(ValueError, OSError, KeyError, EOFError, NotImplementedError, MemoryError, RuntimeError, SyntaxError, TypeError),
     *(zlib.error, zipfile.BadZipFile, struct.error),
@@ -249,17 +253,22 @@ def _check_ffmpeg() -> None:
 
 
 def _write_mp4(path: Path, _suffix: str, frames: Iterator[torch.Tensor]) -> None:
-    ffmpeg: Any = importlib.import_module("imageio_ffmpeg")
+    """H.264 of the usual pixels, which need even sizes. imageio-ffmpeg brings the program; its writer does not tell
+    whether that came to its end."""
     first: Image.Image = to_pil(next(frames)).convert("RGB")
-    # By default ffmpeg is made to scale to multiples of 16; the usual pixels of H.264 need even sizes.
-    even = [size + size % 2 for size in first.size]
-    writer = ffmpeg.write_frames(str(path), even, fps=FPS, quality=8, macro_block_size=2, output_params=["-f", "mp4"])
-    try:
-        writer.send(None)
-        writer.send(first.resize(even).tobytes())
-        for frame in frames:
-            writer.send(to_pil(frame).convert("RGB").resize(even).tobytes())
-    except OSError as error:  # what ffmpeg said, all of it
-        raise ValueError(f"ffmpeg failed: {(str(error).strip().splitlines() or ['no details'])[-1][:200]}") from None
-    finally:
-        writer.close()
+    even = (first.width + first.width % 2, first.height + first.height % 2)
+    given = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "{}x{}".format(*even), "-r", str(FPS), "-i", "-"]
+    made = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", str(_CRF), "-f", "mp4", str(path)]
+    program = importlib.import_module("imageio_ffmpeg").get_ffmpeg_exe()
+    with tempfile.TemporaryFile() as said:  # a pipe that nobody reads could fill up
+        command = [program, "-nostdin", "-y", "-v", "error", *given, *made]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said)
+        with contextlib.suppress(BrokenPipeError), process:  # it gave up, and says why
+            assert process.stdin is not None, "it is a pipe"
+            process.stdin.write(first.resize(even).tobytes())
+            for frame in frames:
+                process.stdin.write(to_pil(frame).convert("RGB").resize(even).tobytes())
+        said.seek(0)
+        lines = said.read().decode(errors="replace").strip().splitlines()
+    if process.returncode or lines:
+        raise ValueError(f"ffmpeg failed: {(lines or [f'exit code {process.returncode}'])[-1][:200]}")

@@ -17,7 +17,7 @@ from refine.config import CHANGEABLE, OPTIONS, TEACHER, RefineConfig
 from refine.config.needs import ONE_STEP
 from refine.config.option import flag
 from refine.device import choose_device, choose_ops
-from refine.dnnlib import check_outdir
+from refine.dnnlib import check_outdir, naming
 from refine.errors import option
 from refine.guidance import Guided
 from refine.metrics.image_sets import ImageSet
@@ -104,7 +104,7 @@ def run(
         SystemExit: Another process failed, or complains about the same.
     """
     with one_voice(), option("--outdir"):
-        check_outdir(config.outdir)
+        _check_is_text(check_outdir(config.outdir))
     if given is not None:
         with one_voice(), option("--config"):
             check_reach(given, config, "the file")
@@ -130,8 +130,19 @@ def resume(
         ValueError, OSError, SystemExit: As for `run`.
     """
     with one_voice(), option("--resume"):
+        _check_is_text(state_paths[0])
         resumed, config = resumed_config(state_paths, given, {metric.name for metric in brought.metrics})
     return _run(config, resumed, dry_run, brought)
+
+
+def _check_is_text(path: Path) -> None:
+    """Raises ValueError for a name in bytes that are no characters, which TensorBoard cannot open."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{str(path)!a} is no text in UTF-8; expected a name that is, or PYTHONUTF8=1 if LANG says otherwise"
+        ) from None
 
 
 def _run(config: RefineConfig, resumed: Resumed | None, dry_run: bool, brought: Brought) -> Run:
@@ -396,7 +407,7 @@ def _train(
 ) -> tuple[int | None, str]:
     """Train to the end, or to a reason to stop, as `TrainingRun.run` says; and what was gained."""
     config = training.config
-    with StopRequests(config.time_limit, began) as stop:
+    with StopRequests(config.time_limit, began) as stop, naming(run_dir.path):
         monitor = _open_monitors(training, run_dir, resumed, stop, brought)
         try:
             stopped, verdict = training.run(monitor, stop), ""

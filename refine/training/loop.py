@@ -55,7 +55,7 @@ class TrainingRun:
             OSError: A file could not be written; the last training state is as it was.
         """
         stop = stop or StopRequests()
-        self._saved_at, self._clock = time.monotonic(), time.time() - self.progress.elapsed
+        self._saved_at, self._clock = time.monotonic(), time.monotonic() - self.progress.elapsed
         if not self.progress.begun:
             self.snapshots.begin(monitor)
             monitor.tick(0)
@@ -76,7 +76,7 @@ class TrainingRun:
 
     def _warm_up(self, stop: StopRequests) -> StopReason:
         """Auxiliary steps while the student is frozen; returns a reason to stop, or GO_ON."""
-        trainer, steps, start = self.trainer, self.config.warmup_steps, time.time()
+        trainer, steps, start = self.trainer, self.config.warmup_steps, time.monotonic()
         if trainer.warmup_steps_done >= steps:
             return StopReason.GO_ON
         self._say(f"auxiliary warm-up: {steps} steps, the student is frozen")
@@ -86,7 +86,9 @@ class TrainingRun:
                 bar.update()
                 if trainer.warmup_steps_done == steps:  # before the last state of the warm-up is saved
                     loss = trainer.means.drain().get("Loss/aux", math.nan)
-                    self._say(f"auxiliary warm-up: done in {format_time(time.time() - start)}, mean loss {loss:.1f}")
+                    self._say(
+                        f"auxiliary warm-up: done in {format_time(time.monotonic() - start)}, mean loss {loss:.1f}"
+                    )
                 reason = self._between_iterations(stop)
                 if reason > StopReason.SAVE:
                     return reason
@@ -126,7 +128,7 @@ class TrainingRun:
     def _report(self, monitor: Monitor, since: Clocks, remaining: int, tick: int) -> str:
         """Writes the statistics of the tick that ends now, and returns its progress line; every process must come."""
         config, trainer, progress = self.config, self.trainer, self.progress
-        progress.elapsed = time.time() - self._clock
+        progress.elapsed = time.monotonic() - self._clock
         report = TickReport(
             tick=tick,
             nimg=trainer.nimg,
@@ -135,7 +137,7 @@ class TrainingRun:
             elapsed=progress.elapsed,
             means=trainer.means.drain(),
             skipped={name: optimizer.skips.read()[0] for name, optimizer in trainer.optimizers.items()},
-            seconds=time.time() - since.wall,
+            seconds=time.monotonic() - since.wall,
             processor_seconds=time.process_time() - since.processor,
             lr=trainer.rate_factor * trainer.lr * config.lr_factor(max(trainer.nimg - config.batch, 0)),
             aux_lr=trainer.rate_factor * trainer.aux_lr,
@@ -171,7 +173,7 @@ class TrainingRun:
     def _save_state(self, number: str | None = None) -> None:
         """Every process must come here. `number` is that of the snapshot, if there is one of now."""
         check_before_saving(self.trainer, self.config.max_skips)
-        self.progress.elapsed = time.time() - self._clock
+        self.progress.elapsed = time.monotonic() - self._clock
         state = self.state_dict()  # in every process: the means are those of all of them
         if distributed.is_main():
             folder, best = self.run_dir.path, self.snapshots.standing.best

@@ -25,9 +25,10 @@ _SHARES = [row.name for one in METRICS for row in one.rows if row.in_curve]  # p
 
 @dataclass(frozen=True)
 class Clocks:
-    """When a tick began, in seconds: on the wall, and of this process's threads, which others on a CPU disturb less."""
+    """When a tick began, in seconds: on the wall, by a clock that nobody can set back, and of this process's threads,
+    which others on a CPU disturb less."""
 
-    wall: float = field(default_factory=time.time)
+    wall: float = field(default_factory=time.monotonic)
     processor: float = field(default_factory=time.process_time)
 
 

@@ -56,9 +56,14 @@ def create_run_dir(outdir: str | os.PathLike, desc: str) -> Path:
         if int(number) in _numbers(outdir):  # claimed, made and given up between our look and our claim
             _remove_claim(claim)
             continue
-        with contextlib.suppress(FileNotFoundError):  # we slept so long that another process took it for a leftover
+        try:
             claim.rename(path)
-            return path
+        except FileNotFoundError:  # we slept so long that another process took it for a leftover
+            continue
+        except OSError:
+            _remove_claim(claim)
+            raise
+        return path
     raise OSError(f"no free run number in {outdir}")
 
 
@@ -136,9 +141,10 @@ def _kimg_of(line: str) -> float:
     try:
         return float(json.loads(line)["kimg"])
     except (ValueError, KeyError, TypeError):  # half a line, left by a kill
-        print(f"a broken line was dropped: {line[:60]}", file=sys.stderr)
+        print(f"a broken line was dropped: {line[:60]!r}", file=sys.stderr)
         return float("inf")
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-") or "run"
+    """The text as part of a folder's name, which may have 255 bytes."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-")[:200] or "run"

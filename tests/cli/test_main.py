@@ -65,6 +65,72 @@ def test_every_command_knows_its_version(capsys):
     assert run(capsys, "ops", "build", "--version")[:2] == run(capsys, raising(KeyError()), "--version")[:2]
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(("args", "code"), [("--help", 0), ("--preset=demo --show", 0), ("--no-such-option", 2)])
+def test_streams_that_are_closed_lead_nowhere(root, closed, args, code):
+    command = f"{sys.executable} refine.py {args} {closed}"
+    result = subprocess.run(["sh", "-c", command], cwd=root, capture_output=True, text=True, check=False)
+    assert result.returncode == code
+    assert not result.stderr or (code == 2 and result.stderr.startswith("Error: No such option"))
+
+
+def test_files_do_not_take_the_place_of_closed_streams(root, tmp_path):
+    code = "from refine.cli import main\nmain._lead_closed_streams_nowhere()\nfile = open('data', 'w')\n"
+    code += "import os\nos.write(1, b'out')\nos.write(2, b'err')\nprint('printed', flush=True)\n"
+    code += "assert file.fileno() > 2 and os.stat(0).st_rdev == os.stat(os.devnull).st_rdev\nfile.write('done')"
+    command = ["sh", "-c", f'{sys.executable} -c "$0" <&- >&- 2>&-', code]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    assert subprocess.run(command, cwd=tmp_path, env=environment, check=False).returncode == 0
+    assert (tmp_path / "data").read_text() == "done"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_behind_stdout_is_called_that(root, unbuffered):
+    for args in (["refine.py", "--help"], ["-m", "refine", "models"]):
+        with open("/dev/full", "w") as full:
+            result = subprocess.run(
+                [sys.executable, *args], stdout=full, stderr=subprocess.PIPE, text=True, cwd=root,
+                env={**os.environ, "PYTHONUNBUFFERED": unbuffered}, check=False,
+            )  # fmt: skip
+        assert result.stderr.splitlines()[0] == "Error: stdout: No space left on device"
+
+
+def test_a_folder_that_was_deleted_is_no_place_to_start_in(root, tmp_path):
+    command = f"mkdir gone && cd gone && rmdir ../gone && {sys.executable} {root}/generate.py --network=x --seeds=0"
+    result = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr == "Error: the current folder does not exist any more; expected one that does\n"
+
+
+def test_a_message_needs_no_thread(root):
+    code = "import _thread\ndef none(*args): raise RuntimeError('no thread')\n_thread.start_new_thread = none\n"
+    code += "from refine.cli.main import run_command\nrun_command('models', ['--no-such-option'])"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (
+        result.returncode == 2 and result.stderr.startswith("Error: No such option") and result.stderr.count("\n") == 1
+    )
+
+
+def test_a_thread_that_was_left_in_torch_is_not_waited_for(root):
+    # at Python's end it would be unwound within C++, which aborts the process
+    code = "import atexit, time\nfrom refine.cli.main import run_command\nfrom refine.torch_utils.pulse import within\n"
+    code += "import click\natexit.register(print, 'the usual end')\n"
+    code += "run_command(click.command()(lambda: within(0.1, time.sleep, 60)), [])"
+    for processes, usual in (("2", False), ("1", True)):
+        environment = {**os.environ, "PYTHONPATH": str(root), "WORLD_SIZE": processes, "RANK": "0"}
+        command = [sys.executable, "-c", code]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 2 and result.stderr == "Error: no answer within 0 s\n"
+        assert ("the usual end" in result.stdout) == usual
+
+
 def run(capsys, command, *args) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as caught:
         cli.run_command(command, args)
@@ -93,6 +159,9 @@ class OutOfMemoryError(RuntimeError):
         (PermissionError(13, "Permission denied", "out"), 2, "Error: out: Permission denied"),
         (OSError(28, "No space left on device"), 2, "Error: No space left on device"),
         (OSError("odd"), 2, "Error: odd"),
+        (OSError(28, "No space left on device", b"out/events"), 2, "Error: out/events: No space left on device"),
+        (ImportError("lib.so: failed to map"), 2, "Error: a package cannot be loaded: lib.so: failed to map"),
+        (ImportError("no name", name="refine.x"), 1, "Error: this should not have happened (ImportError: no name)"),
         (click.UsageError("missing --teacher."), 2, "Error: missing --teacher"),
         (
             click.BadParameter("-3 is negative", param_hint="--batch"),

@@ -83,3 +83,12 @@ def test_text_of_a_file_that_may_come_from_anywhere(tmp_path):
             dnnlib.read_text(file, most)
     with pytest.raises(IsADirectoryError):
         dnnlib.read_text(tmp_path, 9)
+
+
+@pytest.mark.parametrize("below", ["", "x", "x/y"])
+def test_links_that_lead_nowhere_are_no_folder(tmp_path, below):
+    for name, target in [("loop", "loop"), ("dangling", "nowhere")]:
+        (tmp_path / name).symlink_to(target)
+        with pytest.raises(ValueError, match=f"{name} is a link that leads nowhere; expected a folder"):
+            dnnlib.check_outdir(tmp_path / name / below)
+    assert dnnlib.check_outdir(tmp_path / "new" / "er") == tmp_path / "new" / "er"

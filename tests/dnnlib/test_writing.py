@@ -1,7 +1,10 @@
 """The one way of writing: whole files, lines behind the last one, and never through a link to elsewhere."""
 
 import ast
+import errno
 import os
+import resource
+import shutil
 import stat
 from pathlib import Path
 
@@ -39,6 +42,50 @@ def test_replaced_atomically_honours_the_umask(tmp_path):
 def test_replaced_atomically_needs_the_folder(tmp_path):
     with pytest.raises(FileNotFoundError), dnnlib.replaced_atomically(tmp_path / "no" / "file") as temporary:
         temporary.write_text("x")
+
+
+@pytest.fixture
+def small_files():
+    """No file may be longer than 4096 bytes, as on a disk that is full then."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def replace_by_bytes(path):
+    with dnnlib.replaced_atomically(path) as temporary:
+        temporary.write_bytes(bytes(9999))
+
+
+def replace_by_copy(path):
+    with dnnlib.replaced_atomically(path) as temporary:
+        shutil.copyfile(__file__, temporary)
+
+
+def append_bytes(path):
+    dnnlib.append_text(path, "x" * 9999)
+
+
+@pytest.mark.parametrize("write", [replace_by_bytes, replace_by_copy, append_bytes])
+def test_errors_of_the_disk_name_the_file(tmp_path, small_files, write):
+    with pytest.raises(OSError, match="File too large") as caught:
+        write(tmp_path / "file.txt")
+    assert caught.value.errno == errno.EFBIG and caught.value.filename == str(tmp_path / "file.txt")
+    assert caught.value.filename2 is None and not list(tmp_path.glob(".*"))
+
+
+def test_other_errors_keep_their_names(tmp_path):
+    for error in (ConnectionResetError(errno.ECONNRESET, "Connection reset"), FileNotFoundError(2, "No file", "other")):
+        name = error.filename
+        with pytest.raises(OSError) as caught, dnnlib.replaced_atomically(tmp_path / "file.txt"):
+            raise error
+        assert caught.value is error and error.filename == name
+
+
+def test_names_that_are_no_text_are_written_as_they_are(tmp_path):
+    dnnlib.append_text(tmp_path / "log.txt", f"run folder  {os.fsdecode(b'runs-' + bytes([255]))}\n")
+    assert (tmp_path / "log.txt").read_bytes() == b"run folder  runs-\xff\n"
 
 
 def replace(path):

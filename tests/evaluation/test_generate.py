@@ -110,6 +110,8 @@ def test_a_denoiser_that_is_used_once(files, tmp_path, capsys):
         ({"seeds": "0-99999999999"}, "--seeds: .*more than"),
         ({"seeds": "4294967296"}, "--seeds: 4294967296 is too large"),
         ({"outdir": "text.txt"}, "--outdir: .*is a file"),
+        ({"outdir": "x" * 255}, "--outdir: .*-grid.png: File name too long"),
+        ({"network": "x" * 256}, "--network: .*x: File name too long"),
         ({"batch": "0"}, "'--batch'"),
         ({"noise-mode": "loud"}, "'--noise-mode'"),
     ],

@@ -1,6 +1,7 @@
 """generate.py: mixed styles, styles of a file, films, class columns, pairs and folders of a thousand."""
 
 import itertools
+import resource
 import sys
 from types import SimpleNamespace
 
@@ -154,6 +155,21 @@ def test_what_ffmpeg_says_is_one_line(networks, tmp_path, capsys, monkeypatch):
     args = [f"--network={networks}/rgb.safetensors", "--seeds=0,1", "--frames=9", f"--video={tmp_path}/x.mp4"]
     code, _, err = run(capsys, *args)
     assert code == 2 and "Error: --video: ffmpeg failed: " in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["mp4", "gif", "webp"])
+def test_a_film_that_the_disk_does_not_hold_is_none(networks, tmp_path, capsys, kind):
+    if kind == "mp4":
+        pytest.importorskip("imageio_ffmpeg")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    args = [f"--network={networks}/rgb.safetensors", "--seeds=0-5", "--frames=9", f"--video={tmp_path}/x.{kind}"]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))  # ffmpeg inherits it
+    try:
+        code, _, err = run(capsys, *args)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2 and "Error: --video: " in err, err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -103,3 +103,17 @@ def test_a_run_folder_with_links_to_elsewhere_is_not_written_through(name, targe
     with pytest.raises(OSError, match="is a link to another folder; nothing was written through it"):
         write[name]()
     assert (tmp_path / "mine.txt").read_text() == "mine" and os.listdir(tmp_path / "run") == [name]
+
+
+def test_a_claim_is_given_up_where_no_folder_can_be_made(tmp_path, monkeypatch):
+    def refuse(path, target):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(type(tmp_path), "rename", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        create_run_dir(tmp_path, "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_long_description_is_cut(tmp_path):
+    assert len(create_run_dir(tmp_path, "long-" * 100).name) == 206

@@ -247,8 +247,16 @@ def test_a_full_disk_ends_a_run_with_one_line(pair, tmp_path):
     log, options = tmp_path / "log.txt", [*pair, *OPTIONS, "--kimg=100", "--state-minutes=0"]
     assert wait([launch([*options, f"--outdir={tmp_path}"], log, prepare=no_room)]) == [2], log.read_text()
     lines = log.read_text().splitlines()
-    assert "File too large" in lines[-1] and lines[-1].startswith("Error: "), lines[-1]
+    assert "File too large" in lines[-1] and lines[-1].startswith(f"Error: {tmp_path}/00000-x/"), lines[-1]
     assert "Traceback" not in log.read_text()
+
+
+def test_a_folder_whose_name_is_no_text_is_refused(pair, tmp_path):
+    log = tmp_path / "log.txt"
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    assert wait([launch([*pair, *OPTIONS, f"--outdir={folder}"], log)]) == [2]
+    assert "Error: --outdir: '" in log.read_text() and "\\udcff' is no text in UTF-8" in log.read_text()
+    assert not os.path.exists(folder)
 
 
 def test_a_folder_that_is_removed_ends_a_run_with_one_line(pair, tmp_path):
