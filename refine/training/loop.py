@@ -85,10 +85,8 @@ class TrainingRun:
                 trainer.warm_up_step()
                 bar.update()
                 if trainer.warmup_steps_done == steps:  # before the last state of the warm-up is saved
-                    loss = trainer.means.drain().get("Loss/aux", math.nan)
-                    self._say(
-                        f"auxiliary warm-up: done in {format_time(time.monotonic() - start)}, mean loss {loss:.1f}"
-                    )
+                    loss, took = trainer.means.drain().get("Loss/aux", math.nan), format_time(time.monotonic() - start)
+                    self._say(f"auxiliary warm-up: done in {took}, mean loss {loss:.1f}")
                 reason = self._between_iterations(stop)
                 if reason > StopReason.SAVE:
                     return reason
