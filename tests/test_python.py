@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import itertools
+import sys
 import time
 import typing
 from concurrent.futures import ThreadPoolExecutor
@@ -152,6 +153,15 @@ def test_a_folder_that_nobody_asked_for_goes_with_the_result():
     assert folder.is_dir()
     del found
     assert not folder.exists() and not folder.parent.exists()
+
+
+def test_a_metric_that_leaves_the_program_ends_no_run():
+    def leaves(G):
+        sys.exit("enough")
+
+    found = short_run(metrics=[leaves])
+    assert "metric leaves failed: leaves called sys.exit('enough')" in (found.folder / "log.txt").read_text()
+    assert (found.folder / "stats.jsonl").is_file()
 
 
 def test_foreign_modules(monkeypatch, tmp_path):

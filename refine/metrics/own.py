@@ -63,10 +63,14 @@ class OwnMetric:
         """The numbers: the leading one under `key`, the others under their names.
 
         Raises:
-            ValueError: The function gave something else.
+            ValueError: The function gave something else, or would have ended the program.
+            Exception: Whatever else it raises.
         """
         start = time.monotonic()
-        found = self.function(G)
+        try:
+            found = self.function(G)
+        except SystemExit as error:
+            raise ValueError(f"{self.name} called sys.exit({'' if error.code is None else repr(error.code)})") from None
         numbers = {self.name: found} if not isinstance(found, Mapping) else dict(found)
         try:
             values = {str(name): float(value) for name, value in numbers.items()}
