@@ -40,7 +40,7 @@ from refine.metrics.detectors import Detector, holds_teacher
 from refine.metrics.image_sets import ImageSet, SampleArray
 from refine.metrics.pipeline import gathered, made_by_all, my_share, prefetched, rank_and_world
 from refine.metrics.sampling import Batch, sample_images, sensible_batch
-from refine.metrics.statistics import FeatureStatistics
+from refine.metrics.statistics import FeatureStatistics, unusable
 from refine.metrics.stored import read_stored
 from refine.networks.bases import Generator
 from refine.networks.sampler_settings import SamplerChoice
@@ -282,8 +282,11 @@ def _from_features(path: Path, parts: list[torch.Tensor], form: str) -> Referenc
     if num * width * width > MAX_PRODUCTS + PRODUCTS_PER_BYTE * path.stat().st_size:  # they are packed, or named often
         raise ValueError(f"reference {path} holds {num} times {width} features, many times what the file is long")
     statistics = FeatureStatistics()
-    for piece in (piece for part in parts for piece in part.split(_PIECE)):
-        statistics.update(piece)
+    try:
+        for piece in (piece for part in parts for piece in part.split(_PIECE)):
+            statistics.update(piece)
+    except ValueError as error:
+        raise ValueError(f"reference {path}: {error}") from None
     return Reference(
         name=path.name,
         sha256=sha256_of_file(path),
@@ -550,8 +553,8 @@ def _classes(path: Path, arrays: dict[str, np.ndarray], features: torch.Tensor |
 def _floats(path: Path, array: np.ndarray, key: str) -> torch.Tensor:
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
         raise ValueError(f"reference {path} has {key} of dtype {array.dtype}, expected floats")
-    if not np.isfinite(array).all():
-        raise ValueError(f"reference {path} has NaN or infinity in {key}, expected finite numbers")
+    if fault := unusable(float(np.max([array.max(initial=0), -array.min(initial=0)]))):  # NaN is handed on
+        raise ValueError(f"reference {path} has {fault} in {key}, expected finite numbers")
     return torch.from_numpy(array)
 
 

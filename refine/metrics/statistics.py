@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+
+LARGEST = 1e30  # of features and their statistics: the products of four are still numbers
+
+
+def unusable(largest: float) -> str | None:
+    """What is wrong with numbers, of which this one is the largest by magnitude, NaN among them; None = nothing."""
+    if not math.isfinite(largest):
+        return "NaN or infinity"
+    return f"numbers beyond {LARGEST:g}" if largest > LARGEST else None
 
 
 class FeatureStatistics:
@@ -32,14 +43,14 @@ class FeatureStatistics:
         """Adds a batch of features [N, D], floating point, any device.
 
         Raises:
-            ValueError: If a feature is not finite, or the shape differs from earlier batches.
+            ValueError: If a feature is not finite or beyond `LARGEST`, or the shape differs from earlier batches.
         """
         if features.ndim != 2 or (self.dim is not None and features.shape[1] != self.dim):
             raise ValueError(f"features have shape {list(features.shape)}, expected [N, {self.dim or 'D'}]")
         if len(features) == 0:
             return self
-        if not features.isfinite().all():
-            raise ValueError("features hold NaN or infinity; the images they come from are probably broken")
+        if fault := unusable(features.detach().abs().amax().item()):
+            raise ValueError(f"features hold {fault}; the images they come from are probably broken")
         if self.num == 0:
             self._begin(features.shape[1], features.device)
         batch = features.detach().to(self._mean.device, torch.float64)

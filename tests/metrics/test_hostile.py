@@ -59,6 +59,8 @@ ARRAYS = {
     "longdouble": ({"mu": MU.astype(np.longdouble)}, "float128"),
     "half of sigma": ({"sigma": np.eye(3)}, "expected [D] and [D, D]"),
     "not a number": ({"mu": np.full(4, np.nan)}, "NaN or infinity in mu"),
+    "huge": ({"sigma": np.diag([1.0, 1.0, 1e300, 1.0])}, "numbers beyond 1e+30 in sigma"),
+    "huge features": ({"features": np.full((3, 4), -1e40)}, "numbers beyond 1e+30 in features"),
     "numbers": ({"mu": np.float64(1), "sigma": np.float64(1)}, "expected [D] and [D, D]"),
     "negative num": ({"num": np.int64(-5)}, "a num of -5"),
     "num zero": ({"num": np.int64(0)}, "a num of 0"),
@@ -351,3 +353,13 @@ def test_no_memory_at_all_is_one_line(tmp_path, monkeypatch):
     with pytest.raises((ValueError, MemoryError)) as caught:
         read(tmp_path / "x.npz")
     assert isinstance(caught.value, ValueError) and "more memory than there is" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [-1.5e304, torch.nan])
+def test_features_whose_squares_are_no_numbers(value, tmp_path):
+    """Of a pickle or `.pt`, in which no array has a name."""
+    features = torch.ones(4, 3, dtype=torch.float64)
+    features[1, 2] = value
+    torch.save(features, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"x\.pt: features hold (NaN|numbers beyond 1e\+30)"):
+        load_reference(tmp_path / "x.pt", None)
