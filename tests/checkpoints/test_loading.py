@@ -5,17 +5,7 @@ import torch
 
 from refine.checkpoints import load_generator, load_teacher, registry
 from refine.checkpoints.pickles import tensors
-from refine.networks.edm import EDMPrecond
 from tests.checkpoints.builders import Format, edm_file, write
-
-KWARGS = {"img_resolution": 8, "img_channels": 1, "label_dim": 3, "model_type": "SongUNet", "model_channels": 8}
-KWARGS |= {"channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": []}
-
-
-@pytest.fixture(scope="module")
-def net():
-    torch.manual_seed(0)
-    return EDMPrecond(**KWARGS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.bfloat16])
@@ -37,7 +27,7 @@ def named(network):
 
 def test_fill_does_what_load_state_dict_does(net):
     values = {name: value.detach().clone() for name, value in net.state_dict().items()}
-    one, two = (registry.build_empty("edm.EDMPrecond", KWARGS) for _ in range(2))
+    one, two = (registry.build_empty("edm.EDMPrecond", net.init_kwargs) for _ in range(2))
     registry.fill(one, values)
     two.load_state_dict(values, strict=True, assign=True)
     for (name, value), (same_name, same) in zip(named(one), named(two), strict=True):

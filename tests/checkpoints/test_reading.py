@@ -13,17 +13,7 @@ import torch
 from refine.checkpoints import load_generator, load_teacher, native, reading, sniff
 from refine.checkpoints.pickles import tensors
 from refine.checkpoints.pickles.inert import Blob, Refused
-from refine.networks.edm import EDMPrecond
 from tests.checkpoints.builders import Format, edm_file, storage_bytes, write
-
-KWARGS = {"img_resolution": 8, "img_channels": 1, "label_dim": 3, "model_type": "SongUNet", "model_channels": 8}
-KWARGS |= {"channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": []}
-
-
-@pytest.fixture(scope="module")
-def net():
-    torch.manual_seed(0)
-    return EDMPrecond(**KWARGS)
 
 
 @pytest.fixture(params=[1, 2, 8])
